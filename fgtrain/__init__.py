@@ -1,0 +1,19 @@
+"""fgtrain: train neural networks with backpropagation or forward gradients, swapped by one word."""
+
+from fgtrain.estimators import Backprop, Estimate, ForwardGradient, GradientEstimator, write_grads
+from fgtrain.forward_ad import directional_derivatives
+from fgtrain.tangents import Coordinate, LowRank, Normal, Rademacher, Sphere
+
+__all__ = [
+    "Backprop",
+    "Coordinate",
+    "Estimate",
+    "ForwardGradient",
+    "GradientEstimator",
+    "LowRank",
+    "Normal",
+    "Rademacher",
+    "Sphere",
+    "directional_derivatives",
+    "write_grads",
+]

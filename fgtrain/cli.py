@@ -1,0 +1,74 @@
+"""What a command line owes its user: a mistake ends in one line and a non-zero exit status, without a traceback."""
+
+import argparse
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, InstantiationException
+from hydra.types import RunMode
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from fgtrain.errors import UserError
+
+USER_ERRORS = (UserError, HydraException, OmegaConfBaseException, MisconfigurationException)
+CONF = Path(__file__).resolve().parents[1] / "conf"
+
+
+def run_app(task: Callable[[DictConfig], None], config_name: str) -> None:
+    """Run `task` as a Hydra application; `HYDRA_FULL_ERROR=1` in the environment brings tracebacks back."""
+    for message in (".*LeafSpec.*", ".*torch.jit.script.*", "The number of training batches", "Using ModelCheckpoint"):
+        warnings.filterwarnings("ignore", message)  # libraries talking to each other
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        return _hydra_main(task, config_name)
+
+    def job(cfg: DictConfig) -> None:
+        try:
+            task(cfg)
+        except USER_ERRORS as error:
+            if HydraConfig.get().mode == RunMode.RUN:  # in a sweep the other jobs go on
+                fail(error)
+            raise
+
+    setattr(argparse.ArgumentParser, "error", lambda _, message: fail(message))  # instead of eleven lines of usage
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print over many lines
+    try:
+        _hydra_main(job, config_name)
+    except USER_ERRORS as error:
+        fail(error)
+    finally:
+        del os.environ["HYDRA_FULL_ERROR"]
+
+
+def _hydra_main(task: Callable[[DictConfig], None], config_name: str) -> None:
+    hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")(task)()
+
+
+def fail(error: BaseException | str) -> NoReturn:
+    """Print one line on stderr and exit with status 2."""
+    print(f"fgtrain: {one_line(error)}", file=sys.stderr)
+    sys.exit(2)
+
+
+def one_line(error: BaseException | str) -> str:
+    """The message of an error, folded to one line and freed of what concerns Hydra alone."""
+    text = str(error)
+    cause = getattr(error, "__cause__", None)
+    if isinstance(error, InstantiationException):
+        key = re.search(r"full_key: (\S+)", text)
+        text = f"{key.group(1)}: {cause}" if key and cause else text
+    elif unknown := re.match(r"Could not override '(\S+)'", text):
+        text = f"{unknown.group(1)} is no key of the configuration; --cfg job prints the keys there are"
+    elif isinstance(error, HydraException) and cause and not text.startswith("In "):
+        text = f"{text}: {cause}"
+    text = re.sub(r"\nConfig search path:.*", "", text, flags=re.DOTALL)
+    text = re.sub(r"\n\s*(full_key|object_type|reference_type)[:=].*", "", text)
+    return " ".join(text.split())

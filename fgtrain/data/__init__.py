@@ -1,0 +1,8 @@
+"""LightningDataModules. Those with `input_shape` and `num_classes` tell a model what it has to be built for."""
+
+from fgtrain.data.digits import Digits
+from fgtrain.data.in_memory import InMemoryDataModule, TensorLoader
+from fgtrain.data.steps import Steps
+from fgtrain.data.vision import TorchvisionImages
+
+__all__ = ["Digits", "InMemoryDataModule", "Steps", "TensorLoader", "TorchvisionImages"]

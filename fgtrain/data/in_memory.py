@@ -1,0 +1,148 @@
+"""Data sets that fit in memory, served as batches cut out of tensors.
+
+On small inputs a worker-based loader costs more than the training step; indexing a tensor does not.
+"""
+
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from fgtrain.random import keyed_generator
+
+Transform = Callable[[Tensor], Tensor]
+
+
+class TensorLoader:
+    """Batches (inputs, labels) in an order that is a function of (seed, epoch); its position can be saved.
+
+    Every rank draws the same order and takes its own part of each batch of world_size * batch_size examples.
+
+    Args:
+        inputs: (N, ...).
+        labels: (N,).
+        batch_size: examples per batch and rank.
+        transform: applied to the inputs of each batch.
+        shuffle: a new order every epoch, else the order of the tensors.
+        seed: key of the orders.
+        rank: this process.
+        world_size: number of processes.
+    """
+
+    def __init__(
+        self,
+        inputs: Tensor,
+        labels: Tensor,
+        batch_size: int,
+        transform: Transform,
+        *,
+        shuffle: bool = False,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.inputs = inputs
+        self.labels = labels
+        self.transform = transform
+        self.shuffle = shuffle
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        self.global_batch = batch_size * world_size
+        self._epoch = -1
+        self._batch = 0
+        self._resumed = False
+
+    def __len__(self) -> int:
+        return math.ceil(len(self.labels) / self.global_batch)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        if not (self._resumed and self._batch < len(self)):
+            self._epoch, self._batch = self._epoch + 1, 0
+        self._resumed = False
+        order = self._order()
+        while self._batch < len(self):
+            start = self._batch * self.global_batch
+            index = self._shard(order[start : start + self.global_batch])
+            self._batch += 1
+            yield self.transform(self.inputs[index]), self.labels[index]
+
+    def _order(self) -> Tensor:
+        if not self.shuffle:
+            return torch.arange(len(self.labels))
+        return torch.randperm(len(self.labels), generator=keyed_generator(self.seed, self._epoch))
+
+    def _shard(self, index: Tensor) -> Tensor:
+        """This rank's part: equal for all ranks when training (a last batch is filled up from its start)."""
+        if self.world_size == 1:
+            return index
+        if self.shuffle and len(index) % self.world_size:
+            missing = self.world_size - len(index) % self.world_size
+            index = torch.cat([index, index.repeat(missing)[:missing]])
+        return index.tensor_split(self.world_size)[self.rank]
+
+    def state_dict(self) -> dict[str, int]:
+        return {"epoch": self._epoch, "batch": self._batch}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._epoch, self._batch, self._resumed = state["epoch"], state["batch"], True
+
+
+class InMemoryDataModule(L.LightningDataModule):
+    """Base of data sets held as tensors: subclasses say how to load them.
+
+    Args:
+        batch_size: training examples per step and process.
+        seed: key of the order of the training examples.
+
+    Attributes:
+        input_shape: shape of one input.
+        num_classes: number of classes.
+    """
+
+    input_shape: Sequence[int]
+    num_classes: int
+
+    def __init__(self, batch_size: int, seed: int = 0) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        self.batch_size = batch_size
+        self.seed = seed
+        self._splits: dict[str, tuple[Tensor, Tensor]] = {}
+        self._transform: Transform = torch.Tensor.float
+
+    @abstractmethod
+    def load(self) -> tuple[dict[str, tuple[Tensor, Tensor]], Transform]:
+        """({"train" | "val" | "test": (inputs, labels)}, transform of a batch of inputs)."""
+
+    def setup(self, stage: str) -> None:
+        if not self._splits:
+            self._splits, self._transform = self.load()
+
+    def train_dataloader(self) -> TensorLoader:
+        return self._loader("train", self.batch_size, shuffle=True)
+
+    def val_dataloader(self) -> TensorLoader:
+        return self._loader("val", 4096)
+
+    def test_dataloader(self) -> TensorLoader:
+        return self._loader("test", 4096)
+
+    def _loader(self, split: str, batch_size: int, **options: Any) -> TensorLoader:
+        if self.trainer is not None:
+            options |= {"rank": self.trainer.global_rank, "world_size": self.trainer.world_size}
+        inputs, labels = self._splits[split]
+        return TensorLoader(inputs, labels, batch_size, self._transform, seed=self.seed, **options)
+
+
+def standardize(train_inputs: Tensor) -> Transform:
+    """X -> (x - mean) / std per channel, with the statistics of the training inputs (N, C, H, W)."""
+    values = train_inputs.float()
+    mean = values.mean((0, 2, 3)).view(1, -1, 1, 1)
+    std = values.std((0, 2, 3)).view(1, -1, 1, 1).clamp_min(1e-6)
+    return lambda inputs: (inputs.float() - mean) / std

@@ -1,0 +1,95 @@
+"""The one noun and one verb of fgtrain: an estimator, called with a model and a loss, returns gradients."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+Reduce = Callable[[Tensor], Tensor]
+
+
+class Estimate(NamedTuple):
+    """What an estimator found out about the loss at the current parameters.
+
+    Args:
+        loss: mean loss, ().
+        grads: {parameter name: tensor like the parameter}; a parameter the loss does not reach is left out.
+        directional_derivatives: grad f . v_k of each direction, (K,); None for methods that take none.
+    """
+
+    loss: Tensor
+    grads: dict[str, Tensor]
+    directional_derivatives: Tensor | None = None
+
+
+class GradientEstimator(nn.Module, ABC):
+    """Estimates the gradient of a loss. Subclasses implement `forward`; call the estimator itself.
+
+    The call changes no parameter and no `.grad`, leaves the random state and the buffers (BatchNorm statistics) as one
+    plain forward pass would, and puts the model's gradient nowhere: `write_grads` does that.
+
+    Attributes:
+        scalar_reducible: with the same directions on every rank, the mean over ranks of `directional_derivatives`
+            makes the estimate that of the whole batch; otherwise the gradients themselves must be averaged.
+    """
+
+    scalar_reducible: bool
+
+    def __init__(self) -> None:  # nn.Module's takes any argument; a configuration is checked against this one
+        super().__init__()
+
+    @abstractmethod
+    def forward(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Any], Tensor],
+        *,
+        generator: torch.Generator | None = None,
+        reduce: Reduce | None = None,
+    ) -> Estimate:
+        """Estimate the gradient of loss_fn(model).
+
+        Args:
+            model: module whose parameters with requires_grad=True are differentiated.
+            loss_fn: maps the model to per-example losses (B,), whose mean is taken, or to a scalar ().
+            generator: source of the directions. None draws from a generator of the estimator's own, seeded from
+                torch.initial_seed() at its first use.
+            reduce: mean over ranks of a tensor; None on one device.
+        """
+
+
+def trainable_params(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained: requires_grad=True, tied ones once.
+
+    Raises:
+        ValueError: there is none.
+    """
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not params:
+        raise ValueError(f"{type(model).__name__} has no parameter with requires_grad=True: nothing to train")
+    return params
+
+
+def write_grads(model: nn.Module, grads: Mapping[str, Tensor], *, accumulate: bool = False) -> None:
+    """Put gradients into `.grad`: the only function of fgtrain that does.
+
+    Args:
+        model: owner of the parameters.
+        grads: {parameter name: tensor like the parameter}.
+        accumulate: add to what `.grad` holds, as backward() does, instead of replacing it (by None where `grads`
+            has no entry).
+    """
+    for name, p in model.named_parameters():
+        if name in grads:
+            p.grad = grads[name] if p.grad is None or not accumulate else p.grad.add_(grads[name])
+        elif not accumulate:
+            p.grad = None
+
+
+def draw_seeds(generator: torch.Generator, num_seeds: int) -> list[int]:
+    """`num_seeds` independent seeds; the first ones do not depend on how many are drawn."""
+    entropy = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    return np.random.SeedSequence(entropy).generate_state(num_seeds, np.uint64).astype(np.int64).tolist()

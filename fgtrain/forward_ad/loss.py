@@ -1,0 +1,52 @@
+"""What every engine asks of a loss function, and what leaves no trace of running it more than once."""
+
+import torch
+from torch import Tensor, nn
+
+from fgtrain.errors import LossError
+
+LOSS_SHAPE = "loss_fn must return per-example losses of shape (B,) or a scalar ()"
+
+
+def check_losses(losses: object) -> Tensor:
+    """Return `losses` if they are a floating-point tensor (B,) or ().
+
+    Raises:
+        LossError: they are not.
+    """
+    if not isinstance(losses, Tensor):
+        raise LossError(f"{LOSS_SHAPE}, got a {type(losses).__name__}")
+    if losses.dim() > 1 or losses.numel() == 0:
+        raise LossError(
+            f"{LOSS_SHAPE}, got shape {tuple(losses.shape)}; reduce it, for example with .flatten(1).mean(1)"
+        )
+    if not losses.is_floating_point():
+        raise LossError(f"{LOSS_SHAPE} of a floating dtype, got {losses.dtype}")
+    return losses
+
+
+class RepeatedPass:
+    """Lets a model run several times and leave the trace of one run.
+
+    Each `rewind` puts buffers (BatchNorm statistics) and the random state (Dropout masks) back to where they stood at
+    construction, so that every pass sees the same function and the last one leaves them as one plain forward would.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._buffers = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
+        self._values = [b.clone() for _, buffers in self._buffers for b in buffers.values() if b is not None]
+        self._cpu_state = torch.get_rng_state()
+        self._cuda_states = {
+            d: torch.cuda.get_rng_state(d) for d in {p.device for p in model.parameters()} if d.type == "cuda"
+        }
+
+    def rewind(self) -> None:
+        values = iter(self._values)
+        for module, buffers in self._buffers:
+            module._buffers.update(buffers)
+            for buffer in buffers.values():
+                if buffer is not None:
+                    buffer.copy_(next(values))
+        torch.set_rng_state(self._cpu_state)
+        for device, state in self._cuda_states.items():
+            torch.cuda.set_rng_state(state, device)

@@ -1,0 +1,7 @@
+"""Callbacks of a training run; none of them changes what is trained."""
+
+from fgtrain.lightning.callbacks.monitor import Monitor
+from fgtrain.lightning.callbacks.progress import StepProgress
+from fgtrain.lightning.callbacks.trajectory import Trajectory
+
+__all__ = ["Monitor", "StepProgress", "Trajectory"]

@@ -1,0 +1,120 @@
+"""The one LightningModule: manual optimization with whatever estimator it is given."""
+
+import inspect
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from fgtrain.errors import ConfigError
+from fgtrain.estimators import GradientEstimator, write_grads
+from fgtrain.lightning.reduce import mean_over_ranks
+from fgtrain.random import keyed_generator
+from fgtrain.tasks import Task
+
+
+class EstimatorModule(L.LightningModule):
+    """Trains `model` on `task` with gradients from `estimator`; methods differ in nothing but the estimator.
+
+    Args:
+        model: the network.
+        task: its loss and metrics.
+        estimator: where gradients come from.
+        optimizer: called with the parameters.
+        scheduler: called with the optimizer, and with `total_steps` if it takes that; stepped once per optimizer step.
+        seed: the directions of a step are a function of (seed, optimizer step, micro-batch).
+        accumulate_grad_batches: batches averaged into one optimizer step.
+        clip_grad_norm: largest norm of the whole gradient; None for none.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        estimator: GradientEstimator,
+        optimizer: Callable[[Iterable[nn.Parameter]], Optimizer],
+        scheduler: Callable[..., LRScheduler] | None = None,
+        *,
+        seed: int = 0,
+        accumulate_grad_batches: int = 1,
+        clip_grad_norm: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.model = model
+        self.task = task
+        self.estimator = estimator
+        self.make_optimizer = optimizer
+        self.make_scheduler = scheduler
+        self.seed = seed
+        self.accumulate_grad_batches = accumulate_grad_batches
+        self.clip_grad_norm = clip_grad_norm
+
+    def setup(self, stage: str) -> None:
+        plugin = self.trainer.precision_plugin
+        if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
+            raise ConfigError(
+                "trainer.precision=16-mixed scales a loss that forward gradients never backpropagate; use bf16-mixed"
+            )
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        micro_batch = batch_idx % self.accumulate_grad_batches
+        estimate = self.estimator(
+            self.model,
+            partial(self.task.losses, batch=batch),
+            generator=keyed_generator(self.seed, self.trainer.global_step, micro_batch),
+            reduce=mean_over_ranks(self.trainer),
+        )
+        grads = estimate.grads
+        if self.accumulate_grad_batches > 1:
+            grads = {name: g / self.accumulate_grad_batches for name, g in grads.items()}
+        write_grads(self.model, grads, accumulate=micro_batch > 0)
+        if micro_batch + 1 == self.accumulate_grad_batches or self.trainer.is_last_batch:
+            self._optimizer_step()
+        return {"loss": estimate.loss, "directional_derivatives": estimate.directional_derivatives}
+
+    def _optimizer_step(self) -> None:
+        optimizer = self.optimizers()
+        assert not isinstance(optimizer, list)
+        if self.clip_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
+        optimizer.step()
+        if self.make_scheduler is not None:
+            scheduler = self.lr_schedulers()
+            assert isinstance(scheduler, LRScheduler)
+            scheduler.step()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate("val", batch)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self._evaluate("test", batch)
+
+    def _evaluate(self, split: str, batch: Any) -> None:
+        for name, values in self.task.metrics(self.model, batch).items():
+            self.log(f"{split}/{name}", values.mean(), batch_size=len(values), on_epoch=True, sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer(p for p in self.model.parameters() if p.requires_grad)
+        if self.make_scheduler is None:
+            return optimizer
+        options = {}
+        if "total_steps" in inspect.signature(self.make_scheduler).parameters:
+            options["total_steps"] = self._total_steps()
+        return [optimizer], [self.make_scheduler(optimizer, **options)]
+
+    def _total_steps(self) -> int:
+        """Optimizer steps of the whole run; Lightning's own estimate knows nothing of manual accumulation."""
+        trainer = self.trainer
+        limits = [trainer.max_steps] if trainer.max_steps >= 0 else []
+        if trainer.max_epochs is not None and trainer.max_epochs >= 0:
+            trainer.fit_loop.setup_data()
+            limits.append(trainer.max_epochs * -(-int(trainer.num_training_batches) // self.accumulate_grad_batches))
+        if not limits:
+            raise ConfigError("the scheduler needs the run's length: set trainer.max_steps or trainer.max_epochs")
+        return min(limits)

@@ -1,0 +1,131 @@
+"""One training run, from a configuration to its results."""
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch.loggers import TensorBoardLogger
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.table import Table
+
+from fgtrain.config import check, signature_of
+from fgtrain.errors import ConfigError
+from fgtrain.lightning.callbacks import Monitor, StepProgress
+from fgtrain.lightning.module import EstimatorModule
+from fgtrain.tasks import Function
+
+
+class Run(NamedTuple):
+    """The parts of a run, ready to train."""
+
+    module: EstimatorModule
+    data: L.LightningDataModule
+    trainer: L.Trainer
+    monitor: Monitor
+
+
+def build(cfg: DictConfig) -> Run:
+    """Check the configuration and build what it names; nothing is trained or written yet.
+
+    Raises:
+        ConfigError: the configuration has a mistake.
+    """
+    check(cfg)
+    if cfg.resume is not None and not Path(cfg.resume).is_file():
+        raise ConfigError(f"resume={cfg.resume} is no file; give the path of a checkpoint (.ckpt)")
+    L.seed_everything(cfg.seed, verbose=False)
+    task = instantiate(cfg.task)
+    data = instantiate(cfg.data, _convert_="all")
+    known = {name: getattr(data, name) for name in ("input_shape", "num_classes") if hasattr(data, name)}
+    optimizer = instantiate(cfg.optimizer, _convert_="all")
+    try:
+        optimizer([torch.nn.Parameter(torch.zeros(1))])
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"optimizer: {error}") from error
+    module = EstimatorModule(
+        _instantiate_with(cfg.model, known | {"task": task}),
+        task,
+        instantiate(cfg.method),
+        optimizer,
+        instantiate(cfg.scheduler),
+        seed=cfg.seed,
+        accumulate_grad_batches=cfg.accumulate_grad_batches,
+        clip_grad_norm=cfg.clip_grad_norm,
+    )
+    monitor = Monitor(cfg.trainer.log_every_n_steps)
+    callbacks = [monitor, StepProgress(), *(instantiate(node) for node in (cfg.callbacks or {}).values())]
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no device lists and tips
+    trainer = instantiate(
+        cfg.trainer,
+        callbacks=callbacks,
+        logger=TensorBoardLogger(cfg.run_dir, name="", version="", default_hp_metric=False),
+        default_root_dir=cfg.run_dir,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        _convert_="all",
+    )
+    return Run(module, data, trainer, monitor)
+
+
+def _instantiate_with(node: DictConfig, known: Mapping[str, Any]) -> Any:
+    """Instantiate `node` with those of the `known` arguments that it takes and does not set itself."""
+    takes = signature_of(node._target_)
+    return instantiate(node, **{k: v for k, v in known.items() if k in takes and k not in node}, _convert_="all")
+
+
+def run(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
+    """Train, test, write results.json into the run's folder and return what it holds.
+
+    Args:
+        cfg: the composed configuration.
+        choices: the chosen method, task, data and model by name.
+    """
+    module, data, trainer, monitor = build(cfg)
+    run_dir = Path(cfg.run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
+    trainer.fit(module, data, ckpt_path=cfg.resume)
+    results: dict[str, Any] = {name: choices.get(name) for name in ("method", "task", "data", "model")}
+    results |= {"seed": cfg.seed, "steps": trainer.global_step, **monitor.summary()}
+    results["num_parameters"] = sum(p.numel() for p in module.model.parameters())
+    if isinstance(module.task, Function):
+        results |= _function_results(module)
+    else:
+        metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
+        (tested,) = trainer.test(module, data, verbose=False)
+        results["metrics"] = metrics | dict(tested)
+    if trainer.is_global_zero:
+        (run_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    return results
+
+
+def _function_results(module: EstimatorModule) -> dict[str, Any]:
+    """Value, distance to the minimum and coordinates of the best point."""
+    with torch.no_grad():
+        metrics = module.task.metrics(module.model, None)
+        best = int(metrics["loss"].nan_to_num(torch.inf).argmin())
+        solution = module.model()[best].tolist()
+    return {"metrics": {name: value[best].item() for name, value in metrics.items()}, "solution": solution}
+
+
+def print_results(results: Mapping[str, Any], run_dir: Path) -> None:
+    """The closing table, and where to look further."""
+    table = Table(title=f"{results['method']} on {results['task']}", title_justify="left")
+    table.add_column("result")
+    table.add_column("value", justify="right")
+    flat = {k: v for k, v in results.items() if k not in ("method", "task", "metrics", "solution")}
+    for name, value in (flat | results["metrics"]).items():
+        table.add_row(name, f"{value:.6g}" if isinstance(value, float) else str(value))
+    if "solution" in results:
+        table.add_row("solution", ", ".join(f"{x:.5f}" for x in results["solution"][:6]))
+    console = Console()
+    console.print(table)
+    console.print(f"results in {run_dir}", soft_wrap=True, highlight=False)
+    console.print(f"look at it: tensorboard --host 127.0.0.1 --logdir {run_dir}", soft_wrap=True, highlight=False)

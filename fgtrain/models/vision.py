@@ -1,0 +1,38 @@
+"""Any classification model of torchvision, by name."""
+
+import torchvision
+from torch import nn
+
+from fgtrain.models.basic import ImageAdapter
+
+
+def torchvision_model(
+    name: str, num_classes: int, *, image_size: int | None = None, weights: str | None = None
+) -> nn.Module:
+    """A classification model of torchvision that takes the data's images, grey or coloured.
+
+    Args:
+        name: as in torchvision.models.list_models(), for example "resnet18".
+        num_classes: number of outputs.
+        image_size: enlarge images to this size. Networks with a least size need it: 224 for vit_b_16, 32 for vgg11_bn.
+        weights: name of pre-trained weights, for example "DEFAULT" (downloaded by torchvision); None initialises.
+
+    Raises:
+        ValueError: torchvision has no classification model of that name.
+    """
+    names = torchvision.models.list_models(module=torchvision.models)
+    if name not in names:
+        raise ValueError(f"torchvision has no classification model {name!r}; it has {', '.join(names)}")
+    if weights is None:
+        network = torchvision.models.get_model(name, num_classes=num_classes)
+    else:
+        network = torchvision.models.get_model(name, weights=weights)
+        _replace_head(network, num_classes)
+    return ImageAdapter(network, image_size)
+
+
+def _replace_head(network: nn.Module, num_classes: int) -> None:
+    """A new last Linear layer: pre-trained heads have the classes of their own data."""
+    path, head = [(path, m) for path, m in network.named_modules() if isinstance(m, nn.Linear)][-1]
+    parent, _, attribute = path.rpartition(".")
+    setattr(network.get_submodule(parent), attribute, nn.Linear(head.in_features, num_classes))

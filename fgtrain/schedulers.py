@@ -1,0 +1,23 @@
+"""Learning-rate schedules that PyTorch lacks in this form."""
+
+import math
+
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+
+def cosine(optimizer: Optimizer, total_steps: int, warmup_steps: int = 0) -> LambdaLR:
+    """Linear warm-up from 0, then half a cosine from the optimizer's learning rate down to 0 at `total_steps`.
+
+    Source: Loshchilov and Hutter 2017, arXiv:1608.03983 (without restarts).
+    """
+    if warmup_steps < 0:
+        raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps}")
+
+    def factor(step: int) -> float:
+        if step < warmup_steps:
+            return step / warmup_steps
+        progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+        return (1 + math.cos(math.pi * min(1.0, progress))) / 2
+
+    return LambdaLR(optimizer, factor)

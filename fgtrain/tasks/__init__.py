@@ -1,0 +1,27 @@
+"""Tasks: classification, and test functions of optimization."""
+
+from fgtrain.tasks.base import Task
+from fgtrain.tasks.classification import Classification
+from fgtrain.tasks.functions import (
+    Beale,
+    Function,
+    Himmelblau,
+    Matyas,
+    Points,
+    Rosenbrock,
+    Sphere,
+    StyblinskiTang,
+)
+
+__all__ = [
+    "Beale",
+    "Classification",
+    "Function",
+    "Himmelblau",
+    "Matyas",
+    "Points",
+    "Rosenbrock",
+    "Sphere",
+    "StyblinskiTang",
+    "Task",
+]

@@ -1,0 +1,18 @@
+"""What is learnt: a task turns a model and a batch into losses and metrics."""
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+from torch import Tensor, nn
+
+
+class Task(ABC):
+    """A loss, and what is reported of a model."""
+
+    @abstractmethod
+    def losses(self, model: nn.Module, batch: Any) -> Tensor:
+        """Per-example losses (B,), or a scalar ()."""
+
+    @abstractmethod
+    def metrics(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        """{name: value of every example (B,)}, averaged over a data set by the caller."""

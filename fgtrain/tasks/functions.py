@@ -1,0 +1,190 @@
+"""Test functions of optimization, with the points they are started from and the minima they are known to have.
+
+Formulas and minima: Surjanovic and Bingham, Virtual Library of Simulation Experiments (sfu.ca/~ssurjano); Beale 1958;
+Rosenbrock 1960; Himmelblau 1972; Styblinski and Tang 1990. All minima have the value 0 unless said otherwise.
+"""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fgtrain.tasks.base import Task
+
+
+class Function(Task):
+    """Minimise f(x) over x in R^dim, from one or many starting points in one batched step.
+
+    The model is a `Points` (starts, dim). The objective is the *sum* over the starting points, so that the gradient of
+    each point, and with it its path, is that of a run of its own.
+
+    Args:
+        starts: number N of starting points.
+        start: "unit", uniform in [0, 1)^dim; "domain", uniform in the function's domain; or one point, the same for
+            every start.
+        dim: dimension.
+
+    Attributes:
+        domain: (low, high) of every coordinate, the box in which the function is usually looked at.
+        minimum: smallest value.
+    """
+
+    domain: tuple[float, float]
+    minimum: float = 0.0
+
+    def __init__(
+        self, starts: int = 1, start: Literal["unit", "domain"] | Sequence[float] = "unit", dim: int = 2
+    ) -> None:
+        if starts < 1:
+            raise ValueError(f"starts must be at least 1, got {starts}")
+        if dim < 2:
+            raise ValueError(f"dim must be at least 2, got {dim}")
+        if not isinstance(start, str) and len(start) != dim:
+            raise ValueError(f"start must have {dim} coordinates, got {list(start)}")
+        self.starts = starts
+        self.start = start
+        self.dim = dim
+
+    @abstractmethod
+    def value(self, x: Tensor) -> Tensor:
+        """F of points (..., dim), (...)."""
+
+    @abstractmethod
+    def minima(self) -> Tensor:
+        """The known global minima, (M, dim)."""
+
+    def starting_points(self) -> Tensor:
+        """(starts, dim), drawn from the global random state unless the start is given."""
+        if not isinstance(self.start, str):
+            return torch.tensor([list(self.start)], dtype=torch.get_default_dtype()).repeat(self.starts, 1)
+        points = torch.rand(self.starts, self.dim)
+        low, high = self.domain
+        return points if self.start == "unit" else low + (high - low) * points
+
+    def distance_to_minimum(self, x: Tensor) -> Tensor:
+        """Euclidean distance of points (N, dim) to the nearest global minimum, (N,)."""
+        return torch.cdist(x.double(), self.minima().to(x.device, torch.float64)).amin(1)
+
+    def losses(self, model: nn.Module, batch: Any) -> Tensor:
+        return self.starts * self.value(model())
+
+    def metrics(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
+        points = model()
+        return {"loss": self.value(points), "distance_to_minimum": self.distance_to_minimum(points)}
+
+
+class Points(nn.Module):
+    """The points at which a function is being minimised: one parameter (starts, dim)."""
+
+    def __init__(self, task: Function) -> None:
+        super().__init__()
+        self.points = nn.Parameter(task.starting_points())
+
+    def forward(self) -> Tensor:
+        return self.points
+
+
+class _Plane(Function):
+    """A function of two variables."""
+
+    def __init__(self, starts: int = 1, start: Literal["unit", "domain"] | Sequence[float] = "unit") -> None:
+        super().__init__(starts, start, dim=2)
+
+    def value(self, x: Tensor) -> Tensor:
+        return self.of_plane(x[..., 0], x[..., 1])
+
+    @abstractmethod
+    def of_plane(self, x: Tensor, y: Tensor) -> Tensor:
+        """f(x, y)."""
+
+
+class Beale(_Plane):
+    """(1.5 - x + x y)^2 + (2.25 - x + x y^2)^2 + (2.625 - x + x y^3)^2; minimum at (3, 0.5).
+
+    >>> Beale().value(torch.tensor([3.0, 0.5]))
+    tensor(0.)
+    """
+
+    domain = (-4.5, 4.5)
+
+    def of_plane(self, x: Tensor, y: Tensor) -> Tensor:
+        return (1.5 - x + x * y) ** 2 + (2.25 - x + x * y**2) ** 2 + (2.625 - x + x * y**3) ** 2
+
+    def minima(self) -> Tensor:
+        return torch.tensor([[3.0, 0.5]])
+
+
+class Himmelblau(_Plane):
+    """(x^2 + y - 11)^2 + (x + y^2 - 7)^2; four minima."""
+
+    domain = (-5.0, 5.0)
+
+    def of_plane(self, x: Tensor, y: Tensor) -> Tensor:
+        return (x**2 + y - 11) ** 2 + (x + y**2 - 7) ** 2
+
+    def minima(self) -> Tensor:
+        return torch.tensor(
+            [
+                [3.0, 2.0],
+                [-2.805118086952745, 3.131312518250573],
+                [-3.779310253377747, -3.283185991286170],
+                [3.584428340330492, -1.848126526964404],
+            ]
+        )
+
+
+class Matyas(_Plane):
+    """0.26 (x^2 + y^2) - 0.48 x y; minimum at the origin."""
+
+    domain = (-10.0, 10.0)
+
+    def of_plane(self, x: Tensor, y: Tensor) -> Tensor:
+        return 0.26 * (x**2 + y**2) - 0.48 * x * y
+
+    def minima(self) -> Tensor:
+        return torch.zeros(1, 2)
+
+
+class Rosenbrock(Function):
+    """sum_i 100 (x_{i+1} - x_i^2)^2 + (1 - x_i)^2 in any dimension; minimum at (1, ..., 1)."""
+
+    domain = (-2.048, 2.048)
+
+    def value(self, x: Tensor) -> Tensor:
+        head, tail = x[..., :-1], x[..., 1:]
+        return (100 * (tail - head**2) ** 2 + (1 - head) ** 2).sum(-1)
+
+    def minima(self) -> Tensor:
+        return torch.ones(1, self.dim)
+
+
+class StyblinskiTang(Function):
+    """sum_i (x_i^4 - 16 x_i^2 + 5 x_i) / 2 in any dimension; minimum -39.16617 dim at (-2.903534, ...)."""
+
+    domain = (-5.0, 5.0)
+
+    def __init__(
+        self, starts: int = 1, start: Literal["unit", "domain"] | Sequence[float] = "unit", dim: int = 2
+    ) -> None:
+        super().__init__(starts, start, dim)
+        self.minimum = -39.16616570377142 * dim
+
+    def value(self, x: Tensor) -> Tensor:
+        return (x**4 - 16 * x**2 + 5 * x).sum(-1) / 2
+
+    def minima(self) -> Tensor:
+        return torch.full((1, self.dim), -2.903534027771178)
+
+
+class Sphere(Function):
+    """sum_i x_i^2 in any dimension; minimum at the origin."""
+
+    domain = (-5.12, 5.12)
+
+    def value(self, x: Tensor) -> Tensor:
+        return x.square().sum(-1)
+
+    def minima(self) -> Tensor:
+        return torch.zeros(1, self.dim)

@@ -1,0 +1,158 @@
+import pytest
+import torch
+from torch import nn
+
+from fgtrain import Backprop, Coordinate, ForwardGradient, LowRank, Normal, Rademacher, Sphere, write_grads
+from fgtrain.tasks import Beale, Points, Rosenbrock
+from fgtrain.tasks import Sphere as Parabola
+from tests import properties
+from tests.cases import CASES
+from tests.properties import estimated_grads, exact_grads, flat
+
+LAWS = [Normal(), Rademacher(), Sphere(), Coordinate(), LowRank(1), LowRank(2)]
+ESTIMATORS = [
+    *(ForwardGradient(law, num) for law in LAWS for num in (1, 3)),
+    ForwardGradient(Normal(), 3, combine="projection"),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("law", LAWS, ids=repr)
+def test_unbiased(law, case):
+    estimator = ForwardGradient(law, num_tangents=100)
+    variance = law.relative_variance(exact_grads(case)) / 100
+    properties.assert_unbiased(estimator, case, variance, draws=10)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("estimator", [Backprop(), *ESTIMATORS], ids=str)
+def test_leaves_no_trace(estimator, case):
+    properties.assert_leaves_no_trace(estimator, case)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
+def test_same_seed_same_estimate(estimator):
+    properties.assert_same_seed_same_estimate(estimator, CASES[0])
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_projection_on_the_whole_space_is_the_gradient(case):
+    gradient = exact_grads(case)
+    estimator = ForwardGradient(Normal(), flat(gradient).numel(), combine="projection")
+    torch.testing.assert_close(flat(estimated_grads(estimator, case)), flat(gradient), rtol=1e-6, atol=1e-8)
+
+
+def test_projection_has_the_least_error_in_the_span():
+    gradient = flat(exact_grads(CASES[0]))
+    errors = {
+        combine: (flat(estimated_grads(ForwardGradient(Normal(), 5, combine), CASES[0])) - gradient).norm()
+        for combine in ("mean", "projection")
+    }
+    assert errors["projection"] < min(gradient.norm(), errors["mean"])
+
+
+def test_estimate_is_the_derivative_times_the_direction():
+    model = CASES[0].build()
+    estimate = ForwardGradient()(model, CASES[0].loss, generator=torch.Generator().manual_seed(0))
+    direction = flat(estimate.grads) / estimate.directional_derivatives
+    exact = flat(exact_grads(CASES[0])) @ direction
+    torch.testing.assert_close(exact, estimate.directional_derivatives[0])
+
+
+def test_derivative_is_clipped():
+    free, clipped = (
+        ForwardGradient(clip_derivative=clip)(
+            CASES[0].build(), CASES[0].loss, generator=torch.Generator().manual_seed(0)
+        )
+        for clip in (None, 1e-3)
+    )
+    assert free.directional_derivatives.abs() > 1e-3
+    torch.testing.assert_close(clipped.directional_derivatives, 1e-3 * free.directional_derivatives.sign())
+
+
+def test_reduce_sees_the_derivatives_and_shapes_the_estimate():
+    estimator, seen = ForwardGradient(num_tangents=3), []
+
+    def double(tensor):
+        seen.append(tensor.shape)
+        return 2 * tensor
+
+    plain = estimator(CASES[0].build(), CASES[0].loss, generator=torch.Generator().manual_seed(0))
+    doubled = estimator(CASES[0].build(), CASES[0].loss, generator=torch.Generator().manual_seed(0), reduce=double)
+    assert seen == [(3,)]
+    torch.testing.assert_close(flat(doubled.grads), 2 * flat(plain.grads))
+
+
+def test_frozen_parameters_are_left_out():
+    model = CASES[0].build()
+    model[0].requires_grad_(False)
+    for estimator in (Backprop(), ForwardGradient()):
+        assert set(estimator(model, CASES[0].loss).grads) == {"2.weight", "2.bias"}
+
+
+def test_model_without_trainable_parameters():
+    for estimator in (Backprop(), ForwardGradient()):
+        with pytest.raises(ValueError, match="ReLU has no parameter with requires_grad=True: nothing to train"):
+            estimator(nn.ReLU(), lambda m: m(torch.ones(1)))
+
+
+def test_without_generator_the_global_seed_decides_and_is_not_consumed():
+    torch.manual_seed(11)
+    state = torch.get_rng_state()
+    estimator = ForwardGradient()
+    first, second = (flat(estimator(CASES[0].build(), CASES[0].loss).grads) for _ in range(2))
+    assert not torch.equal(first, second)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.testing.assert_close(flat(ForwardGradient()(CASES[0].build(), CASES[0].loss).grads), first)
+
+
+@pytest.mark.parametrize("task", [Parabola(dim=4), Beale(), Rosenbrock()], ids=lambda task: type(task).__name__)
+@pytest.mark.parametrize("estimator", [Backprop(), *ESTIMATORS], ids=str)
+def test_lowers_test_functions(estimator, task):
+    torch.manual_seed(42)
+    model = Points(task)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+    generator = torch.Generator().manual_seed(0)
+    start = task.value(model()).item()
+    for _ in range(300):
+        write_grads(model, estimator(model, lambda m: task.losses(m, None), generator=generator).grads)
+        optimizer.step()
+    assert task.value(model()).item() < start
+
+
+def test_rows_are_problems_of_their_own():
+    task = Rosenbrock(starts=3, start="domain", dim=4)
+    torch.manual_seed(0)
+    model = Points(task)
+    estimator = ForwardGradient(num_tangents=2, rowwise=True)
+    estimate = estimator(model, lambda m: task.losses(m, None), generator=torch.Generator().manual_seed(0))
+    exact = Backprop()(model, lambda m: task.losses(m, None)).grads["points"]
+    d = estimate.directional_derivatives.view(2, 3)
+    # g_i = (1/K) sum_k d_ki v_ki, d_ki = g_i . v_ki: the inner product with the exact row is a sum of squares
+    torch.testing.assert_close((estimate.grads["points"] * exact).sum(1), d.square().mean(0))
+
+
+def test_accumulated_gradients_add_up():
+    model = CASES[0].build()
+    grads = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    write_grads(model, grads)
+    write_grads(model, {name: 2 * g for name, g in grads.items()}, accumulate=True)
+    assert all((p.grad == 3).all() for p in model.parameters())
+    write_grads(model, {"0.bias": torch.ones(4, dtype=torch.float64)})
+    assert [name for name, p in model.named_parameters() if p.grad is not None] == ["0.bias"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_tangents": 0}, "num_tangents must be an integer of at least 1, got 0"),
+        ({"num_tangents": -1}, "got -1"),
+        ({"num_tangents": 1.5}, "got 1.5"),
+        ({"num_tangents": True}, "got True"),
+        ({"combine": "sum"}, "combine must be one of mean, projection, got 'sum'"),
+        ({"clip_derivative": 0.0}, "clip_derivative must be positive or None, got 0.0"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ForwardGradient(**arguments)

@@ -1,0 +1,132 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fgtrain import LowRank, Normal, directional_derivatives
+from fgtrain.errors import LossError, UnsupportedOperation
+from fgtrain.forward_ad import jvp
+from fgtrain.tangents import dense
+from tests.cases import CASES, INPUTS
+from tests.properties import exact_grads
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("law", [Normal(), LowRank(1)], ids=repr)
+@pytest.mark.parametrize("num_tangents", [1, 3])
+def test_derivative_is_the_inner_product_with_the_gradient(case, law, num_tangents):
+    model = case.build()
+    tangents = law.sample(dict(model.named_parameters()), range(num_tangents))
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        losses, derivatives = directional_derivatives(model, case.loss, tangents)
+        torch.manual_seed(3)
+        plain = case.loss(case.build())
+    grads = exact_grads(case, seed=3)
+    expected = sum((dense(tangents[name]) * g).flatten(1).sum(1) for name, g in grads.items())
+    torch.testing.assert_close(losses, plain.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(derivatives, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_derivative_of_every_example():
+    model = CASES[0].build()
+    tangents = Normal().sample(dict(model.named_parameters()), [0, 1])
+    _, derivatives = jvp(model, CASES[0].loss, tangents)
+    for i in range(4):
+        _, alone = directional_derivatives(model, lambda m, i=i: CASES[0].loss(m)[i], tangents)
+        torch.testing.assert_close(derivatives[:, i], alone)
+
+
+def test_nothing_is_stored_for_a_backward_pass():
+    model = CASES[0].build()
+    losses, derivatives = jvp(model, CASES[0].loss, Normal().sample(dict(model.named_parameters()), [0]))
+    assert losses.grad_fn is None
+    assert derivatives.grad_fn is None
+
+
+def test_inference_mode_and_compiled_functions_keep_their_tangents():
+    model = CASES[0].build()
+    tangents = Normal().sample(dict(model.named_parameters()), [0])
+    _, expected = directional_derivatives(model, CASES[0].loss, tangents)
+    with torch.inference_mode():
+        _, found = directional_derivatives(model, CASES[0].loss, tangents)
+    torch.testing.assert_close(found, expected)
+    compiled = torch.compile(model, backend="eager")
+    compiled(INPUTS)  # what is compiled for plain tensors would drop the tangent of a dual one
+    _, found = directional_derivatives(compiled, CASES[0].loss, {f"_orig_mod.{n}": t for n, t in tangents.items()})
+    torch.testing.assert_close(found, expected)
+
+
+class _NoJvp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad
+
+
+class _Custom(nn.Module):
+    def forward(self, x):
+        return _NoJvp.apply(x)
+
+
+class _CTC(nn.Module):
+    def forward(self, x):
+        return F.ctc_loss(x.log_softmax(-1)[:, None], torch.tensor([[1]]), torch.tensor([4]), torch.tensor([1]))
+
+
+@pytest.mark.parametrize(
+    ("model", "loss", "message"),
+    [
+        (
+            nn.Sequential(nn.Linear(3, 3), nn.Sequential(_Custom())),
+            lambda m: m(INPUTS).sum(),
+            r"^module '1\.0' \(_Custom\) uses a custom autograd.Function without jvp, which has no forward-mode",
+        ),
+        (
+            nn.Sequential(nn.Linear(3, 3), _CTC()),
+            lambda m: m(INPUTS),
+            r"^module '1' \(_CTC\) uses \S*ctc\S*, which has no forward-mode derivative; replace that module",
+        ),
+    ],
+    ids=["custom function", "ctc"],
+)
+def test_operations_without_derivative_are_named(model, loss, message):
+    model = model.double()
+    tangents = Normal().sample(dict(model.named_parameters()), [0])
+    with pytest.raises(UnsupportedOperation, match=message):
+        directional_derivatives(model, loss, tangents)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (lambda m: m(INPUTS), r"losses of shape \(B,\) or a scalar \(\), got shape \(4, 3\); reduce it"),
+        (lambda m: m(INPUTS).sum().item(), r"got a float"),
+        (lambda m: m(INPUTS).argmax(1), r"of a floating dtype, got torch.int64"),
+        (lambda m: m(INPUTS[:0]).sum(1), r"got shape \(0,\)"),
+        (lambda m: INPUTS.sum(), r"the loss carries no tangent: it depends on no trainable parameter"),
+        (lambda m: m(INPUTS).detach().sum(), r"the loss carries no tangent"),
+    ],
+)
+def test_losses_that_cannot_be_differentiated(loss, message):
+    model = CASES[0].build()
+    with pytest.raises(LossError, match=message):
+        directional_derivatives(model, loss, Normal().sample(dict(model.named_parameters()), [0]))
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match=r"tangents for nope, which the model's named_parameters\(\) do not list"):
+        directional_derivatives(CASES[0].build(), CASES[0].loss, {"nope": torch.zeros(1, 2)})
+
+
+def test_parameters_left_out_have_the_direction_zero():
+    model = CASES[0].build()
+    tangents = Normal().sample(dict(model.named_parameters()), [0])
+    some = {name: tangents[name] for name in ("0.weight",)}
+    zeros = {name: t if name in some else torch.zeros_like(dense(t)) for name, t in tangents.items()}
+    _, found = directional_derivatives(model, CASES[0].loss, some)
+    _, expected = directional_derivatives(model, CASES[0].loss, zeros)
+    torch.testing.assert_close(found, expected)

@@ -1,0 +1,225 @@
+"""The LightningModule does what a plain loop does, under every flag of the trainer."""
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from torch import nn
+
+from fgtrain import Backprop, ForwardGradient, LowRank, write_grads
+from fgtrain.data import Digits, InMemoryDataModule
+from fgtrain.errors import ConfigError
+from fgtrain.lightning import EstimatorModule
+from fgtrain.lightning.callbacks import Monitor, StepProgress
+from fgtrain.models import MLP
+from fgtrain.random import keyed_generator
+from fgtrain.schedulers import cosine
+from fgtrain.tasks import Classification
+
+ESTIMATORS = [
+    Backprop(),
+    ForwardGradient(),
+    ForwardGradient(LowRank(), num_tangents=2),
+    ForwardGradient(num_tangents=2, combine="projection"),
+]
+
+
+class Small(InMemoryDataModule):
+    """Forty random examples: five batches of eight."""
+
+    input_shape = (1, 2, 2)
+    num_classes = 3
+
+    def __init__(self, batch_size=8):
+        super().__init__(batch_size)
+
+    def load(self):
+        generator = torch.Generator().manual_seed(0)
+        splits = {
+            name: (torch.randn(n, 1, 2, 2, generator=generator), torch.randint(3, (n,), generator=generator))
+            for name, n in (("train", 40), ("val", 16), ("test", 16))
+        }
+        return splits, torch.Tensor.float
+
+
+def make(estimator, model=None, optimizer=lambda params: torch.optim.SGD(params, lr=0.1), **options):
+    torch.manual_seed(0)
+    return EstimatorModule(model or MLP((1, 2, 2), 3, [5]), Classification(), estimator, optimizer, **options)
+
+
+def trainer(tmp_path, *callbacks, **options):
+    defaults = {"logger": False, "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks)}
+    defaults |= {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
+    defaults |= {"use_distributed_sampler": False, "log_every_n_steps": 1, "max_epochs": -1}
+    return L.Trainer(default_root_dir=tmp_path, callbacks=list(callbacks), **(defaults | options))
+
+
+def plain_loop(module, data, steps, accumulate=1, clip=None):
+    """The same updates without Lightning: weights after so many optimizer steps."""
+    data.setup("fit")
+    model, loader = module.model, data.train_dataloader()
+    optimizer = module.make_optimizer(model.parameters())
+    done = 0
+    while done < steps:
+        for i, batch in enumerate(loader):
+            micro = i % accumulate
+            estimate = module.estimator(
+                model,
+                lambda net, batch=batch: module.task.losses(net, batch),
+                generator=keyed_generator(module.seed, done, micro),
+            )
+            write_grads(model, {n: g / accumulate for n, g in estimate.grads.items()}, accumulate=micro > 0)
+            if micro + 1 == accumulate or i + 1 == len(loader):
+                if clip is not None:
+                    nn.utils.clip_grad_norm_(model.parameters(), clip)
+                optimizer.step()
+                done += 1
+                if done == steps:
+                    break
+    return model.state_dict()
+
+
+def assert_equal_weights(a, b):
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}, {"clip_grad_norm": 0.01}], ids=str)
+def test_equals_a_plain_loop(estimator, options, tmp_path):
+    module = make(estimator, **options)
+    trainer(tmp_path, max_steps=12).fit(module, Small())
+    plain = plain_loop(
+        make(estimator), Small(), 12, options.get("accumulate_grad_batches", 1), options.get("clip_grad_norm")
+    )
+    assert_equal_weights(module.model.state_dict(), plain)
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"max_steps": 7}, 7),
+        ({"max_epochs": 2}, 10),
+        ({"max_epochs": 2, "limit_train_batches": 3}, 6),
+        ({"max_epochs": 2, "overfit_batches": 2}, 4),
+        ({"fast_dev_run": True}, 1),
+        ({"max_epochs": 2, "limit_train_batches": 0.4, "limit_val_batches": 1}, 4),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("estimator", ESTIMATORS[:2], ids=str)
+def test_trainer_flags_count_steps(estimator, options, steps, tmp_path):
+    run = trainer(tmp_path, Monitor(1), StepProgress(), **options)
+    run.fit(make(estimator), Small())
+    assert run.global_step == steps
+
+
+def test_accumulation_counts_optimizer_steps(tmp_path):
+    run = trainer(tmp_path, max_epochs=2)
+    run.fit(make(Backprop(), accumulate_grad_batches=2), Small())
+    assert run.global_step == 6  # five batches are steps of two, two and one
+
+
+def test_learning_rate_follows_the_schedule(tmp_path):
+    module = make(ForwardGradient(), scheduler=cosine)
+    run = trainer(tmp_path, max_steps=10)
+    run.fit(module, Small())
+    assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.0)
+    module = make(ForwardGradient(), scheduler=lambda o: torch.optim.lr_scheduler.StepLR(o, 5, 0.1))
+    run = trainer(tmp_path, max_epochs=2)
+    run.fit(module, Small())
+    assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.001)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [({"max_steps": 10}, 10), ({"max_epochs": 3}, 15), ({"max_epochs": 3, "max_steps": 4}, 4)],
+    ids=str,
+)
+def test_schedule_knows_the_length_of_the_run(options, expected, tmp_path):
+    seen = []
+
+    def schedule(optimizer, total_steps):
+        seen.append(total_steps)
+        return cosine(optimizer, total_steps, warmup_steps=2)
+
+    trainer(tmp_path, **options).fit(make(Backprop(), scheduler=schedule), Small())
+    assert seen == [expected]
+
+
+def test_schedule_without_a_length_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"the scheduler needs the run's length: set trainer.max_steps"):
+        trainer(tmp_path).fit(make(Backprop(), scheduler=cosine), Small())
+
+
+def test_early_stopping(tmp_path):
+    module = make(Backprop(), optimizer=lambda params: torch.optim.SGD(params, lr=1e-9))
+    run = trainer(tmp_path, EarlyStopping("val/loss", patience=2, min_delta=0.1), max_epochs=50)
+    run.fit(module, Small())
+    assert run.current_epoch == 3
+
+
+def saves_at(folder, step):
+    return ModelCheckpoint(folder, "cut", every_n_train_steps=step, save_top_k=1)
+
+
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
+@pytest.mark.parametrize("cut", [3, 5, 7])
+@pytest.mark.filterwarnings("ignore:The dirpath has changed")
+def test_resumed_equals_straight(estimator, cut, tmp_path):
+    def optimizer(params):
+        return torch.optim.SGD(params, lr=0.1, momentum=0.9)
+
+    straight = make(estimator, optimizer=optimizer, scheduler=lambda o: cosine(o, 12))
+    trainer(tmp_path, max_steps=12).fit(straight, Small())
+    first = make(estimator, optimizer=optimizer, scheduler=lambda o: cosine(o, 12))
+    trainer(tmp_path, saves_at(tmp_path / "a", cut), max_steps=cut).fit(first, Small())
+    resumed = make(estimator, optimizer=optimizer, scheduler=lambda o: cosine(o, 12))
+    trainer(tmp_path, saves_at(tmp_path / "b", cut), max_steps=12).fit(
+        resumed, Small(), ckpt_path=tmp_path / "a" / "cut.ckpt"
+    )
+    assert_equal_weights(resumed.model.state_dict(), straight.model.state_dict())
+
+
+def test_checkpoint_of_the_best_model(tmp_path):
+    checkpoint = ModelCheckpoint(tmp_path, "best", monitor="val/acc", mode="max", save_last=True)
+    run = trainer(tmp_path, checkpoint, max_epochs=4)
+    module = make(Backprop())
+    run.fit(module, Small())
+    assert {p.name for p in tmp_path.glob("*.ckpt")} == {"best.ckpt", "last.ckpt"}
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    assert_equal_weights({name: state[name] for name in module.state_dict()}, module.state_dict())
+
+
+class Fp16(L.pytorch.plugins.precision.MixedPrecision):
+    """CUDA's 16-mixed with its gradient scaler, on this machine."""
+
+    def __init__(self):
+        super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+
+
+def test_precisions(tmp_path):
+    for precision in ("64-true", "bf16-true", "bf16-mixed"):
+        module = make(ForwardGradient())
+        run = trainer(tmp_path, max_steps=2, precision=precision)
+        run.fit(module, Small())
+        assert all(p.isfinite().all() for p in module.parameters())
+    with pytest.raises(ConfigError, match=r"16-mixed scales a loss that forward gradients never .* use bf16-mixed"):
+        trainer(tmp_path, max_steps=2, plugins=[Fp16()]).fit(make(ForwardGradient()), Small())
+
+
+def test_observers_change_nothing(tmp_path):
+    watched, alone = make(ForwardGradient()), make(ForwardGradient())
+    trainer(tmp_path, Monitor(1), StepProgress(), max_steps=8).fit(watched, Small())
+    trainer(tmp_path, max_steps=8).fit(alone, Small())
+    assert_equal_weights(watched.state_dict(), alone.state_dict())
+
+
+def test_learns_digits(tmp_path):
+    data = Digits(256)
+    module = make(Backprop(), model=MLP((1, 8, 8), 10))
+    run = trainer(tmp_path, max_steps=300)
+    run.fit(module, data)
+    (metrics,) = run.test(module, data, verbose=False)
+    assert metrics["test/acc"] > 0.9

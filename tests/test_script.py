@@ -1,0 +1,211 @@
+"""scripts/train.py as a user runs it."""
+
+import importlib.util
+import io
+import json
+import re
+import subprocess
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fgtrain.cli import run_app
+from fgtrain.lightning.run import build
+
+ROOT = Path(__file__).resolve().parents[1]
+CONF = ROOT / "conf"
+
+
+def options(group):
+    """The names in a config group, helpers left out."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml") if not path.stem.startswith("_"))
+
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def train(folder, *overrides):
+    """Run the script in `folder`; (exit status, stdout, stderr)."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["train.py", *overrides])
+        try:
+            run_app(load_script("train").main, config_name="train")
+        except SystemExit as end:
+            status = end.code
+    return status, out.getvalue(), err.getvalue()
+
+
+def results_under(folder):
+    return [json.loads(path.read_text()) for path in sorted(folder.rglob("results.json"))]
+
+
+@pytest.fixture(scope="module")
+def digits_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("digits")
+    return folder, *train(folder, "method=fwdgrad", "trainer.max_steps=200", "trainer.val_check_interval=100")
+
+
+def test_results(digits_run):
+    folder, status, out, err = digits_run
+    assert status == 0, err
+    (results,) = results_under(folder)
+    names = {"method": "fwdgrad", "task": "classification", "data": "digits", "model": "mlp", "seed": 42, "steps": 200}
+    assert {name: results[name] for name in names} == names
+    assert results["num_parameters"] == 64 * 64 + 64 + 64 * 10 + 10
+    assert results["train_seconds"] > 0
+    assert results["step_ms_median"] > 0
+    assert results["peak_memory_mib"] > 100
+    assert {"train/loss", "val/loss", "val/acc", "test/loss", "test/acc"} <= results["metrics"].keys()
+    assert f"{results['metrics']['test/acc']:.6g}" in out
+    assert out.rstrip().splitlines()[-1].startswith("look at it: tensorboard --host 127.0.0.1 --logdir runs")
+    assert "Warning" not in err
+
+
+def test_run_directory(digits_run):
+    (run_dir,) = (path.parent for path in digits_run[0].rglob("results.json"))
+    assert {p.name for p in (run_dir / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    events = EventAccumulator(str(run_dir)).Reload()
+    scalars = {tag: [e.step for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    expected = {"loss", "lr", "step_ms", "grad_norm"}
+    expected |= {"directional_derivative" + suffix for suffix in ("", "_abs", "_max")}
+    assert {f"train/{name}" for name in expected} | {"val/acc", "val/loss"} <= scalars.keys()
+    assert scalars["train/loss"] == [50, 100, 150, 200]
+    assert len(scalars["val/acc"]) == 2
+
+
+def test_equals_the_parts_put_together_by_hand(digits_run):
+    (run_dir,) = (path.parent for path in digits_run[0].rglob("results.json"))
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose(
+            "train",
+            ["trainer.max_steps=200", "callbacks=none", f"run_dir={run_dir / 'again'}", "trainer.limit_val_batches=0"],
+        )
+    run = build(cfg)
+    run.trainer.fit(run.module, run.data)
+    saved = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    for name, value in run.module.state_dict().items():
+        assert torch.equal(value, saved[name]), name
+
+
+@pytest.mark.parametrize(
+    ("task", "steps", "loss"),
+    [("beale", 1000, 5.2046e-05), ("rosenbrock", 1000, 2.3395e-03)],
+    ids=["beale", "rosenbrock"],
+)
+def test_backprop_reproduces_the_notebook(task, steps, loss, tmp_path):
+    status, _, err = train(tmp_path, f"task={task}", "method=backprop")
+    assert status == 0, err
+    (results,) = results_under(tmp_path)
+    assert results["steps"] == steps
+    assert results["metrics"]["loss"] == pytest.approx(loss, rel=1e-3)
+    assert results["metrics"].keys() == {"loss", "distance_to_minimum"}
+    assert len(results["solution"]) == 2
+    (run_dir,) = (path.parent for path in tmp_path.rglob("results.json"))
+    paths = np.load(run_dir / "trajectory.npz")
+    assert paths["points"].shape == (1001, 1, 2)
+    assert paths["values"][-1, 0] == pytest.approx(loss, rel=1e-3)
+    assert (run_dir / "trajectory.png").stat().st_size > 10_000
+    assert EventAccumulator(str(run_dir)).Reload().Tags()["images"] == ["trajectory"]
+
+
+def test_sweep_is_one_folder_of_runs(tmp_path):
+    status, _, err = train(tmp_path, "-m", "method=backprop,fwdgrad", "seed=0,1,2", "trainer.max_steps=3")
+    assert status == 0, err
+    (sweep,) = {path.parents[1] for path in tmp_path.rglob("results.json")}
+    found = {(r["method"], r["seed"]) for r in results_under(sweep)}
+    assert found == {(method, seed) for method in ("backprop", "fwdgrad") for seed in (0, 1, 2)}
+
+
+COMPANIONS = {
+    "steps": ["task=sphere"],
+    "points": ["task=sphere"],
+    "cnn": ["data=cifar10"],
+    "torchvision": ["data=cifar10"],
+}
+CHOICES = [(group.name, choice) for group in sorted(CONF.iterdir()) if group.is_dir() for choice in options(group.name)]
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES, ids="=".join)
+def test_every_config_builds(group, choice, tmp_path):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = compose("train", [f"{group}={choice}", f"run_dir={tmp_path}", *COMPANIONS.get(choice, [])])
+    build(cfg)
+
+
+BAD = [
+    ("method=fwdgard", r"Could not find 'method/fwdgard' Available options in 'method': backprop"),
+    ("task=nope", r"Could not find 'task/nope' Available options"),
+    ("data=nope", r"Could not find 'data/nope' Available options"),
+    ("model=nope", r"Could not find 'model/nope' Available options"),
+    ("tangents=nope", r"Could not find 'tangents/nope' Available options in 'tangents': coordinate low_rank normal"),
+    ("method.num_tangents=0", r"method: num_tangents must be an integer of at least 1, got 0"),
+    ("method.num_tangents=-1", r"method: num_tangents must be an integer of at least 1, got -1"),
+    ("method.num_tangents=1.5", r"method.num_tangents must be an integer, got 1.5"),
+    ("method.num_tangents=abc", r"method.num_tangents must be an integer, got 'abc'"),
+    ("method.tangents=normal", r"method.tangents must be a node with a _target_ \(Tangents\) or null, got 'normal'"),
+    ("method.combine=sum", r"method.combine must be 'mean' or 'projection', got 'sum'"),
+    ("method._target_=fgtrain.Nope", r"method: _target_ 'fgtrain.Nope' cannot be imported"),
+    (
+        "method=backprop +method.num_tangents=3",
+        r"method.num_tangents: fgtrain.Backprop takes no argument 'num_tangents'",
+    ),
+    ("lr=-1", r"lr must be positive, got -1.0"),
+    ("lr=0", r"lr must be positive, got 0.0"),
+    ("lr=abc", r"Value 'abc' of type 'str' could not be converted to Float"),
+    ("seed=-3", r"seed must be at least 0, got -3"),
+    ("seed=abc", r"Value 'abc' of type 'str' could not be converted to Integer"),
+    ("accumulate_grad_batches=0", r"accumulate_grad_batches must be at least 1, got 0"),
+    ("clip_grad_norm=-1", r"clip_grad_norm must be positive, got -1.0"),
+    ("nope=1", r"nope is no key of the configuration; --cfg job prints the keys there are"),
+    ("+nope=1", r"nope: no such key; the top level has seed, lr"),
+    ("trainer.max_epoch=3", r"trainer.max_epoch is no key of the configuration"),
+    (
+        "+trainer.max_epoch=3",
+        r"trainer.max_epoch: lightning.Trainer takes no argument 'max_epoch'; did you mean max_epochs",
+    ),
+    ("trainer.max_steps=abc", r"trainer.max_steps must be an integer, got 'abc'"),
+    ("trainer.precision=12", r"trainer.precision must be .* got 12"),
+    ("optimizer.momentum=-1", r"optimizer: Invalid momentum value: -1"),
+    ("optimizer.momentum=abc", r"optimizer.momentum must be a number, got 'abc'"),
+    ("model.hidden=[0]", r"model: hidden must hold positive widths, got \[0\]"),
+    ("model.hidden=64", r"model.hidden must be a list, each an integer, got 64"),
+    ("data.batch_size=0", r"data: batch_size must be at least 1, got 0"),
+    ("resume=nope.ckpt", r"resume=nope.ckpt is no file; give the path of a checkpoint"),
+    (
+        "task=beale trainer.max_steps=-1",
+        r"data: a task without data counts steps: trainer.max_steps must be at least 1",
+    ),
+    ("data=mnist data.root=/dev/null/x", r"MNIST is not in data.root=/dev/null/x and could not be put there"),
+    ("model=torchvision model.name=resnet19", r"model: torchvision has no classification model 'resnet19'; it has"),
+    ("--nope", r"unrecognized arguments: --nope"),
+    ("lr", r"missing EQUAL"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[arguments for arguments, _ in BAD])
+def test_bad_input_is_one_line(arguments, message, tmp_path):
+    status, out, err = train(tmp_path, *arguments.split())
+    assert status == 2
+    assert len(err.splitlines()) == 1, err
+    assert re.match(rf"fgtrain: .*{message}", err)
+    assert out == ""
+    assert not list(tmp_path.rglob("events*"))
+
+
+def test_from_the_shell(tmp_path):
+    command = [sys.executable, ROOT / "scripts" / "train.py", "method.num_tangents=0"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    expected = (2, "", "fgtrain: method: num_tangents must be an integer of at least 1, got 0\n")
+    assert (done.returncode, done.stdout, done.stderr) == expected

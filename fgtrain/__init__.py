@@ -1,5 +1,6 @@
 """fgtrain: train neural networks with backpropagation or forward gradients, swapped by one word."""
 
+from fgtrain import tasks
 from fgtrain.estimators import Backprop, Estimate, ForwardGradient, GradientEstimator, write_grads
 from fgtrain.forward_ad import directional_derivatives
 from fgtrain.tangents import Coordinate, LowRank, Normal, Rademacher, Sphere
@@ -15,5 +16,6 @@ __all__ = [
     "Rademacher",
     "Sphere",
     "directional_derivatives",
+    "tasks",
     "write_grads",
 ]

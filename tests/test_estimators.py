@@ -137,7 +137,7 @@ def test_accumulated_gradients_add_up():
     grads = {name: torch.ones_like(p) for name, p in model.named_parameters()}
     write_grads(model, grads)
     write_grads(model, {name: 2 * g for name, g in grads.items()}, accumulate=True)
-    assert all((p.grad == 3).all() for p in model.parameters())
+    assert all(bool((p.grad == 3).all()) for p in model.parameters())
     write_grads(model, {"0.bias": torch.ones(4, dtype=torch.float64)})
     assert [name for name, p in model.named_parameters() if p.grad is not None] == ["0.bias"]
 

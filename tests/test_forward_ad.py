@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -51,7 +53,7 @@ def test_inference_mode_and_compiled_functions_keep_their_tangents():
     with torch.inference_mode():
         _, found = directional_derivatives(model, CASES[0].loss, tangents)
     torch.testing.assert_close(found, expected)
-    compiled = torch.compile(model, backend="eager")
+    compiled: Any = torch.compile(model, backend="eager")
     compiled(INPUTS)  # what is compiled for plain tensors would drop the tangent of a dual one
     _, found = directional_derivatives(compiled, CASES[0].loss, {f"_orig_mod.{n}": t for n, t in tangents.items()})
     torch.testing.assert_close(found, expected)
@@ -63,8 +65,8 @@ class _NoJvp(torch.autograd.Function):
         return x.clone()
 
     @staticmethod
-    def backward(ctx, grad):
-        return grad
+    def backward(ctx, *grads):
+        return grads
 
 
 class _Custom(nn.Module):

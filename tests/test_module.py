@@ -1,9 +1,12 @@
 """The LightningModule does what a plain loop does, under every flag of the trainer."""
 
+from typing import Any
+
 import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 
 from fgtrain import Backprop, ForwardGradient, LowRank, write_grads
@@ -48,7 +51,10 @@ def make(estimator, model=None, optimizer=lambda params: torch.optim.SGD(params,
 
 
 def trainer(tmp_path, *callbacks, **options):
-    defaults = {"logger": False, "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks)}
+    defaults: dict[str, Any] = {
+        "logger": False,
+        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
+    }
     defaults |= {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
     defaults |= {"use_distributed_sampler": False, "log_every_n_steps": 1, "max_epochs": -1}
     return L.Trainer(default_root_dir=tmp_path, callbacks=list(callbacks), **(defaults | options))
@@ -192,7 +198,7 @@ def test_checkpoint_of_the_best_model(tmp_path):
     assert_equal_weights({name: state[name] for name in module.state_dict()}, module.state_dict())
 
 
-class Fp16(L.pytorch.plugins.precision.MixedPrecision):
+class Fp16(MixedPrecision):
     """CUDA's 16-mixed with its gradient scaler, on this machine."""
 
     def __init__(self):

@@ -8,57 +8,25 @@ variance and what a draw costs. With n trainable numbers, one tangent and gradie
 where the excess is 2 for normal entries, 0 for every law with ||v||^2 = n (Rademacher, sphere, coordinate, rank-1
 signs); the mean over K tangents divides it by K.
 
-K directions for one parameter are a *tangent*: a tensor (K, *p.shape), or a `LowRankTangent` that stands for one.
 Direction k is a function of `seeds[k]` alone, so tangents can be drawn again, in any chunks, from their seeds.
 """
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class LowRankTangent:
-    """K directions V_k = sum_a left[k, a] right[k, a]^T for a parameter read as a matrix (shape[0], rest).
-
-    Args:
-        left: (K, r, m) with m = shape[0].
-        right: (K, r, n) with n = the product of the other dimensions; carries the factor 1 / sqrt(r).
-        shape: shape of the parameter.
-    """
-
-    left: Tensor
-    right: Tensor
-    shape: torch.Size
-
-    def dense(self) -> Tensor:
-        """The directions written out, (K, *shape)."""
-        return torch.einsum("kam,kan->kmn", self.left, self.right).reshape(-1, *self.shape)
-
-    def __len__(self) -> int:
-        return len(self.left)
-
-
-Tangent = Tensor | LowRankTangent
-
-
-def dense(tangent: Tangent) -> Tensor:
-    """(K, *p.shape), whatever the tangent is made of."""
-    return tangent if isinstance(tangent, Tensor) else tangent.dense()
+from fgtrain.directions import Directions, Piece
 
 
 class Tangents(ABC):
     """A law of random directions with E[v v^T] = I."""
 
     @abstractmethod
-    def sample(
-        self, params: Mapping[str, Tensor], seeds: Sequence[int], *, rowwise: bool = False
-    ) -> dict[str, Tangent]:
+    def sample(self, params: Mapping[str, Tensor], seeds: Sequence[int], *, rowwise: bool = False) -> Directions:
         """Draw one direction over all `params` per seed.
 
         Args:
@@ -78,16 +46,16 @@ class _DenseLaw(Tangents):
     excess: float
 
     @abstractmethod
-    def fill(self, rows: Tensor, generator: torch.Generator) -> None:
-        """Write an independent direction into every row of `rows` (R, n)."""
+    def fill(self, rows: Tensor, size: int, generator: torch.Generator) -> None:
+        """Write an independent direction of `size` numbers into every row of `rows`; what stands behind it is free.
 
-    def sample(
-        self, params: Mapping[str, Tensor], seeds: Sequence[int], *, rowwise: bool = False
-    ) -> dict[str, Tangent]:
+        Rows are contiguous, their length a multiple of 16.
+        """
+
+    def sample(self, params: Mapping[str, Tensor], seeds: Sequence[int], *, rowwise: bool = False) -> Directions:
         num_rows = _common_rows(params) if rowwise else 1
-        sizes = [p.numel() // num_rows for p in params.values()]
-        blocks = _draw(self, sizes, seeds, num_rows, list(params.values()))
-        return {name: block.view(-1, *p.shape) for (name, p), block in zip(params.items(), blocks, strict=True)}
+        pieces = [Piece(name, p, p.numel() // num_rows) for name, p in params.items()]
+        return draw(self, pieces, seeds, num_rows if rowwise else None)
 
     def relative_variance(self, grads: Mapping[str, Tensor]) -> float:
         return sum(g.numel() for g in grads.values()) - 1 + self.excess
@@ -109,7 +77,7 @@ class Normal(_DenseLaw):
 
     excess = 2.0
 
-    def fill(self, rows: Tensor, generator: torch.Generator) -> None:
+    def fill(self, rows: Tensor, size: int, generator: torch.Generator) -> None:
         rows.normal_(generator=generator)
 
 
@@ -122,13 +90,12 @@ class Rademacher(_DenseLaw):
 
     excess = 0.0
 
-    def fill(self, rows: Tensor, generator: torch.Generator) -> None:
+    def fill(self, rows: Tensor, size: int, generator: torch.Generator) -> None:
         # Sixty-four signs from every random word: each byte picks the eight signs of its bits from a table.
-        words = torch.empty(-(-rows.numel() // 64), dtype=torch.int64, device=rows.device)
-        words.random_(-(2**63), None, generator=generator)
-        byte = words.view(torch.uint8).to(torch.int32)
-        signs = _signs_of_bytes(rows.dtype, rows.device).index_select(0, byte).view(-1)
-        rows.copy_(signs[: rows.numel()].view(rows.shape))
+        num_bytes = rows.numel() // 8
+        words = torch.empty(-(-num_bytes // 8), dtype=torch.int64, device=rows.device)
+        bits = words.random_(-(2**63), None, generator=generator).view(torch.uint8)[:num_bytes].int()
+        torch.index_select(_signs_of_bytes(rows.dtype, rows.device), 0, bits, out=rows.view(-1, 8))
 
 
 class Sphere(_DenseLaw):
@@ -140,9 +107,9 @@ class Sphere(_DenseLaw):
 
     excess = 0.0
 
-    def fill(self, rows: Tensor, generator: torch.Generator) -> None:
+    def fill(self, rows: Tensor, size: int, generator: torch.Generator) -> None:
         rows.normal_(generator=generator)
-        rows.mul_(math.sqrt(rows.shape[1]) / rows.norm(dim=1, keepdim=True))
+        rows.mul_(math.sqrt(size) / rows[:, :size].norm(dim=1, keepdim=True))
 
 
 class Coordinate(_DenseLaw):
@@ -154,9 +121,9 @@ class Coordinate(_DenseLaw):
 
     excess = 0.0
 
-    def fill(self, rows: Tensor, generator: torch.Generator) -> None:
-        index = torch.randint(rows.shape[1], (len(rows), 1), generator=generator, device=rows.device)
-        rows.zero_().scatter_(1, index, math.sqrt(rows.shape[1]))
+    def fill(self, rows: Tensor, size: int, generator: torch.Generator) -> None:
+        index = torch.randint(size, (len(rows), 1), generator=generator, device=rows.device)
+        rows.zero_().scatter_(1, index, math.sqrt(size))
 
 
 class LowRank(Tangents):
@@ -187,25 +154,19 @@ class LowRank(Tangents):
         self.factors = factors
         self._law = Rademacher() if factors == "rademacher" else Normal()
 
-    def sample(
-        self, params: Mapping[str, Tensor], seeds: Sequence[int], *, rowwise: bool = False
-    ) -> dict[str, Tangent]:
+    def sample(self, params: Mapping[str, Tensor], seeds: Sequence[int], *, rowwise: bool = False) -> Directions:
         if rowwise:
             if any(p.dim() > 2 for p in params.values()):
                 raise ValueError("LowRank has no row-wise form for rows that are matrices; use tangents=rademacher")
             return self._law.sample(params, seeds, rowwise=True)
-        sizes = [self.rank * (p.shape[0] + p[0].numel()) if p.dim() > 1 else p.numel() for p in params.values()]
-        blocks = _draw(self._law, sizes, seeds, 1, list(params.values()))
-        return {
-            name: self._factors(block, p.shape) if p.dim() > 1 else block.view(-1, *p.shape)
-            for (name, p), block in zip(params.items(), blocks, strict=True)
-        }
-
-    def _factors(self, block: Tensor, shape: torch.Size) -> LowRankTangent:
-        split = self.rank * shape[0]
-        left = block[:, 0, :split].view(len(block), self.rank, shape[0])
-        right = block[:, 0, split:].view(len(block), self.rank, -1)
-        return LowRankTangent(left, right / math.sqrt(self.rank) if self.rank > 1 else right, shape)
+        pieces = []
+        for name, p in params.items():
+            if p.dim() > 1:
+                rows = p.shape[0]
+                pieces += [Piece(name, p, self.rank * rows), Piece(name, p, self.rank * (p.numel() // rows), part=1)]
+            else:
+                pieces.append(Piece(name, p, p.numel()))
+        return draw(self._law, pieces, seeds, rank=self.rank)
 
     def relative_variance(self, grads: Mapping[str, Tensor]) -> float:
         count, excess, norm = 0, 0.0, 0.0
@@ -224,28 +185,32 @@ class LowRank(Tangents):
         return f"LowRank(rank={self.rank}, factors={self.factors!r})"
 
 
-def _draw(
-    law: _DenseLaw, sizes: Sequence[int], seeds: Sequence[int], num_rows: int, params: Sequence[Tensor]
-) -> Iterator[Tensor]:
-    """One block (K, num_rows, size) per size, all from one buffer that `law` fills seed by seed."""
-    devices = {p.device for p in params}
-    if len(devices) != 1:
-        names = ", ".join(sorted(map(str, devices)))
-        raise ValueError(f"the trainable parameters must be on one device, got {names}; move the model with .to()")
-    device = devices.pop()
-    dtype = params[0].dtype
-    for p in params[1:]:
-        dtype = torch.promote_types(dtype, p.dtype)
-    # Blocks of a multiple of 16 numbers first and rows padded to one: matrix kernels want aligned addresses.
-    order = sorted(range(len(sizes)), key=lambda i: sizes[i] % 16 != 0)
-    total = sum(sizes)
-    padded = -(-total // 16) * 16
-    flat = torch.empty(len(seeds), num_rows, padded, dtype=dtype, device=device)[..., :total]
+def draw(
+    law: _DenseLaw, pieces: Sequence[Piece], seeds: Sequence[int], num_rows: int | None = None, rank: int = 1
+) -> Directions:
+    """Directions whose numbers `law` draws seed by seed."""
+    device, dtype = _common_device_and_dtype([piece.like for piece in pieces])
+    # Pieces of a multiple of 16 numbers first and rows padded to one: matrix kernels want aligned addresses.
+    pieces = sorted(pieces, key=lambda piece: piece.size % 16 != 0)
+    total = sum(piece.size for piece in pieces)
+    buffer = torch.empty(len(seeds), num_rows or 1, total + -total % 16, dtype=dtype, device=device)
     generator = torch.Generator(device)
-    for rows, seed in zip(flat, seeds, strict=True):
-        law.fill(rows, generator.manual_seed(int(seed)))
-    split = dict(zip(order, flat.split([sizes[i] for i in order], dim=-1), strict=True))
-    return (split[i].to(p.dtype) for i, p in enumerate(params))
+    for k, seed in enumerate(seeds):
+        law.fill(buffer[k], total, generator.manual_seed(seed))
+    return Directions(buffer if num_rows else buffer.squeeze(1), pieces, rank)
+
+
+def _common_device_and_dtype(params: Sequence[Tensor]) -> tuple[torch.device, torch.dtype]:
+    device, dtype = params[0].device, params[0].dtype
+    for p in params:
+        if p.device != device:
+            raise ValueError(
+                f"the trainable parameters must be on one device, got {device} and {p.device}; "
+                "move the model with .to()"
+            )
+        if p.dtype != dtype:
+            dtype = torch.promote_types(dtype, p.dtype)
+    return device, dtype
 
 
 def _common_rows(params: Mapping[str, Tensor]) -> int:

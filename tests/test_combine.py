@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from fgtrain import LowRank, Normal
-from fgtrain.combine import coefficients, gram, weighted_sum
-from fgtrain.tangents import dense
+from fgtrain.combine import coefficients
+from fgtrain.directions import Directions, Piece, dense
 from tests.properties import flat
 
 PARAMS = {"weight": torch.zeros(3, 4, dtype=torch.float64), "bias": torch.zeros(3, dtype=torch.float64)}
@@ -22,7 +22,7 @@ def setup(law, num):
 def test_mean_is_the_matrix_product(law, num):
     tangents, v, g = setup(law, num)
     c = coefficients("mean", v.T @ g, tangents)
-    estimate = flat({name: weighted_sum(t, c) for name, t in tangents.items()})
+    estimate = flat(tangents.weighted_sum(c))
     torch.testing.assert_close(estimate, v @ v.T @ g / num)
 
 
@@ -31,7 +31,7 @@ def test_mean_is_the_matrix_product(law, num):
 def test_projection_is_least_squares(law, num):
     tangents, v, g = setup(law, num)
     c = coefficients("projection", v.T @ g, tangents)
-    estimate = flat({name: weighted_sum(t, c) for name, t in tangents.items()})
+    estimate = flat(tangents.weighted_sum(c))
     torch.testing.assert_close(estimate, v @ torch.linalg.pinv(v) @ g)
     if num >= 15:  # the span is the whole space
         torch.testing.assert_close(estimate, g)
@@ -40,7 +40,7 @@ def test_projection_is_least_squares(law, num):
 @pytest.mark.parametrize("law", LAWS, ids=repr)
 def test_gram_matrix(law):
     tangents, v, _ = setup(law, 5)
-    torch.testing.assert_close(gram(tangents), v.T @ v)
+    torch.testing.assert_close(tangents.gram(), v.T @ v)
 
 
 @pytest.mark.parametrize("combine", ["mean", "projection"])
@@ -49,8 +49,8 @@ def test_rows_are_combined_on_their_own(combine):
     tangents = Normal().sample(params, range(2), rowwise=True)
     g = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     derivatives = (dense(tangents["points"]) * g).sum(-1)
-    rows = weighted_sum(tangents["points"], coefficients(combine, derivatives, tangents, rowwise=True))
+    rows = tangents.weighted_sum(coefficients(combine, derivatives, tangents))["points"]
     for i in range(4):
-        alone = {"points": dense(tangents["points"])[:, i]}
-        row = weighted_sum(alone["points"], coefficients(combine, derivatives[:, i], alone))
+        one = Directions(tangents.buffer[:, i], [Piece("points", params["points"][i], 3)])
+        row = one.weighted_sum(coefficients(combine, derivatives[:, i], one))["points"]
         torch.testing.assert_close(rows[i], row)

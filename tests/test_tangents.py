@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fgtrain import Coordinate, LowRank, Normal, Rademacher, Sphere
-from fgtrain.tangents import LowRankTangent, dense
+from fgtrain.directions import LowRankTangent, dense
 from tests.properties import flat
 
 LAWS = [
@@ -79,7 +79,8 @@ def test_rows_are_independent_directions(law):
 def test_low_rank_tangent_written_out():
     tangent = LowRank(2).sample(PARAMS, [0, 1, 2])["weight"]
     assert isinstance(tangent, LowRankTangent)
-    by_hand = tangent.left.mT @ tangent.right
+    left, right = tangent.factors
+    by_hand = torch.einsum("kam,kan->kmn", left, right)
     torch.testing.assert_close(tangent.dense(), by_hand)
     assert torch.linalg.matrix_rank(by_hand).tolist() == [2, 2, 2]
 
@@ -88,8 +89,8 @@ def test_convolution_weights_are_matrices_of_output_channels():
     params = {"conv": torch.zeros(6, 2, 3, 3)}
     tangent = LowRank(1).sample(params, [0])["conv"]
     assert isinstance(tangent, LowRankTangent)
-    assert tangent.left.shape == (1, 1, 6)
-    assert tangent.right.shape == (1, 1, 18)
+    assert tangent.left.shape == (1, 6)
+    assert tangent.right.shape == (1, 18)
     assert tangent.dense().shape == (1, 6, 2, 3, 3)
 
 
@@ -104,7 +105,7 @@ def test_dtype_is_that_of_the_parameter(dtype):
 
 def test_parameters_on_two_devices_are_refused():
     params = {"a": torch.zeros(2), "b": torch.zeros(2, device="meta")}
-    with pytest.raises(ValueError, match=r"must be on one device, got cpu, meta; move the model"):
+    with pytest.raises(ValueError, match=r"must be on one device, got cpu and meta; move the model"):
         Normal().sample(params, [0])
 
 

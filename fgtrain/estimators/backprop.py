@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from fgtrain.errors import LossError
-from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, trainable_params
-from fgtrain.forward_ad.loss import check_losses
+from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce
+from fgtrain.forward_ad.passes import check_losses
+from fgtrain.parameters import trainable_params
 
 
 class Backprop(GradientEstimator):

@@ -4,9 +4,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
+
+from fgtrain.parameters import slots_of
 
 Reduce = Callable[[Tensor], Tensor]
 
@@ -61,18 +62,6 @@ class GradientEstimator(nn.Module, ABC):
         """
 
 
-def trainable_params(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that are trained: requires_grad=True, tied ones once.
-
-    Raises:
-        ValueError: there is none.
-    """
-    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not params:
-        raise ValueError(f"{type(model).__name__} has no parameter with requires_grad=True: nothing to train")
-    return params
-
-
 def write_grads(model: nn.Module, grads: Mapping[str, Tensor], *, accumulate: bool = False) -> None:
     """Put gradients into `.grad`: the only function of fgtrain that does.
 
@@ -82,14 +71,8 @@ def write_grads(model: nn.Module, grads: Mapping[str, Tensor], *, accumulate: bo
         accumulate: add to what `.grad` holds, as backward() does, instead of replacing it (by None where `grads`
             has no entry).
     """
-    for name, p in model.named_parameters():
+    for name, p in slots_of(model).params.items():
         if name in grads:
             p.grad = grads[name] if p.grad is None or not accumulate else p.grad.add_(grads[name])
         elif not accumulate:
             p.grad = None
-
-
-def draw_seeds(generator: torch.Generator, num_seeds: int) -> list[int]:
-    """`num_seeds` independent seeds; the first ones do not depend on how many are drawn."""
-    entropy = int(torch.randint(2**62, (), generator=generator, device=generator.device))
-    return np.random.SeedSequence(entropy).generate_state(num_seeds, np.uint64).astype(np.int64).tolist()

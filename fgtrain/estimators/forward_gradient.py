@@ -6,9 +6,11 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from fgtrain.combine import Combine, coefficients, weighted_sum
-from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, draw_seeds, trainable_params
+from fgtrain.combine import Combine, coefficients
+from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce
 from fgtrain.forward_ad import jvp
+from fgtrain.parameters import trainable_params
+from fgtrain.random import draw_seeds
 from fgtrain.tangents import Normal, Tangents
 
 
@@ -85,8 +87,8 @@ class ForwardGradient(GradientEstimator):
         params = trainable_params(model)
         seeds = draw_seeds(generator or self._own_generator(), self.num_tangents)
         with torch.inference_mode(False), torch.no_grad():
-            tangents = self.tangents.sample(params, seeds, rowwise=self.rowwise)
-            losses, derivatives = jvp(model, loss_fn, tangents)
+            directions = self.tangents.sample(params, seeds, rowwise=self.rowwise)
+            losses, derivatives = jvp(model, loss_fn, directions)
             if self.rowwise:
                 derivatives = derivatives / losses.numel()  # of the mean loss, like every gradient here
             elif losses.dim():
@@ -95,8 +97,7 @@ class ForwardGradient(GradientEstimator):
                 derivatives = reduce(derivatives)
             if self.clip_derivative is not None:
                 derivatives = derivatives.clamp(-self.clip_derivative, self.clip_derivative)
-            weights = coefficients(self.combine, derivatives, tangents, rowwise=self.rowwise)
-            grads = {name: weighted_sum(tangent, weights) for name, tangent in tangents.items()}
+            grads = directions.weighted_sum(coefficients(self.combine, derivatives, directions))
         return Estimate(losses.mean(), grads, derivatives.flatten())
 
     def _own_generator(self) -> torch.Generator:

@@ -1,5 +1,84 @@
-"""Forward-mode automatic differentiation of a whole loss: one pass returns its value and its derivative along v."""
+"""Forward-mode automatic differentiation of a whole loss: one pass returns its value and its derivatives.
 
-from fgtrain.forward_ad.native import directional_derivatives, jvp
+Two engines answer the same call. `stacked` carries the value and all K directions through one pass, with rules for the
+layers networks are made of. `native` is PyTorch's own forward mode, one pass per direction: slower, and the reference
+the first is tested against. What stacked duals cannot follow runs through the reference engine.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from fgtrain.directions import Tangent
+from fgtrain.forward_ad import native, stacked
+from fgtrain.forward_ad.dual import NotIntercepted
+from fgtrain.forward_ad.native import LossFn
+from fgtrain.forward_ad.passes import RepeatedPass
+from fgtrain.parameters import slots_of
 
 __all__ = ["directional_derivatives", "jvp"]
+
+_log = logging.getLogger(__name__)
+Engine = Callable[[nn.Module, LossFn, Mapping[str, Tangent]], tuple[Tensor, Tensor]]
+_engines: WeakKeyDictionary[nn.Module, Engine] = WeakKeyDictionary()
+
+
+def directional_derivatives(
+    model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]
+) -> tuple[Tensor, Tensor]:
+    """Losses and the K directional derivatives of their mean along `tangents`, without a backward pass.
+
+    Args:
+        model: any module. Its parameters, `.grad` and the global random state stay as they are; its buffers change as
+            by one forward pass.
+        loss_fn: maps the model to losses (B,) or ().
+        tangents: {parameter name: (K, *p.shape)}, or low-rank forms; parameters left out have the direction 0.
+
+    Returns:
+        losses (B,) or (), and the derivatives (K,).
+
+    Raises:
+        UnsupportedOperation: an operation has no forward-mode derivative; says where and what to do.
+        LossError: the loss depends on no parameter, or is not of shape (B,) or ().
+        ValueError: a name that is no parameter.
+
+    The derivative of x^2 at x = 3 along v = 1 is 6:
+
+    >>> model = nn.ParameterDict({"x": torch.tensor(3.0)})
+    >>> directional_derivatives(model, lambda m: m["x"] ** 2, {"x": torch.ones(1)})
+    (tensor(9.), tensor([6.]))
+    """
+    losses, derivatives = jvp(model, loss_fn, tangents)
+    return losses, derivatives if losses.dim() == 0 else derivatives.mean(1)
+
+
+def jvp(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> tuple[Tensor, Tensor]:
+    """As `directional_derivatives`, with the derivative of every example: losses (B,), derivatives (K, B)."""
+    unknown = sorted(tangents.keys() - slots_of(model).params.keys())
+    if unknown:
+        raise ValueError(f"tangents for {', '.join(unknown)}, which the model's named_parameters() do not list")
+    with torch.inference_mode(False), torch.no_grad():
+        engine = _engines.get(model)
+        if engine is None:
+            engine = _engines[model] = _choose_engine(model, loss_fn, tangents)
+        try:
+            return engine(model, loss_fn, tangents)
+        except NotIntercepted:  # the model took another path than at its first pass
+            del _engines[model]
+            return jvp(model, loss_fn, tangents)
+
+
+def _choose_engine(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> Engine:
+    """The fast engine if the model's pass goes through it; the trial leaves no trace."""
+    before = RepeatedPass(model)
+    try:
+        stacked.jvp(model, loss_fn, tangents)
+    except NotIntercepted as reason:
+        _log.warning("%s runs through the slower reference engine: %s", type(model).__name__, reason)
+        return native.jvp
+    finally:
+        before.rewind()
+    return stacked.jvp

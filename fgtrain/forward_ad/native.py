@@ -7,18 +7,20 @@ and the loss comes out as (f, grad f . v). Nothing is stored for a backward pass
 import re
 import sys
 from collections.abc import Callable, Generator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
+from fgtrain.directions import Tangent, dense
 from fgtrain.errors import LossError, UnsupportedOperation
-from fgtrain.forward_ad.loss import RepeatedPass, check_losses
-from fgtrain.tangents import Tangent, dense
+from fgtrain.forward_ad.passes import RepeatedPass, check_losses
+from fgtrain.parameters import slots_of
 
 LossFn = Callable[[Any], Tensor]
 
@@ -28,53 +30,21 @@ NO_TANGENT = (
 )
 
 
-def directional_derivatives(
-    model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]
-) -> tuple[Tensor, Tensor]:
-    """Losses and the K directional derivatives of their mean along `tangents`, without a backward pass.
-
-    Args:
-        model: any module. Its parameters, `.grad` and the global random state stay as they are; its buffers change as
-            by one forward pass.
-        loss_fn: maps the model to losses (B,) or ().
-        tangents: {parameter name: (K, *p.shape)}; parameters left out have the direction 0.
-
-    Returns:
-        losses (B,) or (), and the derivatives (K,).
-
-    Raises:
-        UnsupportedOperation: an operation has no forward-mode derivative; says where and what to do.
-        LossError: the loss depends on no parameter, or is not of shape (B,) or ().
-        ValueError: a name that is no parameter.
-
-    The derivative of x^2 at x = 3 along v = 1 is 6:
-
-    >>> model = nn.ParameterDict({"x": torch.tensor(3.0)})
-    >>> directional_derivatives(model, lambda m: m["x"] ** 2, {"x": torch.ones(1)})
-    (tensor(9.), tensor([6.]))
-    """
-    losses, derivatives = jvp(model, loss_fn, tangents)
-    return losses, derivatives if losses.dim() == 0 else derivatives.mean(1)
-
-
 def jvp(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> tuple[Tensor, Tensor]:
-    """As `directional_derivatives`, with the derivative of every example: losses (B,), derivatives (K, B)."""
-    params = dict(model.named_parameters())
-    unknown = sorted(tangents.keys() - params.keys())
-    if unknown:
-        raise ValueError(f"tangents for {', '.join(unknown)}, which the model's named_parameters() do not list")
+    """Losses (B,) or () and their derivatives (K, B) or (K,), as `fgtrain.forward_ad.jvp`."""
+    slots = slots_of(model)
     directions = {name: dense(tangent) for name, tangent in tangents.items()}
     num_tangents = len(next(iter(directions.values())))
-    objective = _Objective(model, loss_fn)
     repeated = RepeatedPass(model) if num_tangents > 1 else None
     losses, derivatives = None, []
-    with torch.inference_mode(False), torch.no_grad(), _forward_ad_kernels(model), _named_errors(model):
+    with torch.no_grad(), forward_ad_kernels(model), named_errors(model):
         for k in range(num_tangents):
             if repeated and k:
                 repeated.rewind()
             with fwAD.dual_level():
-                duals = {f"model.{n}": fwAD.make_dual(params[n].detach(), v[k]) for n, v in directions.items()}
-                pair = fwAD.unpack_dual(check_losses(functional_call(objective, duals, ())))
+                duals = {n: fwAD.make_dual(slots.params[n].detach(), v[k]) for n, v in directions.items()}
+                with slots.exchanged(duals):
+                    pair = fwAD.unpack_dual(check_losses(loss_fn(model)))
                 if pair.tangent is None:
                     raise LossError(NO_TANGENT)
                 losses = pair.primal
@@ -83,46 +53,57 @@ def jvp(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> t
     return losses, torch.stack(derivatives)
 
 
-class _Objective(nn.Module):
-    """loss_fn(model) as a module, so that functional_call can swap the parameters of whatever loss_fn calls."""
-
-    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
-        super().__init__()
-        self.model = model
-        self.loss_fn = loss_fn
-
-    def forward(self) -> Tensor:
-        return self.loss_fn(self.model)
-
-
 @contextmanager
-def _forward_ad_kernels(model: nn.Module) -> Generator[None]:
+def forward_ad_kernels(model: nn.Module) -> Generator[None]:
     """Choose the kernels that have a forward-mode derivative where PyTorch would pick ones that have none."""
     with ExitStack() as stack:
+        if any(isinstance(module, nn.Embedding) and module.padding_idx is not None for module in model.modules()):
+            stack.enter_context(_ConstantPaddingRows())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         fastpath = torch.backends.mha.get_fastpath_enabled()
         stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
         torch.backends.mha.set_fastpath_enabled(False)
         if any(isinstance(module, nn.LSTM) for module in model.modules()):
             stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
-        if "torch._dynamo" in sys.modules:  # a compiled function drops tangents without a word
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(eager_functions())
         yield
 
 
-@contextmanager
-def _named_errors(model: nn.Module) -> Generator[None]:
-    """Turn PyTorch's "no forward AD" errors into one sentence that names the module, the operation and the remedy."""
-    try:
-        yield
-    except NotImplementedError as error:
+def eager_functions() -> Any:
+    """A context in which compiled functions run as they were written: compiled, they drop tangents without a word."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+class _ConstantPaddingRows(TorchFunctionMode):
+    """Backpropagation leaves an embedding's padding row alone; PyTorch's forward mode forgets to."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is not F.embedding or kwargs is None or kwargs.get("padding_idx") is None:
+            return out
+        padding = (args[0] == kwargs["padding_idx"]).unsqueeze(-1)
+        return torch.where(padding, fwAD.unpack_dual(out).primal, out)
+
+
+class named_errors:  # noqa: N801 - a context manager used like a function
+    """Turns PyTorch's "no forward AD" errors into one sentence that names the module, the operation and the remedy."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if not isinstance(error, NotImplementedError) or isinstance(error, UnsupportedOperation):
+            return
         match = re.search(r"forward AD with (\S+) that|(jvp function for custom autograd.Function)", str(error))
-        if match is None or isinstance(error, UnsupportedOperation):
-            raise
+        if match is None:
+            return
         operation = match.group(1) or "a custom autograd.Function without jvp"
         raise UnsupportedOperation(
-            f"{_where(model, error)} uses {operation}, which has no forward-mode derivative; replace that module, "
-            "define jvp for it, or train with method=backprop"
+            f"{_where(self._model, error)} uses {operation}, which has no forward-mode derivative; replace that "
+            "module, define jvp for it, or train with method=backprop"
         ) from error
 
 

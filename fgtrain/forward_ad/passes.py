@@ -1,5 +1,7 @@
 """What every engine asks of a loss function, and what leaves no trace of running it more than once."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +27,19 @@ def check_losses(losses: object) -> Tensor:
     return losses
 
 
+class RandomState:
+    """PyTorch's global random state, on the CPU and on those of `devices` that have their own."""
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        self._cpu = torch.get_rng_state()
+        self._cuda = {device: torch.cuda.get_rng_state(device) for device in devices if device.type == "cuda"}
+
+    def restore(self) -> None:
+        torch.set_rng_state(self._cpu)
+        for device, state in self._cuda.items():
+            torch.cuda.set_rng_state(state, device)
+
+
 class RepeatedPass:
     """Lets a model run several times and leave the trace of one run.
 
@@ -35,10 +50,7 @@ class RepeatedPass:
     def __init__(self, model: nn.Module) -> None:
         self._buffers = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
         self._values = [b.clone() for _, buffers in self._buffers for b in buffers.values() if b is not None]
-        self._cpu_state = torch.get_rng_state()
-        self._cuda_states = {
-            d: torch.cuda.get_rng_state(d) for d in {p.device for p in model.parameters()} if d.type == "cuda"
-        }
+        self._random_state = RandomState({p.device for p in model.parameters()})
 
     def rewind(self) -> None:
         values = iter(self._values)
@@ -47,6 +59,4 @@ class RepeatedPass:
             for buffer in buffers.values():
                 if buffer is not None:
                     buffer.copy_(next(values))
-        torch.set_rng_state(self._cpu_state)
-        for device, state in self._cuda_states.items():
-            torch.cuda.set_rng_state(state, device)
+        self._random_state.restore()

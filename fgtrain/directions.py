@@ -1,0 +1,156 @@
+"""K directions over all parameters of a model, and their sum with weights.
+
+K directions for one parameter are a *tangent*: a tensor (K, *p.shape), or a `LowRankTangent` that stands for one.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LowRankTangent:
+    """K directions V_k = sum_a u_ka z_ka^T for a parameter read as a matrix (shape[0], rest).
+
+    Args:
+        left: the u, (K r, m) with m = shape[0].
+        right: the z, (K r, n) with n = the product of the other dimensions; carries the factor 1 / sqrt(r).
+        rank: r.
+        shape: shape of the parameter.
+    """
+
+    left: Tensor
+    right: Tensor
+    rank: int
+    shape: torch.Size
+
+    @property
+    def num(self) -> int:
+        """K."""
+        return self.left.shape[0] // self.rank
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The u (K, r, m) and the z (K, r, n)."""
+        return self.left.unflatten(0, (-1, self.rank)), self.right.unflatten(0, (-1, self.rank))
+
+    def dense(self) -> Tensor:
+        """The directions written out, (K, *shape)."""
+        left, right = self.factors
+        return (left.mT @ right).reshape(-1, *self.shape)
+
+
+Tangent = Tensor | LowRankTangent
+
+
+def dense(tangent: Tangent) -> Tensor:
+    """(K, *p.shape), whatever the tangent is made of."""
+    return tangent if isinstance(tangent, Tensor) else tangent.dense()
+
+
+class Piece(NamedTuple):
+    """Numbers of the buffer that belong to one parameter.
+
+    Args:
+        name: of the parameter.
+        like: the parameter; its shape and dtype count.
+        size: how many numbers, per direction and row.
+        part: 0 for the whole direction or its factor u, 1 for its factor z.
+    """
+
+    name: str
+    like: Tensor
+    size: int
+    part: int = 0
+
+
+class Directions(Mapping[str, Tangent]):
+    """K directions, {parameter name: tangent}, that live in one buffer.
+
+    Args:
+        buffer: (K, size), or (K, N, size) for N independent rows of every parameter; what stands behind the pieces is
+            padding.
+        pieces: what the buffer holds, in its order. A parameter with two pieces has the two factors of a low-rank
+            direction.
+        rank: of such directions.
+    """
+
+    def __init__(self, buffer: Tensor, pieces: Sequence[Piece], rank: int = 1) -> None:
+        self.buffer = buffer
+        self.rank = rank
+        self._sizes = [*(piece.size for piece in pieces), buffer.shape[-1] - sum(piece.size for piece in pieces)]
+        places = {(piece.name, piece.part): i for i, piece in enumerate(pieces)}
+        self._likes = {piece.name: piece.like for piece in pieces}
+        self._places = {name: [places[name, part] for part in (0, 1) if (name, part) in places] for name in self._likes}
+        blocks = buffer.split(self._sizes, dim=-1)
+        self._tangents = {name: self._tangent(name, [blocks[i] for i in at]) for name, at in self._places.items()}
+
+    def _tangent(self, name: str, blocks: list[Tensor]) -> Tangent:
+        like = self._likes[name]
+        if like.dtype != self.buffer.dtype:
+            blocks = [block.to(like.dtype) for block in blocks]
+        if len(blocks) == 1:
+            return blocks[0] if like.dim() == 1 and self.buffer.dim() == 2 else blocks[0].view(-1, *like.shape)
+        if self.rank == 1:
+            return LowRankTangent(*blocks, 1, like.shape)
+        left, right = (block.reshape(-1, block.shape[1] // self.rank) for block in blocks)
+        return LowRankTangent(left, right / self.rank**0.5, self.rank, like.shape)
+
+    def __getitem__(self, name: str) -> Tangent:
+        return self._tangents[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tangents)
+
+    def __len__(self) -> int:
+        return len(self._tangents)
+
+    def weighted_sum(self, weights: Tensor) -> dict[str, Tensor]:
+        """{name: sum_k weights[k] v_k}, shaped like the parameters; weights (K,), or (K, N) with one per row."""
+        weights = weights.to(self.buffer.dtype)
+        if self.buffer.shape[0] == 1:
+            summed = self.buffer[0] * weights[0].unsqueeze(-1)
+        elif weights.dim() == 1:
+            summed = (weights @ self.buffer.flatten(1)).view(self.buffer.shape[1:])
+        else:
+            summed = torch.einsum("kn,kns->ns", weights, self.buffer)
+        blocks, sums = summed.split(self._sizes, dim=-1), {}
+        for name, at in self._places.items():
+            like, tangent = self._likes[name], self._tangents[name]
+            if isinstance(tangent, Tensor):
+                block = blocks[at[0]]
+                total = block if block.shape == like.shape else block.reshape(like.shape)
+                sums[name] = total if total.dtype == like.dtype else total.to(like.dtype)
+            else:
+                # With one direction its u is already weighted; several are one matrix product.
+                left = blocks[at[0]].view(self.rank, -1) if self.buffer.shape[0] == 1 else _weighted(tangent, weights)
+                sums[name] = _outer(left.to(like.dtype), tangent.right).view(like.shape)
+        return sums
+
+    def gram(self) -> Tensor:
+        """Inner products of the directions, (K, K) or (N, K, K) row by row, in float64."""
+        total: Tensor | None = None
+        for tangent in self._tangents.values():
+            if isinstance(tangent, Tensor):
+                rows = tangent.double().flatten(2 if self.buffer.dim() == 3 else 1)
+                rows = rows.transpose(0, 1) if self.buffer.dim() == 3 else rows
+                products = rows @ rows.mT
+            else:
+                left, right = (factor.double() for factor in tangent.factors)
+                products = torch.einsum("kam,lbm,kan,lbn->kl", left, left, right, right)
+            total = products if total is None else total + products
+        assert total is not None
+        return total
+
+
+def _weighted(tangent: LowRankTangent, weights: Tensor) -> Tensor:
+    per_factor = weights if tangent.rank == 1 else weights.repeat_interleave(tangent.rank)
+    return tangent.left * per_factor.unsqueeze(1).to(tangent.left.dtype)
+
+
+def _outer(left: Tensor, right: Tensor) -> Tensor:
+    """left^T right, (m, n); of a single row each an outer product, which is no task for a matrix kernel."""
+    return torch.mul(left.t(), right) if left.shape[0] == 1 else torch.mm(left.t(), right)

@@ -1,0 +1,86 @@
+"""The parameters of a model, found once and exchanged for a forward pass.
+
+Walking a model's modules costs more than a small layer's arithmetic, so what was found is kept for as long as the model
+is built the same way.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+
+class ParameterSlots:
+    """Where a model keeps its parameters.
+
+    Args:
+        model: any module.
+
+    Attributes:
+        params: {name: parameter}, as named_parameters() lists them: tied ones once.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.params: dict[str, nn.Parameter] = dict(model.named_parameters())
+        names = {id(p): name for name, p in self.params.items()}
+        # The dictionaries, not the modules: what is kept here must not keep the model alive.
+        self._parts = [(module._parameters, module._modules) for module in model.modules()]
+        self._places = [
+            (held, key, names[id(p)]) for held, _ in self._parts for key, p in held.items() if p is not None
+        ]
+        self._fingerprint = self._take_fingerprint()
+
+    def _take_fingerprint(self) -> list[int]:
+        return [id(part) for held, children in self._parts for parts in (held, children) for part in parts.values()]
+
+    def is_current(self) -> bool:
+        """Whether the model still has the same parameters in the same places."""
+        return self._take_fingerprint() == self._fingerprint
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """The parameters with requires_grad=True."""
+        return {name: p for name, p in self.params.items() if p.requires_grad}
+
+    def exchanged(self, values: Mapping[str, Tensor]) -> "_Exchanged":
+        """A context in which the model has `values` for parameters; those left out are detached."""
+        return _Exchanged(self._places, self.params, values)
+
+
+class _Exchanged:
+    def __init__(self, places: Any, params: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+        self._places = places
+        self._params = params
+        self._values = values
+
+    def __enter__(self) -> None:
+        values = {name: self._values[name] if name in self._values else p.detach() for name, p in self._params.items()}
+        for held, key, name in self._places:
+            held[key] = values[name]
+
+    def __exit__(self, *_: object) -> None:
+        for held, key, name in self._places:
+            held[key] = self._params[name]
+
+
+_slots: WeakKeyDictionary[nn.Module, ParameterSlots] = WeakKeyDictionary()
+
+
+def slots_of(model: nn.Module) -> ParameterSlots:
+    """The model's slots, found anew only when the model has changed."""
+    slots = _slots.get(model)
+    if slots is None or not slots.is_current():
+        slots = _slots[model] = ParameterSlots(model)
+    return slots
+
+
+def trainable_params(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are trained: requires_grad=True, tied ones once.
+
+    Raises:
+        ValueError: there is none.
+    """
+    params = slots_of(model).trainable()
+    if not params:
+        raise ValueError(f"{type(model).__name__} has no parameter with requires_grad=True: nothing to train")
+    return params

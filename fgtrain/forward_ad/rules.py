@@ -162,9 +162,7 @@ def multilinear(func: Any) -> Rule:
     return rule
 
 
-_register_family("mv dot outer inner tensordot kron vdot", multilinear)
-_einsum = getattr(torch._C._VariableFunctions, "einsum")  # what torch.einsum, written in Python, ends in
-RULES[_einsum] = multilinear(_einsum)
+_register_family("mv dot outer inner tensordot kron vdot einsum", multilinear)
 
 
 # --- elementwise --------------------------------------------------------------------------------------------------

@@ -1,0 +1,82 @@
+"""Measure training steps against backprop's: python scripts/bench.py --models mlp cnn --num-tangents 1 8
+
+Times are medians of rounds in which all methods take turns, memory is the peak above the parameters; both are given in
+units of one backprop step and of one forward pass without gradients of the same model in the same run.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # before torch: its profiler talks otherwise
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from fgtrain.allocator import keep_freed_memory
+from fgtrain.benchmarks.methods import methods_of
+from fgtrain.benchmarks.steps import Row, measure
+from fgtrain.cli import USER_ERRORS, fail
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=["mlp", "cnn"], help="mlp, cnn, deep24 or any of torchvision's")
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[64])
+    parser.add_argument("--methods", nargs="+", default=["fwdgrad"], help="files of conf/method")
+    parser.add_argument("--tangents", nargs="+", default=["low_rank"], help="files of conf/tangents")
+    parser.add_argument("--num-tangents", nargs="+", type=int, default=[1])
+    parser.add_argument("--precision", default="32", choices=["32", "bf16-mixed", "bf16-true"])
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", type=Path, help="file for the rows")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, print the table, write the rows."""
+    args = parse()
+    keep_freed_memory()
+    torch.set_num_threads(args.threads)
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(auto if args.device == "auto" else args.device)
+    methods = methods_of(args.methods, args.tangents, args.num_tangents)
+    console, rows = Console(), []
+    console.width = max(console.width, 130)  # the table is not folded into a file or a narrow window
+    with Console(stderr=True).status("") as status:
+        for model in args.models:
+            for batch_size in args.batch_sizes:
+                options = {"precision": args.precision, "rounds": args.rounds, "progress": status.update}
+                rows += measure(model, batch_size, methods, device, **options)
+    console.print(table(rows))
+    if args.json:
+        args.json.write_text(json.dumps([row.as_dict() for row in rows], indent=2) + "\n")
+
+
+def table(rows: list[Row]) -> Table:
+    """The rows as a person reads them."""
+    grid = Table(title=f"one training step on {rows[0].device}, threads: {rows[0].threads}", box=SIMPLE_HEAD)
+    for heading in ("model", "batch", "method", "tangents", "K"):
+        grid.add_column(heading, no_wrap=True)
+    for heading in ("ms", "per backprop", "per forward", "peak MiB", "per backprop", "per forward"):
+        grid.add_column(heading, justify="right")
+    for row in rows:
+        low, high = row.ratio_to_backprop_quartiles
+        named = (row.model, str(row.batch_size), row.method, row.tangents, str(row.num_tangents or ""))
+        spread = f"{row.ratio_to_backprop:.2f} ({low:.2f}-{high:.2f})"
+        times = (f"{row.step_ms:.2f}", spread, f"{row.ratio_to_forward:.2f}")
+        memory = (f"{row.peak_mib:.1f}", f"{row.peak_to_backprop:.2f}", f"{row.peak_to_forward:.2f}")
+        grid.add_row(*named, *times, *memory)
+    return grid
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (*USER_ERRORS, ValueError, RuntimeError) as error:
+        fail(error)

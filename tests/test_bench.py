@@ -1,0 +1,50 @@
+"""scripts/bench.py as a user runs it; what it times is not tested, that it adds up is."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from fgtrain import ForwardGradient
+from fgtrain.benchmarks.methods import methods_of
+from fgtrain.benchmarks.steps import make_problem, measure
+from tests.test_script import load_script
+
+
+def test_rows_and_table(tmp_path, monkeypatch, capsys):
+    rows_file = tmp_path / "rows.json"
+    options = "--models digits_mlp --batch-sizes 8 16 --num-tangents 1 2 --rounds 2"
+    monkeypatch.setattr(sys, "argv", ["bench.py", *options.split(), "--threads", str(torch.get_num_threads())])
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--json", str(rows_file)])
+    load_script("bench").main()
+    rows = json.loads(rows_file.read_text())
+    listed = [(row["batch_size"], row["method"], row["num_tangents"]) for row in rows]
+    each = [("forward", 0), ("backprop", 0), ("fwdgrad", 1), ("fwdgrad", 2)]
+    assert listed == [(batch_size, *row) for batch_size in (8, 16) for row in each]
+    assert all(row["step_ms"] > 0 for row in rows)
+    assert "fwdgrad" in capsys.readouterr().out
+
+
+def test_memory_is_what_backprop_must_store():
+    """Inputs of every layer: of a deep network with wide batches everything else is small beside them."""
+    batch_size, width, layers = 4096, 256, 8
+    forward, backprop = measure("deep8", batch_size, [], torch.device("cpu"), rounds=1)
+    activation = 4 * batch_size * width / 2**20
+    assert forward.peak_mib == pytest.approx(2 * activation, rel=0.05)  # a layer's input and output
+    assert backprop.peak_mib >= layers * activation
+
+
+def test_steps_leave_the_learning_problem_intact():
+    problem = make_problem("digits_mlp", 8, torch.device("cpu"))
+    assert problem.losses(problem.model).shape == (8,)
+
+
+def test_methods_are_those_of_the_configuration():
+    with pytest.raises(Exception, match="method/nosuch"):
+        methods_of(["nosuch"], ["normal"], [1])
+    fixed, crossed = methods_of(["backprop", "fwdgrad"], ["rademacher"], [3])
+    assert (fixed.tangents, fixed.num_tangents) == ("", 0)
+    assert isinstance(crossed.estimator, ForwardGradient)
+    assert crossed.estimator.num_tangents == 3
+    assert repr(crossed.estimator.tangents) == "Rademacher()"

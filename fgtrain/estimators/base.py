@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fgtrain.parameters import slots_of
 
 Reduce = Callable[[Tensor], Tensor]
+Claim = Literal["exact", "unbiased", "descent"]
 
 
 class Estimate(NamedTuple):
@@ -35,9 +36,13 @@ class GradientEstimator(nn.Module, ABC):
     Attributes:
         scalar_reducible: with the same directions on every rank, the mean over ranks of `directional_derivatives`
             makes the estimate that of the whole batch; otherwise the gradients themselves must be averaged.
+        claims: what holds of every estimate g_hat, and is tested on every problem: "exact", it is the gradient to
+            rounding, which implies the others; "unbiased", E[g_hat] = grad f; "descent", g_hat . grad f >= 0 in
+            every draw.
     """
 
     scalar_reducible: bool
+    claims: frozenset[Claim] = frozenset()
 
     def __init__(self) -> None:  # nn.Module's takes any argument; a configuration is checked against this one
         super().__init__()
@@ -60,6 +65,10 @@ class GradientEstimator(nn.Module, ABC):
                 torch.initial_seed() at its first use.
             reduce: mean over ranks of a tensor; None on one device.
         """
+
+    def relative_squared_error(self, grads: Mapping[str, Tensor]) -> float | None:
+        """E ||g_hat - g||^2 / ||g||^2 in closed form, where g is the gradient `grads`; None where there is none."""
+        return None
 
 
 def write_grads(model: nn.Module, grads: Mapping[str, Tensor], *, accumulate: bool = False) -> None:

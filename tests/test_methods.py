@@ -1,0 +1,137 @@
+"""The table: every method of conf/method x every problem x what the method claims."""
+
+import math
+from functools import cache
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hydra.utils import instantiate
+
+from fgtrain import write_grads
+from fgtrain.errors import UserError
+from fgtrain.tasks import Beale, Points, Rosenbrock, Sphere
+from tests import properties
+from tests.cases import CASES, Case
+from tests.properties import estimated_grads, exact_grads, flat
+from tests.test_script import CONF, options
+
+METHODS = options("method")
+TABLE = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+EVERY_METHOD = pytest.mark.parametrize("method", METHODS)
+DRAWS = 50
+
+
+@cache
+def configuration(*overrides):
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", [*overrides, "run_dir=."]).method
+
+
+def make(method, *overrides):
+    """The estimator as its file configures it."""
+    return instantiate(configuration(f"method={method}", *overrides))
+
+
+def methods_that_claim(claim):
+    return pytest.mark.parametrize("method", [method for method in METHODS if claim in make(method).claims])
+
+
+def accepts(estimator, case: Case) -> None:
+    """Skip a problem that the method refuses in words."""
+    try:
+        estimated_grads(estimator, case)
+    except UserError as refusal:
+        pytest.skip(str(refusal))
+
+
+@EVERY_METHOD
+def test_no_method_refuses_a_plain_network(method):
+    estimated_grads(make(method), CASES[0])
+
+
+@TABLE
+@methods_that_claim("exact")
+def test_exact(method, case):
+    estimator = make(method)
+    torch.testing.assert_close(flat(estimated_grads(estimator, case)), flat(exact_grads(case)))
+
+
+@TABLE
+@methods_that_claim("unbiased")
+def test_unbiased_with_the_error_of_its_closed_form(method, case):
+    estimator = make(method)
+    accepts(estimator, case)
+    error = estimator.relative_squared_error(exact_grads(case))
+    assert error is not None
+    properties.assert_unbiased(estimator, case, error, DRAWS)
+
+
+@TABLE
+@methods_that_claim("descent")
+def test_descent(method, case):
+    estimator = make(method)
+    accepts(estimator, case)
+    gradient = exact_grads(case)
+    for draw in range(10):
+        estimate = estimated_grads(estimator, case, draw)
+        assert sum((g * gradient[name]).sum() for name, g in estimate.items()) >= 0
+
+
+@TABLE
+@EVERY_METHOD
+def test_leaves_no_trace(method, case):
+    accepts(make(method), case)
+    properties.assert_leaves_no_trace(make(method), case)
+
+
+@TABLE
+@EVERY_METHOD
+def test_same_state_and_seed_same_estimate(method, case):
+    accepts(make(method), case)
+    first, again = (flat(estimated_grads(make(method), case, 7)) for _ in range(2))
+    assert torch.equal(first, again)
+
+
+@pytest.mark.parametrize("task", [Sphere(dim=4), Beale(), Rosenbrock()], ids=lambda task: type(task).__name__)
+@EVERY_METHOD
+def test_lowers_test_functions(method, task):
+    estimator = make(method)
+    torch.manual_seed(42)
+    model = Points(task)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    generator = torch.Generator().manual_seed(0)
+    start = task.value(model()).item()
+    try:
+        for _ in range(100):
+            write_grads(model, estimator(model, lambda m: task.losses(m, None), generator=generator).grads)
+            optimizer.step()
+    except UserError as refusal:
+        pytest.skip(str(refusal))
+    assert task.value(model()).item() < start
+
+
+# --- biased methods state their bias ------------------------------------------------------------------------------
+
+
+def mean_estimate(estimator, case, draws=DRAWS):
+    return torch.stack([flat(estimated_grads(estimator, case, draw)) for draw in range(draws)]).mean(0)
+
+
+@pytest.mark.parametrize("num_tangents", [1, 16])
+def test_shrinkage_is_the_best_length(num_tangents):
+    """E||a g_hat - g||^2 over ||g||^2 is a^2 (1 + s) - 2 a + 1, least at a = 1 / (1 + s), the mean estimate a g."""
+    for law in ("normal", "rademacher"):
+        options = [f"tangents={law}", f"method.num_tangents={num_tangents}"]
+        plain, shrunk = make("fwdgrad", *options), make("fwdgrad", *options, "method.shrinkage=true")
+        case, gradient = CASES[0], exact_grads(CASES[0])
+        s = plain.relative_squared_error(gradient)
+        factor = 1 / (1 + s)
+        torch.testing.assert_close(
+            flat(estimated_grads(shrunk, case)), factor * flat(estimated_grads(plain, case)), rtol=1e-12, atol=0
+        )
+        assert shrunk.relative_squared_error(gradient) == pytest.approx(s / (1 + s))
+        error = mean_estimate(shrunk, case) - factor * flat(gradient)
+        assert error.norm() <= 5 * factor * math.sqrt(s / DRAWS) * flat(gradient).norm()
+        for other in (0.9 * factor, 1.1 * factor):
+            assert other**2 * s + (1 - other) ** 2 > shrunk.relative_squared_error(gradient)

@@ -17,6 +17,7 @@ from rich.table import Table
 from fgtrain.config import check, signature_of
 from fgtrain.errors import ConfigError
 from fgtrain.lightning.callbacks import Monitor, StepProgress
+from fgtrain.lightning.loop import use_step_loop
 from fgtrain.lightning.module import EstimatorModule
 from fgtrain.tasks import Function
 
@@ -71,6 +72,7 @@ def build(cfg: DictConfig) -> Run:
         use_distributed_sampler=False,
         _convert_="all",
     )
+    use_step_loop(trainer)
     return Run(module, data, trainer, monitor)
 
 

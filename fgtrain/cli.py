@@ -25,8 +25,7 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 
 def run_app(task: Callable[[DictConfig], None], config_name: str) -> None:
     """Run `task` as a Hydra application; `HYDRA_FULL_ERROR=1` in the environment brings tracebacks back."""
-    for message in (".*LeafSpec.*", ".*torch.jit.script.*", "The number of training batches", "Using ModelCheckpoint"):
-        warnings.filterwarnings("ignore", message)  # libraries talking to each other
+    silence_libraries()
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         return _hydra_main(task, config_name)
 
@@ -46,6 +45,12 @@ def run_app(task: Callable[[DictConfig], None], config_name: str) -> None:
         fail(error)
     finally:
         del os.environ["HYDRA_FULL_ERROR"]
+
+
+def silence_libraries() -> None:
+    """Ignore the warnings that are libraries talking to each other."""
+    for message in (".*LeafSpec.*", ".*torch.jit.script.*", "The number of training batches", "Using ModelCheckpoint"):
+        warnings.filterwarnings("ignore", message)
 
 
 def _hydra_main(task: Callable[[DictConfig], None], config_name: str) -> None:

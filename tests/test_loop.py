@@ -1,8 +1,9 @@
 """The short loop is Lightning's loop: the same hooks in the same order, the same numbers in the same places."""
 
+from typing import Any
+
 import lightning as L
 import pytest
-import torch
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 
 from fgtrain import Backprop
@@ -44,6 +45,8 @@ class Witness(L.Callback):
 def fit(tmp_path, short, *more, module=None, **options):
     witness, order = Witness(), []
     record = {name: lambda *_, name=name: order.append(name) for name in HOOKS}
+    length: dict[str, Any] = {"max_epochs": -1, "max_steps": 12, "val_check_interval": 4}
+    length |= {"check_val_every_n_epoch": None} | options
     trainer = L.Trainer(
         default_root_dir=tmp_path,
         callbacks=[witness, LambdaCallback(**record), *more],
@@ -53,7 +56,7 @@ def fit(tmp_path, short, *more, module=None, **options):
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        **({"max_epochs": -1, "max_steps": 12, "val_check_interval": 4, "check_val_every_n_epoch": None} | options),
+        **length,
     )
     if short:
         use_step_loop(trainer)
@@ -95,7 +98,6 @@ def test_the_precision_plugin_is_given_back(tmp_path):
 
 
 def test_measurement_of_the_loop(tmp_path):
-    torch.manual_seed(0)
     measured = loop_overhead("backprop", num_steps=20, repeats=1)
     assert measured.keys() == {"bare_us", "trained_us", "overhead_us"}
     assert min(measured["bare_us"], measured["trained_us"]) > 0

@@ -29,6 +29,7 @@ class StepLoop(_TrainingEpochLoop):
 
     def __init__(self, trainer: L.Trainer, min_steps: int | None = None, max_steps: int = -1) -> None:
         super().__init__(trainer, min_steps, max_steps)
+        self.trainer: Any = trainer  # which Lightning gives its attributes where no checker sees them
         self._short: bool | None = None  # not known yet
         self._validates = True
         self._at_start: list[Callable[..., Any]] = []

@@ -1,12 +1,13 @@
 """fgtrain: train neural networks with backpropagation or forward gradients, swapped by one word."""
 
 from fgtrain import tasks
-from fgtrain.estimators import Backprop, Estimate, ForwardGradient, GradientEstimator, write_grads
+from fgtrain.estimators import Backprop, CheckpointedBackprop, Estimate, ForwardGradient, GradientEstimator, write_grads
 from fgtrain.forward_ad import directional_derivatives
 from fgtrain.tangents import Coordinate, LowRank, Normal, Rademacher, Sphere
 
 __all__ = [
     "Backprop",
+    "CheckpointedBackprop",
     "Coordinate",
     "Estimate",
     "ForwardGradient",

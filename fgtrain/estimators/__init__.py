@@ -2,6 +2,7 @@
 
 from fgtrain.estimators.backprop import Backprop
 from fgtrain.estimators.base import Estimate, GradientEstimator, write_grads
+from fgtrain.estimators.checkpointed import CheckpointedBackprop
 from fgtrain.estimators.forward_gradient import ForwardGradient
 
-__all__ = ["Backprop", "Estimate", "ForwardGradient", "GradientEstimator", "write_grads"]
+__all__ = ["Backprop", "CheckpointedBackprop", "Estimate", "ForwardGradient", "GradientEstimator", "write_grads"]

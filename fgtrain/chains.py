@@ -1,0 +1,35 @@
+"""Modules that run one after the other, found in a model."""
+
+from collections.abc import Iterator
+
+from torch import nn
+
+
+def is_chain(module: nn.Module) -> bool:
+    """Whether the module does nothing but call its children in turn."""
+    return (
+        isinstance(module, nn.Sequential)
+        and type(module).forward is nn.Sequential.forward
+        and "forward" not in module.__dict__
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+    )
+
+
+def members(chain: nn.Module) -> Iterator[nn.Module]:
+    """The modules of a chain, chains within it opened."""
+    for child in chain.children():
+        if is_chain(child):
+            yield from members(child)
+        else:
+            yield child
+
+
+def links(chain: nn.Module) -> list[list[nn.Module]]:
+    """The chain cut before every module that has parameters; what precedes the first is a link of its own."""
+    found: list[list[nn.Module]] = []
+    for module in members(chain):
+        if not found or any(True for _ in module.parameters()):
+            found.append([])
+        found[-1].append(module)
+    return found

@@ -1,0 +1,108 @@
+import logging
+import math
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fgtrain import Backprop, CheckpointedBackprop
+from fgtrain.benchmarks.methods import methods_of
+from fgtrain.benchmarks.steps import measure
+from fgtrain.errors import UnsupportedOperation
+
+
+class Residual(nn.Module):
+    """A block with a norm, Dropout and an in-place activation."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(inplace=True), nn.Dropout(0.5))
+
+    def forward(self, x):
+        return x + self.body(x)
+
+
+class Listed(nn.Module):
+    """Blocks in a ModuleList, called with a keyword."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 3, enable_nested_tensor=False)
+        self.head = nn.Linear(4, 1)
+
+    def forward(self, x):
+        padding = torch.zeros(1, len(x), dtype=torch.bool)
+        return self.head(self.encoder(x[None], src_key_padding_mask=padding))
+
+
+MODELS = {
+    "nested chains": lambda: nn.Sequential(
+        nn.Flatten(), nn.Sequential(Residual(), nn.Tanh(), Residual()), nn.Sequential(Residual(), nn.Linear(4, 1))
+    ),
+    "chains within a module": lambda: nn.ModuleDict({"0": nn.Sequential(*(Residual() for _ in range(5)))}),
+    "a list": Listed,
+    "statistics in use": lambda: nn.Sequential(*(Residual() for _ in range(5))).eval(),
+}
+INPUTS = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+
+
+def loss(model):
+    return (model["0"] if isinstance(model, nn.ModuleDict) else model)(INPUTS).square().mean()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_backprop_bit_for_bit(name):
+    outcomes = []
+    for estimator in (Backprop(), CheckpointedBackprop()):
+        torch.manual_seed(0)
+        model = MODELS[name]()
+        grads = estimator(model, loss).grads
+        outcomes.append({**grads, **dict(model.named_buffers()), "random state": torch.get_rng_state()})
+        assert all("forward" not in module.__dict__ for module in model.modules())
+    assert outcomes[0].keys() == outcomes[1].keys()
+    for key, value in outcomes[0].items():
+        assert torch.equal(value, outcomes[1][key]), key
+
+
+def test_stores_about_the_square_root():
+    """24 layers need 24 activations, or five between the segments and five in one of them; the gradients are small."""
+    batch = 1024
+    methods = methods_of(["backprop_checkpoint"], [], [])
+    rows = measure("deep24", batch, methods, torch.device("cpu"), rounds=1)
+    activation = batch * 256 * 4 / 2**20
+    peaks = {row.method: row.peak_mib / activation for row in rows}
+    assert peaks["backprop"] >= 24
+    assert peaks["backprop_checkpoint"] <= 2 * math.sqrt(24) + 3
+
+
+def test_module_without_a_chain_is_trained_and_told(caplog):
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)
+
+    model = Plain()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            CheckpointedBackprop()(model, loss)
+    assert caplog.messages == [
+        "Plain has no nn.Sequential or nn.ModuleList to checkpoint: memory is that of method=backprop"
+    ]
+
+
+def test_changed_input_is_refused():
+    class Doubled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.mul_(2) * self.scale
+
+    model = nn.Sequential(nn.Linear(4, 4), Doubled())
+    with pytest.raises(UnsupportedOperation, match="Doubled changes its input in place, so it cannot be run again"):
+        CheckpointedBackprop()(model, loss)

@@ -8,7 +8,7 @@ import difflib
 import inspect
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hydra.core.config_store import ConfigStore
@@ -16,6 +16,21 @@ from hydra.utils import get_object
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from fgtrain.errors import ConfigError
+
+
+@dataclass
+class DistributedConfig:
+    """What several processes do, see `fgtrain.distributed`; one process ignores it.
+
+    Args:
+        tangents: "shared" or "per_rank" directions.
+        check_every_n_steps: optimizer steps between two checks that all ranks have the same parameters; 0 for none.
+        timeout_seconds: a rank that has waited so long for the others in a step gives up.
+    """
+
+    tangents: str = "shared"
+    check_every_n_steps: int = 1000
+    timeout_seconds: float = 60.0
 
 
 @dataclass
@@ -30,6 +45,7 @@ class TrainConfig:
         rowwise: example i of the loss depends on row i of every parameter alone (the starting points of a function).
         resume: checkpoint to continue from.
         run_dir: folder of the run.
+        distributed: what several processes share and check.
     """
 
     seed: int = 42
@@ -39,6 +55,7 @@ class TrainConfig:
     rowwise: bool = False
     resume: str | None = None
     run_dir: str = MISSING
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     method: Any = None
     tangents: Any = None
     task: Any = None
@@ -73,6 +90,14 @@ def check(cfg: DictConfig) -> None:
     for key in ("lr", "clip_grad_norm"):
         if cfg[key] is not None and not cfg[key] > 0:
             raise ConfigError(f"{key} must be positive, got {cfg[key]}")
+    if cfg.distributed.tangents not in ("shared", "per_rank"):
+        raise ConfigError(f"distributed.tangents must be 'shared' or 'per_rank', got {cfg.distributed.tangents!r}")
+    if cfg.distributed.check_every_n_steps < 0:
+        raise ConfigError(
+            f"distributed.check_every_n_steps must not be negative, got {cfg.distributed.check_every_n_steps}"
+        )
+    if not cfg.distributed.timeout_seconds > 0:
+        raise ConfigError(f"distributed.timeout_seconds must be positive, got {cfg.distributed.timeout_seconds}")
     plain = to_plain(cfg)
     for group in ("method", "task", "data", "model", "optimizer", "trainer"):
         if not isinstance(plain[group], dict) or "_target_" not in plain[group]:

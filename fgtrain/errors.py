@@ -19,3 +19,11 @@ class LossError(UserError, ValueError):
 
 class UnsupportedOperation(UserError, NotImplementedError):
     """The model uses an operation that has no forward-mode derivative."""
+
+
+class RankFailed(UserError, RuntimeError):
+    """A process of a run on several ended; the others were ended with it."""
+
+
+class RanksDiffer(UserError, RuntimeError):
+    """The processes of a run no longer train the same model."""

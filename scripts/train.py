@@ -10,15 +10,14 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from fgtrain.allocator import keep_freed_memory
 from fgtrain.cli import run_app
-from fgtrain.lightning.run import print_results, run
+from fgtrain.lightning.launch import launch
+from fgtrain.lightning.run import print_results
 
 
 def main(cfg: DictConfig) -> None:
     """Train, and say where the results are."""
-    keep_freed_memory()
-    results = run(cfg, HydraConfig.get().runtime.choices)
+    results = launch(cfg, HydraConfig.get().runtime.choices)
     print_results(results, Path(os.path.relpath(cfg.run_dir)))
 
 

@@ -35,7 +35,8 @@ class GradientEstimator(nn.Module, ABC):
 
     Attributes:
         scalar_reducible: with the same directions on every rank, the mean over ranks of `directional_derivatives`
-            makes the estimate that of the whole batch; otherwise the gradients themselves must be averaged.
+            makes the estimate that of the whole batch, and `replay` rebuilds the gradients from them; otherwise the
+            gradients themselves must be averaged.
         claims: what holds of every estimate g_hat, and is tested on every problem: "exact", it is the gradient to
             rounding, which implies the others; "unbiased", E[g_hat] = grad f; "descent", g_hat . grad f >= 0 in
             every draw.
@@ -69,6 +70,18 @@ class GradientEstimator(nn.Module, ABC):
     def relative_squared_error(self, grads: Mapping[str, Tensor]) -> float | None:
         """E ||g_hat - g||^2 / ||g||^2 in closed form, where g is the gradient `grads`; None where there is none."""
         return None
+
+    def replay(self, model: nn.Module, derivatives: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """The gradients of an estimate from its directional derivatives and its generator, without data.
+
+        Methods that are `scalar_reducible` have it.
+
+        Args:
+            model: as in the estimate.
+            derivatives: the estimate's `directional_derivatives`.
+            generator: in the state in which the estimate was given it.
+        """
+        raise NotImplementedError(f"{type(self).__name__} is not a function of seeds and derivatives alone")
 
 
 def write_grads(model: nn.Module, grads: Mapping[str, Tensor], *, accumulate: bool = False) -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fgtrain.combine import Combine, coefficients
+from fgtrain.directions import Directions
 from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce
 from fgtrain.forward_ad import jvp
 from fgtrain.parameters import trainable_params
@@ -134,9 +135,20 @@ class ForwardGradient(GradientEstimator):
                 derivatives = reduce(derivatives)
             if self.clip_derivative is not None:
                 derivatives = derivatives.clamp(-self.clip_derivative, self.clip_derivative)
-            weights = coefficients(self.combine, derivatives, directions)
-            grads = directions.weighted_sum(weights * self._shrinkage_factor(params) if self.shrinkage else weights)
+            grads = self._combined(derivatives, directions, params)
         return Estimate(losses.mean(), grads, derivatives.flatten())
+
+    def replay(self, model: nn.Module, derivatives: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        seeds = draw_seeds(generator, self.num_tangents)
+        params = trainable_params(model)
+        directions = self.tangents.sample(params, seeds, rowwise=self.rowwise)
+        if self.rowwise:
+            derivatives = derivatives.view(self.num_tangents, -1)
+        return self._combined(derivatives, directions, params)
+
+    def _combined(self, derivatives: Tensor, directions: Directions, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        weights = coefficients(self.combine, derivatives, directions)
+        return directions.weighted_sum(weights * self._shrinkage_factor(params) if self.shrinkage else weights)
 
     def _own_generator(self) -> torch.Generator:
         if self._generator is None:

@@ -6,15 +6,15 @@ from functools import partial
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from fgtrain.distributed import Ranks, TangentsOver
 from fgtrain.errors import ConfigError
 from fgtrain.estimators import GradientEstimator, write_grads
-from fgtrain.lightning.reduce import mean_over_ranks
-from fgtrain.random import keyed_generator
 from fgtrain.tasks import Task
 
 
@@ -30,6 +30,11 @@ class EstimatorModule(L.LightningModule):
         seed: the directions of a step are a function of (seed, optimizer step, micro-batch).
         accumulate_grad_batches: batches averaged into one optimizer step.
         clip_grad_norm: largest norm of the whole gradient; None for none.
+        distributed_tangents: what several processes share, see `fgtrain.distributed`.
+        distributed_timeout: seconds a process waits for the others in a step.
+
+    Attributes:
+        ranks: the processes, once the trainer has set them up.
     """
 
     def __init__(
@@ -43,6 +48,8 @@ class EstimatorModule(L.LightningModule):
         seed: int = 0,
         accumulate_grad_batches: int = 1,
         clip_grad_norm: float | None = None,
+        distributed_tangents: TangentsOver = "shared",
+        distributed_timeout: float = 60.0,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -54,8 +61,13 @@ class EstimatorModule(L.LightningModule):
         self.seed = seed
         self.accumulate_grad_batches = accumulate_grad_batches
         self.clip_grad_norm = clip_grad_norm
+        self.distributed_tangents: TangentsOver = distributed_tangents
+        self.distributed_timeout = distributed_timeout
+        self.ranks = Ranks()
 
     def setup(self, stage: str) -> None:
+        if self.ranks.size != self.trainer.world_size:
+            self.ranks = Ranks(self.distributed_timeout)
         plugin = self.trainer.precision_plugin
         if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
             raise ConfigError(
@@ -64,11 +76,12 @@ class EstimatorModule(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         micro_batch = batch_idx % self.accumulate_grad_batches
-        estimate = self.estimator(
+        estimate = self.ranks.estimate(
+            self.estimator,
             self.model,
             partial(self.task.losses, batch=batch),
-            generator=keyed_generator(self.seed, self.trainer.global_step, micro_batch),
-            reduce=mean_over_ranks(self.trainer),
+            key=(self.seed, self.trainer.global_step, micro_batch),
+            tangents=self.distributed_tangents,
         )
         grads = estimate.grads
         if self.accumulate_grad_batches > 1:
@@ -96,8 +109,15 @@ class EstimatorModule(L.LightningModule):
         self._evaluate("test", batch)
 
     def _evaluate(self, split: str, batch: Any) -> None:
-        for name, values in self.task.metrics(self.model, batch).items():
-            self.log(f"{split}/{name}", values.mean(), batch_size=len(values), on_epoch=True, sync_dist=True)
+        metrics = self.task.metrics(self.model, batch)
+        counts = [len(values) for values in metrics.values()]
+        sums = torch.stack([values.sum().float() for values in metrics.values()])
+        # Not by Lightning's sync_dist: over gloo it rounds the mean number of examples down to an integer.
+        total = self.ranks.mean(torch.stack([sums, sums.new_tensor(counts)])) * self.ranks.size
+        for name, value, count in zip(metrics, *total, strict=True):
+            # Equal on all ranks already; sync_dist=True is there for Lightning, which would warn.
+            size = round(count.item())
+            self.log(f"{split}/{name}", value / count, batch_size=size, on_epoch=True, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
         optimizer = self.make_optimizer(p for p in self.model.parameters() if p.requires_grad)

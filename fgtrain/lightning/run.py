@@ -10,14 +10,16 @@ import lightning as L
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from fgtrain.config import check, signature_of
+from fgtrain.allocator import keep_freed_memory
+from fgtrain.config import check, signature_of, to_plain
 from fgtrain.errors import ConfigError
-from fgtrain.lightning.callbacks import Monitor, StepProgress
-from fgtrain.lightning.loop import use_step_loop
+from fgtrain.lightning.callbacks import Monitor, RankCheck, StepProgress
+from fgtrain.lightning.launch import plan
 from fgtrain.lightning.module import EstimatorModule
 from fgtrain.tasks import Function
 
@@ -29,6 +31,7 @@ class Run(NamedTuple):
     data: L.LightningDataModule
     trainer: L.Trainer
     monitor: Monitor
+    rank_check: RankCheck
 
 
 def build(cfg: DictConfig) -> Run:
@@ -58,9 +61,12 @@ def build(cfg: DictConfig) -> Run:
         seed=cfg.seed,
         accumulate_grad_batches=cfg.accumulate_grad_batches,
         clip_grad_norm=cfg.clip_grad_norm,
+        distributed_tangents=cfg.distributed.tangents,
+        distributed_timeout=cfg.distributed.timeout_seconds,
     )
     monitor = Monitor(cfg.trainer.log_every_n_steps)
-    callbacks = [monitor, StepProgress(), *(instantiate(node) for node in (cfg.callbacks or {}).values())]
+    rank_check = RankCheck(cfg.distributed.check_every_n_steps, cfg.trainer.log_every_n_steps)
+    callbacks = [monitor, rank_check, StepProgress(), *(instantiate(node) for node in (cfg.callbacks or {}).values())]
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no device lists and tips
     trainer = instantiate(
         cfg.trainer,
@@ -69,11 +75,10 @@ def build(cfg: DictConfig) -> Run:
         default_root_dir=cfg.run_dir,
         enable_progress_bar=False,
         enable_model_summary=False,
-        use_distributed_sampler=False,
+        **plan(to_plain(cfg)["trainer"]).trainer_options(),
         _convert_="all",
     )
-    use_step_loop(trainer)
-    return Run(module, data, trainer, monitor)
+    return Run(module, data, trainer, monitor, rank_check)
 
 
 def _instantiate_with(node: DictConfig, known: Mapping[str, Any]) -> Any:
@@ -89,13 +94,16 @@ def run(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
         cfg: the composed configuration.
         choices: the chosen method, task, data and model by name.
     """
-    module, data, trainer, monitor = build(cfg)
+    keep_freed_memory()
+    module, data, trainer, monitor, rank_check = build(cfg)
     run_dir = Path(cfg.run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
+    if trainer.is_global_zero:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
     trainer.fit(module, data, ckpt_path=cfg.resume)
     results: dict[str, Any] = {name: choices.get(name) for name in ("method", "task", "data", "model")}
     results |= {"seed": cfg.seed, "steps": trainer.global_step, **monitor.summary()}
+    results |= {"world_size": trainer.world_size, "comm/bytes_per_step": rank_check.bytes_per_step}
     results["num_parameters"] = sum(p.numel() for p in module.model.parameters())
     if isinstance(module.task, Function):
         results |= _function_results(module)
@@ -117,6 +125,7 @@ def _function_results(module: EstimatorModule) -> dict[str, Any]:
     return {"metrics": {name: value[best].item() for name, value in metrics.items()}, "solution": solution}
 
 
+@rank_zero_only
 def print_results(results: Mapping[str, Any], run_dir: Path) -> None:
     """The closing table, and where to look further."""
     table = Table(title=f"{results['method']} on {results['task']}", title_justify="left")

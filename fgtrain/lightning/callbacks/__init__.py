@@ -2,6 +2,7 @@
 
 from fgtrain.lightning.callbacks.monitor import Monitor
 from fgtrain.lightning.callbacks.progress import StepProgress
+from fgtrain.lightning.callbacks.ranks import RankCheck
 from fgtrain.lightning.callbacks.trajectory import Trajectory
 
-__all__ = ["Monitor", "StepProgress", "Trajectory"]
+__all__ = ["Monitor", "RankCheck", "StepProgress", "Trajectory"]

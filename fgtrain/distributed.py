@@ -1,0 +1,122 @@
+"""Several processes, one update: forward gradients need to send K numbers a step, whatever the model's size.
+
+The update is a function of a seed and of K directional derivatives, and every rank can draw the directions from the
+seed. So ranks exchange derivatives instead of gradients, in one of two ways:
+
+- shared: all ranks take the same K directions on their own shard of the batch. The mean of the K derivatives over ranks
+  is the derivative of the loss of the whole batch: R processes do what one process does on the R-fold batch.
+- per_rank: R ranks take R K different directions, exchange the R K derivatives and rebuild the update of all of them.
+  The part of the variance that comes from the directions falls R-fold.
+
+Methods whose estimate is no function of seeds and derivatives (`scalar_reducible` is False) average their gradients, in
+one flat bucket.
+"""
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any, Literal, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fgtrain.errors import ConfigError
+from fgtrain.estimators.base import Estimate, GradientEstimator
+from fgtrain.random import keyed_generator
+
+TangentsOver = Literal["shared", "per_rank"]
+
+
+class Ranks:
+    """The processes of a training run: what they tell each other, and how many bytes that takes.
+
+    One process, or no process group, is the case without any communication. Create it on every rank at the same time.
+
+    Args:
+        timeout_seconds: a rank that has waited so long for the others ends with an error.
+
+    Attributes:
+        rank: of this process.
+        size: R, the number of processes.
+        bytes_sent: by this process so far, by the cost of the ring algorithms: all-reduce of m bytes sends
+            2 m (R - 1) / R, all-gather of m bytes from each rank sends m (R - 1).
+
+    >>> ranks = Ranks()
+    >>> ranks.size, ranks.mean(torch.ones(2)), ranks.bytes_sent
+    (1, tensor([1., 1.]), 0.0)
+    """
+
+    def __init__(self, timeout_seconds: float = 60.0) -> None:
+        in_group = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if in_group else 0
+        self.size = dist.get_world_size() if in_group else 1
+        self.bytes_sent = 0.0
+        self._group: Any = None
+        if self.size > 1:  # an own group: its deadline is not that of loading data or saving a checkpoint
+            self._group = dist.new_group(timeout=timedelta(seconds=timeout_seconds))
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean over ranks, bit for bit the same on each; an estimator's `reduce`."""
+        if self.size == 1:
+            return tensor
+        total = tensor.detach().clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=self._group)
+        self.bytes_sent += 2 * total.nbytes * (self.size - 1) / self.size
+        return total / self.size
+
+    def gather(self, tensor: Tensor) -> list[Tensor]:
+        """The tensors of all ranks, which have one shape, in the order of the ranks."""
+        if self.size == 1:
+            return [tensor]
+        tensor = tensor.detach().contiguous()
+        found = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(found, tensor, group=self._group)
+        self.bytes_sent += tensor.nbytes * (self.size - 1)
+        return found
+
+    def estimate(
+        self,
+        estimator: GradientEstimator,
+        model: nn.Module,
+        loss_fn: Callable[[Any], Tensor],
+        key: tuple[int, ...],
+        tangents: TangentsOver = "shared",
+    ) -> Estimate:
+        """The estimate of all ranks together, with the same gradients on each; the loss is that of the own shard.
+
+        Unbiased if the estimator is, for the mean over ranks of their losses.
+
+        Args:
+            estimator: any method.
+            model: the same on all ranks.
+            loss_fn: the loss on this rank's shard of the batch.
+            key: what the directions are a function of, such as (seed, step).
+            tangents: "shared" or "per_rank".
+
+        Raises:
+            ConfigError: `tangents` is neither.
+        """
+        if tangents not in get_args(TangentsOver):
+            raise ConfigError(f"distributed.tangents must be 'shared' or 'per_rank', got {tangents!r}")
+        if self.size == 1:
+            return estimator(model, loss_fn, generator=keyed_generator(*key))
+        if not estimator.scalar_reducible:
+            return estimator(model, loss_fn, generator=keyed_generator(*key, self.rank), reduce=self.mean)
+        if tangents == "shared":
+            return estimator(model, loss_fn, generator=keyed_generator(*key), reduce=self.mean)
+        own = estimator(model, loss_fn, generator=keyed_generator(*key, self.rank))
+        assert own.directional_derivatives is not None
+        derivatives = self.gather(own.directional_derivatives)
+        parts = (
+            own.grads if rank == self.rank else estimator.replay(model, found, keyed_generator(*key, rank))
+            for rank, found in enumerate(derivatives)
+        )
+        return own._replace(grads=_mean_of(parts, self.size), directional_derivatives=torch.cat(derivatives))
+
+
+def _mean_of(parts: Any, count: int) -> dict[str, Tensor]:
+    """The mean of gradients, added in their order so that every rank gets the same bits."""
+    total: dict[str, Tensor] = {}
+    for grads in parts:
+        total = {name: total[name] + g if total else g for name, g in grads.items()}
+    return {name: g / count for name, g in total.items()}

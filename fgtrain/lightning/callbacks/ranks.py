@@ -1,0 +1,104 @@
+"""What several processes owe their user: the same parameters everywhere, and a count of what is sent."""
+
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from fgtrain.distributed import Ranks
+from fgtrain.errors import RanksDiffer
+from fgtrain.lightning.module import EstimatorModule
+
+
+class RankCheck(L.Callback):
+    """Logs the traffic of a step and ends the run when ranks no longer have the same parameters.
+
+    `comm/bytes_per_step` is what one rank sends per optimizer step, see `fgtrain.distributed.Ranks`. The check sends
+    eight bytes every so many steps; parameters sharded over ranks have nothing to compare.
+
+    Args:
+        check_every_n_steps: optimizer steps between two checks, the first after the first step; 0 for none.
+        log_every_n_steps: optimizer steps between two entries in the log.
+
+    Raises:
+        RanksDiffer: names the first parameter that differs.
+    """
+
+    def __init__(self, check_every_n_steps: int = 1000, log_every_n_steps: int = 50) -> None:
+        self.check_every_n_steps = check_every_n_steps
+        self.log_every_n_steps = log_every_n_steps
+        self.bytes_per_step = 0.0
+        self._first_step = 0
+        self._last_check = -1
+        self._sent = self._sent_before = 0.0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._first_step = trainer.global_step
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, EstimatorModule)
+        self._sent_before = pl_module.ranks.bytes_sent
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert isinstance(pl_module, EstimatorModule)
+        ranks, done = pl_module.ranks, trainer.global_step - self._first_step
+        self._sent += ranks.bytes_sent - self._sent_before  # of the step alone, not of checks and validation
+        if done == 0:
+            return
+        self.bytes_per_step = self._sent / done
+        if trainer.global_step % self.log_every_n_steps == 0:
+            self._log(trainer)
+        every = self.check_every_n_steps
+        if ranks.size > 1 and every and (done == 1 or done % every == 0) and done != self._last_check:
+            self._last_check = done
+            check_agreement(pl_module.model, ranks, trainer.global_step)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._log(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.world_size > 1:
+            for buffer in pl_module.buffers():
+                dist.broadcast(buffer, 0)
+
+    def _log(self, trainer: L.Trainer) -> None:
+        metrics = {"comm/bytes_per_step": torch.tensor(self.bytes_per_step)}
+        trainer.callback_metrics.update(metrics)
+        for logger in trainer.loggers:
+            logger.log_metrics({"comm/bytes_per_step": self.bytes_per_step}, step=trainer.global_step)
+
+
+def check_agreement(model: nn.Module, ranks: Ranks, step: int) -> None:
+    """Compare the bits of the parameters on all ranks.
+
+    Raises:
+        RanksDiffer: on every rank, naming the first parameter that differs.
+    """
+    replicated = {name: p for name, p in model.named_parameters() if not hasattr(p, "to_local")}
+    if not replicated:
+        return
+    sums = torch.stack([_sum_of_bits(p) for p in replicated.values()])
+    if len({int(total) for total in ranks.gather(sums.sum())}) > 1:
+        table = torch.stack(ranks.gather(sums))  # (R, parameters)
+        differs = (table != table[0]).any(0)
+        if differs.any():
+            name = list(replicated)[int(differs.int().argmax())]
+            column = list(replicated).index(name)
+            others = [rank for rank in range(ranks.size) if table[rank, column] != table[0, column]]
+            raise RanksDiffer(
+                f"after step {step} parameter {name} of rank {', '.join(map(str, others))} differs from rank 0's, so "
+                "the ranks train different models; look for what is random or rank-dependent in the model, the "
+                "callbacks or the optimizer, and resume from a checkpoint"
+            )
+
+
+def _sum_of_bits(p: Tensor) -> Tensor:
+    integers = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = torch.view_as_real(p.detach()) if p.is_complex() else p.detach()
+    return bits.contiguous().view(integers[bits.element_size()]).sum(dtype=torch.int64)

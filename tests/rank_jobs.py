@@ -1,0 +1,168 @@
+"""What the processes of tests/test_distributed.py do."""
+
+import logging
+import os
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from fgtrain import Backprop, ForwardGradient, LowRank
+from fgtrain.data import InMemoryDataModule
+from fgtrain.distributed import Ranks
+from fgtrain.errors import RanksDiffer, UserError
+from fgtrain.lightning import EstimatorModule
+from fgtrain.lightning.callbacks import RankCheck
+from fgtrain.lightning.launch import _free_port
+from fgtrain.lightning.strategy import Replicas
+from fgtrain.models import MLP
+from fgtrain.tasks import Classification
+
+STEPS = 6
+ESTIMATORS = {
+    "backprop": Backprop,
+    "normal": ForwardGradient,
+    "projection": partial(ForwardGradient, num_tangents=2, combine="projection"),
+    "low_rank": partial(ForwardGradient, LowRank(), num_tangents=3),
+    "clipped": partial(ForwardGradient, num_tangents=2, clip_derivative=0.5),
+}
+
+
+class Data(InMemoryDataModule):
+    """Forty-eight random examples, and seventeen to validate on."""
+
+    input_shape = (1, 2, 2)
+    num_classes = 3
+
+    def load(self):
+        generator = torch.Generator().manual_seed(0)
+        splits = {
+            name: (torch.randn(n, 1, 2, 2, generator=generator), torch.randint(3, (n,), generator=generator))
+            for name, n in (("train", 48), ("val", 17), ("test", 17))
+        }
+        return splits, torch.Tensor.double
+
+
+def make(estimator, *, width=5, **options):
+    torch.manual_seed(dist.get_rank() if dist.is_initialized() else 0)  # rank 0's initial weights count
+    model = MLP((1, 2, 2), 3, [width]).double()
+    return EstimatorModule(model, Classification(), estimator, partial(torch.optim.SGD, lr=0.1), **options)
+
+
+def fit(module, batch_size, folder, *callbacks, max_steps=STEPS, **options):
+    given: dict[str, Any] = {"devices": 1} | options
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    trainer = L.Trainer(
+        default_root_dir=folder,
+        accelerator="cpu",
+        max_steps=max_steps,
+        max_epochs=-1,
+        logger=False,
+        callbacks=list(callbacks),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        precision="64-true",
+        **given,
+    )
+    trainer.fit(module, Data(batch_size))
+    return trainer
+
+
+def start(size, job, folder, *args):
+    """Run job(folder, *args) in `size` processes of one process group; what each returned, by rank."""
+    mp.get_context("forkserver").set_forkserver_preload(["tests.rank_jobs"])
+    mp.start_processes(_run, (size, _free_port(), job, folder, args), size, start_method="forkserver")
+    return [torch.load(Path(folder) / f"{job.__name__}_{rank}_of_{size}.pt") for rank in range(size)]
+
+
+def _run(rank, size, port, job, folder, args):
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": str(size), "NODE_RANK": "0"}
+    dist.init_process_group("gloo")
+    found = job(folder, *args)
+    torch.save(found, Path(folder) / f"{job.__name__}_{rank}_of_{size}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def train_all(folder):
+    """Weights, derivatives and traffic of every estimator, shared and per rank."""
+    size, found = dist.get_world_size(), {}
+    for name, estimator in ESTIMATORS.items():
+        for tangents in ("shared", "per_rank"):
+            module, check = make(estimator(), distributed_tangents=tangents), RankCheck(check_every_n_steps=2)
+            trainer = fit(module, 12 // size, folder, check, devices=size, strategy=Replicas())
+            metrics = {key: value.item() for key, value in trainer.callback_metrics.items()}
+            found[name, tangents] = module.model.state_dict(), check.bytes_per_step, metrics
+    return found
+
+
+def traffic_of_widths(folder):
+    """Bytes per step of models of two sizes."""
+    size, found = dist.get_world_size(), {}
+    for width in (5, 50):
+        for tangents in ("shared", "per_rank"):
+            module, check = (
+                make(ForwardGradient(num_tangents=3), width=width, distributed_tangents=tangents),
+                RankCheck(check_every_n_steps=1),
+            )
+            fit(module, 12 // size, folder, check, devices=size, strategy=Replicas(), max_steps=2)
+            found[width, tangents] = check.bytes_per_step
+    return found
+
+
+class Drifting(L.Callback):
+    """Changes one number of one parameter on rank 1."""
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_rank == 1 and trainer.global_step == 3:
+            with torch.no_grad():
+                list(pl_module.model.parameters())[2].view(-1)[0] += 1e-12
+
+
+def drift(folder):
+    """The error of ranks that no longer agree."""
+    check = RankCheck(check_every_n_steps=2)
+    try:
+        fit(make(ForwardGradient()), 6, folder, Drifting(), check, devices=2, strategy=Replicas(), max_steps=20)
+    except RanksDiffer as error:
+        return str(error)
+    return None
+
+
+def stuck(folder):
+    """The error of a rank that waits for one that never comes."""
+    ranks = Ranks(timeout_seconds=2)
+    if dist.get_rank() == 1:
+        return None
+    try:
+        ranks.mean(torch.ones(1))
+    except (RuntimeError, UserError) as error:
+        return str(error)
+    return None
+
+
+class BatchNormed(nn.Module):
+    """Running statistics that differ by rank."""
+
+    def __init__(self):
+        super().__init__()
+        self.flat = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(4), nn.Linear(4, 3))
+
+    def forward(self, x):
+        return self.flat(x)
+
+
+def buffers(folder):
+    """Running mean after training and validation."""
+    module = make(ForwardGradient())
+    module.model = BatchNormed().double()
+    fit(module, 6, folder, RankCheck(), devices=2, strategy=Replicas(), max_steps=4)
+    return module.model.flat[1].running_mean

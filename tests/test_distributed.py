@@ -1,0 +1,175 @@
+"""Several processes do what one does, send what they say, and never go on in disagreement."""
+
+import math
+
+import pytest
+import torch
+
+from fgtrain.distributed import Ranks
+from fgtrain.errors import ConfigError
+from fgtrain.estimators import write_grads
+from fgtrain.lightning.launch import is_follower, plan
+from fgtrain.random import keyed_generator
+from tests import rank_jobs
+from tests.rank_jobs import ESTIMATORS, STEPS, Data, fit, make, start
+
+SCALAR = [name for name in ESTIMATORS if name != "backprop"]
+
+
+@pytest.fixture(scope="module", params=[2, 3], ids="{} processes".format)
+def trained(request, tmp_path_factory):
+    return start(request.param, rank_jobs.train_all, tmp_path_factory.mktemp("ranks"))
+
+
+def assert_close(weights, expected):
+    for name, value in expected.items():
+        torch.testing.assert_close(weights[name], value, rtol=0, atol=1e-10, msg=name)
+
+
+def one_process_all_directions(name, size):
+    """Weights of a plain loop that evaluates every rank's directions on that rank's shard."""
+    module, data = make(ESTIMATORS[name]()), Data(12)
+    data.setup("fit")
+    optimizer = module.make_optimizer(module.model.parameters())
+    loader, step = data.train_dataloader(), 0
+    while step < STEPS:
+        for inputs, labels in loader:
+            shards = zip(inputs.tensor_split(size), labels.tensor_split(size), strict=True)
+            estimates = [
+                module.estimator(
+                    module.model,
+                    lambda net, shard=shard: module.task.losses(net, shard),
+                    generator=keyed_generator(0, step, 0, rank),
+                )
+                for rank, shard in enumerate(shards)
+            ]
+            write_grads(module.model, {n: sum(e.grads[n] for e in estimates) / size for n in estimates[0].grads})
+            optimizer.step()
+            step += 1
+            if step == STEPS:
+                break
+    return module.model.state_dict()
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_shared_equals_one_process_on_the_whole_batch(name, trained, tmp_path):
+    alone = make(ESTIMATORS[name]())
+    trainer = fit(alone, 12, tmp_path)
+    weights, _, metrics = trained[0][name, "shared"]
+    assert_close(weights, alone.model.state_dict())
+    for key in ("val/loss", "val/acc"):
+        assert metrics[key] == pytest.approx(trainer.callback_metrics[key].item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", SCALAR)
+def test_per_rank_equals_one_process_with_all_directions(name, trained):
+    assert_close(trained[0][name, "per_rank"][0], one_process_all_directions(name, len(trained)))
+
+
+def test_ranks_have_the_same_bits(trained):
+    first, *others = trained
+    for run in first:
+        for other in others:
+            for name, value in first[run][0].items():
+                assert torch.equal(value, other[run][0][name]), (run, name)
+
+
+def test_traffic(trained):
+    size = len(trained)
+    num_tangents = {"normal": 1, "projection": 2, "low_rank": 3, "clipped": 2}
+    for (name, _), (weights, sent, metrics) in trained[0].items():
+        assert metrics["comm/bytes_per_step"] == pytest.approx(sent)
+        if name in num_tangents:
+            assert 0 < sent <= 8 * size * num_tangents[name]
+        else:  # one bucket: the gradient, once around the ring
+            assert sent == pytest.approx(2 * (size - 1) / size * sum(8 * w.numel() for w in weights.values()))
+
+
+def test_traffic_does_not_depend_on_the_model(tmp_path):
+    found = start(2, rank_jobs.traffic_of_widths, tmp_path)[0]
+    assert found[5, "shared"] == found[50, "shared"] == 8 * 3
+    assert found[5, "per_rank"] == found[50, "per_rank"] == 8 * 3
+
+
+def test_ranks_that_disagree_are_stopped(tmp_path):
+    for message in start(2, rank_jobs.drift, tmp_path):
+        assert message is not None
+        assert message.startswith("after step 4 parameter 3.weight of rank 1 differs from rank 0's")
+
+
+def test_waiting_has_an_end(tmp_path):
+    message, _ = start(2, rank_jobs.stuck, tmp_path)
+    assert "imed out" in message or "closed" in message
+
+
+def test_buffers_are_rank_zeros(tmp_path):
+    first, second = start(2, rank_jobs.buffers, tmp_path)
+    assert torch.equal(first, second)
+
+
+def test_replay_gives_the_gradients_back():
+    module, data = make(ESTIMATORS["projection"]()), Data(12)
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    estimate = module.estimator(
+        module.model, lambda net: module.task.losses(net, batch), generator=keyed_generator(1, 2)
+    )
+    again = module.estimator.replay(module.model, estimate.directional_derivatives, keyed_generator(1, 2))
+    for name, g in estimate.grads.items():
+        assert torch.equal(g, again[name])
+
+
+TORCHRUN = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1", "RANK": "1"}
+TWO_NODES = TORCHRUN | {"WORLD_SIZE": "4"}
+
+
+@pytest.mark.parametrize(
+    ("trainer", "environ", "size"),
+    [
+        ({}, {}, 1),
+        ({"devices": 2}, {}, 2),
+        ({"devices": [0, 1, 2]}, {}, 3),
+        ({"devices": "0,1"}, {}, 2),
+        ({"devices": "auto"}, TORCHRUN, 2),
+        ({"devices": 2, "num_nodes": 2}, TWO_NODES, 4),
+        ({"devices": "auto"}, TWO_NODES, 4),
+        ({"devices": 2}, {"SLURM_NTASKS": "2"}, 2),
+        ({"devices": "auto"}, {"SLURM_NTASKS": "4", "SLURM_NNODES": "2"}, 4),
+        ({"devices": 2}, {"SLURM_NTASKS": "1", "SLURM_JOB_NAME": "bash"}, 2),
+        ({"devices": 1}, {"SLURM_NTASKS": "1"}, 1),
+    ],
+)
+def test_world(trainer, environ, size):
+    assert plan({"accelerator": "cpu"} | trainer, environ).size == size
+
+
+@pytest.mark.parametrize(
+    ("trainer", "environ", "message"),
+    [
+        ({"devices": 1}, TORCHRUN, r"torchrun started 2 processes, but trainer.devices=1 .* asks for 1"),
+        ({"devices": 2}, {"SLURM_NTASKS": "1"}, r"SLURM_NTASKS=1\) started 1 process, but .* asks for 2"),
+        ({"devices": 2}, TWO_NODES, r"started 4 processes, but trainer.devices=2 x trainer.num_nodes=1 asks for 2"),
+        ({"devices": 2, "num_nodes": 2}, {}, r"num_nodes=2 needs a start on every node; use torchrun --nnodes=2"),
+        ({"strategy": "fsdp"}, {}, r"trainer.strategy=fsdp needs a backward pass"),
+        ({"strategy": "deepspeed_stage_2"}, {}, r"trainer.strategy=deepspeed_stage_2 needs a backward pass"),
+        ({"strategy": "fsdp2"}, {}, r"trainer=fsdp2 shards parameters over at least 2 devices"),
+        ({"devices": "two"}, {}, r"trainer.devices must be a number, a list of indices or auto, got 'two'"),
+    ],
+)
+def test_worlds_that_would_be_wrong(trainer, environ, message):
+    with pytest.raises(ConfigError, match=message):
+        plan({"accelerator": "cpu"} | trainer, environ)
+
+
+def test_followers_leave_the_folder_to_rank_zero():
+    assert is_follower(TORCHRUN)
+    assert is_follower({"SLURM_NTASKS": "2", "SLURM_PROCID": "1"})
+    assert not is_follower(TORCHRUN | {"RANK": "0"})
+    assert not is_follower({"RANK": "1"})
+
+
+def test_one_process_sends_nothing():
+    ranks = Ranks()
+    assert ranks.size == 1
+    assert math.isclose(ranks.bytes_sent, 0)
+    assert ranks.gather(torch.ones(2))[0].tolist() == [1, 1]

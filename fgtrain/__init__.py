@@ -1,11 +1,21 @@
 """fgtrain: train neural networks with backpropagation or forward gradients, swapped by one word."""
 
 from fgtrain import tasks
-from fgtrain.estimators import Backprop, CheckpointedBackprop, Estimate, ForwardGradient, GradientEstimator, write_grads
+from fgtrain.estimators import (
+    SPSA,
+    Backprop,
+    CheckpointedBackprop,
+    Estimate,
+    ForwardGradient,
+    GradientEstimator,
+    MeZO,
+    write_grads,
+)
 from fgtrain.forward_ad import directional_derivatives
 from fgtrain.tangents import Coordinate, LowRank, Normal, Rademacher, Sphere
 
 __all__ = [
+    "SPSA",
     "Backprop",
     "CheckpointedBackprop",
     "Coordinate",
@@ -13,6 +23,7 @@ __all__ = [
     "ForwardGradient",
     "GradientEstimator",
     "LowRank",
+    "MeZO",
     "Normal",
     "Rademacher",
     "Sphere",

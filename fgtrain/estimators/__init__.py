@@ -4,5 +4,15 @@ from fgtrain.estimators.backprop import Backprop
 from fgtrain.estimators.base import Estimate, GradientEstimator, write_grads
 from fgtrain.estimators.checkpointed import CheckpointedBackprop
 from fgtrain.estimators.forward_gradient import ForwardGradient
+from fgtrain.estimators.zeroth_order import SPSA, MeZO
 
-__all__ = ["Backprop", "CheckpointedBackprop", "Estimate", "ForwardGradient", "GradientEstimator", "write_grads"]
+__all__ = [
+    "SPSA",
+    "Backprop",
+    "CheckpointedBackprop",
+    "Estimate",
+    "ForwardGradient",
+    "GradientEstimator",
+    "MeZO",
+    "write_grads",
+]

@@ -47,6 +47,13 @@ class GradientEstimator(nn.Module, ABC):
 
     def __init__(self) -> None:  # nn.Module's takes any argument; a configuration is checked against this one
         super().__init__()
+        self._generator: torch.Generator | None = None
+
+    def own_generator(self) -> torch.Generator:
+        """Where directions come from when the caller names no generator."""
+        if self._generator is None:
+            self._generator = torch.Generator().manual_seed(torch.initial_seed())
+        return self._generator
 
     @abstractmethod
     def forward(

@@ -87,7 +87,6 @@ class ForwardGradient(GradientEstimator):
         self.clip_derivative = clip_derivative
         self.rowwise = rowwise
         self.claims = frozenset(self._claims())
-        self._generator: torch.Generator | None = None
         self._factors: dict[tuple[tuple[int, ...], ...], float] = {}
 
     def _claims(self) -> Iterator[Claim]:
@@ -123,7 +122,7 @@ class ForwardGradient(GradientEstimator):
         reduce: Reduce | None = None,
     ) -> Estimate:
         params = trainable_params(model)
-        seeds = draw_seeds(generator or self._own_generator(), self.num_tangents)
+        seeds = draw_seeds(generator or self.own_generator(), self.num_tangents)
         with torch.inference_mode(False), torch.no_grad():
             directions = self.tangents.sample(params, seeds, rowwise=self.rowwise)
             losses, derivatives = jvp(model, loss_fn, directions)
@@ -149,11 +148,6 @@ class ForwardGradient(GradientEstimator):
     def _combined(self, derivatives: Tensor, directions: Directions, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         weights = coefficients(self.combine, derivatives, directions)
         return directions.weighted_sum(weights * self._shrinkage_factor(params) if self.shrinkage else weights)
-
-    def _own_generator(self) -> torch.Generator:
-        if self._generator is None:
-            self._generator = torch.Generator().manual_seed(torch.initial_seed())
-        return self._generator
 
     def extra_repr(self) -> str:
         shrinkage = ", shrinkage=True" if self.shrinkage else ""

@@ -1,0 +1,53 @@
+"""Parameters that are something else while an operation uses them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+
+class Perturbed(Tensor):
+    """Stands for moved(index, p), which is computed at every use and forgotten after it.
+
+    Args:
+        p: the tensor itself, unchanged.
+        moved: maps (index, p) to what operations see.
+        index: which of the tensors this is.
+    """
+
+    _value: Callable[[], Tensor]
+
+    @staticmethod
+    def __new__(cls: type, p: Tensor, moved: Callable[[int, Tensor], Tensor], index: int) -> "Perturbed":
+        make: Any = torch.Tensor._make_wrapper_subclass
+        return make(cls, p.shape, strides=p.stride(), dtype=p.dtype, device=p.device)
+
+    def __init__(self, p: Tensor, moved: Callable[[int, Tensor], Tensor], index: int) -> None:
+        self._value = lambda: moved(index, p)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func in _OF_THE_OUTSIDE:
+                return func(*args, **(kwargs or {}))
+            args, kwargs = tree_map(_value, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    @classmethod  # torch's stub has the parameters in another order than its callers
+    def __torch_dispatch__(  # ty: ignore[incompatible-method-override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        args, kwargs = tree_map(_value, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _value(x: Any) -> Any:
+    return x._value() if isinstance(x, Perturbed) else x
+
+
+# What asks for nothing that a move changes; drawing a direction to learn a shape would be dear.
+_OF_THE_OUTSIDE = {
+    getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "requires_grad", "ndim", "is_cuda", "layout")
+} | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_contiguous, Tensor.is_floating_point}

@@ -26,7 +26,7 @@ CONF = Path(__file__).resolve().parents[1] / "conf"
 
 def run_app(task: Callable[[DictConfig], None], config_name: str) -> None:
     """Run `task` as a Hydra application; `HYDRA_FULL_ERROR=1` in the environment brings tracebacks back."""
-    quiet_libraries()
+    silence_libraries()
     if is_follower():  # the folder of the run is rank 0's, whatever the clock of this process says
         if {"-m", "--multirun"} & set(sys.argv):
             fail("a sweep starts the processes of its jobs itself; start it once, without torchrun or srun")
@@ -52,8 +52,8 @@ def run_app(task: Callable[[DictConfig], None], config_name: str) -> None:
         del os.environ["HYDRA_FULL_ERROR"]
 
 
-def quiet_libraries() -> None:
-    """Ignore the warnings libraries address to each other."""
+def silence_libraries() -> None:
+    """Ignore the warnings that are libraries talking to each other."""
     for message in (".*LeafSpec.*", ".*torch.jit.script.*", "The number of training batches", "Using ModelCheckpoint"):
         warnings.filterwarnings("ignore", message)
 

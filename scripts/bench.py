@@ -17,9 +17,10 @@ from rich.console import Console
 from rich.table import Table
 
 from fgtrain.allocator import keep_freed_memory
+from fgtrain.benchmarks.loop import loop_overhead
 from fgtrain.benchmarks.methods import methods_of
 from fgtrain.benchmarks.steps import Row, measure
-from fgtrain.cli import USER_ERRORS, fail
+from fgtrain.cli import USER_ERRORS, fail, silence_libraries
 
 
 def parse() -> argparse.Namespace:
@@ -34,6 +35,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--loop", action="store_true", help="instead: what train.py adds to a bare loop's step")
     parser.add_argument("--json", type=Path, help="file for the rows")
     return parser.parse_args()
 
@@ -42,6 +44,9 @@ def main() -> None:
     """Measure, print the table, write the rows."""
     args = parse()
     keep_freed_memory()
+    if args.loop:
+        print_loop_overhead(args.methods)
+        return
     torch.set_num_threads(args.threads)
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(auto if args.device == "auto" else args.device)
@@ -73,6 +78,17 @@ def table(rows: list[Row]) -> Table:
         memory = (f"{row.peak_mib:.1f}", f"{row.peak_to_backprop:.2f}", f"{row.peak_to_forward:.2f}")
         grid.add_row(*named, *times, *memory)
     return grid
+
+
+def print_loop_overhead(methods: list[str]) -> None:
+    """Microseconds of a step of the default run, with everything on, beside a bare loop's."""
+    silence_libraries()
+    grid = Table(title="microseconds a step, digits MLP, one thread", box=SIMPLE_HEAD)
+    for heading in ("method", "bare loop", "scripts/train.py", "added"):
+        grid.add_column(heading, justify="right")
+    for method in methods:
+        grid.add_row(method, *(f"{value:.0f}" for value in loop_overhead(method).values()))
+    Console().print(grid)
 
 
 if __name__ == "__main__":

@@ -172,10 +172,10 @@ def launch(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _worker(rank: int, plain: dict[str, Any], choices: dict[str, str], size: int, port: int, folder: str) -> None:
-    from fgtrain.cli import USER_ERRORS, one_line, quiet_libraries
+    from fgtrain.cli import USER_ERRORS, one_line, silence_libraries
     from fgtrain.lightning.run import run
 
-    quiet_libraries()
+    silence_libraries()
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}

@@ -20,6 +20,7 @@ from fgtrain.config import check, signature_of, to_plain
 from fgtrain.errors import ConfigError
 from fgtrain.lightning.callbacks import Monitor, RankCheck, StepProgress
 from fgtrain.lightning.launch import plan
+from fgtrain.lightning.loop import use_step_loop
 from fgtrain.lightning.module import EstimatorModule
 from fgtrain.tasks import Function
 
@@ -31,7 +32,6 @@ class Run(NamedTuple):
     data: L.LightningDataModule
     trainer: L.Trainer
     monitor: Monitor
-    rank_check: RankCheck
 
 
 def build(cfg: DictConfig) -> Run:
@@ -65,8 +65,9 @@ def build(cfg: DictConfig) -> Run:
         distributed_timeout=cfg.distributed.timeout_seconds,
     )
     monitor = Monitor(cfg.trainer.log_every_n_steps)
-    rank_check = RankCheck(cfg.distributed.check_every_n_steps, cfg.trainer.log_every_n_steps)
-    callbacks = [monitor, rank_check, StepProgress(), *(instantiate(node) for node in (cfg.callbacks or {}).values())]
+    world = plan(to_plain(cfg)["trainer"])
+    several = [RankCheck(cfg.distributed.check_every_n_steps, cfg.trainer.log_every_n_steps)] if world.size > 1 else []
+    callbacks = [monitor, *several, StepProgress(), *(instantiate(node) for node in (cfg.callbacks or {}).values())]
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no device lists and tips
     trainer = instantiate(
         cfg.trainer,
@@ -75,10 +76,11 @@ def build(cfg: DictConfig) -> Run:
         default_root_dir=cfg.run_dir,
         enable_progress_bar=False,
         enable_model_summary=False,
-        **plan(to_plain(cfg)["trainer"]).trainer_options(),
+        **world.trainer_options(),
         _convert_="all",
     )
-    return Run(module, data, trainer, monitor, rank_check)
+    use_step_loop(trainer)
+    return Run(module, data, trainer, monitor)
 
 
 def _instantiate_with(node: DictConfig, known: Mapping[str, Any]) -> Any:
@@ -95,7 +97,7 @@ def run(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
         choices: the chosen method, task, data and model by name.
     """
     keep_freed_memory()
-    module, data, trainer, monitor, rank_check = build(cfg)
+    module, data, trainer, monitor = build(cfg)
     run_dir = Path(cfg.run_dir)
     if trainer.is_global_zero:
         run_dir.mkdir(parents=True, exist_ok=True)
@@ -103,7 +105,8 @@ def run(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
     trainer.fit(module, data, ckpt_path=cfg.resume)
     results: dict[str, Any] = {name: choices.get(name) for name in ("method", "task", "data", "model")}
     results |= {"seed": cfg.seed, "steps": trainer.global_step, **monitor.summary()}
-    results |= {"world_size": trainer.world_size, "comm/bytes_per_step": rank_check.bytes_per_step}
+    sent = trainer.callback_metrics.pop("comm/bytes_per_step", torch.zeros(())).item()
+    results |= {"world_size": trainer.world_size, "comm/bytes_per_step": sent}
     results["num_parameters"] = sum(p.numel() for p in module.model.parameters())
     if isinstance(module.task, Function):
         results |= _function_results(module)

@@ -3,7 +3,7 @@
 import resource
 import time
 from array import array
-from statistics import median
+from statistics import fmean, median
 from typing import Any
 
 import lightning as L
@@ -30,9 +30,8 @@ class Monitor(L.Callback):
         self.every_n_steps = every_n_steps
         self.step_seconds = array("d")
         self.train_seconds = 0.0
-        self._sums: dict[str, Tensor] = {}
-        self._largest = torch.zeros(())
-        self._count = 0
+        self._losses: list[Tensor] = []
+        self._derivatives: list[Tensor] = []
         self._grad_norm: Tensor | None = None
         self._resumed_at = self._last_end = 0.0
 
@@ -50,43 +49,36 @@ class Monitor(L.Callback):
         now = time.perf_counter()
         self.step_seconds.append(now - self._last_end)
         self._last_end = now
-        self._add("loss", outputs["loss"])
-        derivatives = outputs["directional_derivatives"]
-        if derivatives is not None:
-            self._add("directional_derivative", derivatives.mean())
-            size = derivatives.abs()
-            self._add("directional_derivative_abs", size.mean())
-            self._largest = torch.maximum(self._largest.to(size.device), size.max())
-        self._count += 1
+        self._losses.append(outputs["loss"])  # a list now and arithmetic later: a small network's step is short
+        if outputs["directional_derivatives"] is not None:
+            self._derivatives.append(outputs["directional_derivatives"])
         if self._due(trainer) and self._grad_norm is not None:
             self._write(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.train_seconds += time.perf_counter() - self._resumed_at
-        if self._count:
+        if self._losses:
             self._write(trainer, pl_module)
 
     def _due(self, trainer: L.Trainer, after: int = 0) -> bool:
         return (trainer.global_step + after) % self.every_n_steps == 0
 
-    def _add(self, name: str, value: Tensor) -> None:
-        value = value.detach()
-        self._sums[name] = self._sums[name] + value if name in self._sums else value
-
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        metrics = {f"train/{name}": value / self._count for name, value in self._sums.items()}
-        if "directional_derivative" in self._sums:
-            metrics["train/directional_derivative_max"] = self._largest
+        metrics = {"train/loss": torch.stack(self._losses).mean()}
+        if self._derivatives:
+            derivatives = torch.cat(self._derivatives)
+            metrics["train/directional_derivative"] = derivatives.mean()
+            metrics["train/directional_derivative_abs"] = derivatives.abs().mean()
+            metrics["train/directional_derivative_max"] = derivatives.abs().max()
         if self._grad_norm is not None:
             metrics["train/grad_norm"] = self._grad_norm
         metrics["train/lr"] = torch.tensor(float(trainer.optimizers[0].param_groups[0]["lr"]))
-        metrics["train/step_ms"] = torch.tensor(1e3 * sum(self.step_seconds[-self._count :]) / self._count)
+        metrics["train/step_ms"] = torch.tensor(1e3 * fmean(self.step_seconds[-len(self._losses) :]))
         metrics["train/loss"] = trainer.strategy.reduce(metrics["train/loss"], reduce_op="mean")
         trainer.callback_metrics.update(metrics)
         for logger in trainer.loggers:
             logger.log_metrics({name: value.item() for name, value in metrics.items()}, step=trainer.global_step)
-        self._sums, self._count, self._grad_norm = {}, 0, None
-        self._largest = torch.zeros(())
+        self._losses, self._derivatives, self._grad_norm = [], [], None
 
     def summary(self) -> dict[str, float]:
         """Cost of the run so far: seconds of training, median milliseconds of a step, peak memory in MiB."""

@@ -14,10 +14,10 @@ class StepProgress(L.Callback):
     Where the output is no terminal it prints a line at every tenth of the run instead.
     """
 
-    refresh_seconds = 0.25
+    refresh_seconds = 0.5
 
     def __init__(self) -> None:
-        self._console = Console(stderr=True)
+        self.console = Console(stderr=True)
         self._bar: Progress | None = None
         self._total = 0
         self._first_step = 0
@@ -34,14 +34,14 @@ class StepProgress(L.Callback):
         self._next_line = self._first_step + self._line_every()
         if not trainer.is_global_zero:
             return
-        if self._console.is_terminal:
+        if self.console.is_terminal:
             columns = (
                 TextColumn("training"),
                 BarColumn(),
                 TextColumn("{task.fields[status]}"),
                 TimeRemainingColumn(),
             )
-            self._bar = Progress(*columns, console=self._console, auto_refresh=False)
+            self._bar = Progress(*columns, console=self.console, auto_refresh=False)
             self._bar.add_task("", total=self._total or None, status="")
             self._bar.start()
 
@@ -53,7 +53,7 @@ class StepProgress(L.Callback):
         if self._bar is None:
             if trainer.global_step >= self._next_line:
                 self._next_line += self._line_every()
-                self._console.print(self._status(trainer), highlight=False)
+                self.console.print(self._status(trainer), highlight=False)
         elif time.monotonic() - self._refreshed > self.refresh_seconds:
             self._refreshed = time.monotonic()
             self._bar.update(self._bar.task_ids[0], completed=trainer.global_step, status=self._status(trainer))

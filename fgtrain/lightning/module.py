@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from fgtrain.distributed import Ranks, TangentsOver
 from fgtrain.errors import ConfigError
-from fgtrain.estimators import GradientEstimator, write_grads
+from fgtrain.estimators import Estimate, GradientEstimator, write_grads
 from fgtrain.tasks import Task
 
 
@@ -74,15 +74,19 @@ class EstimatorModule(L.LightningModule):
                 "trainer.precision=16-mixed scales a loss that forward gradients never backpropagate; use bf16-mixed"
             )
 
-    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        micro_batch = batch_idx % self.accumulate_grad_batches
-        estimate = self.ranks.estimate(
-            self.estimator,
+    def estimate(self, estimator: GradientEstimator, batch: Any, batch_idx: int) -> Estimate:
+        """The estimate of all ranks at the current step; nothing is written or stepped."""
+        return self.ranks.estimate(
+            estimator,
             self.model,
             partial(self.task.losses, batch=batch),
-            key=(self.seed, self.trainer.global_step, micro_batch),
+            key=(self.seed, self.trainer.global_step, batch_idx % self.accumulate_grad_batches),
             tangents=self.distributed_tangents,
         )
+
+    def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        micro_batch = batch_idx % self.accumulate_grad_batches
+        estimate = self.estimate(self.estimator, batch, batch_idx)
         grads = estimate.grads
         if self.accumulate_grad_batches > 1:
             grads = {name: g / self.accumulate_grad_batches for name, g in grads.items()}

@@ -1,0 +1,111 @@
+import math
+from statistics import mean
+
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+
+from fgtrain import SPSA, Backprop, ForwardGradient, Rademacher
+from fgtrain.errors import ConfigError
+from fgtrain.lightning.callbacks import GradientQuality
+from fgtrain.quality import quality
+from tests.properties import flat
+from tests.test_module import Small, assert_equal_weights, make, trainer
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Flatten(), nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(inplace=True), nn.Dropout(0.5), nn.Linear(5, 3)
+    )
+
+
+class Kept(GradientQuality):
+    """Remembers what it found."""
+
+    def __init__(self, every_n_steps=1):
+        super().__init__(every_n_steps)
+        self.found = []
+
+    def compare(self, trainer, module, batch, batch_idx):
+        self.found.append(super().compare(trainer, module, batch, batch_idx))
+        return self.found[-1]
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate_grad_batches": 2}], ids=str)
+@pytest.mark.parametrize("estimator", [ForwardGradient(num_tangents=2), Backprop(), SPSA()], ids=str)
+def test_training_is_the_same_bit_for_bit(estimator, options, tmp_path):
+    states = []
+    for callbacks in ([], [GradientQuality(1)]):
+        module = make(estimator, network(), **options)
+        torch.manual_seed(1)
+        trainer(tmp_path, *callbacks, max_steps=8).fit(module, Small())
+        states.append({**module.state_dict(), "random state": torch.get_rng_state()})
+    assert_equal_weights(*states)
+
+
+def test_backprop_is_perfect(tmp_path):
+    kept = Kept()
+    trainer(tmp_path, kept, max_steps=4).fit(make(Backprop(), network()), Small())
+    assert len(kept.found) == 4
+    for found in kept.found:
+        assert found["quality/cosine"] == pytest.approx(1)
+        assert found["quality/relative_squared_error"] == 0
+        assert found["quality/expected_squared_error"] == 0
+        assert found["quality_of_1/norm_ratio"] == 1
+
+
+def test_mean_error_is_the_closed_form(tmp_path):
+    """||d v - g||^2 / ||g||^2 = (n - 2) d^2 / ||g||^2 + 1 for signs v, of deviation at most sqrt(2) (n - 2)."""
+    steps, kept = 150, Kept()
+    module = make(ForwardGradient(Rademacher()), optimizer=lambda params: torch.optim.SGD(params, lr=1e-6))
+    trainer(tmp_path, kept, max_steps=steps).fit(module, Small())
+    n = sum(p.numel() for p in module.parameters())
+    assert {found["quality/expected_squared_error"] for found in kept.found} == {n - 1}
+    average = mean(found["quality/relative_squared_error"] for found in kept.found)
+    assert abs(average - (n - 1)) <= 5 * math.sqrt(2 / steps) * (n - 2)
+
+
+def test_it_is_the_estimate_of_the_step(tmp_path):
+    """Norm ratio times the exact norm is the norm the optimizer sees."""
+    kept, seen = Kept(), []
+
+    class Seen(torch.optim.SGD):
+        def step(self, closure=None):
+            seen.append(torch.cat([p.grad.flatten() for p in self.param_groups[0]["params"]]).norm().item())
+            return super().step(closure)
+
+    module = make(ForwardGradient(), network(), optimizer=lambda params: Seen(params, lr=0.1))
+    trainer(tmp_path, kept, max_steps=3).fit(module, Small())
+    module = make(Backprop(), network(), optimizer=lambda params: Seen(params, lr=0.1))
+    trainer(tmp_path, max_steps=1).fit(module, Small())
+    assert kept.found[0]["quality/norm_ratio"] == pytest.approx(seen[0] / seen[3], rel=1e-5)
+
+
+def test_layers_add_up():
+    exact = {f"{layer}.{name}": torch.randn(3) for layer in ("a", "b.c") for name in ("weight", "bias")}
+    estimate = {name: torch.randn(3) for name in exact}
+    found = quality(estimate, exact)
+    assert found.keys() == {"", "a", "b.c"}
+    squares = {name: flat({n: g for n, g in exact.items() if n.startswith(name)}).square().sum() for name in found}
+    errors = {name: found[name].relative_squared_error * squares[name].item() for name in found}
+    assert errors["a"] + errors["b.c"] == pytest.approx(errors[""])
+
+
+def test_logged_every_few_steps(tmp_path):
+    run = trainer(tmp_path, GradientQuality(3), max_steps=7, logger=TensorBoardLogger(tmp_path, "", ""))
+    run.fit(make(ForwardGradient()), Small())
+    events = EventAccumulator(str(tmp_path)).Reload()
+    names = ("cosine", "relative_squared_error", "norm_ratio")
+    expected = {f"{group}/{name}" for group in ("quality", "quality_of_1", "quality_of_3") for name in names}
+    assert expected | {"quality/expected_squared_error"} <= set(events.Tags()["scalars"])
+    assert [event.step for event in events.Scalars("quality/cosine")] == [0, 3, 6]
+    assert "quality/cosine" in run.callback_metrics
+    assert "quality_of_1/cosine" not in run.callback_metrics  # they would fill the closing table
+
+
+def test_bad_interval():
+    with pytest.raises(ConfigError, match="every_n_steps must be at least 1, got 0"):
+        GradientQuality(0)

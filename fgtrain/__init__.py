@@ -3,6 +3,7 @@
 from fgtrain import tasks
 from fgtrain.estimators import (
     SPSA,
+    ActivityPerturbation,
     Backprop,
     CheckpointedBackprop,
     Estimate,
@@ -16,6 +17,7 @@ from fgtrain.tangents import Coordinate, LowRank, Normal, Rademacher, Sphere
 
 __all__ = [
     "SPSA",
+    "ActivityPerturbation",
     "Backprop",
     "CheckpointedBackprop",
     "Coordinate",

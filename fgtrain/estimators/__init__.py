@@ -1,5 +1,6 @@
 """Gradient estimators, one method a file. They know nothing of Lightning, Hydra or process groups."""
 
+from fgtrain.estimators.activity import ActivityPerturbation
 from fgtrain.estimators.backprop import Backprop
 from fgtrain.estimators.base import Estimate, GradientEstimator, write_grads
 from fgtrain.estimators.checkpointed import CheckpointedBackprop
@@ -8,6 +9,7 @@ from fgtrain.estimators.zeroth_order import SPSA, MeZO
 
 __all__ = [
     "SPSA",
+    "ActivityPerturbation",
     "Backprop",
     "CheckpointedBackprop",
     "Estimate",

@@ -21,7 +21,7 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from fgtrain.directions import LowRankTangent, Tangent
+from fgtrain.directions import Tangent
 from fgtrain.forward_ad.passes import RandomState
 
 Rule = Callable[..., Any]
@@ -53,7 +53,7 @@ class Dual(Tensor):
     aliased: bool  # the primal shares memory with another dual's, the tangent does not
 
     @staticmethod
-    def __new__(cls: type, primal: Tensor, tangent: Tangent) -> "Dual":
+    def __new__(cls: type, primal: Tensor, tangent: Tangent, *_: Any) -> "Dual":
         # requires_grad: a custom autograd.Function leaves its mark on what it returns, see `primal_of`.
         make: Any = torch.Tensor._make_wrapper_subclass
         return make(
@@ -135,7 +135,7 @@ def tangent_of(x: Any) -> Any:
     """The tangent of a dual written out, a tensor (K, *shape); None of anything else."""
     if not isinstance(x, Dual):
         return None
-    if isinstance(x.tangent, LowRankTangent):
+    if not isinstance(x.tangent, Tensor):
         x.tangent = x.tangent.dense()
     return x.tangent
 
@@ -143,7 +143,7 @@ def tangent_of(x: Any) -> Any:
 def num_directions(*arguments: Any) -> int:
     """K, of the first dual among the arguments."""
     tangent = next(x.tangent for x in arguments if isinstance(x, Dual))
-    return tangent.num if isinstance(tangent, LowRankTangent) else tangent.shape[0]
+    return tangent.shape[0] if isinstance(tangent, Tensor) else tangent.num
 
 
 def dual(primal: Tensor, tangent: Tensor | None, *sources: Dual) -> Tensor:

@@ -25,7 +25,7 @@ _OWNERS = (torch.Tensor, torch, torch._C._nn)
 def find_fallback(func: Any) -> tuple[bool, Rule]:
     """(whether it is a composite, the rule) for a function of PyTorch."""
     name = getattr(func, "__name__", "")
-    if name in READS_THE_VALUE or (name == "__get__" and func.__self__.__name__ not in DIFFERENTIABLE_PROPERTIES):
+    if only_reads(func):
         return False, _reading(func)
     if name == "__hash__":
         return False, object.__hash__
@@ -37,6 +37,12 @@ def find_fallback(func: Any) -> tuple[bool, Rule]:
         return False, _in_place(f"{name[3:-2]}_")
     body = _opened(func)
     return (False, per_direction(func)) if body is None else (True, body)
+
+
+def only_reads(func: Any) -> bool:
+    """Whether a function of PyTorch takes nothing from its arguments that could be differentiated."""
+    name = getattr(func, "__name__", "")
+    return name in READS_THE_VALUE or (name == "__get__" and func.__self__.__name__ not in DIFFERENTIABLE_PROPERTIES)
 
 
 def _reading(func: Any) -> Rule:

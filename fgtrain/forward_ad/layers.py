@@ -6,6 +6,7 @@ x V^T = (x z) u^T.
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 from fgtrain.directions import LowRankTangent
 from fgtrain.forward_ad.dual import Dual, dual, num_directions, primal_of, tangent_of
+from fgtrain.forward_ad.perturbation import LayerNoise
 from fgtrain.forward_ad.rules import RULES, aligned, register
 
 aten = torch.ops.aten
@@ -25,6 +27,9 @@ aten = torch.ops.aten
 @register("linear")
 def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
     px, pw, xt, bt = primal_of(x), primal_of(weight), tangent_of(x), tangent_of(bias)
+    if isinstance(weight, Dual) and isinstance(weight.tangent, LayerNoise):
+        output = _linear(x, pw, bias) if isinstance(x, Dual) else F.linear(x, pw, bias)
+        return weight.tangent.perturb(px, output, partial(_linear_grads, px), -1)
     primal = F.linear(px, pw, primal_of(bias))
     rows = px if px.dim() == 2 else px.reshape(-1, px.shape[-1])
     fixed = _of_weight(rows, weight, bt).to(primal.dtype) if isinstance(weight, Dual) else None  # (K B, out)
@@ -38,6 +43,12 @@ def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
         moving = xt.reshape(-1, xt.shape[-1]).to(primal.dtype)
         total = fixed.addmm_(moving, pw.t().to(primal.dtype))
     return dual(primal, total.reshape(num_directions(x, weight, bias), *primal.shape))
+
+
+def _linear_grads(x: Tensor, grad_output: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and bias from that of the output."""
+    rows = grad_output.reshape(-1, grad_output.shape[-1])
+    return rows.T @ x.reshape(-1, x.shape[-1]).to(rows.dtype), rows.sum(0)
 
 
 def _of_weight(rows: Tensor, weight: Dual, bias: Tensor | None) -> Tensor:
@@ -74,6 +85,10 @@ def _conv(
     def convolve(inputs: Tensor, filters: Tensor, bias: Tensor | None = None, groups: int = groups) -> Tensor:
         return conv(inputs, filters, bias, stride, padding, dilation, groups)
 
+    if isinstance(weight, Dual) and isinstance(weight.tangent, LayerNoise):
+        options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        output = _conv(x, pw, bias, **options) if isinstance(x, Dual) else convolve(px, pw, bias)
+        return weight.tangent.perturb(px, output, partial(_conv_grads, px, pw, options), 1)
     primal = convolve(px, pw, primal_of(bias))
     xt, bt = tangent_of(x), tangent_of(bias)
     total = None if xt is None else convolve(xt.flatten(0, 1), pw).unflatten(0, xt.shape[:2])
@@ -84,6 +99,26 @@ def _conv(
         bt = bt.view(len(bt), 1, -1, *[1] * spatial)
         total = bt if total is None else total.add_(bt)
     return dual(primal, total)
+
+
+def _conv_grads(x: Tensor, weight: Tensor, options: dict[str, Any], grad_output: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and bias from that of the output."""
+    spatial = weight.dim() - 2
+    stride, padding, dilation = (
+        [value] * spatial if isinstance(value, int) else value
+        for value in (options["stride"], options["padding"], options["dilation"])
+    )
+    if isinstance(padding, str):
+        total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+        if padding == "same" and any(t % 2 for t in total):
+            x = F.pad(x, [n for t in reversed(total) for n in (t // 2, t - t // 2)])
+            padding = "valid"
+        padding = [0 if padding == "valid" else t // 2 for t in total]
+    only_weight = [False, True, False]
+    _, grad, _ = aten.convolution_backward(
+        grad_output, x, weight, None, stride, padding, dilation, False, [0] * spatial, options["groups"], only_weight
+    )
+    return grad, grad_output.transpose(0, 1).flatten(1).sum(1)
 
 
 def _convolve_tangents(convolve: Any, x: Tensor, weight: Dual, groups: int) -> Tensor:

@@ -24,22 +24,29 @@ def jvp(model: nn.Module, loss_fn: Callable[[Any], Tensor], tangents: Mapping[st
     Raises:
         NotIntercepted: the model does what stacked duals cannot follow.
     """
+    values, derivatives = evaluate(model, loss_fn, tangents)
+    if derivatives is None:
+        raise LossError(NO_TANGENT)
+    return values, derivatives
+
+
+def evaluate(
+    model: nn.Module, loss_fn: Callable[[Any], Tensor], tangents: Mapping[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """As `jvp`; None for the derivatives where the loss carries none."""
     slots = slots_of(model)
     duals = _parameter_duals(slots, tangents)
     try:
         with named_errors(model), eager_functions(), slots.exchanged(duals), torch.enable_grad():
             # Gradients are enabled so that a custom autograd.Function leaves its mark, see `primal_of`.
             found = loss_fn(model)
-        values, derivatives = check_losses(primal_of(found)), tangent_of(found)
+        return check_losses(primal_of(found)), tangent_of(found)
     finally:
         for dual in duals.values():
             dual.tangent = None  # the duals are kept, the directions are not
-    if derivatives is None:
-        raise LossError(NO_TANGENT)
-    return values, derivatives
 
 
-def _parameter_duals(slots: ParameterSlots, tangents: Mapping[str, Tangent]) -> dict[str, Dual]:
+def _parameter_duals(slots: ParameterSlots, tangents: Mapping[str, Any]) -> dict[str, Dual]:
     """The parameters as duals; made anew only for those that have moved in memory."""
     kept = _duals.setdefault(slots, {})
     for name, tangent in tangents.items():

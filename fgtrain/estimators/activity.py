@@ -1,0 +1,285 @@
+"""Forward gradients by activity perturbation: directions in the space of the layers' outputs."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, NamedTuple, get_args
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from fgtrain.errors import LossError, UnsupportedOperation
+from fgtrain.estimators.backprop import average_grads
+from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce
+from fgtrain.forward_ad import stacked
+from fgtrain.forward_ad.dual import NotIntercepted
+from fgtrain.forward_ad.native import NO_TANGENT
+from fgtrain.forward_ad.passes import RepeatedPass
+from fgtrain.forward_ad.perturbation import LayerCall, LayerNoise, Noise, PerturbedPass, ReplayedPass, UsedElsewhere
+from fgtrain.parameters import ParameterSlots, slots_of, trainable_params
+from fgtrain.random import draw_seeds
+from fgtrain.tangents import Rademacher, Tangents
+
+PERTURBED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class ActivityPerturbation(GradientEstimator):
+    """The forward gradient with noise on the outputs of layers instead of on their weights.
+
+    Formula: with u_k,i the noise on the output z_i = W x_i of a layer for example i, and d_k,i the derivative of that
+    example's loss along all noise of direction k,
+
+        g_W = (1/B) sum_i (1/K) sum_k d_k,i u_k,i x_i^T.
+
+    One direction for each example, in a space of sum_l q_l units instead of n weights: the variance falls by the
+    layers' fan-in and by the batch size. Units that a ReLU directly behind the layer cuts off have the gradient 0 and
+    get 0.
+
+    Unbiased, if no layer mixes examples, or with examples="mixed"; where BatchNorm in training mode does mix them,
+    examples="independent" leaves out what one example's noise does to the losses of the others, as Ren et al. do.
+    positions="shared" is biased: it takes the noise's gradient for that of every position.
+
+    Relative variance for one example, N units of which a ReLU does not cut off:
+    (N - 1) / K for noise="rademacher", (N + 1) / K for "normal", N / K - 1 for "balanced" if K divides N (0 for K >= N:
+    the gradient itself); then averaged over the batch.
+
+    Cost: one forward pass with K derivatives; the inputs of all layers are kept (memory="keep"), or a second forward
+    pass draws the noise again (memory="replay"). The whole gradient is sent between ranks.
+
+    Parameters of other layers (norms, embeddings, tied or otherwise used weights) get directions of their own in the
+    same pass, from the law `tangents`, with the variance of weight perturbation.
+
+    Args:
+        num_tangents: K >= 1.
+        noise: "balanced", "rademacher" or "normal", see `PerturbedPass`.
+        exact_head: take the gradient of the last layer and of its output exactly, by C more directions that go through
+            the loss alone; needs per-example losses (B,).
+        positions: noise for every position of a map or sequence ("independent") or one for all ("shared").
+        examples: "independent" or "mixed", see above.
+        memory: "keep" or "replay".
+        tangents: law for the other parameters.
+
+    Raises:
+        ValueError: an argument out of its range.
+        UnsupportedOperation: the model has no Linear or convolution to perturb, or does what the engine cannot follow.
+
+    Source: Ren, Kornblith, Liao, Hinton 2023, arXiv:2210.03310, section 3. The balanced noise and the exact head are
+    ours, held by tests/test_activity.py.
+    """
+
+    scalar_reducible = False
+
+    def __init__(
+        self,
+        num_tangents: int = 1,
+        noise: Noise = "balanced",
+        *,
+        exact_head: bool = False,
+        positions: Literal["independent", "shared"] = "independent",
+        examples: Literal["independent", "mixed"] = "independent",
+        memory: Literal["keep", "replay"] = "keep",
+        tangents: Tangents | None = None,
+    ) -> None:
+        super().__init__()
+        if not isinstance(num_tangents, int) or isinstance(num_tangents, bool) or num_tangents < 1:
+            raise ValueError(f"num_tangents must be an integer of at least 1, got {num_tangents!r}")
+        choices = {
+            "noise": (noise, get_args(Noise)),
+            "positions": (positions, ("independent", "shared")),
+            "examples": (examples, ("independent", "mixed")),
+            "memory": (memory, ("keep", "replay")),
+        }
+        for argument, (value, allowed) in choices.items():
+            if value not in allowed:
+                raise ValueError(f"{argument} must be one of {', '.join(allowed)}, got {value!r}")
+        self.num_tangents = num_tangents
+        self.noise: Noise = noise
+        self.exact_head = exact_head
+        self.positions = positions
+        self.examples = examples
+        self.memory = memory
+        self.tangents = tangents if tangents is not None else Rademacher()
+        self._generator: torch.Generator | None = None
+
+    def forward(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Any], Tensor],
+        *,
+        generator: torch.Generator | None = None,
+        reduce: Reduce | None = None,
+    ) -> Estimate:
+        params = trainable_params(model)
+        seed, *seeds = draw_seeds(generator or self.own_generator(), 1 + self.num_tangents)
+        with torch.inference_mode(False), torch.no_grad():
+            layers = perturbed_layers(model, loss_fn)
+            biases = {bias for bias in layers.biases.values() if bias is not None}
+            others = {name: p for name, p in params.items() if name not in layers.biases and name not in biases}
+            directions = self.tangents.sample(others, seeds) if others else None
+            perturbed = PerturbedPass(
+                self.num_tangents,
+                seed,
+                self.noise,
+                self.positions == "shared",
+                layers.last if self.exact_head else None,
+                self.memory == "keep",
+            )
+            noises = {name: LayerNoise(name, perturbed) for name in layers.biases}
+            repeated = RepeatedPass(model) if self.memory == "replay" else None
+            losses, found = run_perturbed(model, loss_fn, {**noises, **(directions or {})})
+            collected = _Collected(self, losses, found, layers.biases, params)
+            if repeated is None:
+                for call in perturbed.calls:
+                    assert call.local_grads is not None
+                    collected.add(call, call.local_grads)
+            else:
+                repeated.rewind()
+                replayed = ReplayedPass(perturbed, collected.add)
+                run_perturbed(model, loss_fn, {name: LayerNoise(name, replayed) for name in layers.biases})
+            if directions is not None:
+                collected.grads |= directions.weighted_sum(collected.derivatives / self.num_tangents)
+        return Estimate(losses.mean(), average_grads(collected.grads, reduce), collected.derivatives)
+
+    def own_generator(self) -> torch.Generator:
+        """The generator of calls that bring none."""
+        if self._generator is None:
+            self._generator = torch.Generator().manual_seed(torch.initial_seed())
+        return self._generator
+
+    def extra_repr(self) -> str:
+        return f"num_tangents={self.num_tangents}, noise={self.noise!r}, exact_head={self.exact_head}"
+
+
+class _Collected:
+    """Gradients of the layers' parameters, from the derivatives of a pass and its calls.
+
+    Attributes:
+        derivatives: of the mean loss, (K,).
+        grads: what has been added up so far.
+    """
+
+    def __init__(
+        self,
+        options: ActivityPerturbation,
+        losses: Tensor,
+        found: Tensor | None,
+        biases: Mapping[str, str | None],
+        params: Mapping[str, Tensor],
+    ) -> None:
+        if found is None:
+            raise LossError(NO_TANGENT)
+        num = options.num_tangents
+        if options.exact_head and losses.dim() == 0:
+            raise LossError("exact_head needs per-example losses of shape (B,), got a scalar; use reduction='none'")
+        self.derivatives = found[:num] if losses.dim() == 0 else found[:num].mean(1)
+        self.grads: dict[str, Tensor] = {}
+        self._unit_derivatives = found[num:]
+        self._per_example = found[:num] / losses.numel() if losses.dim() and options.examples == "independent" else None
+        self._num_examples = losses.numel()
+        self._biases = biases
+        self._params = params
+
+    def add(self, call: LayerCall, local_grads: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+        """Add the local gradients of one call of a layer."""
+        inputs = call.inputs[0] if call.inputs is not None else None
+        assert inputs is not None
+        if call.noise is None:
+            if len(inputs) != self._num_examples:
+                raise UnsupportedOperation(
+                    f"exact_head: {call.name} sees {len(inputs)} rows, there are {self._num_examples} losses"
+                )
+            grad_output = self._unit_derivatives.T / self._num_examples
+        else:
+            grad_output = call.grad_output(self._of_rows(len(inputs)))
+        bias_name = self._biases[call.name]
+        for name, grad in zip((call.name, bias_name), local_grads(grad_output), strict=True):
+            if name is not None and name in self._params:
+                grad = grad.to(self._params[name].dtype)
+                self.grads[name] = self.grads[name] + grad if name in self.grads else grad
+
+    def _of_rows(self, num_rows: int) -> Tensor:
+        """Derivatives (K, rows) for a layer that sees this many rows; several rows in turn belong to one example."""
+        if self._per_example is None or num_rows % self._num_examples:
+            return self.derivatives.unsqueeze(1).expand(-1, num_rows)
+        return self._per_example.repeat_interleave(num_rows // self._num_examples, dim=1)
+
+
+# --- which layers are perturbed -----------------------------------------------------------------------------------
+
+
+class PerturbedLayers(NamedTuple):
+    """Layers whose outputs get noise.
+
+    Args:
+        biases: {name of the weight: name of the bias or None}.
+        last: name of the weight that is used last in the pass.
+    """
+
+    biases: dict[str, str | None]
+    last: str
+
+
+def perturbed_layers(model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> PerturbedLayers:
+    """Linear layers and convolutions whose weight is trained and used by them alone, found in a trial pass.
+
+    Raises:
+        UnsupportedOperation: there is none.
+    """
+    slots = slots_of(model)
+    found = _found.get(slots)
+    if found is None:
+        found = _found[slots] = _find_layers(model, loss_fn, slots)
+    return found
+
+
+_found: WeakKeyDictionary[ParameterSlots, PerturbedLayers] = WeakKeyDictionary()
+
+
+def _find_layers(model: nn.Module, loss_fn: Callable[[Any], Tensor], slots: ParameterSlots) -> PerturbedLayers:
+    biases = _candidates(model, slots)
+    before = RepeatedPass(model)
+    while biases:
+        trial = PerturbedPass(1, seed=0)
+        try:
+            run_perturbed(model, loss_fn, {name: LayerNoise(name, trial) for name in biases})
+        except UsedElsewhere as use:
+            del biases[use.name]
+            continue
+        finally:
+            before.rewind()
+        used = [call.name for call in trial.calls]
+        if used:
+            return PerturbedLayers({name: biases[name] for name in biases if name in used}, used[-1])
+        break
+    raise UnsupportedOperation(
+        f"{type(model).__name__} has no trained Linear or convolution of its own to perturb; use method=fwdgrad"
+    )
+
+
+def _candidates(model: nn.Module, slots: ParameterSlots) -> dict[str, str | None]:
+    names = {id(p): name for name, p in slots.trainable().items()}
+    owned = [(module, key, id(p)) for module in model.modules() for key, p in module._parameters.items()]
+    times_owned = {key: sum(at == key for _, _, at in owned) for key in names}
+    biases: dict[str, str | None] = {}
+    for module in model.modules():
+        if isinstance(module, PERTURBED):
+            weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+            if weight is not None and times_owned.get(id(weight)) == 1:
+                bias_name = names.get(id(bias)) if times_owned.get(id(bias)) == 1 else None
+                biases[names[id(weight)]] = bias_name
+    return biases
+
+
+def run_perturbed(
+    model: nn.Module, loss_fn: Callable[[Any], Tensor], tangents: Mapping[str, Any]
+) -> tuple[Tensor, Tensor | None]:
+    """Losses and derivatives of a pass with noise.
+
+    Raises:
+        UnsupportedOperation: the pass leaves the engine.
+    """
+    try:
+        return stacked.evaluate(model, loss_fn, tangents)
+    except NotIntercepted as reason:
+        raise UnsupportedOperation(
+            f"activity perturbation cannot follow this model: {reason}; use method=fwdgrad"
+        ) from reason

@@ -1,0 +1,277 @@
+"""Noise on the outputs of layers: the pass behind activity perturbation.
+
+A layer that is linear in its weight has, for one example with input x and output z, the weight gradient g_z x^T. So
+it is enough to perturb z, which has far fewer numbers than W. Here a weight's tangent is a `LayerNoise`: the rule of
+the layer adds noise u_k to the tangents of its output and notes down what the local gradient is made of.
+
+Shapes: K directions, B examples, q channels of a layer's output z (B, .., q), or (B, q, ..) of a convolution.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
+
+from fgtrain.errors import UnsupportedOperation
+from fgtrain.forward_ad.dual import Dual, call, primal_of, tangent_of
+from fgtrain.forward_ad.fallbacks import only_reads
+from fgtrain.random import fold_in
+from fgtrain.tangents import Rademacher
+
+Noise = Literal["balanced", "rademacher", "normal"]
+LocalGrads = Callable[[Tensor], tuple[Tensor, Tensor]]  # gradient of the output -> of weight and bias
+
+_RELU = {torch.relu, torch.Tensor.relu, F.relu, torch.relu_, torch.Tensor.relu_, F.relu_}
+
+
+class UsedElsewhere(Exception):
+    """A weight is used by something that is not its layer, so noise on its layer's output says too little about it."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+@dataclass(eq=False)
+class LayerCall:
+    """One call of a layer in a pass.
+
+    Args:
+        name: of the weight.
+        local_grads: the gradients of weight and bias from that of the output.
+        noise: what was drawn, u up to `pattern`.
+        pattern: (K, q) or None; direction k is noise * pattern[k] where there is one.
+        channels: dimension of the channels in the output.
+        shape: of the output.
+        inputs: of the layer, and their version when it was called.
+    """
+
+    name: str
+    local_grads: LocalGrads | None
+    noise: Tensor | None
+    pattern: Tensor | None
+    channels: int
+    shape: torch.Size
+    inputs: tuple[Tensor, int] | None
+    active: Tensor | None = None  # where the ReLU behind the layer let it pass
+    used_otherwise: bool = False
+    settled: bool = False
+
+    @property
+    def is_rectified(self) -> bool:
+        """Whether a ReLU is all that the output goes into: then units it cuts off have the gradient 0."""
+        return self.active is not None and not self.used_otherwise
+
+    def noted(self, func: Any, result: Any, output: Dual) -> None:
+        """Note what the layer's output went into."""
+        if self.settled or only_reads(func):
+            return
+        if func in _RELU:
+            self.active = primal_of(result) > 0
+            self.settled = result is output  # changed in place: whoever uses the output now uses the ReLU's
+        else:
+            self.used_otherwise = True
+
+    def forget(self) -> None:
+        """Let go of everything as large as an activation."""
+        self.local_grads = self.noise = self.inputs = None
+        self.active = None if self.active is None else self.active[:0]  # that there is one counts
+
+    def grad_output(self, derivatives: Tensor) -> Tensor:
+        """(1/K) sum_k d_k u_k in every row of the output, from derivatives (K, B)."""
+        assert self.noise is not None
+        assert self.inputs is not None
+        inputs, version = self.inputs
+        if inputs._version != version:
+            raise UnsupportedOperation(
+                f"the input of {self.name.removesuffix('.weight')} is changed in place after the layer has used it; "
+                "use the form that is not in place, memory=replay, or method=fwdgrad"
+            )
+        signal = _local_signal(self.noise, self.pattern, derivatives, self.channels)
+        return signal.expand(self.shape) if self.active is None or self.used_otherwise else signal * self.active
+
+
+def _local_signal(noise: Tensor, pattern: Tensor | None, derivatives: Tensor, channels: int) -> Tensor:
+    """(1/K) sum_k d_k u_k, with a single position where all share one.
+
+    Args:
+        noise: (B, .., q), or (K, B, .., q) without a pattern.
+        pattern: (K, q) or None.
+        derivatives: (K, rows of the output).
+        channels: dimension of the channels in the output.
+    """
+    num = len(derivatives)
+    if pattern is None:
+        return (noise * derivatives.reshape(*derivatives.shape, *[1] * (noise.dim() - 2))).sum(0) / num
+    weights = (derivatives.T @ pattern) / num  # (rows, q)
+    shape = [1] * noise.dim()
+    shape[0], shape[channels] = weights.shape
+    return noise * weights.view(shape)
+
+
+class PerturbedDual(Dual):
+    """The output of a perturbed layer, which notes what it goes into."""
+
+    layer: LayerCall
+
+    def __init__(self, primal: Tensor, tangent: Tensor, layer: LayerCall) -> None:
+        super().__init__(primal, tangent)
+        self.layer = layer
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = call(func, args, kwargs or {})
+        for x in tree_leaves((args, kwargs)):
+            if isinstance(x, PerturbedDual):
+                x.layer.noted(func, result, x)
+        return result
+
+
+@dataclass(eq=False)
+class PerturbedPass:
+    """Noise for one pass and what was noted down in it.
+
+    Args:
+        num_tangents: K.
+        seed: of the noise; with the number of the call it fixes the noise of every layer.
+        noise: "rademacher" and "normal" draw every entry of every direction; "balanced" gives every unit to one of the
+            K directions (entries sqrt(K) times a sign, 0 in the others): the least variance K directions allow.
+        shared_positions: one draw for all positions of a map or sequence.
+        head: name of the weight whose output gets the C unit directions behind the K; None for no such layer.
+        keeps: whether inputs and noise are kept for `LayerCall.grad_output`.
+    """
+
+    num_tangents: int
+    seed: int
+    noise: Noise = "balanced"
+    shared_positions: bool = False
+    head: str | None = None
+    keeps: bool = True
+    calls: list[LayerCall] = field(default_factory=list)
+    _num_draws: int = 0
+    _num_units: int = 0
+
+    def perturb(self, name: str, inputs: Tensor, output: Tensor, local_grads: LocalGrads, channels: int) -> Tensor:
+        """The layer's output as a dual with noise in its tangents."""
+        primal, tangent = primal_of(output), tangent_of(output)
+        noise, pattern = None, None
+        if name == self.head:
+            tangent = self._with_unit_directions(name, primal, tangent)
+        else:
+            noise, pattern = self.draw(primal, channels)
+            tangent = _add_noise(tangent, noise, pattern, primal, channels)
+        layer = LayerCall(name, local_grads, noise, pattern, channels, primal.shape, (inputs, inputs._version))
+        if not self.keeps:
+            layer.forget()
+        self.calls.append(layer)
+        return PerturbedDual(primal, tangent, layer)
+
+    def draw(self, output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
+        """The noise of the next layer, for an output of this shape: (noise, pattern) of `LayerCall`."""
+        shape = list(output.shape)
+        if self.shared_positions:
+            shape = [n if dim in (0, channels % output.dim()) else 1 for dim, n in enumerate(shape)]
+        generator = torch.Generator(output.device).manual_seed(fold_in(self.seed, self._num_draws))
+        units = torch.arange(output.shape[channels], device=output.device) + self._num_units
+        self._num_draws, self._num_units = self._num_draws + 1, self._num_units + len(units)
+        if self.noise == "normal":
+            return output.new_empty(self.num_tangents, *shape).normal_(generator=generator), None
+        if self.noise == "rademacher":
+            return _signs([self.num_tangents, *shape], generator, output), None
+        owner = torch.arange(self.num_tangents, device=output.device).unsqueeze(1)
+        pattern = (units % self.num_tangents == owner).to(output.dtype) * self.num_tangents**0.5
+        return _signs(shape, generator, output), pattern
+
+    def _with_unit_directions(self, name: str, primal: Tensor, tangent: Tensor | None) -> Tensor:
+        if primal.dim() != 2:
+            raise UnsupportedOperation(
+                f"exact_head needs outputs (B, C) of the last layer, {name.removesuffix('.weight')} gives "
+                f"{tuple(primal.shape)}; set exact_head=False"
+            )
+        if tangent is None:
+            tangent = primal.new_zeros(self.num_tangents, *primal.shape)
+        units = torch.eye(primal.shape[1], dtype=primal.dtype, device=primal.device)
+        return torch.cat([tangent, units.unsqueeze(1).expand(-1, len(primal), -1)])
+
+
+def _signs(shape: list[int], generator: torch.Generator, like: Tensor) -> Tensor:
+    count = torch.Size(shape).numel()
+    rows = torch.empty(1, count + -count % 16, dtype=like.dtype, device=like.device)
+    Rademacher().fill(rows, count, generator)
+    return rows[0, :count].view(shape)
+
+
+def _add_noise(tangent: Tensor | None, noise: Tensor, pattern: Tensor | None, output: Tensor, channels: int) -> Tensor:
+    if pattern is None:
+        if tangent is None:
+            return noise.expand(-1, *output.shape).clone()  # the tangent may be changed in place, the noise not
+        return tangent.add_(noise)
+    shape = [1] * (output.dim() + 1)
+    shape[0], shape[channels if channels < 0 else channels + 1] = pattern.shape
+    factors = pattern.view(shape)
+    if tangent is None:
+        return (factors * noise).expand(-1, *output.shape).contiguous()
+    return tangent.addcmul_(factors, noise)
+
+
+@dataclass(eq=False)
+class ReplayedPass:
+    """A second pass without tangents that draws the noise again and takes every layer's gradient on the spot.
+
+    Args:
+        first: the pass with noise; its calls tell where a ReLU follows.
+        collect: called at every layer with its call and local gradients.
+    """
+
+    first: PerturbedPass
+    collect: Callable[[LayerCall, LocalGrads], None]
+
+    def __post_init__(self) -> None:
+        first = self.first
+        self._again = PerturbedPass(first.num_tangents, first.seed, first.noise, first.shared_positions, first.head)
+        self._remaining = iter(first.calls)
+
+    @property
+    def num_tangents(self) -> int:
+        """K."""
+        return self.first.num_tangents
+
+    def perturb(self, name: str, inputs: Tensor, output: Tensor, local_grads: LocalGrads, channels: int) -> Tensor:
+        """The layer's output as it is."""
+        call = next(self._remaining)
+        call.inputs = (inputs, inputs._version)
+        if name != self.first.head:
+            call.noise, _ = self._again.draw(output, channels)
+            call.active = output > 0 if call.is_rectified else None
+        self.collect(call, local_grads)
+        call.forget()
+        return output
+
+
+class LayerNoise:
+    """The tangent of a weight whose layer is perturbed at its output.
+
+    Args:
+        name: of the weight.
+        owner: the pass.
+    """
+
+    def __init__(self, name: str, owner: "PerturbedPass | ReplayedPass") -> None:
+        self.name = name
+        self.owner = owner
+
+    @property
+    def num(self) -> int:
+        """K."""
+        return self.owner.num_tangents
+
+    def dense(self) -> Tensor:
+        raise UsedElsewhere(self.name)
+
+    def perturb(self, inputs: Tensor, output: Tensor, local_grads: LocalGrads, channels: int) -> Tensor:
+        """Called by the layer's rule with what the layer gives without noise."""
+        return self.owner.perturb(self.name, inputs, output, local_grads, channels)

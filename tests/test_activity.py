@@ -1,0 +1,212 @@
+"""Activity perturbation against backprop in float64, with variances from closed forms."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.grad import conv2d_weight
+
+from fgtrain import ActivityPerturbation
+from fgtrain.errors import LossError, UnsupportedOperation
+from tests import properties
+from tests.cases import CASES, IMAGES, INPUTS, LABELS, Case
+from tests.properties import estimated_grads, exact_grads, flat
+
+MLP, _, CONV, MIXING, TIED, BARE = CASES
+OPTIONS = [
+    {},
+    {"num_tangents": 3},
+    {"num_tangents": 3, "noise": "normal"},
+    {"num_tangents": 3, "noise": "rademacher"},
+    {"num_tangents": 2, "exact_head": True},
+    {"num_tangents": 2, "memory": "replay"},
+]
+TOKENS = Case(
+    "tokens, norms, embedding",
+    lambda: nn.Sequential(
+        nn.Embedding(3, 4), nn.LayerNorm(4), nn.Linear(4, 5), nn.Tanh(), nn.Flatten(), nn.Linear(10, 3)
+    ),
+    lambda m: F.cross_entropy(m(LABELS[:, None].expand(4, 2)), LABELS, reduction="none"),
+)
+
+
+def relative_variance(case, noise, num_tangents):
+    """Of the estimated MLP's gradients: units a ReLU cuts off neither count nor disturb.
+
+    With g_i the gradient in the N_i living units of example i, E ||estimate - g_i||^2 = c_i ||g_i||^2, and a layer's
+    weight and bias gradient is the mean over examples of g_i (x_i, 1)^T.
+    """
+    model = case.build().requires_grad_(False)
+    first = model[0](INPUTS)
+    hidden = first.clamp(min=0)
+    second = model[2](hidden)
+    grad_second = second.softmax(1) - F.one_hot(LABELS, 3)
+    grad_first = (grad_second @ model[2].weight) * (first > 0)
+    squares = [(grad_first.square(), INPUTS), (grad_second.square(), hidden)]
+    units = (first > 0).sum(1) + second.shape[1]
+    excess = {"normal": 1, "rademacher": -1}[noise]
+    # Error of unit j: (N - 1) / K parts of the others' squares and its own kurtosis, summed over layers per example.
+    total = sum(square.sum(1) for square, _ in squares)
+    variance = 0.0
+    for square, x in squares:
+        width = (first > 0).sum(1) if square is squares[0][0] else torch.full_like(units, square.shape[1])
+        own = square.sum(1)
+        error = width * total + excess * own  # sum over units j of (sum_l g_l^2 + excess g_j^2)
+        variance += float((error / num_tangents * (x.square().sum(1) + 1)).sum()) / len(INPUTS) ** 2
+    return variance / float(flat(exact_grads(case)).square().sum())
+
+
+@pytest.mark.parametrize("noise", ["normal", "rademacher"])
+def test_variance_is_the_closed_form(noise):
+    """Mean and mean square over draws are those of the formula, to five standard errors."""
+    draws, gradient = 800, flat(exact_grads(MLP))
+    estimates = many_estimates(ActivityPerturbation(2, noise), MLP, draws)
+    expected = relative_variance(MLP, noise, 2)
+    assert (estimates.mean(0) - gradient).norm() <= 5 * math.sqrt(expected / draws) * gradient.norm()
+    squares = (estimates - gradient).square().sum(1) / gradient.square().sum()
+    assert abs(squares.mean() - expected) <= 5 * squares.std() / math.sqrt(draws)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("case", [MLP, CONV, TOKENS], ids=lambda case: case.name)
+def test_unbiased(case, options):
+    assert_mean_is(ActivityPerturbation(**options), case, exact_grads(case))
+
+
+def test_unbiased_where_examples_are_mixed():
+    assert_mean_is(ActivityPerturbation(2, examples="mixed"), MIXING, exact_grads(MIXING))
+
+
+def many_estimates(estimator, case, draws, seed=3):
+    model, estimates = case.build(), []
+    with torch.random.fork_rng():
+        for draw in range(draws):
+            torch.manual_seed(seed)  # of Dropout
+            estimates.append(flat(estimator(model, case.loss, generator=torch.Generator().manual_seed(draw)).grads))
+    return torch.stack(estimates)
+
+
+def assert_mean_is(estimator, case, gradient, draws=300):
+    estimates = many_estimates(estimator, case, draws)
+    error = (estimates.mean(0) - flat(gradient)).square().sum()
+    assert error <= 25 * estimates.var(0).sum() / draws  # five standard errors of the mean, from the draws themselves
+
+
+@pytest.mark.parametrize("options", [{}, {"memory": "replay"}, {"exact_head": True}], ids=str)
+def test_as_many_directions_as_units_give_the_gradient(options):
+    """Each unit has a direction of its own: K = 4 + 3, the complete basis."""
+    estimate = estimated_grads(ActivityPerturbation(7, **options), MLP)
+    torch.testing.assert_close(flat(estimate), flat(exact_grads(MLP)))
+
+
+def test_exact_head_is_exact_whatever_the_directions():
+    for case, head in ((MLP, "2"), (CONV, "4")):
+        estimate, exact = estimated_grads(ActivityPerturbation(1, exact_head=True), case), exact_grads(case)
+        for name in (f"{head}.weight", f"{head}.bias"):
+            torch.testing.assert_close(estimate[name], exact[name])
+
+
+@pytest.mark.parametrize("positions", ["independent", "shared"])
+@pytest.mark.parametrize("case", [MLP, CONV, MIXING, TOKENS], ids=lambda case: case.name)
+def test_replayed_noise_gives_the_kept_estimate(case, positions):
+    kept, replayed = (
+        estimated_grads(ActivityPerturbation(3, memory=memory, positions=positions), case)
+        for memory in ("keep", "replay")
+    )
+    torch.testing.assert_close(flat(kept), flat(replayed), rtol=1e-12, atol=1e-12)
+
+
+def test_shared_positions_treat_the_layers_output_as_one_unit_per_channel():
+    """Bias of the shared noise: every position gets the gradient summed over all of them."""
+    conv = nn.Conv2d(2, 3, 3).double()
+    case = Case("map", lambda: conv, lambda m: m(IMAGES).square().flatten(1).sum(1))
+    output = conv(IMAGES).detach()
+    shared = (2 * output).sum((2, 3), keepdim=True).expand_as(output) / len(IMAGES)
+    expected = conv2d_weight(IMAGES, conv.weight.shape, shared)
+    estimate = estimated_grads(ActivityPerturbation(3, positions="shared"), case)  # 3 directions, 3 channels: no noise
+    torch.testing.assert_close(estimate["weight"], expected)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("case", [MLP, CONV, MIXING, TOKENS], ids=lambda case: case.name)
+def test_leaves_no_trace(case, options):
+    properties.assert_leaves_no_trace(ActivityPerturbation(**options), case)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_same_seed_same_estimate(options):
+    properties.assert_same_seed_same_estimate(ActivityPerturbation(**options), CONV)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("padding", [0, 1, "same", "valid"])
+@pytest.mark.parametrize("kernel", [2, 3])
+def test_gradient_of_padded_strided_and_grouped_convolutions(padding, kernel):
+    stride = 1 if padding == "same" else 2
+    conv = nn.Conv2d(2, 4, kernel, stride=stride, padding=padding, groups=2).double()
+    case = Case("conv", lambda: conv, lambda m: m(IMAGES)[:, :, 1, 1].square().sum(1))
+    assert_mean_is(ActivityPerturbation(4), case, exact_grads(case))
+
+
+def test_weights_used_outside_their_layer_get_directions_of_their_own():
+    class Reused(nn.Sequential):
+        def forward(self, input):  # noqa: A002 - the name of nn.Sequential
+            return super().forward(input) + input @ self[0].weight.T
+
+    case = Case(
+        "reused", lambda: Reused(nn.Linear(3, 3)), lambda m: F.cross_entropy(m(INPUTS), LABELS, reduction="none")
+    )
+    with pytest.raises(UnsupportedOperation, match="no trained Linear or convolution"):
+        estimated_grads(ActivityPerturbation(), case)
+
+
+@pytest.mark.parametrize("case", [TIED, BARE], ids=lambda case: case.name)
+def test_a_model_without_layers_is_refused(case):
+    with pytest.raises(UnsupportedOperation, match="no trained Linear or convolution"):
+        estimated_grads(ActivityPerturbation(), case)
+
+
+def test_inputs_changed_in_place_are_refused():
+    class Changes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x):
+            hidden = self.first(x)
+            out = self.second(hidden)
+            hidden += 1.0
+            return out + hidden
+
+    case = Case("changes", Changes, lambda m: F.cross_entropy(m(INPUTS), LABELS, reduction="none"))
+    with pytest.raises(UnsupportedOperation, match="second is changed in place"):
+        estimated_grads(ActivityPerturbation(), case)
+    outside = Case(
+        "outside",
+        Changes,
+        lambda m: F.cross_entropy(m.second(m.first(INPUTS)) + m.first(INPUTS) + 1, LABELS, reduction="none"),
+    )
+    assert_mean_is(ActivityPerturbation(memory="replay"), case, exact_grads(outside))
+
+
+def test_exact_head_needs_losses_per_example():
+    case = Case("scalar", lambda: nn.Linear(3, 3), lambda m: F.cross_entropy(m(INPUTS), LABELS))
+    with pytest.raises(LossError, match="per-example losses"):
+        estimated_grads(ActivityPerturbation(exact_head=True), case)
+
+
+def test_frozen_layers_get_no_gradient():
+    model = MLP.build()
+    model[0].requires_grad_(False)
+    estimate = ActivityPerturbation()(model, MLP.loss, generator=torch.Generator().manual_seed(0))
+    assert sorted(estimate.grads) == ["2.bias", "2.weight"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"num_tangents": 0}, {"noise": "x"}, {"positions": "x"}, {"examples": "x"}, {"memory": "x"}]
+)
+def test_arguments_out_of_range(options):
+    with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
+        ActivityPerturbation(**options)

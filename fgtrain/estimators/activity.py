@@ -98,7 +98,6 @@ class ActivityPerturbation(GradientEstimator):
         self.examples = examples
         self.memory = memory
         self.tangents = tangents if tangents is not None else Rademacher()
-        self._generator: torch.Generator | None = None
 
     def forward(
         self,
@@ -138,12 +137,6 @@ class ActivityPerturbation(GradientEstimator):
             if directions is not None:
                 collected.grads |= directions.weighted_sum(collected.derivatives / self.num_tangents)
         return Estimate(losses.mean(), average_grads(collected.grads, reduce), collected.derivatives)
-
-    def own_generator(self) -> torch.Generator:
-        """The generator of calls that bring none."""
-        if self._generator is None:
-            self._generator = torch.Generator().manual_seed(torch.initial_seed())
-        return self._generator
 
     def extra_repr(self) -> str:
         return f"num_tangents={self.num_tangents}, noise={self.noise!r}, exact_head={self.exact_head}"

@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -17,10 +18,19 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from fgtrain.errors import UserError
+from fgtrain.errors import Interrupted, StorageError, UserError
+from fgtrain.lightning.checkpoints import disk_error
 from fgtrain.lightning.launch import is_follower
 
 USER_ERRORS = (UserError, HydraException, OmegaConfBaseException, MisconfigurationException)
+_CHATTER = (
+    ".*LeafSpec.*",
+    ".*torch.jit.script.*",
+    "The number of training batches",
+    "Using ModelCheckpoint",
+    "The dirpath has changed",  # a run resumed in another folder
+    "Checkpoint directory .* exists",  # or in its own
+)
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
@@ -38,7 +48,7 @@ def run_app(task: Callable[[DictConfig], None], config_name: str) -> None:
         try:
             task(cfg)
         except USER_ERRORS as error:
-            if HydraConfig.get().mode == RunMode.RUN:  # in a sweep the other jobs go on
+            if HydraConfig.get().mode == RunMode.RUN or isinstance(error, Interrupted):  # a sweep's other jobs go on
                 fail(error)
             raise
 
@@ -48,13 +58,19 @@ def run_app(task: Callable[[DictConfig], None], config_name: str) -> None:
         _hydra_main(job, config_name)
     except USER_ERRORS as error:
         fail(error)
+    except KeyboardInterrupt:
+        fail(Interrupted("interrupted", signal.SIGINT))
+    except OSError as error:
+        if disk_error(error) is None:
+            raise
+        fail(StorageError(f"cannot write {error.filename or 'to the disk'}: {error.strerror}"))
     finally:
         del os.environ["HYDRA_FULL_ERROR"]
 
 
 def silence_libraries() -> None:
     """Ignore the warnings that are libraries talking to each other."""
-    for message in (".*LeafSpec.*", ".*torch.jit.script.*", "The number of training batches", "Using ModelCheckpoint"):
+    for message in _CHATTER:
         warnings.filterwarnings("ignore", message)
 
 
@@ -63,9 +79,9 @@ def _hydra_main(task: Callable[[DictConfig], None], config_name: str) -> None:
 
 
 def fail(error: BaseException | str) -> NoReturn:
-    """Print one line on stderr and exit with status 2."""
+    """Print one line on stderr and exit with the error's status, or 2."""
     print(f"fgtrain: {one_line(error)}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(getattr(error, "exit_status", 2))
 
 
 def one_line(error: BaseException | str) -> str:

@@ -43,7 +43,7 @@ class TrainConfig:
         accumulate_grad_batches: batches averaged into one optimizer step.
         clip_grad_norm: largest norm of the gradient; null for none.
         rowwise: example i of the loss depends on row i of every parameter alone (the starting points of a function).
-        resume: checkpoint to continue from.
+        resume: what to continue from: a checkpoint, the folder of a run, or auto for the run in run_dir, if any.
         run_dir: folder of the run.
         distributed: what several processes share and check.
     """

@@ -27,3 +27,32 @@ class RankFailed(UserError, RuntimeError):
 
 class RanksDiffer(UserError, RuntimeError):
     """The processes of a run no longer train the same model."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint is damaged, or of another run."""
+
+
+class StorageError(UserError):
+    """A file cannot be written: the disk is full or read-only."""
+
+
+class DivergenceError(UserError):
+    """The loss, a derivative or the gradient is no longer a usable number."""
+
+
+class AssumptionError(UserError):
+    """The model breaks what gradient estimators assume of it."""
+
+
+class Interrupted(UserError):
+    """A signal ended the run, which was saved.
+
+    Args:
+        message: what was saved, where.
+        signum: the signal.
+    """
+
+    def __init__(self, message: str, signum: int) -> None:
+        super().__init__(message)
+        self.exit_status = 128 + signum

@@ -1,5 +1,11 @@
 """Random streams keyed by integers: what was drawn at any step can be drawn again from its key."""
 
+import random
+from collections.abc import Generator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
 import torch
 
 _MASK = 2**64 - 1
@@ -35,3 +41,36 @@ def draw_seeds(generator: torch.Generator, num_seeds: int) -> list[int]:
     """`num_seeds` unrelated 64-bit seeds; the first ones do not depend on how many are drawn."""
     base = torch.empty((), dtype=torch.int64, device=generator.device).random_(generator=generator).item()
     return [fold_in(int(base), k) for k in range(num_seeds)]
+
+
+def random_state() -> dict[str, Any]:
+    """The state of the global generators, in types that torch.load reads with weights_only=True."""
+    state: Any = np.random.get_state(legacy=True)
+    name, keys, position, has_gauss, gauss = state
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "numpy": [str(name), torch.from_numpy(keys.astype(np.int64)), int(position), int(has_gauss), float(gauss)],
+        "python": random.getstate(),
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put the global generators into a state from `random_state`."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+
+
+@contextmanager
+def preserved_random_state() -> Generator[None]:
+    """Leave the global generators as they were."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)

@@ -147,7 +147,7 @@ def test_every_config_builds(group, choice, tmp_path):
 
 
 BAD = [
-    ("method=fwdgard", r"Could not find 'method/fwdgard' Available options in 'method': backprop"),
+    ("method=fwdgard", r"Could not find 'method/fwdgard' Available options in 'method': .*backprop"),
     ("task=nope", r"Could not find 'task/nope' Available options"),
     ("data=nope", r"Could not find 'data/nope' Available options"),
     ("model=nope", r"Could not find 'model/nope' Available options"),
@@ -184,7 +184,10 @@ BAD = [
     ("model.hidden=[0]", r"model: hidden must hold positive widths, got \[0\]"),
     ("model.hidden=64", r"model.hidden must be a list, each an integer, got 64"),
     ("data.batch_size=0", r"data: batch_size must be at least 1, got 0"),
-    ("resume=nope.ckpt", r"resume=nope.ckpt is no file; give the path of a checkpoint"),
+    (
+        "resume=nope.ckpt",
+        r"resume=nope.ckpt is no file; give the path of a checkpoint \(.ckpt\), a run's folder, or auto",
+    ),
     (
         "task=beale trainer.max_steps=-1",
         r"data: a task without data counts steps: trainer.max_steps must be at least 1",

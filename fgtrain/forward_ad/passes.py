@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from fgtrain.errors import LossError
+from fgtrain.random import random_state, set_random_state
 
 LOSS_SHAPE = "loss_fn must return per-example losses of shape (B,) or a scalar ()"
 
@@ -50,7 +51,7 @@ class RepeatedPass:
     def __init__(self, model: nn.Module) -> None:
         self._buffers = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
         self._values = [b.clone() for _, buffers in self._buffers for b in buffers.values() if b is not None]
-        self._random_state = RandomState({p.device for p in model.parameters()})
+        self._random_state = random_state()
 
     def rewind(self) -> None:
         values = iter(self._values)
@@ -59,4 +60,4 @@ class RepeatedPass:
             for buffer in buffers.values():
                 if buffer is not None:
                     buffer.copy_(next(values))
-        self._random_state.restore()
+        set_random_state(self._random_state)

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from fgtrain.distributed import Ranks, TangentsOver
 from fgtrain.errors import ConfigError
 from fgtrain.estimators import Estimate, GradientEstimator, write_grads
+from fgtrain.lightning.checkpoints import refuse_foreign
 from fgtrain.tasks import Task
 
 
@@ -73,6 +74,9 @@ class EstimatorModule(L.LightningModule):
             raise ConfigError(
                 "trainer.precision=16-mixed scales a loss that forward gradients never backpropagate; use bf16-mixed"
             )
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        refuse_foreign(checkpoint, self)
 
     def estimate(self, estimator: GradientEstimator, batch: Any, batch_idx: int) -> Estimate:
         """The estimate of all ranks at the current step; nothing is written or stepped."""

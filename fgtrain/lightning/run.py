@@ -18,7 +18,8 @@ from rich.table import Table
 from fgtrain.allocator import keep_freed_memory
 from fgtrain.config import check, signature_of, to_plain
 from fgtrain.errors import ConfigError
-from fgtrain.lightning.callbacks import Monitor, RankCheck, StepProgress
+from fgtrain.lightning.callbacks import Monitor, RandomState, RankCheck, StepProgress
+from fgtrain.lightning.checkpoints import checkpoint_to_resume, make_atomic
 from fgtrain.lightning.launch import plan
 from fgtrain.lightning.loop import use_step_loop
 from fgtrain.lightning.module import EstimatorModule
@@ -41,8 +42,6 @@ def build(cfg: DictConfig) -> Run:
         ConfigError: the configuration has a mistake.
     """
     check(cfg)
-    if cfg.resume is not None and not Path(cfg.resume).is_file():
-        raise ConfigError(f"resume={cfg.resume} is no file; give the path of a checkpoint (.ckpt)")
     L.seed_everything(cfg.seed, verbose=False)
     task = instantiate(cfg.task)
     data = instantiate(cfg.data, _convert_="all")
@@ -67,7 +66,8 @@ def build(cfg: DictConfig) -> Run:
     monitor = Monitor(cfg.trainer.log_every_n_steps)
     world = plan(to_plain(cfg)["trainer"])
     several = [RankCheck(cfg.distributed.check_every_n_steps, cfg.trainer.log_every_n_steps)] if world.size > 1 else []
-    callbacks = [monitor, *several, StepProgress(), *(instantiate(node) for node in (cfg.callbacks or {}).values())]
+    chosen = [instantiate(node) for node in (cfg.callbacks or {}).values()]
+    callbacks = [monitor, *several, RandomState(), StepProgress(), *chosen]
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no device lists and tips
     trainer = instantiate(
         cfg.trainer,
@@ -79,6 +79,7 @@ def build(cfg: DictConfig) -> Run:
         **world.trainer_options(),
         _convert_="all",
     )
+    make_atomic(trainer.strategy)
     use_step_loop(trainer)
     return Run(module, data, trainer, monitor)
 
@@ -97,12 +98,18 @@ def run(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
         choices: the chosen method, task, data and model by name.
     """
     keep_freed_memory()
-    module, data, trainer, monitor = build(cfg)
     run_dir = Path(cfg.run_dir)
+    finished = run_dir / "results.json"
+    if finished.exists():
+        if cfg.resume == "auto":
+            return json.loads(finished.read_text())
+        raise ConfigError(f"run_dir={run_dir} holds a finished run; name another folder with hydra.run.dir=...")
+    checkpoint = checkpoint_to_resume(cfg.resume, run_dir)
+    module, data, trainer, monitor = build(cfg)
     if trainer.is_global_zero:
         run_dir.mkdir(parents=True, exist_ok=True)
         OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
-    trainer.fit(module, data, ckpt_path=cfg.resume)
+    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     results: dict[str, Any] = {name: choices.get(name) for name in ("method", "task", "data", "model")}
     results |= {"seed": cfg.seed, "steps": trainer.global_step, **monitor.summary()}
     sent = trainer.callback_metrics.pop("comm/bytes_per_step", torch.zeros(())).item()
@@ -115,7 +122,7 @@ def run(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
         (tested,) = trainer.test(module, data, verbose=False)
         results["metrics"] = metrics | dict(tested)
     if trainer.is_global_zero:
-        (run_dir / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+        finished.write_text(json.dumps(results, indent=2) + "\n")
     return results
 
 

@@ -3,7 +3,9 @@
 from fgtrain.lightning.callbacks.monitor import Monitor
 from fgtrain.lightning.callbacks.progress import StepProgress
 from fgtrain.lightning.callbacks.quality import GradientQuality
+from fgtrain.lightning.callbacks.random_state import RandomState
 from fgtrain.lightning.callbacks.ranks import RankCheck
+from fgtrain.lightning.callbacks.recovery import Recovery
 from fgtrain.lightning.callbacks.trajectory import Trajectory
 
-__all__ = ["GradientQuality", "Monitor", "RankCheck", "StepProgress", "Trajectory"]
+__all__ = ["GradientQuality", "Monitor", "RandomState", "RankCheck", "Recovery", "StepProgress", "Trajectory"]

@@ -35,6 +35,12 @@ class Monitor(L.Callback):
         self._grad_norm: Tensor | None = None
         self._resumed_at = self._last_end = 0.0
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"train_seconds": self.train_seconds + time.perf_counter() - self._resumed_at}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.train_seconds = state_dict["train_seconds"]
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._resumed_at = self._last_end = time.perf_counter()
 

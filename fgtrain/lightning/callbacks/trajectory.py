@@ -29,8 +29,15 @@ class Trajectory(L.Callback):
         self.max_paths = max_paths
         self._points: list[torch.Tensor] = []
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"points": torch.stack(self._points)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._points = list(state_dict["points"])
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._record(pl_module)
+        if not self._points:
+            self._record(pl_module)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -1,0 +1,91 @@
+"""Checkpoints to continue from: at intervals, at the end, and when a signal ends the run."""
+
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from fgtrain.errors import Interrupted
+from fgtrain.lightning.checkpoints import NAMES
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Recovery(L.Callback):
+    """Keeps `last.ckpt` and, until the one after it is whole, `previous.ckpt`.
+
+    A first Ctrl-C or SIGTERM saves after the step in progress and ends the run; a second one ends it at once.
+
+    Args:
+        dirpath: folder of the checkpoints.
+        every_n_steps: optimizer steps between two of them.
+    """
+
+    def __init__(self, dirpath: str, every_n_steps: int = 500) -> None:
+        if every_n_steps < 1:
+            raise ValueError(f"every_n_steps must be at least 1, got {every_n_steps}")
+        self.dirpath = Path(dirpath)
+        self.every_n_steps = every_n_steps
+        self._saved_at = -1
+        self._signal: int | None = None
+        self._handlers: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._saved_at = trainer.global_step
+        self._signal = None
+        try:
+            self._handlers = {number: signal.signal(number, self._remember) for number in _SIGNALS}
+        except ValueError:  # not in the main thread, where signals arrive
+            self._handlers = {}
+
+    def _remember(self, number: int, frame: Any) -> None:
+        self._signal = number
+        self._release_signals()
+
+    def _release_signals(self) -> None:
+        while self._handlers:
+            signal.signal(*self._handlers.popitem())
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if self._signalled(trainer):
+            self._save(trainer)
+            number = self._signal or signal.SIGTERM
+            raise Interrupted(
+                f"stopped by {signal.Signals(number).name} after step {step}, saved in {self.dirpath / NAMES[0]}; "
+                f"the same command with resume={self.dirpath / NAMES[0]} continues",
+                number,
+            )
+        if step % self.every_n_steps == 0 and step != self._saved_at:
+            self._save(trainer)
+
+    def _signalled(self, trainer: L.Trainer) -> bool:
+        if trainer.world_size == 1:
+            return self._signal is not None
+        if trainer.global_step % 10:  # ranks must agree, and asking costs a message
+            return False
+        return trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_step != self._saved_at:
+            self._save(trainer)
+        self._release_signals()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._release_signals()
+
+    def _save(self, trainer: L.Trainer) -> None:
+        last, previous = (self.dirpath / name for name in NAMES)
+        fresh = self.dirpath / "next.ckpt"
+        trainer.save_checkpoint(fresh)
+        if trainer.is_global_zero:
+            if previous.is_dir():  # of a sharded strategy
+                shutil.rmtree(previous)
+            if last.exists():
+                last.replace(previous)
+            fresh.replace(last)
+        self._saved_at = trainer.global_step

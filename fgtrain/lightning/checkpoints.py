@@ -1,0 +1,176 @@
+"""Checkpoints on disk: written whole or not at all, read without running code, refused when damaged."""
+
+import errno
+import os
+import sys
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from torch import nn
+
+from fgtrain.errors import CheckpointError, ConfigError, StorageError
+
+NAMES = ("last.ckpt", "previous.ckpt")
+_DISK_ERRORS = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EFBIG,
+    errno.ENOTDIR,
+    errno.EIO,
+}
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's reader and writer of checkpoints, made safe against a crash at any moment.
+
+    A checkpoint is written beside its place, flushed to the disk and renamed: its name always means a whole file.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        save_atomically(checkpoint, Path(path))
+
+    def load_checkpoint(
+        self, path: Any, map_location: Callable[..., Any] | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        return read_checked(Path(path))
+
+
+def make_atomic(strategy: Strategy) -> None:
+    """Let a strategy that writes a checkpoint as one file write it atomically."""
+    if not isinstance(strategy, ModelParallelStrategy):  # which has its own way and takes no other
+        strategy.checkpoint_io = AtomicCheckpointIO()
+
+
+def save_atomically(content: Any, path: Path) -> None:
+    """torch.save, so that `path` is either what it was or all of `content`.
+
+    Raises:
+        StorageError: the disk is full or cannot be written to.
+    """
+    beside = path.with_name(path.name + ".tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with beside.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except (OSError, RuntimeError) as error:  # torch's writer wraps the first in the second
+        reason = disk_error(error)
+        if reason is None:
+            raise
+        raise StorageError(f"cannot write {path}: {reason.strerror}; what was saved before is intact") from error
+
+
+def disk_error(error: BaseException | None) -> OSError | None:
+    """The error of the disk that `error` is, or came from."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def read_checked(path: Path) -> dict[str, Any]:
+    """The checkpoint at `path`, on the CPU. Nothing in it is run: only tensors and plain values are read.
+
+    Raises:
+        CheckpointError: the file is truncated, altered, or no checkpoint.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise CheckpointError(f"checkpoint {path} is damaged: {damaged} has another checksum")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except CheckpointError:
+        raise
+    except Exception as error:  # a zip archive can be broken in many ways
+        reason = " ".join(str(error).split())[:100] or type(error).__name__
+        raise CheckpointError(f"checkpoint {path} is damaged or no checkpoint ({reason})") from error
+
+
+def checkpoint_to_resume(resume: str | None, run_dir: Path) -> Path | None:
+    """The checkpoint `resume` stands for: a file, the latest good one of a run's folder, or of `run_dir` for "auto".
+
+    Raises:
+        ConfigError: there is none, or `run_dir` holds a run that would be written over.
+        CheckpointError: what there is cannot be used.
+    """
+    if resume is None:
+        if list_checkpoints(run_dir):
+            raise ConfigError(
+                f"run_dir={run_dir} holds a run that has not finished; continue it with resume=auto, or name another "
+                "folder with hydra.run.dir=..."
+            )
+        return None
+    if resume == "auto":
+        found = list_checkpoints(run_dir)
+        return first_good(found) if found else None
+    path = Path(resume)
+    if path.is_dir():
+        found = list_checkpoints(path)
+        if not found:
+            raise ConfigError(f"resume={resume} holds no checkpoint ({' or '.join(NAMES)}); give a run's folder")
+        return first_good(found)
+    if not path.is_file():
+        raise ConfigError(f"resume={resume} is no file; give the path of a checkpoint (.ckpt), a run's folder, or auto")
+    try:
+        read_checked(path)
+    except CheckpointError as error:
+        other = next((p for p in list_checkpoints(path.parent) if p != path), None)
+        hint = f"; another one is resume={other}" if other else "; there is no other one beside it"
+        raise CheckpointError(f"{error}{hint}") from error
+    return path
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints a run can be continued from, latest first, in a run's folder or in its folder of checkpoints."""
+    return [path for place in (folder / "checkpoints", folder) for name in NAMES if (path := place / name).exists()]
+
+
+def first_good(paths: list[Path]) -> Path:
+    """The first whole checkpoint; those passed over are named on stderr.
+
+    Raises:
+        CheckpointError: all are damaged.
+    """
+    refused = []
+    for path in paths:
+        if path.is_dir():  # sharded: its reader knows
+            return path
+        try:
+            read_checked(path)
+        except CheckpointError as error:
+            refused.append(str(error))
+        else:
+            for message in refused:
+                print(f"fgtrain: {message}; continuing from {path}", file=sys.stderr)
+            return path
+    raise CheckpointError("; ".join(refused) + "; no other checkpoint is left")
+
+
+def refuse_foreign(checkpoint: Mapping[str, Any], module: nn.Module) -> None:
+    """Raise unless the weights of a checkpoint are those of `module`, by name and shape.
+
+    Raises:
+        CheckpointError: names the first difference.
+    """
+    if "state_dict" not in checkpoint:
+        raise CheckpointError("the file to resume from is no checkpoint of a run: it has no state_dict")
+    saved, own = checkpoint["state_dict"], module.state_dict()
+    for name in sorted(saved.keys() | own.keys()):
+        if name not in saved or name not in own:
+            where = "the checkpoint" if name in saved else "this run's model or method"
+            raise CheckpointError(f"the checkpoint is of another run: {name} is only in {where}")
+        if getattr(saved[name], "shape", None) != getattr(own[name], "shape", None):
+            shapes = f"{tuple(saved[name].shape)} in the checkpoint and {tuple(own[name].shape)} in this run"
+            raise CheckpointError(f"the checkpoint is of another run: {name} is {shapes}")

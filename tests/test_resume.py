@@ -1,0 +1,292 @@
+"""A run is never lost: cut anywhere, by anything, it continues to the same weights, bit for bit."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from fgtrain.errors import CheckpointError, ConfigError, Interrupted, StorageError
+from fgtrain.lightning.callbacks import RandomState, Recovery, Trajectory
+from fgtrain.lightning.checkpoints import AtomicCheckpointIO, checkpoint_to_resume, read_checked, save_atomically
+from fgtrain.random import random_state, set_random_state
+from fgtrain.schedulers import cosine
+from tests.test_methods import METHODS
+from tests.test_methods import make as make_estimator
+from tests.test_module import Small, assert_equal_weights, make, trainer
+from tests.test_script import ROOT, results_under, train
+
+pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists", "ignore:The dirpath has changed")
+
+
+class SignalAt(L.Callback):
+    """What a scheduler or a user does at a step."""
+
+    def __init__(self, step, number=signal.SIGTERM):
+        self.step = step
+        self.number = number
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == self.step:
+            os.kill(os.getpid(), self.number)
+
+
+class Noisy(nn.Module):
+    """Everything with a state: Dropout, BatchNorm, and noise from numpy and Python."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Flatten(), nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Dropout(0.3), nn.Linear(5, 3)
+        )
+
+    def forward(self, x):
+        return self.layers(x * (1 + 0.1 * np.random.rand() + 0.1 * random.random()))
+
+
+def noisy_module(method, **options):
+    torch.manual_seed(0)
+    return make(
+        make_estimator(method),
+        model=Noisy(),
+        optimizer=lambda params: torch.optim.SGD(params, lr=0.01, momentum=0.9),
+        scheduler=lambda o: cosine(o, 13),
+        **options,
+    )
+
+
+def fit(module, folder, *callbacks, checkpoint=None):
+    """Train to step 13 from the same random states."""
+    L.seed_everything(1, verbose=False)
+    run = trainer(
+        folder, RandomState(), *callbacks, Recovery(str(folder)), max_steps=13, plugins=[AtomicCheckpointIO()]
+    )
+    run.fit(module, Small(), ckpt_path=checkpoint, weights_only=True)
+    return module.state_dict()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_resumed_equals_straight_at_any_step(method, tmp_path):
+    straight = fit(noisy_module(method), tmp_path / "straight")
+    for cut in (1, 4, 5, 8):  # five batches an epoch
+        folder = tmp_path / f"cut {cut}"
+        with pytest.raises(Interrupted, match=rf"stopped by SIGTERM after step {cut}, saved in .*last\.ckpt"):
+            fit(noisy_module(method), folder, SignalAt(cut))
+        assert read_checked(folder / "last.ckpt")["global_step"] == cut
+        resumed = fit(noisy_module(method), folder, checkpoint=checkpoint_to_resume(str(folder), tmp_path / "new"))
+        assert_equal_weights(resumed, straight)
+
+
+@pytest.mark.parametrize("cut", [1, 4])
+def test_resumed_equals_straight_within_accumulation(cut, tmp_path):
+    def module():
+        return noisy_module("fwdgrad", accumulate_grad_batches=2)
+
+    straight = fit(module(), tmp_path / "straight")
+    with pytest.raises(Interrupted):
+        fit(module(), tmp_path / "cut", SignalAt(cut))
+    resumed = fit(module(), tmp_path / "cut", checkpoint=tmp_path / "cut" / "last.ckpt")
+    assert_equal_weights(resumed, straight)
+
+
+def test_without_the_random_states_it_would_not(tmp_path):
+    straight = fit(noisy_module("backprop"), tmp_path / "straight")
+    with pytest.raises(Interrupted):
+        fit(noisy_module("backprop"), tmp_path, SignalAt(4))
+    content = read_checked(tmp_path / "last.ckpt")
+    del content["random_state"]
+    save_atomically(content, tmp_path / "last.ckpt")
+    resumed = fit(noisy_module("backprop"), tmp_path, checkpoint=tmp_path / "last.ckpt")
+    assert not all(torch.equal(resumed[name], value) for name, value in straight.items())
+
+
+def test_random_states_come_back():
+    def draw():
+        return torch.rand(3).tolist(), np.random.rand(3).tolist(), np.random.randn(), random.random(), random.gauss()
+
+    state = random_state()
+    drawn = draw()
+    set_random_state(state)
+    assert draw() == drawn
+
+
+def test_signal_handlers_are_put_back(tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    with pytest.raises(Interrupted) as stopped:
+        fit(noisy_module("backprop"), tmp_path, SignalAt(2, signal.SIGINT))
+    assert stopped.value.exit_status == 130
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_trajectory_is_whole_after_resuming(tmp_path):
+    callback = Trajectory(str(tmp_path))
+    callback.load_state_dict({"points": torch.zeros(3, 1, 2)})
+    assert callback.state_dict()["points"].shape == (3, 1, 2)
+
+
+# --- what is on the disk ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A run's folder with a last and a previous checkpoint."""
+    folder = tmp_path / "run"
+    for step in (1, 2):
+        name = folder / "checkpoints" / ("previous.ckpt" if step == 1 else "last.ckpt")
+        save_atomically({"global_step": step, "state_dict": {"w": torch.arange(1000.0)}}, name)
+    return folder
+
+
+def damage(path, how):
+    content = path.read_bytes()
+    middle = len(content) // 2
+    if how == "truncated":
+        path.write_bytes(content[:middle])
+    elif how == "a flipped bit":
+        path.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "text":
+        path.write_text("not a checkpoint")
+    else:
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("some.txt", "another archive")
+
+
+@pytest.mark.parametrize("how", ["truncated", "a flipped bit", "empty", "text", "another archive"])
+def test_damaged_checkpoint_is_refused_and_the_previous_one_used(how, saved, capsys):
+    last, previous = (saved / "checkpoints" / name for name in ("last.ckpt", "previous.ckpt"))
+    assert checkpoint_to_resume(str(saved), saved) == last
+    damage(last, how)
+    assert checkpoint_to_resume(str(saved), saved) == previous
+    assert f"{last} is damaged" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match=r"last.ckpt is damaged.*another one is resume=.*previous.ckpt"):
+        checkpoint_to_resume(str(last), saved / "other")
+    damage(previous, how)
+    with pytest.raises(CheckpointError, match="no other checkpoint is left"):
+        checkpoint_to_resume("auto", saved)
+
+
+def test_code_in_a_checkpoint_is_not_run(saved):
+    class Payload:
+        def __reduce__(self):
+            return os.system, (f"touch {saved / 'ran'}",)
+
+    torch.save({"state_dict": Payload()}, saved / "checkpoints" / "last.ckpt")
+    with pytest.raises(CheckpointError, match="damaged or no checkpoint"):
+        read_checked(saved / "checkpoints" / "last.ckpt")
+    assert not (saved / "ran").exists()
+
+
+def test_full_disk_leaves_the_last_good_checkpoint(saved):
+    last = saved / "checkpoints" / "last.ckpt"
+    (saved / "checkpoints" / "last.ckpt.tmp").symlink_to("/dev/full")
+    with pytest.raises(StorageError, match=r"cannot write .*last.ckpt: No space left on device; what was saved before"):
+        save_atomically({"state_dict": {"w": torch.zeros(100_000)}}, last)
+    assert read_checked(last)["global_step"] == 2
+
+
+def test_which_checkpoint(saved, tmp_path):
+    assert checkpoint_to_resume(None, tmp_path / "new") is None
+    assert checkpoint_to_resume("auto", tmp_path / "new") is None
+    assert checkpoint_to_resume("auto", saved) == saved / "checkpoints" / "last.ckpt"
+    with pytest.raises(ConfigError, match=r"holds a run that has not finished; continue it with resume=auto"):
+        checkpoint_to_resume(None, saved)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"holds no checkpoint \(last.ckpt or previous.ckpt\)"):
+        checkpoint_to_resume(str(tmp_path / "empty"), tmp_path)
+
+
+# --- through the script ----------------------------------------------------------------------------------------------
+
+STEPS = ("trainer.max_steps=60", "trainer.val_check_interval=25", "hydra.run.dir=run")
+
+
+def final_weights(folder):
+    return read_checked(folder / "run" / "checkpoints" / "last.ckpt")["state_dict"]
+
+
+def test_run_directory_is_kept(tmp_path):
+    assert train(tmp_path, *STEPS)[0] == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    status, _, err = train(tmp_path, *STEPS)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "holds a finished run; name another folder with hydra.run.dir=" in err
+    status, out, err = train(tmp_path, *STEPS, "resume=auto")
+    assert status == 0, err
+    assert "test/acc" in out
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_foreign_checkpoint_is_one_line(tmp_path):
+    assert train(tmp_path, *STEPS)[0] == 0
+    for change, message in (
+        ("model.hidden=[32]", r"model.1.bias is (64,) in the checkpoint and (32,) in this run"),
+        ("model=logistic", r"model.1.bias is (64,) in the checkpoint and (10,) in this run"),
+        ("model.hidden=[64,64]", r"of another run: "),
+    ):
+        status, _, err = train(tmp_path, change, "resume=run", "trainer.max_steps=70")
+        assert (status, err.count("\n")) == (2, 1), err
+        assert message in err
+
+
+@pytest.mark.parametrize("run_dir", ["/sys/fgtrain", "/dev/null/run"])
+def test_folder_that_cannot_be_written_is_one_line(run_dir, tmp_path):
+    status, _, err = train(tmp_path, f"hydra.run.dir={run_dir}")
+    assert (status, err.count("\n")) == (2, 1)
+    assert f"cannot write {run_dir}" in err
+
+
+def test_disk_that_fills_up_is_one_line(tmp_path):
+    checkpoints = tmp_path / "run" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "next.ckpt.tmp").symlink_to("/dev/full")
+    status, _, err = train(tmp_path, *STEPS)
+    assert status == 2
+    assert "cannot write run/checkpoints/next.ckpt: No space left on device" in err.splitlines()[-1].replace(
+        str(tmp_path) + "/", ""
+    )
+    assert "Traceback" not in err
+
+
+@pytest.mark.slow
+def test_killed_twenty_times(tmp_path):
+    """kill -9 at random moments; the same command, again and again, ends where an undisturbed run ends."""
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "hydra.run.dir=run", "resume=auto"]
+    command += ["model.hidden=[16]", "method=fwdgrad", "trainer.max_steps=3000", "trainer.val_check_interval=100"]
+    command += ["callbacks.recovery.every_n_steps=10"]
+    undisturbed = tmp_path / "undisturbed"
+    undisturbed.mkdir()
+    subprocess.run(command, cwd=undisturbed, check=True, capture_output=True)
+    killed, moments = tmp_path / "killed", random.Random(0)
+    killed.mkdir()
+    steps = []
+    for _ in range(20):
+        started = len(steps) and steps[-1]
+        process = subprocess.Popen(command, cwd=killed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        last = killed / "run" / "checkpoints" / "last.ckpt"
+        changed = last.stat().st_mtime_ns if last.exists() else 0
+        while process.poll() is None and (not last.exists() or last.stat().st_mtime_ns == changed):
+            time.sleep(0.001)
+        time.sleep(moments.random() * 0.1)  # some steps, in the middle of a save or of a validation
+        assert process.poll() is None, "finished before it was killed"
+        process.kill()
+        process.wait()
+        latest = checkpoint_to_resume("auto", killed / "run")
+        assert latest is not None
+        steps.append(read_checked(latest)["global_step"])
+        assert steps[-1] >= started
+    subprocess.run(command, cwd=killed, check=True, capture_output=True)
+    assert_equal_weights(final_weights(killed), final_weights(undisturbed))
+    (one,), (other,) = results_under(killed), results_under(undisturbed)
+    assert one["metrics"]["test/acc"] == other["metrics"]["test/acc"]
+    shutil.rmtree(tmp_path)

@@ -7,20 +7,25 @@ the gradient).
 Source of the projection: Fluegel, Coquelin, Debus, Streit, Goetz 2024, arXiv:2410.17764.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from fgtrain.directions import Directions
-
 Combine = Literal["mean", "projection"]
 
 
-def coefficients(combine: Combine, derivatives: Tensor, directions: Directions) -> Tensor:
-    """The weights c of the directions, shaped like `derivatives`: (K,), or (K, N) row by row."""
+def coefficients(combine: Combine, derivatives: Tensor, gram: Callable[[], Tensor]) -> Tensor:
+    """The weights c of the directions, shaped like `derivatives`: (K,), or (K, N) row by row.
+
+    Args:
+        combine: "mean" or "projection".
+        derivatives: grad f . v_k.
+        gram: gives the inner products of the directions, (K, K) or (N, K, K); asked for by "projection" alone.
+    """
     if combine == "mean":
         return derivatives / derivatives.shape[0]
-    inverse = torch.linalg.pinv(directions.gram(), hermitian=True)  # (K, K) or (N, K, K)
+    inverse = torch.linalg.pinv(gram(), hermitian=True)  # (K, K) or (N, K, K)
     solution = inverse @ derivatives.to(inverse.dtype).t().unsqueeze(-1)
     return solution.squeeze(-1).t().to(derivatives.dtype)

@@ -130,20 +130,29 @@ class Directions(Mapping[str, Tangent]):
                 sums[name] = _outer(left.to(like.dtype), tangent.right).view(like.shape)
         return sums
 
-    def gram(self) -> Tensor:
-        """Inner products of the directions, (K, K) or (N, K, K) row by row, in float64."""
+    def gram(self, others: "Directions | None" = None) -> Tensor:
+        """Inner products with `others`, by default these directions: (K, L), or (N, K, L) row by row, in float64."""
+        others = self if others is None else others
         total: Tensor | None = None
-        for tangent in self._tangents.values():
-            if isinstance(tangent, Tensor):
-                rows = tangent.double().flatten(2 if self.buffer.dim() == 3 else 1)
-                rows = rows.transpose(0, 1) if self.buffer.dim() == 3 else rows
-                products = rows @ rows.mT
-            else:
+        for name, tangent in self._tangents.items():
+            other = others[name]
+            if isinstance(tangent, LowRankTangent) and isinstance(other, LowRankTangent):
                 left, right = (factor.double() for factor in tangent.factors)
-                products = torch.einsum("kam,lbm,kan,lbn->kl", left, left, right, right)
+                left2, right2 = (factor.double() for factor in other.factors)
+                products = torch.einsum("kam,lbm,kan,lbn->kl", left, left2, right, right2)
+            else:
+                products = self._rows(name) @ others._rows(name).mT
             total = products if total is None else total + products
         assert total is not None
         return total
+
+    def _rows(self, name: str) -> Tensor:
+        """The directions of a dense parameter as vectors, (K, size) or (N, K, size), in float64."""
+        tangent = self._tangents[name]
+        assert isinstance(tangent, Tensor)
+        if self.buffer.dim() == 3:
+            return tangent.double().flatten(2).transpose(0, 1)
+        return tangent.double().flatten(1)
 
 
 def _weighted(tangent: LowRankTangent, weights: Tensor) -> Tensor:

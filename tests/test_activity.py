@@ -193,7 +193,7 @@ def test_inputs_changed_in_place_are_refused():
 
 def test_exact_head_needs_losses_per_example():
     case = Case("scalar", lambda: nn.Linear(3, 3), lambda m: F.cross_entropy(m(INPUTS), LABELS))
-    with pytest.raises(LossError, match="per-example losses"):
+    with pytest.raises(LossError, match="one loss for each of the 4 rows"):
         estimated_grads(ActivityPerturbation(exact_head=True), case)
 
 

@@ -21,7 +21,7 @@ def setup(law, num):
 @pytest.mark.parametrize("num", [1, 4])
 def test_mean_is_the_matrix_product(law, num):
     tangents, v, g = setup(law, num)
-    c = coefficients("mean", v.T @ g, tangents)
+    c = coefficients("mean", v.T @ g, tangents.gram)
     estimate = flat(tangents.weighted_sum(c))
     torch.testing.assert_close(estimate, v @ v.T @ g / num)
 
@@ -30,7 +30,7 @@ def test_mean_is_the_matrix_product(law, num):
 @pytest.mark.parametrize("num", [1, 4, 15, 20])
 def test_projection_is_least_squares(law, num):
     tangents, v, g = setup(law, num)
-    c = coefficients("projection", v.T @ g, tangents)
+    c = coefficients("projection", v.T @ g, tangents.gram)
     estimate = flat(tangents.weighted_sum(c))
     torch.testing.assert_close(estimate, v @ torch.linalg.pinv(v) @ g)
     if num >= 15:  # the span is the whole space
@@ -49,8 +49,8 @@ def test_rows_are_combined_on_their_own(combine):
     tangents = Normal().sample(params, range(2), rowwise=True)
     g = torch.randn(4, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     derivatives = (dense(tangents["points"]) * g).sum(-1)
-    rows = tangents.weighted_sum(coefficients(combine, derivatives, tangents))["points"]
+    rows = tangents.weighted_sum(coefficients(combine, derivatives, tangents.gram))["points"]
     for i in range(4):
         one = Directions(tangents.buffer[:, i], [Piece("points", params["points"][i], 3)])
-        row = one.weighted_sum(coefficients(combine, derivatives[:, i], one))["points"]
+        row = one.weighted_sum(coefficients(combine, derivatives[:, i], one.gram))["points"]
         torch.testing.assert_close(rows[i], row)

@@ -156,3 +156,31 @@ def test_accumulated_gradients_add_up():
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         ForwardGradient(**arguments)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("options", [{}, {"combine": "projection"}, {"tangents": LowRank(2)}], ids=str)
+def test_chunks_change_nothing(case, options):
+    whole, chunked = (
+        estimated_grads(ForwardGradient(num_tangents=5, chunk_size=size, **options), case) for size in (None, 2)
+    )
+    torch.testing.assert_close(flat(whole), flat(chunked), rtol=1e-7, atol=1e-9)
+    properties.assert_leaves_no_trace(ForwardGradient(num_tangents=5, chunk_size=2, **options), case)
+
+
+def test_exact_head_of_the_forward_gradient():
+    estimator = ForwardGradient(Rademacher(), num_tangents=4, chunk_size=2, exact_head=True)
+    exact = exact_grads(CASES[0])
+    estimates = [estimated_grads(estimator, CASES[0], draw) for draw in range(500)]
+    for name in ("2.weight", "2.bias"):
+        torch.testing.assert_close(estimates[0][name], exact[name])
+    tail = {name: g for name, g in exact.items() if name.startswith("0")}
+    mean = torch.stack([flat({name: e[name] for name in tail}) for e in estimates]).mean(0)
+    variance = Rademacher().relative_variance(tail) / 4 / 500
+    assert (mean - flat(tail)).norm() <= 5 * variance**0.5 * flat(tail).norm()
+
+
+@pytest.mark.parametrize("options", [{"chunk_size": 0}, {"exact_head": True, "rowwise": True}], ids=str)
+def test_options_that_cannot_be(options):
+    with pytest.raises(ValueError, match=next(iter(options))):
+        ForwardGradient(**options)

@@ -1,25 +1,21 @@
 """Forward gradients by activity perturbation: directions in the space of the layers' outputs."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, get_args
-from weakref import WeakKeyDictionary
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
-from fgtrain.errors import LossError, UnsupportedOperation
+from fgtrain.errors import LossError
 from fgtrain.estimators.backprop import average_grads
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce
-from fgtrain.forward_ad import stacked
-from fgtrain.forward_ad.dual import NotIntercepted
 from fgtrain.forward_ad.native import NO_TANGENT
 from fgtrain.forward_ad.passes import RepeatedPass
-from fgtrain.forward_ad.perturbation import LayerCall, LayerNoise, Noise, PerturbedPass, ReplayedPass, UsedElsewhere
-from fgtrain.parameters import ParameterSlots, slots_of, trainable_params
+from fgtrain.forward_ad.perturbation import LayerCall, LayerNoise, LocalGrads, Noise, PerturbedPass, ReplayedPass
+from fgtrain.forward_ad.perturbed_layers import perturbed_layers, run_perturbed
+from fgtrain.parameters import trainable_params
 from fgtrain.random import draw_seeds
 from fgtrain.tangents import Rademacher, Tangents
-
-PERTURBED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class ActivityPerturbation(GradientEstimator):
@@ -161,8 +157,6 @@ class _Collected:
         if found is None:
             raise LossError(NO_TANGENT)
         num = options.num_tangents
-        if options.exact_head and losses.dim() == 0:
-            raise LossError("exact_head needs per-example losses of shape (B,), got a scalar; use reduction='none'")
         self.derivatives = found[:num] if losses.dim() == 0 else found[:num].mean(1)
         self.grads: dict[str, Tensor] = {}
         self._unit_derivatives = found[num:]
@@ -171,21 +165,15 @@ class _Collected:
         self._biases = biases
         self._params = params
 
-    def add(self, call: LayerCall, local_grads: Callable[[Tensor], tuple[Tensor, Tensor]]) -> None:
+    def add(self, call: LayerCall, local_grads: LocalGrads) -> None:
         """Add the local gradients of one call of a layer."""
-        inputs = call.inputs[0] if call.inputs is not None else None
-        assert inputs is not None
         if call.noise is None:
-            if len(inputs) != self._num_examples:
-                raise UnsupportedOperation(
-                    f"exact_head: {call.name} sees {len(inputs)} rows, there are {self._num_examples} losses"
-                )
-            grad_output = self._unit_derivatives.T / self._num_examples
+            grad_output = call.grad_output_of_head(self._unit_derivatives)
         else:
-            grad_output = call.grad_output(self._of_rows(len(inputs)))
+            grad_output = call.grad_output(self._of_rows(call.shape[0]))
         bias_name = self._biases[call.name]
         for name, grad in zip((call.name, bias_name), local_grads(grad_output), strict=True):
-            if name is not None and name in self._params:
+            if name is not None:
                 grad = grad.to(self._params[name].dtype)
                 self.grads[name] = self.grads[name] + grad if name in self.grads else grad
 
@@ -194,85 +182,3 @@ class _Collected:
         if self._per_example is None or num_rows % self._num_examples:
             return self.derivatives.unsqueeze(1).expand(-1, num_rows)
         return self._per_example.repeat_interleave(num_rows // self._num_examples, dim=1)
-
-
-# --- which layers are perturbed -----------------------------------------------------------------------------------
-
-
-class PerturbedLayers(NamedTuple):
-    """Layers whose outputs get noise.
-
-    Args:
-        biases: {name of the weight: name of the bias or None}.
-        last: name of the weight that is used last in the pass.
-    """
-
-    biases: dict[str, str | None]
-    last: str
-
-
-def perturbed_layers(model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> PerturbedLayers:
-    """Linear layers and convolutions whose weight is trained and used by them alone, found in a trial pass.
-
-    Raises:
-        UnsupportedOperation: there is none.
-    """
-    slots = slots_of(model)
-    found = _found.get(slots)
-    if found is None:
-        found = _found[slots] = _find_layers(model, loss_fn, slots)
-    return found
-
-
-_found: WeakKeyDictionary[ParameterSlots, PerturbedLayers] = WeakKeyDictionary()
-
-
-def _find_layers(model: nn.Module, loss_fn: Callable[[Any], Tensor], slots: ParameterSlots) -> PerturbedLayers:
-    biases = _candidates(model, slots)
-    before = RepeatedPass(model)
-    while biases:
-        trial = PerturbedPass(1, seed=0)
-        try:
-            run_perturbed(model, loss_fn, {name: LayerNoise(name, trial) for name in biases})
-        except UsedElsewhere as use:
-            del biases[use.name]
-            continue
-        finally:
-            before.rewind()
-        used = [call.name for call in trial.calls]
-        if used:
-            return PerturbedLayers({name: biases[name] for name in biases if name in used}, used[-1])
-        break
-    raise UnsupportedOperation(
-        f"{type(model).__name__} has no trained Linear or convolution of its own to perturb; use method=fwdgrad"
-    )
-
-
-def _candidates(model: nn.Module, slots: ParameterSlots) -> dict[str, str | None]:
-    names = {id(p): name for name, p in slots.trainable().items()}
-    owned = [(module, key, id(p)) for module in model.modules() for key, p in module._parameters.items()]
-    times_owned = {key: sum(at == key for _, _, at in owned) for key in names}
-    biases: dict[str, str | None] = {}
-    for module in model.modules():
-        if isinstance(module, PERTURBED):
-            weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-            if weight is not None and times_owned.get(id(weight)) == 1:
-                bias_name = names.get(id(bias)) if times_owned.get(id(bias)) == 1 else None
-                biases[names[id(weight)]] = bias_name
-    return biases
-
-
-def run_perturbed(
-    model: nn.Module, loss_fn: Callable[[Any], Tensor], tangents: Mapping[str, Any]
-) -> tuple[Tensor, Tensor | None]:
-    """Losses and derivatives of a pass with noise.
-
-    Raises:
-        UnsupportedOperation: the pass leaves the engine.
-    """
-    try:
-        return stacked.evaluate(model, loss_fn, tangents)
-    except NotIntercepted as reason:
-        raise UnsupportedOperation(
-            f"activity perturbation cannot follow this model: {reason}; use method=fwdgrad"
-        ) from reason

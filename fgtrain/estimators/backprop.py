@@ -55,7 +55,7 @@ class Backprop(GradientEstimator):
 
 def average_grads(grads: dict[str, Tensor], reduce: Reduce | None) -> dict[str, Tensor]:
     """The mean over ranks of all gradients, sent as one flat bucket."""
-    if reduce is None:
+    if reduce is None or not grads:
         return grads
     flat = reduce(torch.cat([g.flatten() for g in grads.values()]))
     pieces = flat.split([g.numel() for g in grads.values()])

@@ -6,10 +6,17 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from fgtrain.chunks import Chunks
 from fgtrain.combine import Combine, coefficients
 from fgtrain.directions import Directions
+from fgtrain.errors import LossError
+from fgtrain.estimators.backprop import average_grads
 from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce
 from fgtrain.forward_ad import jvp
+from fgtrain.forward_ad.native import NO_TANGENT
+from fgtrain.forward_ad.passes import RepeatedPass
+from fgtrain.forward_ad.perturbation import LayerNoise, PerturbedPass
+from fgtrain.forward_ad.perturbed_layers import perturbed_layers, run_perturbed
 from fgtrain.parameters import trainable_params
 from fgtrain.random import draw_seeds
 from fgtrain.tangents import Normal, Sphere, Tangents
@@ -30,7 +37,11 @@ class ForwardGradient(GradientEstimator):
     `shrinkage` multiplies the mean by 1 / (1 + s), the factor of least squared error: s / (1 + s) instead of s. It
     changes no direction, only the length, so that one learning rate serves every K. E[g] = grad f / (1 + s).
 
-    Cost: one forward pass that carries K derivatives, the memory of inference, K floats sent between ranks.
+    `exact_head` takes the gradient of the last layer exactly, by C unit directions of its outputs that go through the
+    loss alone; n then counts the other parameters.
+
+    Cost: one forward pass that carries K derivatives, the memory of inference, K floats sent between ranks (and the
+    last layer's gradient, if exact). In chunks of c directions: K / c passes in the memory of c directions.
 
     Args:
         tangents: law of the directions.
@@ -39,6 +50,8 @@ class ForwardGradient(GradientEstimator):
         shrinkage: multiply the mean by 1 / (1 + s). Where s depends on how the gradient is spread over the layers
             (low-rank tangents), it is taken to be spread evenly.
         clip_derivative: cap on |grad f . v_k|, against rare large values; None for none.
+        chunk_size: at most so many directions in one pass; None for all. The estimate is the same, to rounding.
+        exact_head: as above; needs per-example losses (B,) and a Linear layer last.
         rowwise: example i of the loss depends on row i of every parameter alone (many starting points of one
             function): each row gets the derivative of its own loss.
 
@@ -67,6 +80,8 @@ class ForwardGradient(GradientEstimator):
         *,
         shrinkage: bool = False,
         clip_derivative: float | None = None,
+        chunk_size: int | None = None,
+        exact_head: bool = False,
         rowwise: bool = False,
     ) -> None:
         super().__init__()
@@ -80,22 +95,29 @@ class ForwardGradient(GradientEstimator):
             )
         if clip_derivative is not None and not clip_derivative > 0:
             raise ValueError(f"clip_derivative must be positive or None, got {clip_derivative!r}")
+        if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+            raise ValueError(f"chunk_size must be an integer of at least 1 or None, got {chunk_size!r}")
+        if exact_head and rowwise:
+            raise ValueError("exact_head and rowwise exclude each other: a function of points has no last layer")
         self.tangents = tangents if tangents is not None else Normal()
         self.num_tangents = num_tangents
         self.combine: Combine = combine
         self.shrinkage = shrinkage
         self.clip_derivative = clip_derivative
+        self.chunk_size = chunk_size
+        self.exact_head = exact_head
+        self.scalar_reducible = not exact_head
         self.rowwise = rowwise
         self.claims = frozenset(self._claims())
         self._factors: dict[tuple[tuple[int, ...], ...], float] = {}
 
     def _claims(self) -> Iterator[Claim]:
         yield "descent"
-        if self.combine == "mean" and not self.shrinkage and self.clip_derivative is None:
+        if self.combine == "mean" and not (self.shrinkage or self.exact_head) and self.clip_derivative is None:
             yield "unbiased"
 
     def relative_squared_error(self, grads: Mapping[str, Tensor]) -> float | None:
-        if self.clip_derivative is not None or self.rowwise:
+        if self.clip_derivative is not None or self.rowwise or self.exact_head:
             return None
         if self.combine == "projection":
             if not isinstance(self.tangents, (Normal, Sphere)):  # others are not isotropic
@@ -122,33 +144,75 @@ class ForwardGradient(GradientEstimator):
         reduce: Reduce | None = None,
     ) -> Estimate:
         params = trainable_params(model)
-        seeds = draw_seeds(generator or self.own_generator(), self.num_tangents)
         with torch.inference_mode(False), torch.no_grad():
-            directions = self.tangents.sample(params, seeds, rowwise=self.rowwise)
-            losses, derivatives = jvp(model, loss_fn, directions)
+            head = self._find_head(model, loss_fn)
+            tail = {name: p for name, p in params.items() if name not in head}
+            chunks = self._chunks(tail, draw_seeds(generator or self.own_generator(), self.num_tangents))
+            losses, derivatives, grads = self._passes(model, loss_fn, chunks, head)
             if self.rowwise:
                 derivatives = derivatives / losses.numel()  # of the mean loss, like every gradient here
             elif losses.dim():
                 derivatives = derivatives.mean(1)
             if reduce is not None:
-                derivatives = reduce(derivatives)
+                derivatives, grads = reduce(derivatives), average_grads(grads, reduce)
             if self.clip_derivative is not None:
                 derivatives = derivatives.clamp(-self.clip_derivative, self.clip_derivative)
-            grads = self._combined(derivatives, directions, params)
+            grads |= self._combined(derivatives, chunks, tail)
         return Estimate(losses.mean(), grads, derivatives.flatten())
 
+    def _find_head(self, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> tuple[str, ...]:
+        """Names of the last layer's weight and bias, if its gradient is taken exactly."""
+        if not self.exact_head:
+            return ()
+        layers = perturbed_layers(model, loss_fn)
+        bias = layers.biases[layers.last]
+        return (layers.last,) if bias is None else (layers.last, bias)
+
+    def _chunks(self, params: Mapping[str, Tensor], seeds: list[int]) -> Chunks:
+        return Chunks(self.tangents, params, seeds, self.chunk_size or self.num_tangents, rowwise=self.rowwise)
+
+    def _passes(
+        self, model: nn.Module, loss_fn: Callable[[Any], Tensor], chunks: Chunks, head: tuple[str, ...]
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """Losses, their derivatives along all directions, and the last layer's exact gradients."""
+        repeated = RepeatedPass(model) if len(chunks) > 1 else None
+        losses, found, grads = None, [], {}
+        for i, directions in enumerate(chunks):
+            if repeated is not None and i:
+                repeated.rewind()
+            if head:
+                losses, derivatives, grads = _pass_with_head(model, loss_fn, directions, chunks.num(i), head)
+            else:
+                losses, derivatives = jvp(model, loss_fn, directions)
+            found.append(derivatives)
+        assert losses is not None
+        return losses, found[0] if len(found) == 1 else torch.cat(found), grads
+
     def replay(self, model: nn.Module, derivatives: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        seeds = draw_seeds(generator, self.num_tangents)
         params = trainable_params(model)
-        directions = self.tangents.sample(params, seeds, rowwise=self.rowwise)
+        chunks = self._chunks(params, draw_seeds(generator, self.num_tangents))
         if self.rowwise:
             derivatives = derivatives.view(self.num_tangents, -1)
-        return self._combined(derivatives, directions, params)
+        return self._combined(derivatives, chunks, params)
 
-    def _combined(self, derivatives: Tensor, directions: Directions, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        weights = coefficients(self.combine, derivatives, directions)
-        return directions.weighted_sum(weights * self._shrinkage_factor(params) if self.shrinkage else weights)
+    def _combined(self, derivatives: Tensor, chunks: Chunks, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        weights = coefficients(self.combine, derivatives, chunks.gram)
+        return chunks.weighted_sum(weights * self._shrinkage_factor(params) if self.shrinkage else weights)
 
     def extra_repr(self) -> str:
         shrinkage = ", shrinkage=True" if self.shrinkage else ""
         return f"tangents={self.tangents}, num_tangents={self.num_tangents}, combine={self.combine!r}{shrinkage}"
+
+
+def _pass_with_head(
+    model: nn.Module, loss_fn: Callable[[Any], Tensor], directions: Directions, num: int, head: tuple[str, ...]
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """Losses (B,), derivatives (K, B) along the directions and the gradients of the parameters `head`."""
+    perturbed = PerturbedPass(num, seed=0, head=head[0])
+    losses, found = run_perturbed(model, loss_fn, {**directions, head[0]: LayerNoise(head[0], perturbed)})
+    if found is None:
+        raise LossError(NO_TANGENT)
+    (call,) = perturbed.calls
+    assert call.local_grads is not None
+    grads = call.local_grads(call.grad_output_of_head(found[num:]))
+    return losses, found[:num], dict(zip(head, grads, strict=False))

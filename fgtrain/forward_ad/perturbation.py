@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from fgtrain.errors import UnsupportedOperation
+from fgtrain.errors import LossError, UnsupportedOperation
 from fgtrain.forward_ad.dual import Dual, call, primal_of, tangent_of
 from fgtrain.forward_ad.fallbacks import only_reads
 from fgtrain.random import fold_in
@@ -80,6 +80,20 @@ class LayerCall:
         """Let go of everything as large as an activation."""
         self.local_grads = self.noise = self.inputs = None
         self.active = None if self.active is None else self.active[:0]  # that there is one counts
+
+    def grad_output_of_head(self, derivatives: Tensor) -> Tensor:
+        """The gradient of the mean loss in the last layer's output (B, C), from the losses' unit derivatives (C, B).
+
+        Raises:
+            LossError: the losses are not those of the rows.
+        """
+        if derivatives.dim() != 2 or derivatives.shape[1] != self.shape[0]:
+            got = tuple(derivatives.shape[1:])
+            raise LossError(
+                f"exact_head needs one loss for each of the {self.shape[0]} rows of the last layer, got losses of "
+                f"shape {got}; use reduction='none', or set exact_head=False"
+            )
+        return derivatives.T / self.shape[0]
 
     def grad_output(self, derivatives: Tensor) -> Tensor:
         """(1/K) sum_k d_k u_k in every row of the output, from derivatives (K, B)."""

@@ -43,6 +43,8 @@ class TrainConfig:
         accumulate_grad_batches: batches averaged into one optimizer step.
         clip_grad_norm: largest norm of the gradient; null for none.
         rowwise: example i of the loss depends on row i of every parameter alone (the starting points of a function).
+        max_skipped_steps: so many batches in a row whose loss, derivative or gradient is not finite end the run.
+        detect_divergence: a loss above this multiple of the first one, for as many steps, ends it too; null for none.
         resume: what to continue from: a checkpoint, the folder of a run, or auto for the run in run_dir, if any.
         run_dir: folder of the run.
         distributed: what several processes share and check.
@@ -53,6 +55,8 @@ class TrainConfig:
     accumulate_grad_batches: int = 1
     clip_grad_norm: float | None = None
     rowwise: bool = False
+    max_skipped_steps: int = 10
+    detect_divergence: float | None = None
     resume: str | None = None
     run_dir: str = MISSING
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
@@ -81,12 +85,14 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError(
             f"{', '.join(unknown)}: no such key; the top level has {', '.join(TrainConfig.__annotations__)}"
         )
-    at_least = {"seed": 0, "accumulate_grad_batches": 1}
+    at_least = {"seed": 0, "accumulate_grad_batches": 1, "max_skipped_steps": 1}
     for key, least in at_least.items():
         if cfg[key] < least:
             raise ConfigError(f"{key} must be at least {least}, got {cfg[key]}")
     if OmegaConf.is_missing(cfg, "lr"):
         raise ConfigError("lr is not set; give the learning rate with lr=...")
+    if cfg.detect_divergence is not None and not cfg.detect_divergence > 1:
+        raise ConfigError(f"detect_divergence must be a factor above 1 or null, got {cfg.detect_divergence}")
     for key in ("lr", "clip_grad_norm"):
         if cfg[key] is not None and not cfg[key] > 0:
             raise ConfigError(f"{key} must be positive, got {cfg[key]}")

@@ -16,6 +16,7 @@ from fgtrain.distributed import Ranks, TangentsOver
 from fgtrain.errors import ConfigError
 from fgtrain.estimators import Estimate, GradientEstimator, write_grads
 from fgtrain.lightning.checkpoints import refuse_foreign
+from fgtrain.lightning.divergence import Divergence
 from fgtrain.tasks import Task
 
 
@@ -31,7 +32,9 @@ class EstimatorModule(L.LightningModule):
         seed: the directions of a step are a function of (seed, optimizer step, micro-batch).
         accumulate_grad_batches: batches averaged into one optimizer step.
         clip_grad_norm: largest norm of the whole gradient; None for none.
+        divergence: judges every estimate before it becomes a step.
         distributed_tangents: what several processes share, see `fgtrain.distributed`.
+        divergence: what judges an estimate before it becomes a step.
         distributed_timeout: seconds a process waits for the others in a step.
 
     Attributes:
@@ -49,6 +52,7 @@ class EstimatorModule(L.LightningModule):
         seed: int = 0,
         accumulate_grad_batches: int = 1,
         clip_grad_norm: float | None = None,
+        divergence: Divergence | None = None,
         distributed_tangents: TangentsOver = "shared",
         distributed_timeout: float = 60.0,
     ) -> None:
@@ -62,6 +66,7 @@ class EstimatorModule(L.LightningModule):
         self.seed = seed
         self.accumulate_grad_batches = accumulate_grad_batches
         self.clip_grad_norm = clip_grad_norm
+        self.divergence = divergence or Divergence()
         self.distributed_tangents: TangentsOver = distributed_tangents
         self.distributed_timeout = distributed_timeout
         self.ranks = Ranks()
@@ -74,6 +79,9 @@ class EstimatorModule(L.LightningModule):
             raise ConfigError(
                 "trainer.precision=16-mixed scales a loss that forward gradients never backpropagate; use bf16-mixed"
             )
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        return [self.divergence]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         refuse_foreign(checkpoint, self)
@@ -91,13 +99,19 @@ class EstimatorModule(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         micro_batch = batch_idx % self.accumulate_grad_batches
         estimate = self.estimate(self.estimator, batch, batch_idx)
+        sound = self.divergence.inspect(estimate, self.trainer)
         grads = estimate.grads
         if self.accumulate_grad_batches > 1:
             grads = {name: g / self.accumulate_grad_batches for name, g in grads.items()}
         write_grads(self.model, grads, accumulate=micro_batch > 0)
-        if micro_batch + 1 == self.accumulate_grad_batches or self.trainer.is_last_batch:
+        due = micro_batch + 1 == self.accumulate_grad_batches or self.trainer.is_last_batch
+        if due and self.divergence.step_is_sound():
             self._optimizer_step()
-        return {"loss": estimate.loss, "directional_derivatives": estimate.directional_derivatives}
+        return {
+            "loss": estimate.loss,
+            "directional_derivatives": estimate.directional_derivatives,
+            "skipped": not sound,
+        }
 
     def _optimizer_step(self) -> None:
         optimizer = self.optimizers()

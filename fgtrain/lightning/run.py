@@ -11,7 +11,7 @@ import torch
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
@@ -20,9 +20,11 @@ from fgtrain.config import check, signature_of, to_plain
 from fgtrain.errors import ConfigError
 from fgtrain.lightning.callbacks import Monitor, RandomState, RankCheck, StepProgress
 from fgtrain.lightning.checkpoints import checkpoint_to_resume, make_atomic
+from fgtrain.lightning.divergence import Divergence
 from fgtrain.lightning.launch import plan
 from fgtrain.lightning.loop import use_step_loop
 from fgtrain.lightning.module import EstimatorModule
+from fgtrain.lightning.provenance import save_provenance
 from fgtrain.tasks import Function
 
 
@@ -60,6 +62,7 @@ def build(cfg: DictConfig) -> Run:
         seed=cfg.seed,
         accumulate_grad_batches=cfg.accumulate_grad_batches,
         clip_grad_norm=cfg.clip_grad_norm,
+        divergence=Divergence(cfg.max_skipped_steps, cfg.detect_divergence),
         distributed_tangents=cfg.distributed.tangents,
         distributed_timeout=cfg.distributed.timeout_seconds,
     )
@@ -108,10 +111,11 @@ def run(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
     module, data, trainer, monitor = build(cfg)
     if trainer.is_global_zero:
         run_dir.mkdir(parents=True, exist_ok=True)
-        OmegaConf.save(cfg, run_dir / "config.yaml", resolve=True)
+        save_provenance(cfg, choices)
     trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     results: dict[str, Any] = {name: choices.get(name) for name in ("method", "task", "data", "model")}
     results |= {"seed": cfg.seed, "steps": trainer.global_step, **monitor.summary()}
+    results["skipped_steps"] = module.divergence.skipped_steps
     sent = trainer.callback_metrics.pop("comm/bytes_per_step", torch.zeros(())).item()
     results |= {"world_size": trainer.world_size, "comm/bytes_per_step": sent}
     results["num_parameters"] = sum(p.numel() for p in module.model.parameters())

@@ -6,6 +6,16 @@ from fgtrain.lightning.callbacks.quality import GradientQuality
 from fgtrain.lightning.callbacks.random_state import RandomState
 from fgtrain.lightning.callbacks.ranks import RankCheck
 from fgtrain.lightning.callbacks.recovery import Recovery
+from fgtrain.lightning.callbacks.replay_log import ReplayLog
 from fgtrain.lightning.callbacks.trajectory import Trajectory
 
-__all__ = ["GradientQuality", "Monitor", "RandomState", "RankCheck", "Recovery", "StepProgress", "Trajectory"]
+__all__ = [
+    "GradientQuality",
+    "Monitor",
+    "RandomState",
+    "RankCheck",
+    "Recovery",
+    "ReplayLog",
+    "StepProgress",
+    "Trajectory",
+]

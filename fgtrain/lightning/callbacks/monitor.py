@@ -55,6 +55,8 @@ class Monitor(L.Callback):
         now = time.perf_counter()
         self.step_seconds.append(now - self._last_end)
         self._last_end = now
+        if outputs.get("skipped"):  # its numbers are not
+            return
         self._losses.append(outputs["loss"])  # a list now and arithmetic later: a small network's step is short
         if outputs["directional_derivatives"] is not None:
             self._derivatives.append(outputs["directional_derivatives"])

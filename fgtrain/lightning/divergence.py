@@ -1,0 +1,132 @@
+"""Numbers that are no longer usable never reach the weights, and a run that has blown up ends with advice."""
+
+import math
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from fgtrain.errors import DivergenceError
+from fgtrain.estimators import Estimate
+
+ADVICE = (
+    "lower lr, cap the derivative (method.clip_derivative=...) or the gradient (clip_grad_norm=...), "
+    "or take more directions (method.num_tangents=...)"
+)
+
+
+class Divergence(L.Callback):
+    """Judges every estimate before it becomes a step.
+
+    A step with a non-finite loss, derivative or gradient is skipped and counted, and buffers (BatchNorm statistics) are
+    put back to where they were before it. On several processes only what all of them share is judged, so that they
+    agree.
+
+    Args:
+        max_skipped_steps: so many in a row end the run.
+        detect_divergence: a loss above this multiple of the first one, for as many steps in a row, ends the run; None
+            looks at no multiple.
+
+    Attributes:
+        skipped_steps: so far.
+
+    Raises:
+        ValueError: an argument out of its range.
+    """
+
+    def __init__(self, max_skipped_steps: int = 10, detect_divergence: float | None = None) -> None:
+        if max_skipped_steps < 1:
+            raise ValueError(f"max_skipped_steps must be at least 1, got {max_skipped_steps}")
+        if detect_divergence is not None and not detect_divergence > 1:
+            raise ValueError(f"detect_divergence must be a factor above 1, got {detect_divergence}")
+        self.max_skipped_steps = max_skipped_steps
+        self.detect_divergence = detect_divergence
+        self.skipped_steps = 0
+        self._in_a_row = self._above_in_a_row = 0
+        self._first_loss: float | None = None
+        self._sound = True
+        self._buffers: list[Tensor] = []
+        self._copies: list[Tensor] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "skipped_steps": self.skipped_steps,
+            "in_a_row": self._in_a_row,
+            "above_in_a_row": self._above_in_a_row,
+            "first_loss": self._first_loss,
+            "sound": self._sound,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.skipped_steps = state_dict["skipped_steps"]
+        self._in_a_row, self._above_in_a_row = state_dict["in_a_row"], state_dict["above_in_a_row"]
+        self._first_loss, self._sound = state_dict["first_loss"], state_dict["sound"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._buffers = [b for b in pl_module.buffers() if b.is_floating_point()]
+        self._copies = [b.clone() for b in self._buffers]
+
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        if self._buffers:
+            torch._foreach_copy_(self._copies, self._buffers)
+
+    def inspect(self, estimate: Estimate, trainer: L.Trainer) -> bool:
+        """Whether an estimate is of finite numbers; one that is not makes the optimizer step it belongs to unsound.
+
+        Raises:
+            DivergenceError: it is one too many.
+        """
+        loss, *sizes = self._sizes(estimate, trainer)
+        if math.isfinite(loss) and all(map(math.isfinite, sizes)):
+            self._in_a_row = 0
+            self._watch(loss, trainer)
+            return True
+        self._sound = False
+        self._in_a_row += 1
+        self.skipped_steps += 1
+        if self._buffers:
+            torch._foreach_copy_(self._buffers, self._copies)
+        for logger in trainer.loggers:
+            logger.log_metrics({"train/skipped_steps": self.skipped_steps}, step=trainer.global_step)
+        if self._in_a_row == self.max_skipped_steps:
+            what = f"the loss is {loss}" if not math.isfinite(loss) else "a derivative or the gradient is not finite"
+            raise DivergenceError(
+                f"step {trainer.global_step}: {what}, for {self._in_a_row} batches in a row (skipped, the weights are "
+                f"those of the last good step); {ADVICE}; lr is {_lr(trainer):.3g}"
+            )
+        return False
+
+    def step_is_sound(self) -> bool:
+        """Whether all estimates of the optimizer step that is due were finite; the next step starts anew."""
+        sound, self._sound = self._sound, True
+        return sound
+
+    def _sizes(self, estimate: Estimate, trainer: L.Trainer) -> list[float]:
+        """The loss and the largest magnitudes of derivatives and gradients: one transfer from the device."""
+        derivatives, grads = estimate.directional_derivatives, list(estimate.grads.values())
+        if trainer.world_size > 1:  # the loss is that of the own shard, and with derivatives gradients may be sharded
+            shared = grads if derivatives is None else [derivatives]
+            return [0.0, *torch.stack(torch._foreach_norm(shared, math.inf)).tolist()]
+        tensors = grads if derivatives is None else [*grads, derivatives]
+        return torch.stack([estimate.loss.detach(), *torch._foreach_norm(tensors, math.inf)]).tolist()
+
+    def _watch(self, loss: float, trainer: L.Trainer) -> None:
+        if self.detect_divergence is None:
+            return
+        if self._first_loss is None:
+            self._first_loss = loss
+        above = 0 < self.detect_divergence * self._first_loss < loss
+        self._above_in_a_row = self._above_in_a_row + 1 if above else 0
+        if self._above_in_a_row == self.max_skipped_steps:
+            raise DivergenceError(
+                f"step {trainer.global_step}: the loss is {loss:.4g}, it began at {self._first_loss:.4g} and has been "
+                f"above detect_divergence={self.detect_divergence:g} times that for {self._above_in_a_row} steps; "
+                f"{ADVICE}; lr is {_lr(trainer):.3g}"
+            )
+
+
+def _lr(trainer: L.Trainer) -> float:
+    return float(trainer.optimizers[0].param_groups[0]["lr"])

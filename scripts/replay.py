@@ -1,0 +1,31 @@
+"""Rebuild a run's final weights without its data: python scripts/replay.py runs/.../... weights.pt
+
+The run must have been trained with callbacks=replay_log. Needs its config.yaml and replay.pt, nothing else.
+"""
+
+import argparse
+from pathlib import Path
+
+from fgtrain.cli import fail, silence_libraries
+from fgtrain.errors import UserError
+from fgtrain.lightning.checkpoints import save_atomically
+from fgtrain.lightning.replay import replay
+
+
+def main() -> None:
+    """Replay, and write the weights."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="folder of the run")
+    parser.add_argument("weights", type=Path, help="file for the model's state_dict")
+    arguments = parser.parse_args()
+    silence_libraries()
+    try:
+        module, steps = replay(arguments.run)
+        save_atomically(module.model.state_dict(), arguments.weights)
+    except UserError as error:
+        fail(error)
+    print(f"{steps} steps replayed: bit for bit the weights of the run, written to {arguments.weights}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Numbers that are no numbers never reach the weights."""
+
+import math
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import nn
+
+from fgtrain import Backprop, Estimate, ForwardGradient, GradientEstimator, write_grads
+from fgtrain.errors import DivergenceError
+from fgtrain.lightning.callbacks import Monitor
+from fgtrain.lightning.divergence import Divergence
+from fgtrain.random import keyed_generator
+from tests.test_module import Small, assert_equal_weights, make, trainer
+from tests.test_script import results_under, train
+
+
+class Broken(GradientEstimator):
+    """Another estimator, with a value of its estimate replaced at certain calls."""
+
+    scalar_reducible = True
+
+    def __init__(self, estimator, part, value, calls):
+        super().__init__()
+        self.estimator = estimator
+        self.part = part
+        self.value = value
+        self.calls = calls
+        self.count = -1
+
+    def forward(self, model, loss_fn, *, generator=None, reduce=None):
+        estimate = self.estimator(model, loss_fn, generator=generator)
+        self.count += 1
+        if self.count not in self.calls:
+            return estimate
+        if self.part == "grads":
+            name = sorted(estimate.grads)[0]
+            grads = {n: g.clone() for n, g in estimate.grads.items()}
+            grads[name].view(-1)[-1] = self.value
+            return estimate._replace(grads=grads)
+        return estimate._replace(**{self.part: torch.full_like(getattr(estimate, self.part), self.value)})
+
+
+def without_the_step_of_call(bad, module, data, accumulate):
+    """A plain loop over one epoch that leaves out the step to which one batch belongs."""
+    data.setup("fit")
+    batches = list(data.train_dataloader())
+    optimizer = module.make_optimizer(module.model.parameters())
+    done = 0
+    for first in range(0, len(batches), accumulate):
+        group = batches[first : first + accumulate]
+        if first <= bad < first + accumulate:
+            continue
+        for micro, batch in enumerate(group):
+            estimate = module.estimator(
+                module.model,
+                lambda net, batch=batch: module.task.losses(net, batch),
+                generator=keyed_generator(module.seed, done, micro),
+            )
+            grads = {name: g / accumulate for name, g in estimate.grads.items()}
+            write_grads(module.model, grads, accumulate=micro > 0)
+        optimizer.step()
+        done += 1
+    return module.model.state_dict()
+
+
+@pytest.mark.parametrize("part", ["loss", "directional_derivatives", "grads"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_bad_step_is_as_if_it_had_not_been(part, value, accumulate, tmp_path):
+    module = make(Broken(ForwardGradient(), part, value, {3}), accumulate_grad_batches=accumulate)
+    trainer(tmp_path, Monitor(1), max_epochs=1).fit(module, Small())
+    assert module.divergence.skipped_steps == 1
+    expected = without_the_step_of_call(3, make(ForwardGradient()), Small(), accumulate)
+    assert_equal_weights(module.model.state_dict(), expected)
+
+
+def test_buffers_of_a_bad_batch_are_put_back(tmp_path):
+    class Poisoned(Small):
+        def load(self):
+            splits, transform = super().load()
+            splits["train"][0][7] = math.nan  # in one batch of an epoch
+            return splits, transform
+
+    module = make(Backprop(), model=nn.Sequential(nn.Flatten(), nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)))
+    trainer(tmp_path, max_epochs=2).fit(module, Poisoned())
+    assert module.divergence.skipped_steps == 2
+    assert all(value.isfinite().all() for value in module.state_dict().values())
+
+
+def test_too_many_in_a_row_stop_the_run(tmp_path):
+    broken = Broken(ForwardGradient(), "loss", math.nan, {2, *range(4, 100)})
+    module = make(broken, divergence=Divergence(max_skipped_steps=3))
+    with pytest.raises(DivergenceError, match=r"^step 3: the loss is nan, for 3 batches in a row .*lower lr"):
+        trainer(tmp_path, max_steps=50).fit(module, Small())
+    assert broken.count == 6
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
+def test_loss_far_above_its_start_stops_the_run(tmp_path):
+    def optimizer(params):
+        return torch.optim.SGD(params, lr=100.0)
+
+    module = make(Backprop(), optimizer=optimizer, divergence=Divergence(3, detect_divergence=10.0))
+    with pytest.raises(DivergenceError, match=r"the loss is \d.*above detect_divergence=10 times that for 3 steps"):
+        trainer(tmp_path, max_steps=50).fit(module, Small())
+
+
+def test_what_ranks_do_not_share_is_not_judged():
+    class TwoRanks:
+        world_size = 2
+        loggers = ()
+        global_step = 0
+
+    judge, ranks = Divergence(), cast(Any, TwoRanks())
+    fine = Estimate(torch.tensor(math.nan), {"w": torch.ones(2)}, torch.ones(1))
+    assert judge.inspect(fine, ranks)
+    assert not judge.inspect(fine._replace(directional_derivatives=torch.tensor([math.nan])), ranks)
+    assert not judge.inspect(Estimate(torch.ones(()), {"w": torch.tensor([math.inf])}), ranks)
+
+
+def test_counts_survive_in_the_checkpoint():
+    before, after = Divergence(), Divergence()
+    before.skipped_steps = 4
+    after.load_state_dict(before.state_dict())
+    assert after.state_dict() == before.state_dict()
+
+
+@pytest.mark.parametrize("options", [{"max_skipped_steps": 0}, {"detect_divergence": 1.0}])
+def test_bad_arguments(options):
+    with pytest.raises(ValueError, match="must be"):
+        Divergence(**options)
+
+
+def test_through_the_script(tmp_path):
+    status, _, err = train(tmp_path, "method=fwdgrad", "lr=1e6", "trainer.max_steps=300")
+    assert status == 2
+    assert "Traceback" not in err
+    last = err.splitlines()[-1]
+    assert last.startswith("fgtrain: step ")
+    assert "lower lr, cap the derivative (method.clip_derivative=...)" in last
+    assert not results_under(tmp_path)

@@ -1,0 +1,112 @@
+"""A run from its seed and K floats a step."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fgtrain.errors import CheckpointError, ConfigError
+from fgtrain.lightning.checkpoints import read_checked, save_atomically
+from fgtrain.lightning.replay import replay
+from tests.test_methods import METHODS
+from tests.test_methods import make as make_estimator
+from tests.test_script import ROOT, results_under, train
+
+REPLAYABLE = [method for method in METHODS if make_estimator(method).scalar_reducible]
+LOGGED = ("callbacks=replay_log", "hydra.run.dir=run", "trainer.max_steps=30", "trainer.val_check_interval=10")
+
+
+def weights(folder):
+    return read_checked(folder / "run" / "checkpoints" / "last.ckpt")["state_dict"]
+
+
+def assert_replays(folder):
+    module, _ = replay(folder / "run")
+    expected = weights(folder)
+    for name, value in module.model.state_dict().items():
+        assert torch.equal(value, expected[f"model.{name}"]), name
+
+
+@pytest.mark.parametrize("method", REPLAYABLE)
+def test_replay_rebuilds_the_weights(method, tmp_path):
+    assert train(tmp_path, f"method={method}", *LOGGED)[0] == 0
+    assert_replays(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("method.num_tangents=3", "optimizer=adam", "clip_grad_norm=0.1"),
+        ("accumulate_grad_batches=2", "scheduler.warmup_steps=5", "method.combine=projection", "method.num_tangents=2"),
+        ("trainer.max_steps=-1", "trainer.max_epochs=3", "trainer.precision=64-true"),
+    ],
+    ids=" ".join,
+)
+def test_whatever_the_training_is(options, tmp_path):
+    assert train(tmp_path, *LOGGED, *options)[0] == 0
+    assert_replays(tmp_path)
+
+
+def test_script_and_size(tmp_path):
+    steps = 1000
+    assert train(tmp_path, *LOGGED, f"trainer.max_steps={steps}", "trainer.val_check_interval=1000")[0] == 0
+    assert (tmp_path / "run" / "replay.pt").stat().st_size < 4 * steps + 4096
+    command = [sys.executable, ROOT / "scripts" / "replay.py", "run", "weights.pt"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{steps} steps replayed: bit for bit the weights of the run, written to weights.pt\n"
+    rebuilt, expected = torch.load(tmp_path / "weights.pt", weights_only=True), weights(tmp_path)
+    assert all(torch.equal(value, expected[f"model.{name}"]) for name, value in rebuilt.items())
+    (tmp_path / "run" / "replay.pt").write_bytes((tmp_path / "run" / "replay.pt").read_bytes()[:-100])
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert "replay.pt is damaged" in done.stderr
+
+
+def test_altered_logs_are_refused(tmp_path):
+    assert train(tmp_path, *LOGGED)[0] == 0
+    path = tmp_path / "run" / "replay.pt"
+    good = read_checked(path)
+
+    def altered(**changes):
+        save_atomically({**good, **changes}, path)
+        return replay(tmp_path / "run")
+
+    derivatives = good["derivatives"].clone()
+    derivatives[3] = derivatives[3].nextafter(torch.tensor(torch.inf))
+    with pytest.raises(CheckpointError, match="leads to other weights than the run had after 30 steps"):
+        altered(derivatives=derivatives)
+    with pytest.raises(CheckpointError, match="leads to other weights"):
+        altered(derivatives=good["derivatives"][:-1])
+    with pytest.raises(CheckpointError, match="starts from other weights"):
+        altered(initial="0")
+    with pytest.raises(CheckpointError, match="is no replay log of format 1"):
+        altered(format=2)
+    (tmp_path / "run" / "config.yaml").unlink()
+    with pytest.raises(ConfigError, match=r"config.yaml is missing; give the folder of a run"):
+        altered()
+
+
+def test_methods_that_need_the_data_are_refused(tmp_path):
+    status, _, err = train(tmp_path, "method=backprop", *LOGGED)
+    assert (status, err.count("\n")) == (2, 1), err
+    assert "Backprop is not a function of seeds and derivatives alone; use it with method=fwdgrad" in err
+
+
+def test_saved_configuration_runs_again(tmp_path):
+    assert train(tmp_path, "hydra.run.dir=run", "trainer.max_steps=20", "seed=3", "method.num_tangents=2")[0] == 0
+    status, _, err = train(tmp_path, "--config-dir", "run", "--config-name", "config")
+    assert status == 0, err
+    first, again = results_under(tmp_path)
+    same = ("method", "task", "data", "model", "seed", "steps", "num_parameters")
+    assert {name: first[name] for name in same} == {name: again[name] for name in same}
+    for split in ("val/loss", "test/acc", "test/loss"):
+        if split in first["metrics"]:
+            assert first["metrics"][split] == again["metrics"][split]
+    provenance = json.loads((tmp_path / "run" / "provenance.json").read_text())
+    assert provenance["seed"] == 3
+    assert torch.__version__.startswith(provenance["packages"]["torch"])
+    assert "hydra.run.dir=run" in provenance["command"]
+    assert provenance["git"] is None or len(provenance["git"]["commit"]) == 40

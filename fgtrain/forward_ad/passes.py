@@ -60,4 +60,7 @@ class RepeatedPass:
             for buffer in buffers.values():
                 if buffer is not None:
                     buffer.copy_(next(values))
+        self.rewind_random_state()
+
+    def rewind_random_state(self) -> None:
         set_random_state(self._random_state)

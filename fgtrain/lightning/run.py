@@ -18,7 +18,7 @@ from rich.table import Table
 from fgtrain.allocator import keep_freed_memory
 from fgtrain.config import check, signature_of, to_plain
 from fgtrain.errors import ConfigError
-from fgtrain.lightning.callbacks import Monitor, RandomState, RankCheck, StepProgress
+from fgtrain.lightning.callbacks import Monitor, RandomState, RankCheck, SelfCheck, StepProgress
 from fgtrain.lightning.checkpoints import checkpoint_to_resume, make_atomic
 from fgtrain.lightning.divergence import Divergence
 from fgtrain.lightning.launch import plan
@@ -69,8 +69,9 @@ def build(cfg: DictConfig) -> Run:
     monitor = Monitor(cfg.trainer.log_every_n_steps)
     world = plan(to_plain(cfg)["trainer"])
     several = [RankCheck(cfg.distributed.check_every_n_steps, cfg.trainer.log_every_n_steps)] if world.size > 1 else []
+    checks = [SelfCheck()] if cfg.self_check else []
     chosen = [instantiate(node) for node in (cfg.callbacks or {}).values()]
-    callbacks = [monitor, *several, RandomState(), StepProgress(), *chosen]
+    callbacks = [monitor, *several, RandomState(), *checks, StepProgress(), *chosen]
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no device lists and tips
     trainer = instantiate(
         cfg.trainer,

@@ -7,6 +7,7 @@ from fgtrain.lightning.callbacks.random_state import RandomState
 from fgtrain.lightning.callbacks.ranks import RankCheck
 from fgtrain.lightning.callbacks.recovery import Recovery
 from fgtrain.lightning.callbacks.replay_log import ReplayLog
+from fgtrain.lightning.callbacks.self_check import SelfCheck
 from fgtrain.lightning.callbacks.trajectory import Trajectory
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "RankCheck",
     "Recovery",
     "ReplayLog",
+    "SelfCheck",
     "StepProgress",
     "Trajectory",
 ]

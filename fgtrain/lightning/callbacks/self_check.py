@@ -1,0 +1,54 @@
+"""The self-check of a run, on its first batch."""
+
+import copy
+import sys
+from functools import partial
+from typing import Any
+
+import lightning as L
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
+
+from fgtrain.lightning.module import EstimatorModule
+from fgtrain.random import random_state, set_random_state
+from fgtrain.self_check import self_check
+
+
+class SelfCheck(L.Callback):
+    """Tries the method on the first batch before the first step and says what it finds; changes nothing.
+
+    Args:
+        examples: of the batch, at most.
+    """
+
+    def __init__(self, examples: int = 16) -> None:
+        self.examples = examples
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, EstimatorModule)
+        if any(hasattr(p, "placements") for p in pl_module.parameters()):
+            return  # sharded: no process has the model
+        state = random_state()
+        batch = self._few(trainer.strategy.batch_to_device(_first_batch(trainer)))
+        loss_fn = partial(pl_module.task.losses, batch=batch)
+        try:
+            with trainer.precision_plugin.train_step_context():
+                noticed = self_check(pl_module.model, loss_fn, pl_module.estimator)
+        finally:
+            set_random_state(state)
+        if trainer.is_global_zero:
+            for sentence in noticed:
+                print(f"fgtrain: self-check: {sentence}", file=sys.stderr)
+
+    def _few(self, batch: Any) -> Any:
+        """The first examples, where the batch is a matter of one first dimension."""
+        sizes = {leaf.shape[0] if leaf.dim() else 0 for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor)}
+        if len(sizes) != 1 or 0 in sizes:
+            return batch
+        return tree_map(lambda leaf: leaf[: self.examples] if isinstance(leaf, Tensor) else leaf, batch)
+
+
+def _first_batch(trainer: Any) -> Any:
+    """From a loader of its own, so that the run's does not move."""
+    loader = trainer.datamodule.train_dataloader() if trainer.datamodule else copy.copy(trainer.train_dataloader)
+    return trainer.precision_plugin.convert_input(next(iter(loader)))

@@ -1,0 +1,202 @@
+"""Does a model do what gradient estimators assume of it? Tried on one batch, before training."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fgtrain.errors import AssumptionError, UserError
+from fgtrain.estimators import Backprop, Estimate, GradientEstimator
+from fgtrain.forward_ad import directional_derivatives
+from fgtrain.forward_ad.passes import RepeatedPass
+from fgtrain.parameters import trainable_params
+from fgtrain.random import keyed_generator
+
+LossFn = Callable[[Any], Tensor]
+_TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
+
+
+def self_check(model: nn.Module, loss_fn: LossFn, estimator: GradientEstimator) -> list[str]:
+    """Try an estimator on a model; parameters, buffers and random states end as they were.
+
+    Two evaluations from one seed must agree, parameters must stay untouched, and the derivative along the gradient must
+    be that of backpropagation. What may be meant is only reported: a loss that depends on a buffer the model changes,
+    and a loss whose change is not what its derivative says, as after .detach(), .item() or rounding.
+
+    Args:
+        model: in the mode in which it is trained.
+        loss_fn: as an estimator takes it.
+        estimator: of the run.
+
+    Returns:
+        What was noticed, a sentence each.
+
+    Raises:
+        AssumptionError: names what cannot be trained with these gradients, and why.
+    """
+    again = RepeatedPass(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    state = {name: value.clone() for name, value in estimator.state_dict().items()}
+
+    def evaluate() -> Estimate:
+        again.rewind()
+        estimator.load_state_dict(state)
+        return estimator(model, loss_fn, generator=keyed_generator(0))
+
+    try:
+        first, second = evaluate(), evaluate()
+        if not first.loss.isfinite():
+            return []  # which training itself counts and reports
+        _refuse_changed(model, before)
+        tolerance = _tolerance(first)
+        if not _agree(first, second, tolerance):
+            where = _first_difference(model, loss_fn, again)
+            raise AssumptionError(
+                f"self-check: two evaluations with the same seed differ (losses {first.loss:.6g} and "
+                f"{second.loss:.6g}); {where} draws random numbers that no generator of torch, numpy or Python's "
+                "random controls, or keeps a state of its own between calls"
+            )
+        return [*_changing_buffers(model, loss_fn, again), *_derivatives(model, loss_fn, first, again, before)]
+    finally:
+        estimator.load_state_dict(state)
+        again.rewind()
+
+
+def _tolerance(estimate: Estimate) -> float:
+    """Relative; None of the checks is about rounding."""
+    dtypes = {g.dtype for g in estimate.grads.values()}
+    mixed = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
+    return 0.1 if mixed else max((_TOLERANCE.get(dtype, 0.1) for dtype in dtypes), default=0.1)
+
+
+def _agree(first: Estimate, second: Estimate, tolerance: float) -> bool:
+    pairs = [(first.loss, second.loss), *((g, second.grads[name]) for name, g in first.grads.items())]
+    return all((a - b).abs().max() <= tolerance * a.abs().max() for a, b in pairs if a.numel())
+
+
+def _refuse_changed(model: nn.Module, before: Mapping[str, Tensor]) -> None:
+    for name, p in model.named_parameters():
+        if not torch.equal(p, before[name]):
+            raise AssumptionError(f"self-check: the model changes its own parameter {name!r} in its forward pass")
+
+
+def _first_difference(model: nn.Module, loss_fn: LossFn, again: RepeatedPass) -> str:
+    """The module whose output is the first to differ between two equal passes."""
+    passes: list[list[tuple[str, Tensor]]] = []
+
+    def record(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, Tensor):
+                passes[-1].append((name, output.detach().clone()))
+
+        return hook
+
+    handles = [module.register_forward_hook(record(name)) for name, module in model.named_modules()]
+    try:
+        for _ in range(2):
+            again.rewind()
+            passes.append([])
+            with torch.no_grad():
+                loss_fn(model)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for (name, a), (_, b) in zip(*passes, strict=False):
+        if a.shape != b.shape or not torch.equal(a, b):
+            return f"module {name!r} ({type(model.get_submodule(name)).__name__})"
+    return "the loss function"
+
+
+def _changing_buffers(model: nn.Module, loss_fn: LossFn, again: RepeatedPass) -> Iterator[str]:
+    """Buffers that forward passes change and the loss depends on."""
+    losses, changed = [], []
+    again.rewind()
+    for _ in range(2):
+        values = {name: b.clone() for name, b in model.named_buffers()}
+        again.rewind_random_state()
+        with torch.no_grad():
+            losses.append(loss_fn(model).mean())
+        changed = [name for name, b in model.named_buffers() if not torch.equal(b, values[name])]
+    if changed and not torch.allclose(losses[0], losses[1], rtol=1e-5):
+        yield (
+            f"the loss depends on what the model changes in its forward pass (buffers {', '.join(changed)}): every "
+            "evaluation of the same batch is another function"
+        )
+
+
+def _derivatives(
+    model: nn.Module, loss_fn: LossFn, estimate: Estimate, again: RepeatedPass, before: Mapping[str, Tensor]
+) -> Iterator[str]:
+    """Forward mode against reverse mode, and the derivative against the change of the loss, along the gradient."""
+    try:
+        again.rewind()
+        grads = Backprop()(model, loss_fn).grads
+    except (UserError, NotImplementedError, torch.OutOfMemoryError):
+        return  # no reference here
+    norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads.values()))
+    if not norm or not math.isfinite(norm):
+        return
+    direction = {name: g / norm for name, g in grads.items()}
+    tolerance = _tolerance(estimate)
+    if estimate.directional_derivatives is not None:
+        forward = _forward_mode(model, loss_fn, direction, again)
+        if forward is not None and abs(forward - norm) > tolerance * norm:
+            apart = {
+                name: abs((_forward_mode(model, loss_fn, {name: v}, again) or 0.0) - float((grads[name] * v).sum()))
+                for name, v in direction.items()
+            }
+            raise AssumptionError(
+                f"self-check: the derivative along the gradient is {forward:.6g} by forward mode and {norm:.6g} by "
+                f"backpropagation, most apart for parameter {max(apart, key=apart.__getitem__)!r}; a custom "
+                "autograd.Function may have a jvp that is not its backward"
+            )
+    if tolerance > 0.01:
+        return  # differences of losses are all rounding
+    change, floor = _difference(model, loss_fn, direction, again, before)
+    if abs(change - norm) > 0.05 * norm + floor:
+        apart = {}
+        for name, v in direction.items():
+            one, _ = _difference(model, loss_fn, {name: v}, again, before)
+            apart[name] = abs(one - float((grads[name] * v).sum()))
+        yield (
+            f"along the gradient the loss changes by {change:.4g} per unit, its derivative is {norm:.4g}, most apart "
+            f"for parameter {max(apart, key=apart.__getitem__)!r}: something between it and the loss is hidden from "
+            "differentiation (.detach(), .item(), NumPy, rounding, a branch on values)"
+        )
+
+
+def _forward_mode(model: nn.Module, loss_fn: LossFn, v: Mapping[str, Tensor], again: RepeatedPass) -> float | None:
+    again.rewind()
+    try:
+        _, derivative = directional_derivatives(model, loss_fn, {name: t.unsqueeze(0) for name, t in v.items()})
+    except UserError:  # a method without forward mode trains what has none
+        return None
+    return float(derivative)
+
+
+def _difference(
+    model: nn.Module,
+    loss_fn: LossFn,
+    direction: Mapping[str, Tensor],
+    again: RepeatedPass,
+    before: Mapping[str, Tensor],
+) -> tuple[float, float]:
+    """Central difference of the mean loss along `direction`, and how large its rounding error may be."""
+    params = trainable_params(model)
+    eps = torch.finfo(next(iter(direction.values())).dtype).eps
+    step = eps ** (1 / 3)
+    losses = []
+    try:
+        with torch.no_grad():
+            for sign in (1, -1):
+                again.rewind()
+                for name, v in direction.items():
+                    params[name].copy_(before[name] + sign * step * v)
+                losses.append(float(loss_fn(model).double().mean()))
+    finally:
+        with torch.no_grad():
+            for name in direction:
+                params[name].copy_(before[name])
+    return (losses[0] - losses[1]) / (2 * step), 20 * eps * max(map(abs, losses)) / step

@@ -1,0 +1,158 @@
+"""The self-check names a model that breaks an assumption, and touches nothing."""
+
+import os
+import re
+
+import pytest
+import torch
+from torch import nn
+
+from fgtrain import Backprop, ForwardGradient
+from fgtrain.errors import AssumptionError, UserError
+from fgtrain.lightning.callbacks import SelfCheck
+from fgtrain.self_check import self_check
+from tests.cases import CASES, INPUTS
+from tests.test_methods import METHODS
+from tests.test_methods import make as make_estimator
+from tests.test_module import Small, assert_equal_weights, make, trainer
+from tests.test_script import train
+
+
+def of(layer, model=nn.Linear):
+    torch.manual_seed(0)
+    return nn.Sequential(model(3, 3), layer, nn.Linear(3, 3)).double()
+
+
+def loss(net):
+    return net(INPUTS).square().mean(1)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("method", METHODS)
+def test_sound_models_pass_untouched(method, case):
+    model, estimator = case.build(), make_estimator(method)
+    state, random = {n: v.clone() for n, v in model.state_dict().items()}, torch.get_rng_state()
+    try:
+        assert self_check(model, case.loss, estimator) == []
+    except AssumptionError:
+        raise
+    except UserError as refusal:
+        pytest.skip(str(refusal))
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert torch.equal(torch.get_rng_state(), random)
+
+
+class OwnNoise(nn.Module):
+    def forward(self, x):
+        return x * (1 + int.from_bytes(os.urandom(2), "big") / 2**16)
+
+
+class ChangesItself(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+
+    def forward(self, x):
+        self.weight.data.mul_(1.5)
+        return x * self.weight
+
+
+class Counting(nn.Module):
+    calls: torch.Tensor
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return x * self.calls
+
+
+class Hidden(nn.Module):
+    def forward(self, x):
+        return x * (1 + x.sum() ** 2).item()
+
+
+class Rounded(nn.Module):
+    def forward(self, x):
+        return x + (x.round() - x).detach()
+
+
+class WrongJvp(torch.autograd.Function):
+    @staticmethod
+    def forward(x):
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return grads
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        return 2 * tangents[0]
+
+
+class Custom(nn.Module):
+    def forward(self, x):
+        return WrongJvp.apply(x)
+
+
+@pytest.mark.parametrize("estimator", [Backprop(), ForwardGradient()], ids=str)
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (OwnNoise(), r"two evaluations with the same seed differ .*module '1' \(OwnNoise\) draws random numbers"),
+        (ChangesItself(), r"the model changes its own parameter '1.weight' in its forward pass"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_broken_assumptions_are_named(layer, message, estimator):
+    with pytest.raises(AssumptionError, match=message):
+        self_check(of(layer), loss, estimator)
+
+
+def test_derivative_that_is_not_that_of_backpropagation_is_named():
+    with pytest.raises(AssumptionError, match=r"by forward mode and .* most apart for parameter '0\.\w+'; a custom"):
+        self_check(of(Custom()), loss, ForwardGradient())
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (Counting(), r"the loss depends on what the model changes in its forward pass \(buffers 1.calls\)"),
+        (Hidden(), r"most apart for parameter '0\.\w+': something between it and the loss is hidden"),
+        (Rounded(), r"is hidden from differentiation"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+@pytest.mark.parametrize("estimator", [Backprop(), ForwardGradient()], ids=str)
+def test_what_may_be_meant_is_reported(layer, message, estimator):
+    model = of(layer)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    noticed = self_check(model, loss, estimator)
+    assert any(re.search(message, sentence) for sentence in noticed), noticed
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed", "bf16-true"])
+def test_changes_nothing_of_a_run(precision, tmp_path):
+    checked, alone = make(ForwardGradient()), make(ForwardGradient())
+    trainer(tmp_path, SelfCheck(), max_steps=8, precision=precision).fit(checked, Small())
+    trainer(tmp_path, max_steps=8, precision=precision).fit(alone, Small())
+    assert_equal_weights(checked.state_dict(), alone.state_dict())
+
+
+def test_through_the_script(tmp_path):
+    status, out, err = train(tmp_path, "+model.p=1", "model._target_=tests.test_self_check.noisy", "~model.hidden")
+    assert (status, out) == (2, ""), err
+    assert "module '2' (OwnNoise) draws random numbers" in err.splitlines()[-1]
+
+
+def noisy(p: int, input_shape: tuple[int, ...], num_classes: int):
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes), OwnNoise())

@@ -108,6 +108,8 @@ def _opened(func: Any) -> Rule | None:
         return inner
     if inner.__qualname__ == "boolean_dispatch.<locals>.fn":  # its branches name it again
         return None
+    if "super" in inner.__code__.co_names:  # a method of the same name, which would come back here
+        return None
     never = {name: _never for name in inner.__globals__ if name.startswith("has_torch_function")}
     twin = FunctionType(
         inner.__code__, {**inner.__globals__, **never}, inner.__name__, inner.__defaults__, inner.__closure__

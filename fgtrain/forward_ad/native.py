@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from fgtrain.directions import Tangent, dense
 from fgtrain.errors import LossError, UnsupportedOperation
+from fgtrain.forward_ad import kernels
 from fgtrain.forward_ad.passes import RepeatedPass, check_losses
 from fgtrain.parameters import slots_of
 
@@ -57,14 +58,13 @@ def jvp(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> t
 def forward_ad_kernels(model: nn.Module) -> Generator[None]:
     """Choose the kernels that have a forward-mode derivative where PyTorch would pick ones that have none."""
     with ExitStack() as stack:
-        if any(isinstance(module, nn.Embedding) and module.padding_idx is not None for module in model.modules()):
-            stack.enter_context(_ConstantPaddingRows())
+        stack.enter_context(_OtherKernels())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         fastpath = torch.backends.mha.get_fastpath_enabled()
         stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
         torch.backends.mha.set_fastpath_enabled(False)
         if any(isinstance(module, nn.LSTM) for module in model.modules()):
-            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            stack.enter_context(kernels.without_onednn())
         stack.enter_context(eager_functions())
         yield
 
@@ -74,15 +74,16 @@ def eager_functions() -> Any:
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
-class _ConstantPaddingRows(TorchFunctionMode):
-    """Backpropagation leaves an embedding's padding row alone; PyTorch's forward mode forgets to."""
+class _OtherKernels(TorchFunctionMode):
+    """Calls other functions where PyTorch's own have no derivative, or a wrong one."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func is not F.embedding or kwargs is None or kwargs.get("padding_idx") is None:
-            return out
-        padding = (args[0] == kwargs["padding_idx"]).unsqueeze(-1)
-        return torch.where(padding, fwAD.unpack_dual(out).primal, out)
+        kwargs = kwargs or {}
+        if func is torch._weight_norm:
+            return kernels.weight_norm(*args, **kwargs)
+        if func is F.embedding and kwargs.get("padding_idx") is not None and kwargs.get("max_norm") is None:
+            return kernels.embedding(args[1], args[0], kwargs["padding_idx"] % len(args[1]))
+        return func(*args, **kwargs)
 
 
 class named_errors:  # noqa: N801 - a context manager used like a function

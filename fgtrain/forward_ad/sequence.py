@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fgtrain.directions import LowRankTangent
-from fgtrain.forward_ad.dual import COMPOSITES, Dual, dual, primal_of
+from fgtrain.forward_ad import kernels
+from fgtrain.forward_ad.dual import COMPOSITES, FALLBACKS, Dual, dual, per_direction, primal_of
 from fgtrain.forward_ad.rules import register, register_composite
 
 
@@ -47,7 +48,8 @@ def _attention(
     enable_gqa: bool = False,
 ) -> Any:
     if enable_gqa:
-        return NotImplemented
+        group = query.shape[-3] // key.shape[-3]
+        key, value = key.repeat_interleave(group, -3), value.repeat_interleave(group, -3)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     scores = (query * scale) @ key.transpose(-2, -1)
     if is_causal:
@@ -131,3 +133,9 @@ COMPOSITES[torch.lstm] = _recurrent(_lstm_cell, 2)
 COMPOSITES[torch.gru] = _recurrent(_gru_cell, 1)
 COMPOSITES[torch.rnn_tanh] = _recurrent(_simple_cell(torch.tanh), 1)
 COMPOSITES[torch.rnn_relu] = _recurrent(_simple_cell(torch.relu), 1)
+
+# Where the rules above do not answer, PyTorch's forward mode needs other kernels than PyTorch would choose.
+FALLBACKS[torch.lstm] = (False, per_direction(kernels.lstm))
+FALLBACKS[F.scaled_dot_product_attention] = (False, per_direction(kernels.attention))
+FALLBACKS[torch.embedding] = (False, per_direction(kernels.embedding))
+FALLBACKS[torch._weight_norm] = (True, kernels.weight_norm)

@@ -156,6 +156,19 @@ def _standardized(h: Tensor) -> Tensor:
     return (h - h.mean(1, keepdim=True)) / h.std(1, keepdim=True) + h.var(0)
 
 
+def _in_no_grad(m: Any) -> Tensor:
+    with torch.no_grad():
+        h = m.h.relu_()
+    return h * m.v
+
+
+def _changed_in_no_grad(m: Any) -> Tensor:
+    h = m.h
+    with torch.no_grad():
+        h.mul_(2)
+    return h
+
+
 _USES: dict[str, Callable[[Any], Tensor]] = {
     "einsum": lambda m: torch.einsum("bi,oi->bo", m.x, m.w),
     "einsum of two parameters": lambda m: torch.einsum("bi,oi,o->bo", m.x, m.w, m.v),
@@ -190,6 +203,8 @@ _USES: dict[str, Callable[[Any], Tensor]] = {
     "None and indices": lambda m: m.h[:, None, torch.tensor([1, 2])].flatten(1),
     "inverse": lambda m: torch.linalg.inv(m.w[:5] @ m.w[:5].T + torch.eye(5, dtype=m.w.dtype)) @ m.x.T,
     "detach": lambda m: m.h.detach() * m.v,
+    "no_grad": _in_no_grad,
+    "changed under no_grad": _changed_in_no_grad,
     "straight-through": lambda m: m.h + (m.h.round() - m.h).detach(),
     "interpolate": lambda m: F.interpolate(m.h[None, None], (9, 11), mode="bilinear")[0, 0],
     "pad": lambda m: F.pad(m.h, (1, 2), value=3.0),
@@ -234,6 +249,7 @@ PARAMETRIZATIONS = [
         lambda: parametrizations.orthogonal(nn.Linear(5, 5), orthogonal_map="matrix_exp"),
     ),
     chain("orthogonal, cayley", ROWS, lambda: parametrizations.orthogonal(nn.Linear(5, 5), orthogonal_map="cayley")),
+    chain("spectral_norm", ROWS, lambda: parametrizations.spectral_norm(nn.Linear(5, 3)), nn.Tanh),
     chain("weight_norm", ROWS, lambda: parametrizations.weight_norm(nn.Linear(5, 3)), nn.Tanh),
 ]
 

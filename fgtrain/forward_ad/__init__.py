@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fgtrain.directions import Tangent
+from fgtrain.errors import UserError
 from fgtrain.forward_ad import native, stacked
 from fgtrain.forward_ad.dual import NotIntercepted
 from fgtrain.forward_ad.native import LossFn
@@ -76,8 +77,12 @@ def _choose_engine(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tan
     before = RepeatedPass(model)
     try:
         stacked.jvp(model, loss_fn, tangents)
-    except NotIntercepted as reason:
-        _log.warning("%s runs through the slower reference engine: %s", type(model).__name__, reason)
+    except UserError:
+        raise
+    except Exception as reason:  # whatever stands in the fast engine's way, the reference decides what is wrong
+        _log.warning(
+            "%s runs through the slower reference engine: %s", type(model).__name__, str(reason).split("\n")[0]
+        )
         return native.jvp
     finally:
         before.rewind()

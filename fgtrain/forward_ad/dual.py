@@ -79,6 +79,8 @@ class Dual(Tensor):
         self.tangent = tangent
         self.aliased = False
 
+    __hash__ = object.__hash__
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return call(func, args, kwargs or {})
@@ -92,6 +94,9 @@ class Dual(Tensor):
 
 def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The result of func(*args, **kwargs), some of whose arguments are duals."""
+    if not torch.is_grad_enabled():  # the model's own no_grad: constants to backpropagation, and so here
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*values(args), **values(kwargs))
     composite = COMPOSITES.get(func)
     result = NotImplemented if composite is None else _as_user_code(composite, args, kwargs)
     if result is NotImplemented and func in RULES:
@@ -108,24 +113,18 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _on_values(rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a rule: no graph is recorded, and duals are plain objects to it."""
-    recording = torch.is_grad_enabled()
     torch._C._set_grad_enabled(False)
     try:
         with torch._C.DisableTorchFunctionSubclass():
             return rule(*args, **kwargs)
     finally:
-        torch._C._set_grad_enabled(recording)
+        torch._C._set_grad_enabled(True)
 
 
 def _as_user_code(rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a composite as if its lines stood in the user's model."""
-    recording = torch.is_grad_enabled()
-    torch._C._set_grad_enabled(True)
-    try:
-        with torch._C._EnableTorchFunction():
-            return rule(*args, **kwargs)
-    finally:
-        torch._C._set_grad_enabled(recording)
+    with torch._C._EnableTorchFunction():
+        return rule(*args, **kwargs)
 
 
 # --- what rules are written with ----------------------------------------------------------------------------------

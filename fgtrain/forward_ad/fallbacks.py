@@ -27,8 +27,6 @@ def find_fallback(func: Any) -> tuple[bool, Rule]:
     name = getattr(func, "__name__", "")
     if only_reads(func):
         return False, _reading(func)
-    if name == "__hash__":
-        return False, object.__hash__
     if name == "__setitem__":
         return False, _set_item
     if name.endswith("_") and not name.startswith("_") and not name.endswith("__"):
@@ -78,7 +76,8 @@ def _in_place(name: str) -> Rule:
         elif outside is None:
             raise NotIntercepted(f"{name} has no form that leaves its argument alone")
         else:
-            result = call(outside, (x, *args), kwargs)
+            with torch.enable_grad():
+                result = call(outside, (x, *args), kwargs)
         moved = tangent_of(result)
         tangent.zero_() if moved is None else tangent.copy_(moved)
         value = primal_of(result)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 from fgtrain.directions import Tangent, dense
 from fgtrain.errors import LossError, UnsupportedOperation
@@ -38,7 +39,8 @@ def jvp(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> t
     num_tangents = len(next(iter(directions.values())))
     repeated = RepeatedPass(model) if num_tangents > 1 else None
     losses, derivatives = None, []
-    with torch.no_grad(), forward_ad_kernels(model), named_errors(model):
+    with torch.enable_grad(), forward_ad_kernels(model), named_errors(model):
+        # With gradients enabled the model's own no_grad can be told; the parameters are detached: nothing is recorded.
         for k in range(num_tangents):
             if repeated and k:
                 repeated.rewind()
@@ -48,8 +50,8 @@ def jvp(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> t
                     pair = fwAD.unpack_dual(check_losses(loss_fn(model)))
                 if pair.tangent is None:
                     raise LossError(NO_TANGENT)
-                losses = pair.primal
-                derivatives.append(pair.tangent)
+                losses = pair.primal.detach()
+                derivatives.append(pair.tangent.detach())
     assert losses is not None
     return losses, torch.stack(derivatives)
 
@@ -75,15 +77,21 @@ def eager_functions() -> Any:
 
 
 class _OtherKernels(TorchFunctionMode):
-    """Calls other functions where PyTorch's own have no derivative, or a wrong one."""
+    """Calls other functions where PyTorch's own have no derivative, or a wrong one; stops tangents at no_grad."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not torch.is_grad_enabled():  # constants to backpropagation, and so here
+            args, kwargs = tree_map_only(Tensor, _primal, (args, kwargs))
         if func is torch._weight_norm:
             return kernels.weight_norm(*args, **kwargs)
         if func is F.embedding and kwargs.get("padding_idx") is not None and kwargs.get("max_norm") is None:
             return kernels.embedding(args[1], args[0], kwargs["padding_idx"] % len(args[1]))
         return func(*args, **kwargs)
+
+
+def _primal(x: Tensor) -> Tensor:
+    return fwAD.unpack_dual(x).primal
 
 
 class named_errors:  # noqa: N801 - a context manager used like a function

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fgtrain.factored import FactoredGrad
+
 
 @dataclass(frozen=True, slots=True)
 class LowRankTangent:
@@ -127,7 +129,7 @@ class Directions(Mapping[str, Tangent]):
             else:
                 # With one direction its u is already weighted; several are one matrix product.
                 left = blocks[at[0]].view(self.rank, -1) if self.buffer.shape[0] == 1 else _weighted(tangent, weights)
-                sums[name] = _outer(left.to(like.dtype), tangent.right).view(like.shape)
+                sums[name] = FactoredGrad(left.to(like.dtype), tangent.right, like.shape)
         return sums
 
     def gram(self, others: "Directions | None" = None) -> Tensor:
@@ -158,8 +160,3 @@ class Directions(Mapping[str, Tangent]):
 def _weighted(tangent: LowRankTangent, weights: Tensor) -> Tensor:
     per_factor = weights if tangent.rank == 1 else weights.repeat_interleave(tangent.rank)
     return tangent.left * per_factor.unsqueeze(1).to(tangent.left.dtype)
-
-
-def _outer(left: Tensor, right: Tensor) -> Tensor:
-    """left^T right, (m, n); of a single row each an outer product, which is no task for a matrix kernel."""
-    return torch.mul(left.t(), right) if left.shape[0] == 1 else torch.mm(left.t(), right)

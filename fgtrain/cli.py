@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from fgtrain.errors import Interrupted, StorageError, UserError
+from fgtrain.errors import Interrupted, JobFailed, StorageError, UserError
 from fgtrain.lightning.checkpoints import disk_error
 from fgtrain.lightning.launch import is_follower
 
@@ -31,6 +32,7 @@ _CHATTER = (
     "The dirpath has changed",  # a run resumed in another folder
     "Checkpoint directory .* exists",  # or in its own
 )
+ERROR_FILE = "error.txt"
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
@@ -47,8 +49,10 @@ def run_app(task: Callable[[DictConfig], None], config_name: str) -> None:
     def job(cfg: DictConfig) -> None:
         try:
             task(cfg)
-        except USER_ERRORS as error:
-            if HydraConfig.get().mode == RunMode.RUN or isinstance(error, Interrupted):  # a sweep's other jobs go on
+        except Exception as error:
+            if HydraConfig.get().mode == RunMode.MULTIRUN and not isinstance(error, Interrupted):
+                raise job_failed(error) from error  # and the other jobs go on
+            if isinstance(error, USER_ERRORS):
                 fail(error)
             raise
 
@@ -56,6 +60,10 @@ def run_app(task: Callable[[DictConfig], None], config_name: str) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print over many lines
     try:
         _hydra_main(job, config_name)
+    except JobFailed as error:
+        for failed in sorted(error.sweep_dir.glob(f"*/{ERROR_FILE}")):
+            print(f"fgtrain: job {failed.parent.name} failed: {failed.read_text().splitlines()[0]}", file=sys.stderr)
+        fail(f"some jobs of {os.path.relpath(error.sweep_dir)} failed; the others are whole")
     except USER_ERRORS as error:
         fail(error)
     except KeyboardInterrupt:
@@ -66,6 +74,17 @@ def run_app(task: Callable[[DictConfig], None], config_name: str) -> None:
         fail(StorageError(f"cannot write {error.filename or 'to the disk'}: {error.strerror}"))
     finally:
         del os.environ["HYDRA_FULL_ERROR"]
+
+
+def job_failed(error: Exception) -> JobFailed:
+    """Write down in the folder of a sweep's job why it failed: its output may be in another process or file."""
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    text = one_line(error) or type(error).__name__
+    if not isinstance(error, USER_ERRORS):
+        text = f"{type(error).__name__}: {text}\n{''.join(traceback.format_exception(error))}"
+    (run_dir / ERROR_FILE).write_text(f"{text}\n")
+    return JobFailed(text, run_dir.parent)
 
 
 def silence_libraries() -> None:

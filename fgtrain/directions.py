@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fgtrain.factored import FactoredGrad
+from fgtrain.sharding import from_own_rows, is_sharded, own_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +123,9 @@ class Directions(Mapping[str, Tangent]):
         blocks, sums = summed.split(self._sizes, dim=-1), {}
         for name, at in self._places.items():
             like, tangent = self._likes[name], self._tangents[name]
-            if isinstance(tangent, Tensor):
+            if is_sharded(like):
+                sums[name] = from_own_rows(_own_part(tangent, weights, own_rows(like)), like)
+            elif isinstance(tangent, Tensor):
                 block = blocks[at[0]]
                 total = block if block.shape == like.shape else block.reshape(like.shape)
                 sums[name] = total if total.dtype == like.dtype else total.to(like.dtype)
@@ -155,6 +158,13 @@ class Directions(Mapping[str, Tangent]):
         if self.buffer.dim() == 3:
             return tangent.double().flatten(2).transpose(0, 1)
         return tangent.double().flatten(1)
+
+
+def _own_part(tangent: Tangent, weights: Tensor, rows: slice) -> Tensor:
+    """The `rows` of sum_k weights[k] v_k, without the others."""
+    if isinstance(tangent, Tensor):
+        return torch.einsum("k,k...->...", weights.to(tangent.dtype), tangent[:, rows])
+    return _weighted(tangent, weights)[:, rows].t() @ tangent.right
 
 
 def _weighted(tangent: LowRankTangent, weights: Tensor) -> Tensor:

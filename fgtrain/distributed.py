@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fgtrain.errors import ConfigError
+from fgtrain.errors import ConfigError, RankFailed
 from fgtrain.estimators.base import Estimate, GradientEstimator
 from fgtrain.random import keyed_generator
 
@@ -60,7 +60,7 @@ class Ranks:
         if self.size == 1:
             return tensor
         total = tensor.detach().clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=self._group)
+        self._together(dist.all_reduce, total)
         self.bytes_sent += 2 * total.nbytes * (self.size - 1) / self.size
         return total / self.size
 
@@ -70,9 +70,18 @@ class Ranks:
             return [tensor]
         tensor = tensor.detach().contiguous()
         found = [torch.empty_like(tensor) for _ in range(self.size)]
-        dist.all_gather(found, tensor, group=self._group)
+        self._together(dist.all_gather, found, tensor)
         self.bytes_sent += tensor.nbytes * (self.size - 1)
         return found
+
+    def _together(self, collective: Callable[..., Any], *tensors: Any) -> None:
+        try:
+            collective(*tensors, group=self._group)
+        except RuntimeError as error:  # a closed connection, or the deadline
+            raise RankFailed(
+                f"rank {self.rank} lost another rank in the middle of a step ({str(error).splitlines()[0]}); "
+                "resume=.../checkpoints/last.ckpt continues the run"
+            ) from error
 
     def estimate(
         self,

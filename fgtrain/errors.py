@@ -1,5 +1,7 @@
 """Mistakes of the user, each told in one line: what, why, and what to do."""
 
+from pathlib import Path
+
 
 class UserError(Exception):
     """Base of the errors a command line prints without a traceback."""
@@ -56,3 +58,19 @@ class Interrupted(UserError):
     def __init__(self, message: str, signum: int) -> None:
         super().__init__(message)
         self.exit_status = 128 + signum
+
+
+class JobFailed(UserError, RuntimeError):
+    """A job of a sweep failed; its folder says why.
+
+    Args:
+        message: why.
+        sweep_dir: folder of the sweep.
+    """
+
+    def __init__(self, message: str, sweep_dir: Path) -> None:
+        super().__init__(message, sweep_dir)
+        self.sweep_dir = sweep_dir
+
+    def __str__(self) -> str:
+        return str(self.args[0])

@@ -19,6 +19,7 @@ from rich.table import Table
 from fgtrain.allocator import keep_freed_memory
 from fgtrain.benchmarks.loop import loop_overhead
 from fgtrain.benchmarks.methods import methods_of
+from fgtrain.benchmarks.scaling import Link, measure_compute, rows_of, scaling_table
 from fgtrain.benchmarks.steps import Row, measure
 from fgtrain.cli import USER_ERRORS, fail, silence_libraries
 
@@ -36,6 +37,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--loop", action="store_true", help="instead: what train.py adds to a bare loop's step")
+    parser.add_argument("--scaling", action="store_true", help="instead: modelled step time against ranks")
+    parser.add_argument("--ranks", nargs="+", type=int, default=[2, 8, 64], help="for --scaling")
+    parser.add_argument("--gbit", nargs="+", type=float, default=[0.1, 1, 10], help="bandwidths, for --scaling")
+    parser.add_argument("--latency-us", type=float, default=50, help="of the link, for --scaling")
     parser.add_argument("--json", type=Path, help="file for the rows")
     return parser.parse_args()
 
@@ -50,6 +55,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     auto = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(auto if args.device == "auto" else args.device)
+    if args.scaling:
+        print_scaling(args, device)
+        return
     methods = methods_of(args.methods, args.tangents, args.num_tangents)
     console, rows = Console(), []
     console.width = max(console.width, 130)  # the table is not folded into a file or a narrow window
@@ -89,6 +97,23 @@ def print_loop_overhead(methods: list[str]) -> None:
     for method in methods:
         grid.add_row(method, *(f"{value:.0f}" for value in loop_overhead(method).values()))
     Console().print(grid)
+
+
+def print_scaling(args: argparse.Namespace, device: torch.device) -> None:
+    """Milliseconds of a step against the number of ranks, modelled from measured compute and the given link."""
+    computes = [
+        measure_compute(model, batch_size, num_tangents, device, args.rounds)
+        for model in args.models
+        for batch_size in args.batch_sizes
+        for num_tangents in args.num_tangents
+    ]
+    links = [Link(gbit * 1e9 / 8, args.latency_us / 1e6) for gbit in args.gbit]
+    rows = rows_of(computes, args.ranks, links)
+    console = Console()
+    console.width = max(console.width, 150)
+    console.print(scaling_table(rows, f"ms a step, compute measured on {device}, link modelled"))
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":

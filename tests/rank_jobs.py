@@ -10,12 +10,14 @@ import lightning as L
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
+from torch.distributed.tensor.debug import CommDebugMode
 
 from fgtrain import Backprop, ForwardGradient, LowRank
 from fgtrain.data import InMemoryDataModule
 from fgtrain.distributed import Ranks
-from fgtrain.errors import RanksDiffer, UserError
+from fgtrain.errors import RankFailed, RanksDiffer
 from fgtrain.lightning import EstimatorModule
 from fgtrain.lightning.callbacks import RankCheck
 from fgtrain.lightning.launch import _free_port
@@ -48,14 +50,18 @@ class Data(InMemoryDataModule):
         return splits, torch.Tensor.double
 
 
-def make(estimator, *, width=5, **options):
+SGD = partial(torch.optim.SGD, lr=0.1)
+MOMENTUM = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
+
+
+def make(estimator, *, width=5, optimizer=SGD, **options):
     torch.manual_seed(dist.get_rank() if dist.is_initialized() else 0)  # rank 0's initial weights count
     model = MLP((1, 2, 2), 3, [width]).double()
-    return EstimatorModule(model, Classification(), estimator, partial(torch.optim.SGD, lr=0.1), **options)
+    return EstimatorModule(model, Classification(), estimator, optimizer, **options)
 
 
 def fit(module, batch_size, folder, *callbacks, max_steps=STEPS, **options):
-    given: dict[str, Any] = {"devices": 1} | options
+    given: dict[str, Any] = {"devices": 1, "precision": "64-true"} | options
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     trainer = L.Trainer(
         default_root_dir=folder,
@@ -67,7 +73,6 @@ def fit(module, batch_size, folder, *callbacks, max_steps=STEPS, **options):
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
-        precision="64-true",
         **given,
     )
     trainer.fit(module, Data(batch_size))
@@ -144,9 +149,28 @@ def stuck(folder):
         return None
     try:
         ranks.mean(torch.ones(1))
-    except (RuntimeError, UserError) as error:
+    except RankFailed as error:
         return str(error)
     return None
+
+
+def sharded(folder):
+    """Parameters after training, the shapes of this rank's parts of them and of their momenta, and the operations."""
+    module = make(ForwardGradient(LowRank(), num_tangents=2), optimizer=MOMENTUM)
+    strategy = ModelParallelStrategy(data_parallel_size=dist.get_world_size(), tensor_parallel_size=1)
+    options = {"precision": "32-true", "inference_mode": False, "num_sanity_val_steps": 0, "limit_val_batches": 0}
+    with CommDebugMode() as communication:
+        trainer = fit(
+            module, 12 // dist.get_world_size(), folder, devices=dist.get_world_size(), strategy=strategy, **options
+        )
+    params: dict[str, Any] = dict(module.model.named_parameters())
+    state = trainer.optimizers[0].state
+    return {
+        "weights": {name: p.full_tensor().detach() for name, p in params.items()},
+        "shapes": {name: tuple(p.to_local().shape) for name, p in params.items()},
+        "momenta": {name: tuple(state[p]["momentum_buffer"].to_local().shape) for name, p in params.items()},
+        "calls": {str(call): count for call, count in communication.get_comm_counts().items()},
+    }
 
 
 class BatchNormed(nn.Module):

@@ -1,17 +1,29 @@
 """Several processes do what one does, send what they say, and never go on in disagreement."""
 
 import math
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+import fgtrain
 from fgtrain.distributed import Ranks
 from fgtrain.errors import ConfigError
 from fgtrain.estimators import write_grads
 from fgtrain.lightning.launch import is_follower, plan
 from fgtrain.random import keyed_generator
 from tests import rank_jobs
-from tests.rank_jobs import ESTIMATORS, STEPS, Data, fit, make, start
+from tests.rank_jobs import ESTIMATORS, MOMENTUM, STEPS, Data, fit, make, start
+from tests.test_script import ROOT, results_under, train
+
+SCRIPT = str(ROOT / "scripts" / "train.py")
+CPUS = ("trainer.accelerator=cpu", "trainer.devices=2")
+STEP = ("trainer.max_steps=2", "callbacks=none")
 
 SCALAR = [name for name in ESTIMATORS if name != "backprop"]
 
@@ -99,7 +111,7 @@ def test_ranks_that_disagree_are_stopped(tmp_path):
 
 def test_waiting_has_an_end(tmp_path):
     message, _ = start(2, rank_jobs.stuck, tmp_path)
-    assert "imed out" in message or "closed" in message
+    assert re.match(r"rank 0 lost another rank in the middle of a step \(.*([Tt]imed out|closed)", message)
 
 
 def test_buffers_are_rank_zeros(tmp_path):
@@ -117,6 +129,92 @@ def test_replay_gives_the_gradients_back():
     again = module.estimator.replay(module.model, estimate.directional_derivatives, keyed_generator(1, 2))
     for name, g in estimate.grads.items():
         assert torch.equal(g, again[name])
+
+
+def test_sharded_equals_unsharded(tmp_path):
+    alone = make(fgtrain.ForwardGradient(fgtrain.LowRank(), num_tangents=2), optimizer=MOMENTUM)
+    fit(alone, 12, tmp_path)
+    found = start(2, rank_jobs.sharded, tmp_path)
+    for run in found:
+        assert_close(run["weights"], dict(alone.model.named_parameters()))
+    first, second = (run["shapes"] for run in found)
+    for name, p in alone.model.named_parameters():
+        assert first[name][0] + second[name][0] == p.shape[0]
+        assert first[name][0] < p.shape[0]
+    assert [run["momenta"] for run in found] == [first, second]
+    for run in found:  # two layers gathered once a step, and nothing that belongs to gradients
+        assert run["calls"]["c10d._allgather_base_"] == 2 * STEPS
+        assert not any("reduce_scatter" in call for call in run["calls"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("method=backprop", r"trainer=fsdp2 cannot train with Backprop\(\)"),
+        ("tangents=normal", r"trainer=fsdp2 cannot train with ForwardGradient\(tangents=Normal\(\)"),
+        ("tangents=low_rank clip_grad_norm=1", r"trainer=fsdp2 takes clip_grad_norm=null and distributed.tangents"),
+    ],
+)
+def test_what_cannot_be_sharded(overrides, message, tmp_path):
+    status, out, err = train(tmp_path, "trainer=fsdp2", *CPUS, *overrides.split())
+    assert (status, out) == (2, "")
+    assert re.search(rf"fgtrain: {message}", err)
+
+
+def test_sweep_of_runs_on_two_processes(tmp_path):
+    status, _, err = train(tmp_path, "-m", "trainer=ddp", *CPUS, *STEP, "method=backprop,fwdgrad", "lr=0.1,-1")
+    check_sweep(tmp_path, status, err)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
+def test_sweep_launchers(launcher, tmp_path):
+    command = [sys.executable, SCRIPT, "-m", f"hydra/launcher={launcher}", "trainer=ddp", *CPUS, *STEP]
+    done = subprocess.run(
+        [*command, "method=backprop,fwdgrad", "lr=0.1,-1"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    check_sweep(tmp_path, done.returncode, done.stderr)
+
+
+def check_sweep(folder, status, err):
+    """Two of four jobs run, on two processes each and in one folder; the others are named."""
+    assert status == 2, err
+    assert {(r["method"], r["world_size"]) for r in results_under(folder)} == {("backprop", 2), ("fwdgrad", 2)}
+    assert len(list((folder / "multirun").glob("*/*"))) == 1
+    for job in (r"1_\S*lr=-1,method=backprop", r"3_\S*lr=-1,method=fwdgrad"):
+        assert re.search(rf"fgtrain: job {job}\S* failed: lr must be positive, got -1.0", err), err
+
+
+@pytest.mark.slow
+def test_torchrun(tmp_path):
+    command = ["torchrun", "--nproc_per_node=2", SCRIPT, "trainer=ddp", "distributed.tangents=per_rank", *STEP]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (results,) = results_under(tmp_path)
+    assert (results["world_size"], results["comm/bytes_per_step"]) == (2, 4)
+    assert len(list(tmp_path.glob("runs/*/*"))) == 1
+    assert done.stdout.count("results in") == 1
+
+
+def descendants(pid):
+    children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return children + [pid for child in children for pid in descendants(child)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start_method", ["ddp", "ddp_spawn", "ddp_fork"])
+def test_a_killed_rank_ends_the_run(start_method, tmp_path):
+    command = [sys.executable, SCRIPT, f"trainer={start_method}", *CPUS, "trainer.max_steps=1000000"]
+    run = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    assert run.stderr is not None
+    for line in run.stderr:
+        if "step" in line:
+            break
+    else:
+        pytest.fail("no step was taken")
+    os.kill(max(descendants(run.pid)), signal.SIGKILL)  # rank 1 is started last
+    assert run.wait(60) == 2
+    assert re.search(r"^fgtrain: rank 1 was ended by SIGKILL", run.stderr.read(), re.MULTILINE)
 
 
 TORCHRUN = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1", "RANK": "1"}

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from fgtrain.directions import Tangent
 from fgtrain.errors import UserError
-from fgtrain.forward_ad import native, stacked
+from fgtrain.forward_ad import native, sharded, stacked
 from fgtrain.forward_ad.dual import NotIntercepted
 from fgtrain.forward_ad.native import LossFn
 from fgtrain.forward_ad.passes import RepeatedPass
 from fgtrain.parameters import slots_of
+from fgtrain.sharding import is_sharded
 
 __all__ = ["directional_derivatives", "jvp"]
 
@@ -74,6 +75,8 @@ def jvp(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> t
 
 def _choose_engine(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> Engine:
     """The fast engine if the model's pass goes through it; the trial leaves no trace."""
+    if any(is_sharded(p) for p in slots_of(model).params.values()):
+        return sharded.jvp
     before = RepeatedPass(model)
     try:
         stacked.jvp(model, loss_fn, tangents)

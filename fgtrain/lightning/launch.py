@@ -164,6 +164,10 @@ def launch(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
             raise _cause(context, Path(folder)) from error
         except mp.ProcessRaisedException as error:
             raise _cause(context, Path(folder)) from error
+        except KeyboardInterrupt:  # the ranks have got it too, and save what they have
+            for process in context.processes:
+                process.join(6 * GRACE_SECONDS)
+            raise
         finally:
             for process in context.processes:
                 if process.is_alive():

@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -17,6 +18,7 @@ from fgtrain.errors import ConfigError
 from fgtrain.estimators import Estimate, GradientEstimator, write_grads
 from fgtrain.lightning.checkpoints import refuse_foreign
 from fgtrain.lightning.divergence import Divergence
+from fgtrain.lightning.strategy import shard_model
 from fgtrain.tasks import Task
 
 
@@ -70,6 +72,7 @@ class EstimatorModule(L.LightningModule):
         self.distributed_tangents: TangentsOver = distributed_tangents
         self.distributed_timeout = distributed_timeout
         self.ranks = Ranks()
+        self._gathered_bytes = 0
 
     def setup(self, stage: str) -> None:
         if self.ranks.size != self.trainer.world_size:
@@ -86,6 +89,12 @@ class EstimatorModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         refuse_foreign(checkpoint, self)
 
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, ModelParallelStrategy) and not self._gathered_bytes:
+            if self.clip_grad_norm is not None or self.distributed_tangents != "shared":
+                raise ConfigError("trainer=fsdp2 takes clip_grad_norm=null and distributed.tangents=shared")
+            self._gathered_bytes = shard_model(self.model, self.estimator, self.trainer.strategy)
+
     def estimate(self, estimator: GradientEstimator, batch: Any, batch_idx: int) -> Estimate:
         """The estimate of all ranks at the current step; nothing is written or stepped."""
         return self.ranks.estimate(
@@ -100,6 +109,7 @@ class EstimatorModule(L.LightningModule):
         micro_batch = batch_idx % self.accumulate_grad_batches
         estimate = self.estimate(self.estimator, batch, batch_idx)
         sound = self.divergence.inspect(estimate, self.trainer)
+        self.ranks.bytes_sent += self._gathered_bytes
         grads = estimate.grads
         if self.accumulate_grad_batches > 1:
             grads = {name: g / self.accumulate_grad_batches for name, g in grads.items()}

@@ -72,7 +72,8 @@ def build(cfg: DictConfig) -> Run:
     checks = [SelfCheck()] if cfg.self_check else []
     chosen = [instantiate(node) for node in (cfg.callbacks or {}).values()]
     callbacks = [monitor, *several, RandomState(), *checks, StepProgress(), *chosen]
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # no device lists and tips
+    for library in ("lightning.pytorch", "lightning.fabric"):  # no device lists and tips
+        logging.getLogger(library).setLevel(logging.WARNING)
     trainer = instantiate(
         cfg.trainer,
         callbacks=callbacks,

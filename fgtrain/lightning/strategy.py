@@ -5,9 +5,15 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import nn
 
-STARTUP = timedelta(minutes=30)  # one rank may be downloading the data
+from fgtrain.errors import ConfigError
+from fgtrain.estimators import ForwardGradient, GradientEstimator
+from fgtrain.sharding import shard
+from fgtrain.tangents import LowRank
+
+STARTUP = timedelta(minutes=10)  # one rank may be downloading the data
 
 
 class Replicas(DDPStrategy):
@@ -28,7 +34,29 @@ class Replicas(DDPStrategy):
 
     def configure_ddp(self) -> None:
         assert self.model is not None
-        with torch.no_grad():
-            for tensor in self.model.state_dict().values():
-                if isinstance(tensor, torch.Tensor):
-                    dist.broadcast(tensor, 0)
+        equalize(self.model)
+
+
+@torch.no_grad()
+def equalize(model: nn.Module) -> None:
+    """Give all ranks rank 0's parameters and buffers."""
+    for tensor in model.state_dict().values():
+        if isinstance(tensor, torch.Tensor):
+            dist.broadcast(tensor, 0)
+
+
+def shard_model(model: nn.Module, estimator: GradientEstimator, strategy: ModelParallelStrategy) -> int:
+    """Spread the parameters over ranks by FSDP2; returns the bytes that a rank sends to gather them once.
+
+    Raises:
+        ConfigError: the method cannot train sharded parameters.
+    """
+    if not (isinstance(estimator, ForwardGradient) and isinstance(estimator.tangents, LowRank)):
+        raise ConfigError(
+            f"trainer=fsdp2 cannot train with {estimator}, which needs whole gradients or directions; use "
+            "method=fwdgrad_lowrank, or trainer=ddp"
+        )
+    equalize(model)
+    shard(model.to(strategy.root_device), strategy.device_mesh["data_parallel"])
+    params: Any = model.parameters()
+    return sum(p.to_local().nbytes for p in params) * (strategy.world_size - 1)

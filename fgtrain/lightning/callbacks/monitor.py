@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from fgtrain.sharding import is_sharded
+
 
 class Monitor(L.Callback):
     """Logs loss, learning rate, step time, directional derivatives and gradient norm every few steps.
@@ -47,7 +49,8 @@ class Monitor(L.Callback):
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         if self._due(trainer, after=1):
             grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            self._grad_norm = get_total_norm(grads)
+            norm: Any = get_total_norm(grads)
+            self._grad_norm = norm.full_tensor() if is_sharded(norm) else norm
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

@@ -1,0 +1,100 @@
+"""The stacked engine on parameters sharded by FSDP2: a module's parameters are whole only while its forward runs.
+
+FSDP2 gathers them in a hook before the forward and lets go of them in a hook after it. Between the two, hooks of this
+engine put duals in their place. No gradient exists, so none is gathered or scattered.
+"""
+
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fgtrain.directions import LowRankTangent, Tangent
+from fgtrain.errors import LossError, UnsupportedOperation
+from fgtrain.forward_ad.dual import Dual, NotIntercepted, primal_of, tangent_of
+from fgtrain.forward_ad.native import NO_TANGENT, eager_functions, named_errors
+from fgtrain.forward_ad.passes import check_losses
+from fgtrain.sharding import is_sharded
+
+
+def jvp(model: nn.Module, loss_fn: Callable[[Any], Tensor], tangents: Mapping[str, Tangent]) -> tuple[Tensor, Tensor]:
+    """Losses (B,) or () and their derivatives (K, B) or (K,), as `fgtrain.forward_ad.jvp`.
+
+    Raises:
+        UnsupportedOperation: the directions are dense, or the model's pass is not one that stacked duals can follow.
+    """
+    for name, tangent in tangents.items():
+        if not isinstance(tangent, LowRankTangent) and tangent[0].dim() > 1:
+            raise UnsupportedOperation(
+                f"a dense direction of the sharded parameter {name} would be as large as the whole parameter on every "
+                "rank; use tangents=low_rank"
+            )
+    try:
+        with named_errors(model), eager_functions(), _DualsInForward(model, tangents), torch.enable_grad():
+            found = loss_fn(model)
+    except NotIntercepted as reason:
+        raise UnsupportedOperation(f"sharded parameters need the stacked engine, which stops here: {reason}") from None
+    values, derivatives = check_losses(primal_of(found)), tangent_of(found)
+    if derivatives is None:
+        raise LossError(NO_TANGENT)
+    return values, derivatives
+
+
+class _DualsInForward:
+    """While it is entered, modules see duals for their gathered parameters."""
+
+    def __init__(self, model: nn.Module, tangents: Mapping[str, Tangent]) -> None:
+        self._model = model
+        self._tangents = tangents
+        self._hooks = ExitStack()
+
+    def __enter__(self) -> None:
+        for path, unit in self._model.named_modules():
+            if not hasattr(unit, "unshard"):
+                continue
+            places = [
+                (part._parameters, key, f"{path}.{name}" if path else name)
+                for prefix, part in unit.named_modules()
+                for key, p in part._parameters.items()
+                if p is not None and is_sharded(p)
+                for name in [f"{prefix}.{key}" if prefix else key]
+            ]
+            if unit is self._model:  # of the root only what no unit below has gathered by itself
+                places = [place for place in places if "." not in place[2]]
+            self._hook(unit, places)
+
+    def __exit__(self, *_: object) -> None:
+        self._hooks.close()
+        modules: Any = self._model.modules()
+        for unit in modules:  # the root keeps its parameters gathered, expecting a backward pass
+            if hasattr(unit, "unshard"):
+                unit.reshard()
+
+    def _hook(self, unit: nn.Module, places: list[tuple[Any, str, str]]) -> None:
+        gathered: list[Any] = []
+
+        def put_duals(*_: Any) -> None:
+            for held, key, name in places:
+                gathered.append(held[key])
+                if name in self._tangents:
+                    held[key] = Dual(held[key].detach(), self._tangents[name])
+            torch._C._set_grad_enabled(True)
+
+        def take_duals(*_: Any) -> None:
+            for (held, key, _name), p in zip(places, gathered, strict=True):
+                held[key] = p
+            gathered.clear()
+            torch._C._set_grad_enabled(False)
+
+        # FSDP2's own hooks stand between these and run without grad mode, in which they would prepare for a backward.
+        before = unit.register_forward_pre_hook(lambda *_: torch._C._set_grad_enabled(False), prepend=True)
+        after = unit.register_forward_hook(lambda *_: torch._C._set_grad_enabled(True))
+        for handle in (
+            before,
+            unit.register_forward_pre_hook(put_duals),
+            unit.register_forward_hook(take_duals, prepend=True),
+            after,
+        ):
+            self._hooks.callback(handle.remove)

@@ -1,0 +1,106 @@
+"""Two hosts, made of network namespaces on this machine and a link of limited rate between them."""
+
+import contextlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.test_script import ROOT, results_under
+
+HOSTS = ("fgtrain-a", "fgtrain-b")
+SCRIPT = str(ROOT / "scripts" / "train.py")
+
+
+def ip(*arguments):
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+
+
+@pytest.fixture
+def hosts():
+    """Two namespaces with addresses 10.77.0.1 and .2, 100 Mbit/s between them."""
+    if not (shutil.which("ip") and shutil.which("tc")):
+        pytest.skip("needs ip and tc (iproute2)")
+    with contextlib.ExitStack() as undo:
+        try:
+            for host in HOSTS:
+                ip("netns", "add", host)
+                undo.callback(ip, "netns", "del", host)
+            ip("link", "add", "fg0", "netns", HOSTS[0], "type", "veth", "peer", "name", "fg0", "netns", HOSTS[1])
+            for i, host in enumerate(HOSTS):
+                ip("-n", host, "addr", "add", f"10.77.0.{i + 1}/24", "dev", "fg0")
+                ip("-n", host, "link", "set", "lo", "up")
+                ip("-n", host, "link", "set", "fg0", "up")
+                limit = "tc qdisc add dev fg0 root tbf rate 100mbit burst 64kb latency 100ms"
+                ip("netns", "exec", host, *limit.split())
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"cannot make network namespaces: {error.stderr.strip()}")
+        yield HOSTS
+
+
+def start(hosts, folder, *overrides):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+    torchrun += ["--master_addr=10.77.0.1", "--master_port=29517"]
+    common = ("trainer=ddp", "trainer.accelerator=cpu", "distributed.timeout_seconds=10")
+    environ = os.environ | {"GLOO_SOCKET_IFNAME": "fg0", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return [
+        subprocess.Popen(
+            ["ip", "netns", "exec", host, *torchrun, f"--node_rank={i}", SCRIPT, *common, *overrides],
+            cwd=folder,
+            env=environ,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i, host in enumerate(hosts)
+    ]
+
+
+def sent_bytes(host):
+    counter = ["ip", "netns", "exec", host, "cat", "/sys/class/net/fg0/statistics/tx_bytes"]
+    return int(subprocess.run(counter, check=True, capture_output=True, text=True).stdout)
+
+
+@pytest.mark.slow
+def test_a_cut_link_ends_both_hosts_and_the_run_can_be_resumed(hosts, tmp_path):
+    ranks = start(hosts, tmp_path, "trainer.max_steps=1000000", "trainer.val_check_interval=20")
+    deadline = time.monotonic() + 240
+    while not (checkpoints := list(tmp_path.glob("runs/*/*/checkpoints/last.ckpt"))):
+        assert time.monotonic() < deadline, "no checkpoint was written"
+        assert [rank.poll() for rank in ranks] == [None, None], [rank.communicate()[1] for rank in ranks]
+        time.sleep(0.2)
+    time.sleep(1)
+    ip("-n", hosts[0], "link", "set", "fg0", "down")
+    for rank in ranks:
+        _, err = rank.communicate(timeout=60)
+        assert rank.returncode != 0
+        assert re.search(r"fgtrain: rank [01] lost another rank in the middle of a step", err), err
+    ip("-n", hosts[0], "link", "set", "fg0", "up")
+    assert len(list(tmp_path.glob("runs/*/*"))) == 1
+    (checkpoint,) = checkpoints
+    again = start(hosts, tmp_path, f"resume={checkpoint}", "trainer.max_steps=1000000", "trainer.max_time=00:00:00:05")
+    for rank in again:
+        _, err = rank.communicate(timeout=240)
+        assert rank.returncode == 0, err
+    (results,) = results_under(tmp_path)
+    assert results["world_size"] == 2
+    assert results["steps"] > 20
+
+
+@pytest.mark.slow
+def test_the_link_carries_what_is_counted(hosts, tmp_path):
+    """A model of 1.1 million parameters: packets and start-up cost more than forward gradients, a gradient does not."""
+    sent = {}
+    for method in ("fwdgrad", "backprop"):
+        before, steps = sent_bytes(hosts[1]), 30
+        options = ("model.hidden=[1024,1024]", "callbacks=none", f"trainer.max_steps={steps}", "data.batch_size=16")
+        for rank in start(hosts, tmp_path, f"method={method}", *options):
+            _, err = rank.communicate(timeout=240)
+            assert rank.returncode == 0, err
+        sent[method] = sent_bytes(hosts[1]) - before
+    gradient = 4 * 1_126_410
+    assert sent["backprop"] - sent["fwdgrad"] == pytest.approx(30 * gradient, rel=0.1)

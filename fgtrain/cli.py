@@ -9,7 +9,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from fgtrain.errors import Interrupted, JobFailed, StorageError, UserError
 from fgtrain.lightning.checkpoints import disk_error
 from fgtrain.lightning.launch import is_follower
+from fgtrain.sweeps import SweepTable
 
 USER_ERRORS = (UserError, HydraException, OmegaConfBaseException, MisconfigurationException)
 _CHATTER = (
@@ -36,8 +37,11 @@ ERROR_FILE = "error.txt"
 CONF = Path(__file__).resolve().parents[1] / "conf"
 
 
-def run_app(task: Callable[[DictConfig], None], config_name: str) -> None:
-    """Run `task` as a Hydra application; `HYDRA_FULL_ERROR=1` in the environment brings tracebacks back."""
+def run_app(task: Callable[[DictConfig], Any], config_name: str) -> None:
+    """Run `task`, whose value a search minimises, as a Hydra application.
+
+    `HYDRA_FULL_ERROR=1` in the environment brings tracebacks back.
+    """
     silence_libraries()
     if is_follower():  # the folder of the run is rank 0's, whatever the clock of this process says
         if {"-m", "--multirun"} & set(sys.argv):
@@ -46,9 +50,10 @@ def run_app(task: Callable[[DictConfig], None], config_name: str) -> None:
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         return _hydra_main(task, config_name)
 
-    def job(cfg: DictConfig) -> None:
+    def job(cfg: DictConfig) -> Any:
+        silence_libraries()  # the process may be a launcher's
         try:
-            task(cfg)
+            return task(cfg)
         except Exception as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN and not isinstance(error, Interrupted):
                 raise job_failed(error) from error  # and the other jobs go on
@@ -73,6 +78,7 @@ def run_app(task: Callable[[DictConfig], None], config_name: str) -> None:
             raise
         fail(StorageError(f"cannot write {error.filename or 'to the disk'}: {error.strerror}"))
     finally:
+        SweepTable.close()
         del os.environ["HYDRA_FULL_ERROR"]
 
 
@@ -93,7 +99,7 @@ def silence_libraries() -> None:
         warnings.filterwarnings("ignore", message)
 
 
-def _hydra_main(task: Callable[[DictConfig], None], config_name: str) -> None:
+def _hydra_main(task: Callable[[DictConfig], Any], config_name: str) -> None:
     hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")(task)()
 
 
@@ -112,6 +118,9 @@ def one_line(error: BaseException | str) -> str:
         text = f"{key.group(1)}: {cause}" if key and cause else text
     elif unknown := re.match(r"Could not override '(\S+)'", text):
         text = f"{unknown.group(1)} is no key of the configuration; --cfg job prints the keys there are"
+    elif plugin := re.match(r"In '.*': Could not find 'hydra/(sweeper|launcher)/(\w+)'", text):
+        missing = f"hydra/{plugin.group(1)}={plugin.group(2)} is not installed"
+        text = f'{missing}; pip install -e ".[sweeps]" brings optuna and joblib'
     elif isinstance(error, HydraException) and cause and not text.startswith("In "):
         text = f"{text}: {cause}"
     text = re.sub(r"\nConfig search path:.*", "", text, flags=re.DOTALL)

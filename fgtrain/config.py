@@ -49,6 +49,7 @@ class TrainConfig:
         resume: what to continue from: a checkpoint, the folder of a run, or auto for the run in run_dir, if any.
         run_dir: folder of the run.
         distributed: what several processes share and check.
+        quiet: print nothing but errors.
     """
 
     seed: int = 42
@@ -62,6 +63,7 @@ class TrainConfig:
     resume: str | None = None
     run_dir: str = MISSING
     distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    quiet: bool = False
     method: Any = None
     tangents: Any = None
     task: Any = None

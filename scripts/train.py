@@ -7,18 +7,23 @@ task=beale, lr=0.01, trainer.max_steps=5000; -m method=backprop,fwdgrad seed=0,1
 import os
 from pathlib import Path
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # before torch: its profiler talks otherwise
+
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from fgtrain.cli import run_app
 from fgtrain.lightning.launch import launch
 from fgtrain.lightning.run import print_results
+from fgtrain.sweeps import objective
 
 
-def main(cfg: DictConfig) -> None:
-    """Train, and say where the results are."""
+def main(cfg: DictConfig) -> float:
+    """Train, and say where the results are; the value is what a search over configurations minimises."""
     results = launch(cfg, HydraConfig.get().runtime.choices)
-    print_results(results, Path(os.path.relpath(cfg.run_dir)))
+    if not cfg.quiet:
+        print_results(results, Path(os.path.relpath(cfg.run_dir)))
+    return objective(results)
 
 
 if __name__ == "__main__":

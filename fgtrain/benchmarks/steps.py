@@ -151,7 +151,7 @@ def measure(
     for method, step in zip(methods, steps, strict=True):
         progress(f"{name} batch {batch_size}: memory of {method.name}")
         step()
-        peaks.append(_peak_mib(step, device))
+        peaks.append(peak_mib(step, device))
     repeats = [max(1, round(0.03 / _seconds(step, 1, device))) for step in steps]
     times: list[list[float]] = [[] for _ in steps]
     for i in range(rounds):
@@ -222,7 +222,7 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _peak_mib(step: Callable[[], None], device: torch.device) -> float:
+def peak_mib(step: Callable[[], None], device: torch.device) -> float:
     """Largest sum of living tensors during a step, above what lived before it."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)

@@ -18,7 +18,16 @@ from rich.table import Table
 from fgtrain.allocator import keep_freed_memory
 from fgtrain.config import check, signature_of, to_plain
 from fgtrain.errors import ConfigError
-from fgtrain.lightning.callbacks import Monitor, RandomState, RankCheck, SelfCheck, StepProgress
+from fgtrain.lightning.callbacks import (
+    Dashboard,
+    Monitor,
+    RandomState,
+    RankCheck,
+    SelfCheck,
+    StepProgress,
+    Summary,
+)
+from fgtrain.lightning.callbacks.dashboard import log_final
 from fgtrain.lightning.checkpoints import checkpoint_to_resume, make_atomic
 from fgtrain.lightning.divergence import Divergence
 from fgtrain.lightning.launch import plan
@@ -71,7 +80,8 @@ def build(cfg: DictConfig) -> Run:
     several = [RankCheck(cfg.distributed.check_every_n_steps, cfg.trainer.log_every_n_steps)] if world.size > 1 else []
     checks = [SelfCheck()] if cfg.self_check else []
     chosen = [instantiate(node) for node in (cfg.callbacks or {}).values()]
-    callbacks = [monitor, *several, RandomState(), *checks, StepProgress(), *chosen]
+    console = [] if cfg.quiet else [Summary(), StepProgress()]  # the summary takes no part in the time of training
+    callbacks = [*console, monitor, *several, RandomState(), *checks, Dashboard(to_plain(cfg)), *chosen]
     for library in ("lightning.pytorch", "lightning.fabric"):  # no device lists and tips
         logging.getLogger(library).setLevel(logging.WARNING)
     trainer = instantiate(
@@ -127,6 +137,7 @@ def run(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
         (tested,) = trainer.test(module, data, verbose=False)
         results["metrics"] = metrics | dict(tested)
+    log_final(trainer, to_plain(cfg), results)
     if trainer.is_global_zero:
         finished.write_text(json.dumps(results, indent=2) + "\n")
     return results

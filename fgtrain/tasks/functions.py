@@ -86,7 +86,7 @@ class Points(nn.Module):
         return self.points
 
 
-class _Plane(Function):
+class Plane(Function):
     """A function of two variables."""
 
     def __init__(self, starts: int = 1, start: Literal["unit", "domain"] | Sequence[float] = "unit") -> None:
@@ -100,7 +100,7 @@ class _Plane(Function):
         """f(x, y)."""
 
 
-class Beale(_Plane):
+class Beale(Plane):
     """(1.5 - x + x y)^2 + (2.25 - x + x y^2)^2 + (2.625 - x + x y^3)^2; minimum at (3, 0.5).
 
     >>> Beale().value(torch.tensor([3.0, 0.5]))
@@ -116,7 +116,7 @@ class Beale(_Plane):
         return torch.tensor([[3.0, 0.5]])
 
 
-class Himmelblau(_Plane):
+class Himmelblau(Plane):
     """(x^2 + y - 11)^2 + (x + y^2 - 7)^2; four minima."""
 
     domain = (-5.0, 5.0)
@@ -135,7 +135,7 @@ class Himmelblau(_Plane):
         )
 
 
-class Matyas(_Plane):
+class Matyas(Plane):
     """0.26 (x^2 + y^2) - 0.48 x y; minimum at the origin."""
 
     domain = (-10.0, 10.0)

@@ -1,5 +1,6 @@
 """Callbacks of a training run; none of them changes what is trained."""
 
+from fgtrain.lightning.callbacks.dashboard import Dashboard
 from fgtrain.lightning.callbacks.monitor import Monitor
 from fgtrain.lightning.callbacks.progress import StepProgress
 from fgtrain.lightning.callbacks.quality import GradientQuality
@@ -8,9 +9,11 @@ from fgtrain.lightning.callbacks.ranks import RankCheck
 from fgtrain.lightning.callbacks.recovery import Recovery
 from fgtrain.lightning.callbacks.replay_log import ReplayLog
 from fgtrain.lightning.callbacks.self_check import SelfCheck
+from fgtrain.lightning.callbacks.summary import Summary
 from fgtrain.lightning.callbacks.trajectory import Trajectory
 
 __all__ = [
+    "Dashboard",
     "GradientQuality",
     "Monitor",
     "RandomState",
@@ -19,5 +22,6 @@ __all__ = [
     "ReplayLog",
     "SelfCheck",
     "StepProgress",
+    "Summary",
     "Trajectory",
 ]

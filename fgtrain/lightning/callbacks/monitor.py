@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
@@ -81,6 +82,7 @@ class Monitor(L.Callback):
             metrics["train/directional_derivative"] = derivatives.mean()
             metrics["train/directional_derivative_abs"] = derivatives.abs().mean()
             metrics["train/directional_derivative_max"] = derivatives.abs().max()
+            self._write_histogram(trainer, derivatives)
         if self._grad_norm is not None:
             metrics["train/grad_norm"] = self._grad_norm
         metrics["train/lr"] = torch.tensor(float(trainer.optimizers[0].param_groups[0]["lr"]))
@@ -90,6 +92,11 @@ class Monitor(L.Callback):
         for logger in trainer.loggers:
             logger.log_metrics({name: value.item() for name, value in metrics.items()}, step=trainer.global_step)
         self._losses, self._derivatives, self._grad_norm = [], [], None
+
+    def _write_histogram(self, trainer: L.Trainer, derivatives: Tensor) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_histogram("directional_derivatives", derivatives, trainer.global_step)
 
     def summary(self) -> dict[str, float]:
         """Cost of the run so far: seconds of training, median milliseconds of a step, peak memory in MiB."""

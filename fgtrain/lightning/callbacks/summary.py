@@ -1,0 +1,67 @@
+"""What is about to be trained, said before it starts."""
+
+import copy
+from functools import partial
+from typing import Any
+
+import lightning as L
+from rich.console import Console
+from rich.table import Table
+
+from fgtrain.benchmarks.steps import peak_mib
+from fgtrain.forward_ad.passes import RepeatedPass
+from fgtrain.lightning.module import EstimatorModule
+from fgtrain.random import keyed_generator
+
+
+class Summary(L.Callback):
+    """Prints parameters, directions, the error to expect of one estimate and the memory of a step.
+
+    The error is the estimator's closed form at the gradient of equal entries; the memory is measured on the first batch
+    of a loader of its own, with one estimate that nothing is done with.
+    """
+
+    def __init__(self) -> None:
+        self.console = Console(stderr=True)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        assert isinstance(pl_module, EstimatorModule)
+        before = RepeatedPass(pl_module.model)
+        lines = describe(pl_module, _first_batch(trainer))
+        before.rewind()
+        table = Table.grid(padding=(0, 2))
+        for name, value in lines.items():
+            table.add_row(name, value)
+        self.console.print(table, highlight=False)
+
+
+def describe(module: EstimatorModule, batch: Any) -> dict[str, str]:
+    """The summary, line by line."""
+    model, estimator = module.model, module.estimator
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    count = sum(p.numel() for p in params.values())
+    lines = {"parameters": f"{count:,} in {len(params)} tensors"}
+    if (num_tangents := getattr(estimator, "num_tangents", None)) is not None:
+        law = getattr(estimator, "tangents", None)
+        lines["tangents"] = f"{num_tangents} a step" + (f", {law}" if law is not None else "")
+    equal = {name: p.detach().new_ones(p.shape) for name, p in params.items()}
+    error = estimator.relative_squared_error(equal)
+    if error is not None:
+        relative = f"{error**0.5:.3g} times the gradient's length, in one estimate"
+        lines["expected error"] = relative if error else "none: the exact gradient of each batch"
+    if batch is not None:
+        loss_fn = partial(module.task.losses, batch=batch)
+        watched = copy.deepcopy(estimator)  # its state is not to learn from a look
+        step = lambda: watched(model, loss_fn, generator=keyed_generator(module.seed)) and None  # noqa: E731
+        peak = peak_mib(step, next(iter(params.values())).device)
+        lines["expected memory"] = f"{peak:.3g} MiB a step, above parameters and data"
+    return lines
+
+
+def _first_batch(trainer: Any) -> Any:
+    """A batch of a loader of its own, on the device; None where ranks would have to draw it together."""
+    if trainer.datamodule is None or trainer.world_size > 1:
+        return None
+    return trainer.strategy.batch_to_device(next(iter(trainer.datamodule.train_dataloader())))

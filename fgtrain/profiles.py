@@ -1,0 +1,174 @@
+"""Performance profiles: the share of problems that a method solves within so many evaluations.
+
+Many functions, dimensions, starting points and learning rates; all starting points and learning rates of a function are
+one batched step. A problem is one function in one dimension from one start; it is solved when
+
+    f(x) <= f* + tolerance (f(x_0) - f*).
+
+Source: Dolan and More 2002; More and Wild 2009; for forward gradients Belouze 2022, arXiv:2209.06302.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from fgtrain.estimators import GradientEstimator
+from fgtrain.random import keyed_generator
+from fgtrain.tasks import functions, more_functions
+from fgtrain.tasks.functions import Function, Points
+
+PLANE = (functions.Beale, functions.Himmelblau, functions.Matyas, more_functions.Booth, more_functions.ThreeHumpCamel)
+ANY_DIMENSION = (
+    functions.Rosenbrock,
+    functions.Sphere,
+    functions.StyblinskiTang,
+    more_functions.DixonPrice,
+    more_functions.Exponential,
+    more_functions.Griewank,
+    more_functions.Levy,
+    more_functions.Quartic,
+    more_functions.Rastrigin,
+    more_functions.SumSquares,
+    more_functions.Zakharov,
+)
+
+
+class Solved(NamedTuple):
+    """One method on one function: evaluations until solved, (starts,), infinity where it never was.
+
+    Args:
+        function: its name.
+        dim: its dimension.
+        method: the method's name.
+        lr: the learning rate of `rates` that solves the most starts, the fastest of equals.
+        evaluations: of the function, (starts,), see `evaluations_of`.
+    """
+
+    function: str
+    dim: int
+    method: str
+    lr: float
+    evaluations: Tensor
+
+
+def problems(dims: Sequence[int], rows: int) -> list[Function]:
+    """Every function, in every dimension where it has a choice, with `rows` starting points in its domain."""
+    made: list[Function] = [cls(rows, "domain") for cls in PLANE if 2 in dims]
+    return made + [cls(rows, "domain", dim=dim) for cls in ANY_DIMENSION for dim in dims]
+
+
+def solve(
+    function: Function,
+    method: str,
+    estimator: GradientEstimator,
+    rates: Sequence[float],
+    starts: int,
+    iterations: int,
+    *,
+    tolerance: float = 0.01,
+    seed: int = 0,
+) -> Solved:
+    """Minimise `function` from all starts with all learning rates at once, by plain gradient steps.
+
+    Args:
+        function: with len(rates) * starts rows.
+        method: its name.
+        estimator: of the gradient, one for each row (rowwise).
+        rates: learning rates in units of 1 / (length of the gradients at the starts / length of the domain).
+        starts: starting points.
+        iterations: steps at most.
+        tolerance: see above.
+        seed: of starting points and directions; every method has the same points.
+    """
+    model = Points(function)
+    low, high = function.domain
+    unit = torch.rand(starts, function.dim, generator=keyed_generator(seed, function.dim))
+    model.points.data = (low + (high - low) * unit).repeat(len(rates), 1)
+    lr = torch.tensor(rates).repeat_interleave(starts)[:, None] * scale_of(function, model)
+    first = function.value(model.points.detach())
+    target = function.minimum + tolerance * (first - function.minimum)
+    solved_at = torch.full((len(lr),), torch.inf)
+    cost = 0
+    for step in range(iterations):
+        cost = _step(function, model, estimator, lr, seed, step)
+        hit = function.value(model.points.detach()) <= target
+        solved_at[hit & solved_at.isinf()] = (step + 1) * cost
+        if solved_at.view(len(rates), starts).isfinite().all(1).any():
+            break
+    by_rate = solved_at.view(len(rates), starts)
+    found = by_rate.isfinite()
+    order = [(-int(found[i].sum()), float(by_rate[i][found[i]].sum()), i) for i in range(len(rates))]
+    best = min(order)[2]
+    return Solved(type(function).__name__, function.dim, method, rates[best], by_rate[best])
+
+
+def scale_of(function: Function, model: Points) -> float:
+    """Length of the domain over the median length of the gradients at the starts."""
+    points = model.points.detach().clone().requires_grad_()
+    (grads,) = torch.autograd.grad(function.value(points).sum(), points)
+    return (function.domain[1] - function.domain[0]) / grads.norm(dim=1).median().clamp_min(1e-12).item()
+
+
+def _step(function: Function, model: Points, estimator: GradientEstimator, lr: Tensor, seed: int, step: int) -> int:
+    """One step of every row; the evaluations of one."""
+    calls = 0
+
+    def losses(net: Points) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return function.losses(net, None)
+
+    estimate = estimator(model, losses, generator=keyed_generator(seed, step))
+    model.points.data -= lr * estimate.grads["points"]
+    rows = len(model.points)
+    return evaluations_of(calls, estimate.directional_derivatives, rows)
+
+
+def evaluations_of(calls: int, derivatives: Tensor | None, rows: int) -> int:
+    """Evaluations that a step is worth: a pass counts 1, each derivative it carries 1, a reverse sweep 2."""
+    if derivatives is None:
+        return calls + 2
+    carried = max(1, derivatives.numel() // rows)
+    return calls + (carried if calls == 1 else 0)
+
+
+def share_solved(found: Iterable[Solved], budgets: Tensor) -> Tensor:
+    """The profile of one method: share of its problems solved within each of `budgets` (B,), (B,)."""
+    evaluations = torch.cat([solved.evaluations for solved in found])
+    return (evaluations[:, None] <= budgets).double().mean(0)
+
+
+def draw(found: Sequence[Solved]) -> Figure:
+    """The profiles of all methods."""
+    finite = torch.cat([s.evaluations[s.evaluations.isfinite()] for s in found])
+    budgets = torch.logspace(0, float(finite.max().clamp_min(10).log10()) if len(finite) else 1, 200)
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    for method in dict.fromkeys(solved.method for solved in found):
+        axes.step(budgets, share_solved([s for s in found if s.method == method], budgets), where="post", label=method)
+    axes.set(xscale="log", xlabel="evaluations of the function", ylabel="share of problems solved", ylim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+def speed_of_batching(
+    make: Callable[[int], Function], estimator: GradientEstimator, rows: int, iterations: int = 20
+) -> float:
+    """How many times faster one batched iteration of `rows` rows is than `rows` iterations of one row each."""
+
+    def seconds(count: int) -> float:
+        function = make(count)
+        model = Points(function)
+        lr = torch.zeros(count, 1)
+        _step(function, model, estimator, lr, 0, 0)
+        start = time.perf_counter()
+        for step in range(iterations):
+            _step(function, model, estimator, lr, 0, step)
+        return (time.perf_counter() - start) / iterations
+
+    return rows * seconds(1) / seconds(rows)

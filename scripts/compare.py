@@ -1,0 +1,57 @@
+"""Compare methods fairly: python scripts/compare.py methods=[backprop,fwdgrad] seeds=5 budget=60s
+
+budget=2000steps counts steps instead; lr=search tries equally many learning rates for every method instead of taking
+those of conf/method; target=0.95 is the accuracy whose time is taken; everything else is passed on to every run as
+scripts/train.py takes it: data=mnist model=cnn, task=beale. The same command goes on where it was stopped.
+"""
+
+import os
+import shlex
+import sys
+
+os.environ |= {"KINETO_LOG_LEVEL": "9", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # before torch: its profiler talks otherwise
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from fgtrain.allocator import keep_freed_memory
+from fgtrain.cli import USER_ERRORS, fail, silence_libraries
+from fgtrain.compare import compare, parse, write_report
+from fgtrain.compare.report import statement, table_of
+
+
+def main(arguments: list[str]) -> None:
+    """Run what is missing, write the report, show it."""
+    keep_freed_memory()
+    silence_libraries()
+    plan = parse(arguments)
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, *times, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("comparing")
+
+        def tell(text: str, done: int, total: int) -> None:
+            progress.update(bar, description=text, completed=done, total=total)
+            if not console.is_terminal:
+                console.print(f"[{done}/{total}] {text}", markup=False, highlight=False)
+
+        outcome = compare(plan, tell)
+    command = shlex.join(["python", "scripts/compare.py", *arguments])
+    rows = write_report(plan, outcome, command)
+    out = Console()
+    out.width = max(out.width, 140)  # the table is not folded into a file or a narrow window
+    for line in statement(plan, outcome, command)[2:]:
+        out.print(line, highlight=False, soft_wrap=True)
+    out.print(table_of(rows))
+    out.print(
+        f"table.md, table.json, table.csv, curves.png, cosine.png in {plan.folder}", soft_wrap=True, highlight=False
+    )
+    out.print(f"look at it: tensorboard --host 127.0.0.1 --logdir {plan.folder}", soft_wrap=True, highlight=False)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except USER_ERRORS as error:
+        fail(error)

@@ -1,0 +1,34 @@
+"""Evaluate a checkpoint: python scripts/evaluate.py runs/DATE/TIME_fwdgrad/checkpoints/best.ckpt --split test
+
+The run's own config.yaml says which model and data it is of; the results are written as the run's results.json are.
+"""
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+
+from fgtrain.cli import USER_ERRORS, fail, silence_libraries
+from fgtrain.lightning.evaluate import SPLITS, evaluate
+
+
+def main() -> None:
+    """Evaluate, write, print."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("checkpoint", type=Path, help="a .ckpt file in the folder of its run")
+    parser.add_argument("--split", default="test", help=", ".join(SPLITS))
+    parser.add_argument("--out", type=Path, help="file for the results")
+    args = parser.parse_args()
+    silence_libraries()
+    results = evaluate(args.checkpoint, args.split, args.out)
+    console = Console()
+    for name, value in results["metrics"].items():
+        console.print(f"{name} {value:.6g}", highlight=False)
+    console.print(f"results in {results['written']}", soft_wrap=True, highlight=False)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except USER_ERRORS as error:
+        fail(error)

@@ -1,0 +1,72 @@
+"""Performance profiles on test functions: python scripts/profiles.py --methods backprop fwdgrad spsa --dims 2 10
+
+Every function from many starting points with a grid of learning rates, one batched step for all of them; what counts is
+the learning rate that solves most, for each method and function. Writes profiles.json and profiles.png.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from hydra.utils import instantiate
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from fgtrain.cli import USER_ERRORS, fail, silence_libraries
+from fgtrain.compare.plan import compose_run
+from fgtrain.profiles import draw, problems, share_solved, solve, speed_of_batching
+from fgtrain.tasks import Rosenbrock
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--methods", nargs="+", default=["backprop", "fwdgrad", "spsa"], help="files of conf/method")
+    parser.add_argument("--dims", nargs="+", type=int, default=[2, 10])
+    parser.add_argument("--starts", type=int, default=20)
+    parser.add_argument("--iterations", type=int, default=2000)
+    parser.add_argument("--rates", type=int, default=9, help="learning rates, a factor of sqrt(10) apart")
+    parser.add_argument("--tolerance", type=float, default=0.01, help="share of f(x_0) - f* that may be left")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("profiles"), help="folder for the results")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Solve, print the table, write the results."""
+    args = parse()
+    silence_libraries()
+    torch.set_default_dtype(torch.float64)
+    configs = {m: compose_run(["task=sphere"], f"method={m}", "run_dir=.")[0] for m in args.methods}
+    rates = [10 ** (-k / 2) for k in range(args.rates)]
+    found = []
+    jobs = [(m, f) for f in problems(args.dims, args.starts * args.rates) for m in args.methods]
+    for method, function in track(jobs, "solving", console=Console(stderr=True), transient=True):
+        estimator = instantiate(configs[method].method)
+        options = {"tolerance": args.tolerance, "seed": args.seed}
+        found.append(solve(function, method, estimator, rates, args.starts, args.iterations, **options))
+    args.out.mkdir(parents=True, exist_ok=True)
+    draw(found).savefig(args.out / "profiles.png", dpi=110)
+    rows = [solved._asdict() | {"evaluations": solved.evaluations.tolist()} for solved in found]
+    (args.out / "profiles.json").write_text(json.dumps(rows, indent=1) + "\n")
+    budgets = torch.tensor([10.0, 100.0, 1000.0, 10000.0])
+    table = Table(title=f"share of {len(jobs) // len(args.methods) * args.starts} problems solved within evaluations")
+    for name in ("method", *(f"{budget:.0f}" for budget in budgets.tolist())):
+        table.add_column(name, justify="right")
+    for method in args.methods:
+        shares = share_solved([s for s in found if s.method == method], budgets)
+        table.add_row(method, *(f"{share:.2f}" for share in shares.tolist()))
+    Console().print(table)
+    estimator, rows_at_once = instantiate(configs[args.methods[-1]].method), args.starts * args.rates
+    faster = speed_of_batching(lambda count: Rosenbrock(count, "domain", dim=max(args.dims)), estimator, rows_at_once)
+    print(f"one iteration of {rows_at_once} starts and learning rates is {faster:.0f} times faster than one at a time")
+    print(f"profiles.json and profiles.png in {args.out}")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (*USER_ERRORS, ValueError) as error:
+        fail(error)

@@ -1,0 +1,80 @@
+"""A sweep ends with its runs in a table, best first."""
+
+import csv
+import importlib.util
+import math
+import re
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from fgtrain.cli import CONF, one_line
+from fgtrain.sweeps import objective
+
+from .test_script import options, results_under, train
+
+OPTUNA = importlib.util.find_spec("optuna") is not None
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sweep")
+    command = ["experiment=lr_sweep", "method=backprop", "lr=0.001,1.0,-1,0.1", "trainer.max_steps=30"]
+    return folder, *train(folder, *command, "trainer.val_check_interval=15")
+
+
+def test_best_first_and_failed_last(sweep):
+    folder, status, out, err = sweep
+    assert status == 2
+    assert err.splitlines()[-1] == "fgtrain: lr must be positive, got -1.0"
+    (path,) = folder.rglob("sweep.csv")
+    with path.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["status"] for row in rows] == ["done", "done", "done", "failed"]
+    losses = [float(row["val/loss"]) for row in rows[:3]]
+    assert losses == sorted(losses)
+    assert losses == sorted(r["metrics"]["val/loss"] for r in results_under(folder))
+    assert rows[-1]["run"] == "lr=-1"
+    shown = [re.search(r"lr=[\d.-]+", line) for line in out.splitlines()]
+    assert [found.group() for found in shown if found][-4:] == [row["run"] for row in rows]
+    assert "--logdir multirun" in out.splitlines()[-1]
+
+
+def test_names_of_runs_are_short(sweep):
+    names = sorted(path.parent.name for path in sweep[0].rglob("results.json"))
+    assert names == [f"{i}_lr={lr},method=backprop" for i, lr in ((0, "0.001"), (1, "1.0"), (3, "0.1"))]
+
+
+def test_objective():
+    assert objective({"metrics": {"val/loss": 0.5, "test/loss": 0.1}}) == 0.5
+    assert objective({"metrics": {"loss": 2.0}}) == 2.0
+    assert objective({"metrics": {"val/loss": math.nan}}) == math.inf
+
+
+@pytest.mark.parametrize("name", options("experiment"))
+def test_recipes_begin_with_their_command(name):
+    lines = (CONF / "experiment" / f"{name}.yaml").read_text().splitlines()
+    assert lines[0] == "# @package _global_"  # Hydra wants it first
+    assert lines[1].startswith(f"# python scripts/train.py experiment={name}")
+
+
+@pytest.mark.skipif(OPTUNA, reason="optuna is installed")
+def test_optuna_is_optional():
+    with (
+        pytest.raises(Exception, match="hydra/sweeper/optuna") as caught,
+        initialize_config_dir(str(CONF), version_base="1.3"),
+    ):
+        compose("train", ["experiment=optuna"])
+    assert one_line(caught.value) == (
+        'hydra/sweeper=optuna is not installed; pip install -e ".[sweeps]" brings optuna and joblib'
+    )
+
+
+@pytest.mark.skipif(not OPTUNA, reason="the extra sweeps is not installed")
+@pytest.mark.filterwarnings("ignore")
+def test_optuna(tmp_path):
+    command = ["experiment=optuna", "method=backprop", "trainer.max_steps=10", "trainer.val_check_interval=5"]
+    status, out, err = train(tmp_path, *command, "hydra.sweeper.n_trials=3")
+    assert status == 0, err
+    assert len(results_under(tmp_path)) == 3
+    assert "best first" in out

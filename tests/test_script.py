@@ -131,6 +131,7 @@ def test_sweep_is_one_folder_of_runs(tmp_path):
 
 
 COMPANIONS = {
+    "fsdp2": ["trainer.devices=2", "trainer.accelerator=cpu", "method=fwdgrad_lowrank"],
     "steps": ["task=sphere"],
     "points": ["task=sphere"],
     "cnn": ["data=cifar10"],
@@ -142,7 +143,7 @@ CHOICES = [(group.name, choice) for group in sorted(CONF.iterdir()) if group.is_
 CHOICES.remove(("experiment", "optuna"))  # needs an extra, see test_sweeps
 
 
-@pytest.mark.parametrize(("group", "choice"), CHOICES, ids="=".join)
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_every_config_builds(group, choice, tmp_path):
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("train", [f"{group}={choice}", f"run_dir={tmp_path}", *COMPANIONS.get(choice, [])])

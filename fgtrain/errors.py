@@ -19,6 +19,10 @@ class LossError(UserError, ValueError):
     """The loss function does not return what can be differentiated."""
 
 
+class ModelError(UserError, ValueError):
+    """The model has no parameters that can be trained, or not where they can be."""
+
+
 class UnsupportedOperation(UserError, NotImplementedError):
     """The model uses an operation that has no forward-mode derivative."""
 

@@ -10,6 +10,8 @@ from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
+from fgtrain.errors import ModelError
+
 
 class ParameterSlots:
     """Where a model keeps its parameters.
@@ -78,9 +80,9 @@ def trainable_params(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are trained: requires_grad=True, tied ones once.
 
     Raises:
-        ValueError: there is none.
+        ModelError: there is none.
     """
     params = slots_of(model).trainable()
     if not params:
-        raise ValueError(f"{type(model).__name__} has no parameter with requires_grad=True: nothing to train")
+        raise ModelError(f"{type(model).__name__} has no parameter with requires_grad=True: nothing to train")
     return params

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fgtrain.directions import Directions, Piece
+from fgtrain.errors import ModelError
 
 
 class Tangents(ABC):
@@ -204,7 +205,7 @@ def _common_device_and_dtype(params: Sequence[Tensor]) -> tuple[torch.device, to
     device, dtype = params[0].device, params[0].dtype
     for p in params:
         if p.device != device:
-            raise ValueError(
+            raise ModelError(
                 f"the trainable parameters must be on one device, got {device} and {p.device}; "
                 "move the model with .to()"
             )

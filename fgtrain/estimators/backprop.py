@@ -28,6 +28,7 @@ class Backprop(GradientEstimator):
     """
 
     scalar_reducible = False
+    backpropagates = True
     claims: frozenset[Claim] = frozenset({"exact"})
 
     def relative_squared_error(self, grads: Mapping[str, Tensor]) -> float:

@@ -40,10 +40,13 @@ class GradientEstimator(nn.Module, ABC):
         claims: what holds of every estimate g_hat, and is tested on every problem: "exact", it is the gradient to
             rounding, which implies the others; "unbiased", E[g_hat] = grad f; "descent", g_hat . grad f >= 0 in
             every draw.
+        backpropagates: gradients travel backwards through the activations, so that in float16 the loss must be scaled
+            before it is differentiated.
     """
 
     scalar_reducible: bool
     claims: frozenset[Claim] = frozenset()
+    backpropagates: bool = False
 
     def __init__(self) -> None:  # nn.Module's takes any argument; a configuration is checked against this one
         super().__init__()

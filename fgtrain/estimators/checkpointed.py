@@ -44,6 +44,7 @@ class CheckpointedBackprop(GradientEstimator):
     """
 
     scalar_reducible = False
+    backpropagates = True
     claims: frozenset[Claim] = frozenset({"exact"})
 
     def relative_squared_error(self, grads: Mapping[str, Tensor]) -> float:

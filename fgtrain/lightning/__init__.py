@@ -1,5 +1,6 @@
 """Everything that needs Lightning."""
 
+from fgtrain.lightning.convert import convert
 from fgtrain.lightning.module import EstimatorModule
 
-__all__ = ["EstimatorModule"]
+__all__ = ["EstimatorModule", "convert"]

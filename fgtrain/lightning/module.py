@@ -7,7 +7,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.optim import Optimizer
@@ -18,6 +17,7 @@ from fgtrain.errors import ConfigError
 from fgtrain.estimators import Estimate, GradientEstimator, write_grads
 from fgtrain.lightning.checkpoints import refuse_foreign
 from fgtrain.lightning.divergence import Divergence
+from fgtrain.lightning.step import estimate_for_step
 from fgtrain.lightning.strategy import shard_model
 from fgtrain.tasks import Task
 
@@ -77,11 +77,6 @@ class EstimatorModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         if self.ranks.size != self.trainer.world_size:
             self.ranks = Ranks(self.distributed_timeout)
-        plugin = self.trainer.precision_plugin
-        if isinstance(plugin, MixedPrecision) and plugin.scaler is not None:
-            raise ConfigError(
-                "trainer.precision=16-mixed scales a loss that forward gradients never backpropagate; use bf16-mixed"
-            )
 
     def configure_callbacks(self) -> list[L.Callback]:
         return [self.divergence]
@@ -96,24 +91,25 @@ class EstimatorModule(L.LightningModule):
             self._gathered_bytes = shard_model(self.model, self.estimator, self.trainer.strategy)
 
     def estimate(self, estimator: GradientEstimator, batch: Any, batch_idx: int) -> Estimate:
-        """The estimate of all ranks at the current step; nothing is written or stepped."""
-        return self.ranks.estimate(
+        """What all ranks would add to `.grad` at the current step; nothing is written or stepped."""
+        return estimate_for_step(
+            self.trainer.precision_plugin,
+            self.ranks,
             estimator,
             self.model,
             partial(self.task.losses, batch=batch),
             key=(self.seed, self.trainer.global_step, batch_idx % self.accumulate_grad_batches),
             tangents=self.distributed_tangents,
+            micro_batches=self.accumulate_grad_batches,
         )
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         micro_batch = batch_idx % self.accumulate_grad_batches
         estimate = self.estimate(self.estimator, batch, batch_idx)
-        sound = self.divergence.inspect(estimate, self.trainer)
+        scales = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        sound = scales or self.divergence.inspect(estimate, self.trainer)  # a loss scaler skips such steps itself
         self.ranks.bytes_sent += self._gathered_bytes
-        grads = estimate.grads
-        if self.accumulate_grad_batches > 1:
-            grads = {name: g / self.accumulate_grad_batches for name, g in grads.items()}
-        write_grads(self.model, grads, accumulate=micro_batch > 0)
+        write_grads(self.model, estimate.grads, accumulate=micro_batch > 0)
         due = micro_batch + 1 == self.accumulate_grad_batches or self.trainer.is_last_batch
         if due and self.divergence.step_is_sound():
             self._optimizer_step()

@@ -1,0 +1,166 @@
+"""Any LightningModule, trained with any estimator."""
+
+import functools
+from typing import Any, TypeVar
+
+import lightning as L
+from lightning.pytorch.utilities.compile import to_uncompiled
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from fgtrain.distributed import Ranks, TangentsOver
+from fgtrain.errors import ConfigError, LossError
+from fgtrain.estimators import GradientEstimator, write_grads
+from fgtrain.lightning.observed import BACKWARD_CALLED, ObservedStep
+from fgtrain.lightning.optimizers import step_together
+from fgtrain.lightning.step import estimate_for_step
+
+Module = TypeVar("Module", bound=L.LightningModule)
+
+
+def convert(
+    module: Module, estimator: GradientEstimator, *, seed: int = 0, distributed_tangents: TangentsOver = "shared"
+) -> Module:
+    """Make a LightningModule train with gradients from `estimator`; everything else stays as it was written.
+
+    The module keeps its class (as a base), parameters, state_dict and hooks, and Lightning keeps optimizing it
+    automatically: what is exchanged is the one call in which Lightning computes gradients. So schedulers,
+    `Trainer(accumulate_grad_batches=..., gradient_clip_val=...)`, `configure_gradient_clipping` and callbacks do what
+    they always do, and with `Backprop()` the weights are those of plain Lightning, bit for bit.
+
+    `training_step` is called as the loss function: once per batch by most estimators, several times by those that
+    compare losses. `self.log` and torchmetrics inside it count once; what it logs is the value, without the derivative
+    it may carry. It must return a loss (or a dict with "loss", or None to skip the batch) and never call `.backward()`.
+    Several optimizers, which Lightning refuses under automatic optimization, all step on the same gradient.
+
+    Args:
+        module: changed in place. Converting it again exchanges the estimator, also in the middle of training.
+        estimator: where gradients come from; its state is kept in the module's checkpoints.
+        seed: the directions of a step are a function of (seed, optimizer step, micro-batch).
+        distributed_tangents: whether the ranks share their directions, see `fgtrain.distributed`.
+
+    Returns:
+        `module` itself.
+
+    Raises:
+        ConfigError: the module optimizes manually, or takes the data iterator itself.
+    """
+    if not isinstance(module, L.LightningModule):
+        raise ConfigError(
+            f"convert takes a LightningModule, got a {type(module).__name__}; in a training loop of your own, call the "
+            "estimator with the model and its loss"
+        )
+    if not isinstance(module, _Converted):
+        _require_hooks(module)
+        setattr(module, "__class__", _converted_class(type(module)))
+    before = module.__dict__.get("_step")
+    step = ObservedStep(estimator, seed, distributed_tangents, _user_class(module).training_step)
+    if before is not None:
+        step.ranks, step.user_step = before.ranks, before.user_step
+    module.__dict__["_step"] = step
+    return module
+
+
+def _require_hooks(module: L.LightningModule) -> None:
+    for hook in ("training_step", "configure_optimizers"):
+        if not is_overridden(hook, module):
+            raise ConfigError(f"{type(module).__name__} defines no {hook}")
+    if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
+        raise ConfigError("training_step takes dataloader_iter; let it take batch, which can be run more than once")
+    _require_automatic_optimization(module)
+
+
+def _require_automatic_optimization(module: L.LightningModule) -> None:
+    if not module.automatic_optimization:
+        raise ConfigError(
+            f"{type(module).__name__} sets automatic_optimization=False and steps its optimizers itself; return the "
+            "loss from training_step and leave the rest to Lightning, or call the estimator in training_step yourself"
+        )
+
+
+class _Converted(L.LightningModule):
+    """What a converted module does differently; stands before the user's class in the order of its bases."""
+
+    _step: ObservedStep
+
+    def __reduce_ex__(self, protocol: Any) -> Any:  # the class was made here and cannot be found by its name
+        return _restore, (_user_class(self), self.__dict__.copy())
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        if self._compiler_ctx is not None:  # torch.compile(module): compile the loss, not what surrounds it
+            self._step.user_step = self._compiler_ctx["dynamo_ctx"](self._step.user_step)
+            to_uncompiled(self)
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        _require_automatic_optimization(self)
+        if self._step.ranks.size != self.trainer.world_size:
+            self._step.ranks = Ranks()
+        self._step.estimator.to(self.device)
+
+    def configure_optimizers(self) -> Any:
+        return step_together(super().configure_optimizers())
+
+    def _estimate(self, args: tuple[Any, ...]) -> Any:
+        trainer, step = self.trainer, self._step
+        if isinstance(trainer.strategy.model, DistributedDataParallel):
+            trainer.strategy.model.require_backward_grad_sync = False  # no backward pass will come
+        micro_batches = trainer.accumulate_grad_batches
+        estimate = functools.partial(
+            estimate_for_step,
+            trainer.precision_plugin,
+            step.ranks,
+            step.estimator,
+            self,
+            key=(step.seed, trainer.global_step, trainer.fit_loop.batch_idx % micro_batches),
+            tangents=step.tangents,
+            micro_batches=micro_batches,
+        )
+        return step.run(self, args, estimate)
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        write_grads(self, self._step.take_grads(), accumulate=True)
+
+    def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        raise LossError(BACKWARD_CALLED)
+
+    def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
+        if not self._step.keep_log(name, value, args, kwargs):
+            super().log(name, value, *args, **kwargs)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        if state := self._step.estimator.state_dict():
+            checkpoint["fgtrain_estimator"] = state
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        if state := checkpoint.get("fgtrain_estimator"):
+            self._step.estimator.load_state_dict(state)
+
+
+@functools.cache
+def _converted_class(user_class: type[L.LightningModule]) -> type:
+    """A subclass of the user's class whose gradients come from an estimator."""
+
+    @functools.wraps(user_class.training_step)  # Lightning reads its signature
+    def training_step(self: _Converted, *args: Any) -> Any:
+        return self._estimate(args)
+
+    names = {"training_step": training_step, "__module__": user_class.__module__, "__doc__": user_class.__doc__}
+    return type(user_class.__name__, (_Converted, user_class), names)
+
+
+def _user_class(module: L.LightningModule) -> Any:
+    _, user_class = type(module).__bases__
+    return user_class
+
+
+def _restore(user_class: type[L.LightningModule], state: dict[str, Any]) -> Any:
+    converted: Any = _converted_class(user_class)
+    module = converted.__new__(converted)
+    module.__dict__.update(state)
+    return module

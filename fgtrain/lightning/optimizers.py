@@ -1,0 +1,55 @@
+"""Several optimizers as one, for Lightning's automatic optimization takes one."""
+
+from collections import ChainMap
+from collections.abc import Callable
+from typing import Any
+
+from lightning.pytorch.core.optimizer import _configure_optimizers
+from torch.optim import Optimizer
+
+
+class Together(Optimizer):
+    """Optimizers over different parameters that step on the same gradient.
+
+    Args:
+        optimizers: at least one.
+    """
+
+    def __init__(self, optimizers: list[Optimizer]) -> None:
+        self.optimizers = optimizers
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        super().__init__(groups, {})
+        self.param_groups = groups  # the optimizers' own, so that a change of learning rate reaches them
+        self.state = ChainMap(*(optimizer.state for optimizer in optimizers))  # ty: ignore[invalid-assignment]
+
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None if closure is None else closure()
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+        self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        self.state = ChainMap(*(optimizer.state for optimizer in self.optimizers))  # ty: ignore[invalid-assignment]
+
+    def __eq__(self, other: object) -> bool:  # a scheduler belongs to one of them
+        return self is other or any(optimizer is other for optimizer in self.optimizers)
+
+    __hash__ = Optimizer.__hash__
+
+
+def step_together(configured: Any) -> Any:
+    """What configure_optimizers returned, with several optimizers made one; a single one is left as it is."""
+    if configured is None:
+        return None
+    optimizers, schedulers, _ = _configure_optimizers(configured)
+    return configured if len(optimizers) < 2 else ([Together(optimizers)], schedulers)

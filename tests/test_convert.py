@@ -1,0 +1,387 @@
+"""Any LightningModule trains with any estimator, and everything around its gradients stays Lightning's."""
+
+import copy
+import pickle
+import re
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+import torch.nn.functional as F
+import torchmetrics
+from lightning.pytorch.plugins.precision import MixedPrecision
+from torch import nn
+from torch.optim.lr_scheduler import ExponentialLR, ReduceLROnPlateau
+from torch.utils.data import DataLoader, TensorDataset
+
+from fgtrain import Backprop, ForwardGradient, LowRank, write_grads
+from fgtrain.errors import ConfigError, LossError
+from fgtrain.lightning import EstimatorModule, convert
+from fgtrain.random import keyed_generator
+from fgtrain.tasks import Classification
+
+
+class Plain(L.LightningModule):
+    """A module as people have them: nothing in it knows of fgtrain."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(
+            nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(inplace=True), nn.Dropout(0.2), nn.Linear(8, 3)
+        )
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        return F.cross_entropy(self.net(x), y)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val", F.cross_entropy(self.net(batch[0]), batch[1]))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
+
+
+class Full(Plain):
+    """Everything a module may do around its training step."""
+
+    def __init__(self):
+        super().__init__()
+        self.acc = torchmetrics.Accuracy("multiclass", num_classes=3)
+        self.mean = torchmetrics.MeanMetric()
+        self.events = []
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        if batch_idx == 2:
+            return None
+        logits = self.net(x)
+        loss = F.cross_entropy(logits, y)
+        self.acc(logits, y)
+        self.mean.update(loss)
+        self.log("acc", self.acc, on_epoch=True)
+        self.log("mean", self.mean, on_step=False, on_epoch=True)
+        self.log_dict({"loss": loss, "twice": 2 * loss}, on_step=True, on_epoch=True)
+        return {"loss": loss, "logits": logits}
+
+    def on_train_batch_start(self, batch, batch_idx):
+        return -1 if self.current_epoch == 1 and batch_idx == 4 else None
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        logits = outputs.get("logits")
+        assert type(logits) in (torch.Tensor, type(None))
+        self.events.append(("end", None if logits is None else outputs["loss"].item()))
+
+    def on_before_zero_grad(self, optimizer):
+        self.events.append("zero_grad")
+
+    def on_after_backward(self):
+        self.events.append("backward")
+
+    def on_before_optimizer_step(self, optimizer):
+        self.events.append(("step", sum(p.grad.sum().item() for p in self.parameters() if p.grad is not None)))
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None):
+        self.events.append("clip")
+        self.clip_gradients(optimizer, gradient_clip_val or 0.5, gradient_clip_algorithm or "norm")
+
+
+class NoDropout(Plain):
+    """No random numbers but the directions': Lightning's loaders draw from the global ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.net.pop(3)
+
+
+def data():
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(44, 4, generator=generator), torch.randint(3, (44,), generator=generator)
+    return DataLoader(TensorDataset(x, y), 8)
+
+
+def fit(module, tmp_path, ckpt_path=None, **options):
+    loader = data()
+    defaults: dict[str, Any] = {
+        "max_epochs": 3,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+    }
+    defaults |= {"enable_model_summary": False, "accelerator": "cpu", "default_root_dir": tmp_path}
+    trainer = L.Trainer(**(defaults | options))
+    torch.manual_seed(1)
+    trainer.fit(module, loader, loader, ckpt_path=ckpt_path)
+    return trainer
+
+
+def made(user_class, estimator=None):
+    torch.manual_seed(0)
+    module = user_class()
+    return module if estimator is None else convert(module, estimator)
+
+
+def assert_same(a, b):
+    assert a.state_dict().keys() == b.state_dict().keys()
+    for name, value in a.state_dict().items():
+        assert torch.equal(value, b.state_dict()[name]), name
+
+
+class Fp16(MixedPrecision):
+    """CUDA's 16-mixed with its gradient scaler, on this machine."""
+
+    def __init__(self):
+        super().__init__("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+
+
+OPTIONS = [
+    {},
+    {"accumulate_grad_batches": 3},
+    {"gradient_clip_val": 0.1},
+    {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value", "accumulate_grad_batches": 2},
+    {"precision": "64-true"},
+    {"precision": "bf16-true"},
+    {"precision": "bf16-mixed"},
+    {"plugins": "fp16"},
+]
+
+
+def prepared(options):
+    return {"plugins": [Fp16()]} if "plugins" in options else options
+
+
+@pytest.mark.parametrize(
+    ("user_class", "options"), [*((Plain, o) for o in OPTIONS), *((Full, o) for o in OPTIONS[:2])], ids=str
+)
+@pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
+def test_backprop_is_plain_lightning(user_class, options, tmp_path):
+    plain, converted = made(user_class), made(user_class, Backprop())
+    expected, found = (fit(module, tmp_path, **prepared(options)) for module in (plain, converted))
+    assert_same(plain, converted)
+    assert found.global_step == expected.global_step
+    assert found.callback_metrics.keys() == expected.callback_metrics.keys()
+    for name, value in expected.callback_metrics.items():
+        assert torch.equal(value, found.callback_metrics[name]), name
+    if user_class is Full:
+        assert converted.events == plain.events
+
+
+class OneDict(Plain):
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        plateau = {"scheduler": ReduceLROnPlateau(optimizer, patience=0), "monitor": "val"}
+        return {"optimizer": optimizer, "lr_scheduler": plateau}
+
+
+class Lists(Plain):
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        return [optimizer], [{"scheduler": ExponentialLR(optimizer, 0.9), "interval": "step", "frequency": 2}]
+
+
+class Lbfgs(Plain):
+    def configure_optimizers(self):
+        return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=3)
+
+
+class OwnStep(Lists):
+    """Warm-up by hand, in Lightning's hooks."""
+
+    def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+        optimizer.step(closure=optimizer_closure)
+        optimizer.param_groups[0]["lr"] = 0.1 * min(1.0, (self.trainer.global_step + 1) / 5)
+
+    def optimizer_zero_grad(self, epoch, batch_idx, optimizer):
+        optimizer.zero_grad(set_to_none=False)
+
+
+@pytest.mark.parametrize("user_class", [OneDict, Lists, Lbfgs, OwnStep])
+def test_optimizers_of_every_form(user_class, tmp_path):
+    plain, converted = made(user_class), made(user_class, Backprop())
+    for module in (plain, converted):
+        fit(module, tmp_path)
+    assert_same(plain, converted)
+
+
+class Parts(NoDropout):
+    """Two optimizers, each with a schedule of its own, for two parts of one loss."""
+
+    def configure_optimizers(self):
+        first, last = (
+            torch.optim.Adam(self.net[:2].parameters(), lr=0.01),
+            torch.optim.SGD(self.net[3].parameters(), 0.1),
+        )
+        return (
+            {"optimizer": first, "lr_scheduler": {"scheduler": ExponentialLR(first, 0.5), "interval": "step"}},
+            {"optimizer": last, "lr_scheduler": ExponentialLR(last, 0.9)},
+        )
+
+
+def test_several_optimizers_step_together(tmp_path):
+    module = made(Parts, ForwardGradient())
+    trainer = fit(module, tmp_path, gradient_clip_val=0.5)
+    assert trainer.global_step == 18
+    assert [group["lr"] for group in trainer.optimizers[0].param_groups] == pytest.approx(
+        [0.01 * 0.5**18, 0.1 * 0.9**3]
+    )
+
+    torch.manual_seed(0)
+    plain = NoDropout()
+    first = torch.optim.Adam(plain.net[:2].parameters(), lr=0.01)
+    last = torch.optim.SGD(plain.net[3].parameters(), 0.1)
+    schedules, step = [ExponentialLR(first, 0.5), ExponentialLR(last, 0.9)], 0
+    torch.manual_seed(1)
+    for _ in range(3):
+        for x, y in data():
+            loss = lambda net, x=x, y=y: F.cross_entropy(net.net(x), y)  # noqa: E731
+            write_grads(plain, ForwardGradient()(plain, loss, generator=keyed_generator(0, step, 0)).grads)
+            nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+            first.step()
+            last.step()
+            schedules[0].step()
+            step += 1
+        schedules[1].step()
+    assert_same(plain, module)
+
+    path = tmp_path / "parts.ckpt"
+    trainer.save_checkpoint(path)
+    resumed = made(Parts, ForwardGradient())
+    loaded = fit(resumed, tmp_path, ckpt_path=path)
+    assert_same(resumed, module)
+    assert loaded.optimizers[0].state_dict().keys() == {"optimizers"}
+    assert [g["lr"] for g in loaded.optimizers[0].param_groups] == [g["lr"] for g in trainer.optimizers[0].param_groups]
+
+
+class PerExample(NoDropout):
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]), batch[1], reduction="none")
+
+
+@pytest.mark.parametrize("estimator", [ForwardGradient(), ForwardGradient(LowRank(), 4)], ids=str)
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_equals_the_module_of_the_script(estimator, accumulate, tmp_path):
+    converted = made(PerExample, estimator)
+    fit(converted, tmp_path, accumulate_grad_batches=accumulate)
+
+    def optimizer(params):
+        return torch.optim.SGD(params, lr=0.1, momentum=0.9)
+
+    module = EstimatorModule(
+        made(NoDropout).net, Classification(), estimator, optimizer, accumulate_grad_batches=accumulate
+    )
+    fit(module, tmp_path, limit_val_batches=0)
+    assert_same(module.model, converted.net)
+
+
+@pytest.mark.parametrize("estimator", [ForwardGradient(), ForwardGradient(num_tangents=3)], ids=str)
+@pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
+def test_what_is_logged_is_the_value_and_counts_once(estimator, tmp_path):
+    class Frozen(Full):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    plain, converted = made(Frozen), made(Frozen, estimator)
+    expected, found = fit(plain, tmp_path, max_epochs=1), fit(converted, tmp_path, max_epochs=1)
+    assert found.callback_metrics.keys() == expected.callback_metrics.keys()
+    for name, value in expected.callback_metrics.items():
+        torch.testing.assert_close(found.callback_metrics[name], value)
+
+
+@pytest.mark.parametrize("second", [ForwardGradient(), Backprop()], ids=str)
+def test_switch_of_method_under_a_gradient_scaler(second, tmp_path):
+    """The optimizer sees the estimate itself: neither 65536 times too small nor too large."""
+    seen, first = [], Backprop()
+
+    class Switch(NoDropout):
+        def on_train_batch_start(self, batch, batch_idx):
+            convert(self, second if batch_idx % 2 else first)
+
+        def on_before_optimizer_step(self, optimizer):
+            seen.append(torch.cat([p.grad.flatten() for p in self.parameters() if p.grad is not None]))
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    module = made(Switch, first)
+    fit(module, tmp_path, max_epochs=1, limit_val_batches=0, plugins=[Fp16()])
+    for step, (x, y) in enumerate(data()):
+
+        def loss(net, x=x, y=y):
+            with torch.autocast("cpu", torch.float16):
+                return F.cross_entropy(net.net(x), y)
+
+        estimate = (second if step % 2 else first)(module, loss, generator=keyed_generator(0, step, 0))
+        expected = torch.cat([g.flatten() for g in estimate.grads.values()])
+        assert (seen[step] - expected).norm() < 1e-2 * expected.norm()  # float16 resolves 5e-4
+
+
+def test_a_converted_module_is_still_the_users(tmp_path):
+    module = made(Plain, ForwardGradient())
+    assert isinstance(module, Plain)
+    assert type(module).__name__ == "Plain"
+    assert module.state_dict().keys() == Plain().state_dict().keys()
+    twin = pickle.loads(pickle.dumps(copy.deepcopy(module)))
+    fit(twin, tmp_path)
+    fit(module, tmp_path)
+    assert_same(twin, module)
+
+
+class CallsBackward(Plain):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        loss.backward()
+        return loss
+
+
+class CallsManualBackward(Plain):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.manual_backward(loss)
+        return loss
+
+
+class NoLoss(Plain):
+    def training_step(self, batch, batch_idx):
+        return {"value": super().training_step(batch, batch_idx)}
+
+
+@pytest.mark.parametrize("estimator", [Backprop(), ForwardGradient()], ids=str)
+@pytest.mark.parametrize(
+    ("user_class", "message"),
+    [
+        (CallsBackward, "training_step calls backward itself; return the loss and leave its gradient to the estimator"),
+        (CallsManualBackward, "training_step calls backward itself; return the loss"),
+        (NoLoss, 'training_step must return a loss, a dict with "loss", or None .* got a dict with the keys value'),
+    ],
+)
+def test_training_steps_that_cannot_be_differentiated(user_class, message, estimator, tmp_path):
+    backward = torch.Tensor.backward
+    with pytest.raises(LossError, match=message) as caught:
+        fit(made(user_class, estimator), tmp_path)
+    assert "\n" not in str(caught.value)
+    assert torch.Tensor.backward is backward
+
+
+class Manual(Plain):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class Iterates(Plain):
+    def training_step(self, dataloader_iter):  # ty: ignore[incompatible-method-override]
+        return super().training_step(next(dataloader_iter)[0], 0)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.Linear(2, 2), "convert takes a LightningModule, got a Linear; in a training loop of your own"),
+        (L.LightningModule, "LightningModule defines no training_step"),
+        (Manual, "Manual sets automatic_optimization=False and steps its optimizers itself; return the loss"),
+        (Iterates, "training_step takes dataloader_iter; let it take batch"),
+    ],
+)
+def test_modules_that_cannot_be_converted(make, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        convert(make(), ForwardGradient())

@@ -19,6 +19,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from fgtrain.config import drop_arguments_of_replaced_targets
 from fgtrain.errors import Interrupted, JobFailed, StorageError, UserError
 from fgtrain.lightning.checkpoints import disk_error
 from fgtrain.lightning.launch import is_follower
@@ -43,6 +44,7 @@ def run_app(task: Callable[[DictConfig], Any], config_name: str) -> None:
     `HYDRA_FULL_ERROR=1` in the environment brings tracebacks back.
     """
     silence_libraries()
+    sys.path.append(os.getcwd())  # _target_ may name a module of the user's own
     if is_follower():  # the folder of the run is rank 0's, whatever the clock of this process says
         if {"-m", "--multirun"} & set(sys.argv):
             fail("a sweep starts the processes of its jobs itself; start it once, without torchrun or srun")
@@ -100,7 +102,21 @@ def silence_libraries() -> None:
 
 
 def _hydra_main(task: Callable[[DictConfig], Any], config_name: str) -> None:
-    hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")(task)()
+    def job(cfg: DictConfig) -> Any:
+        drop_arguments_of_replaced_targets(cfg, HydraConfig.get().overrides.task)
+        return task(cfg)
+
+    hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")(job)()
+
+
+def choices() -> dict[str, str]:
+    """The chosen file of every group; a `_target_` given on the command line stands for itself."""
+    found = {str(group): choice for group, choice in HydraConfig.get().runtime.choices.items()}
+    for override in HydraConfig.get().overrides.task:
+        key, _, value = override.partition("=")
+        if key.removesuffix("._target_") in found and key.endswith("._target_"):
+            found[key.removesuffix("._target_")] = value
+    return found
 
 
 def fail(error: BaseException | str) -> NoReturn:

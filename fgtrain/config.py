@@ -13,7 +13,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from hydra.utils import get_object
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 
 from fgtrain.errors import ConfigError
 
@@ -136,6 +136,26 @@ def signature_of(target: str) -> Mapping[str, inspect.Parameter]:
     if not callable(found):
         raise ConfigError(f"_target_ {target!r} is not callable")
     return inspect.signature(found).parameters
+
+
+def drop_arguments_of_replaced_targets(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Let `model._target_=mine.Net` stand alone: what the chosen file set for another target goes, unless it fits.
+
+    Args:
+        cfg: changed in place.
+        overrides: of the command line; what it sets itself stays, and is checked.
+    """
+    given = {override.lstrip("+").partition("=")[0] for override in overrides}
+    for path in sorted(key.removesuffix("._target_") for key in given if key.endswith("._target_")):
+        node = OmegaConf.select(cfg, path)
+        try:
+            takes = signature_of(node._target_)
+        except ConfigError:
+            continue  # `check` says so
+        with open_dict(node):
+            for name in set(node) - {str(key).removeprefix(f"{path}.") for key in given} - set(takes):
+                if not str(name).startswith("_"):
+                    del node[name]
 
 
 def _nodes(tree: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:

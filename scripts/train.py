@@ -9,10 +9,9 @@ from pathlib import Path
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # before torch: its profiler talks otherwise
 
-from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from fgtrain.cli import run_app
+from fgtrain.cli import choices, run_app
 from fgtrain.lightning.launch import launch
 from fgtrain.lightning.run import print_results
 from fgtrain.sweeps import objective
@@ -20,7 +19,7 @@ from fgtrain.sweeps import objective
 
 def main(cfg: DictConfig) -> float:
     """Train, and say where the results are; the value is what a search over configurations minimises."""
-    results = launch(cfg, HydraConfig.get().runtime.choices)
+    results = launch(cfg, choices())
     if not cfg.quiet:
         print_results(results, Path(os.path.relpath(cfg.run_dir)))
     return objective(results)

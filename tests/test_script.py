@@ -136,6 +136,10 @@ COMPANIONS = {
     "points": ["task=sphere"],
     "cnn": ["data=cifar10"],
     "torchvision": ["data=cifar10"],
+    "transformer": ["data=text", "task=language_modeling"],
+    "lstm": ["task=language_modeling"],
+    "text": ["task=language_modeling"],
+    "finetune_digits": ["model.weights=null"],
 }
 CHOICES = [(group.name, choice) for group in sorted(CONF.iterdir()) if group.is_dir() for choice in options(group.name)]
 

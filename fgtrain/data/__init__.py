@@ -3,6 +3,7 @@
 from fgtrain.data.digits import Digits
 from fgtrain.data.in_memory import InMemoryDataModule, TensorLoader
 from fgtrain.data.steps import Steps
+from fgtrain.data.text import Text
 from fgtrain.data.vision import TorchvisionImages
 
-__all__ = ["Digits", "InMemoryDataModule", "Steps", "TensorLoader", "TorchvisionImages"]
+__all__ = ["Digits", "InMemoryDataModule", "Steps", "TensorLoader", "Text", "TorchvisionImages"]

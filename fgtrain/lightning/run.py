@@ -36,6 +36,9 @@ from fgtrain.lightning.module import EstimatorModule
 from fgtrain.lightning.provenance import save_provenance
 from fgtrain.tasks import Function
 
+DATA_FACTS = ("input_shape", "num_classes", "vocab_size", "context")
+"""Attributes of the data that a model is built for, where its constructor takes them."""
+
 
 class Run(NamedTuple):
     """The parts of a run, ready to train."""
@@ -56,14 +59,16 @@ def build(cfg: DictConfig) -> Run:
     L.seed_everything(cfg.seed, verbose=False)
     task = instantiate(cfg.task)
     data = instantiate(cfg.data, _convert_="all")
-    known = {name: getattr(data, name) for name in ("input_shape", "num_classes") if hasattr(data, name)}
+    if not isinstance(data, L.LightningDataModule):
+        raise ConfigError(f"data must be a LightningDataModule, got {type(data).__name__}")
+    known = {name: getattr(data, name) for name in DATA_FACTS if hasattr(data, name)}
     optimizer = instantiate(cfg.optimizer, _convert_="all")
     try:
         optimizer([torch.nn.Parameter(torch.zeros(1))])
     except (TypeError, ValueError) as error:
         raise ConfigError(f"optimizer: {error}") from error
     module = EstimatorModule(
-        _instantiate_with(cfg.model, known | {"task": task}),
+        _model(cfg.model, known | {"task": task}),
         task,
         instantiate(cfg.method),
         optimizer,
@@ -99,6 +104,18 @@ def build(cfg: DictConfig) -> Run:
     return Run(module, data, trainer, monitor)
 
 
+def _model(node: DictConfig, known: Mapping[str, Any]) -> torch.nn.Module:
+    model = _instantiate_with(node, known)
+    if isinstance(model, L.LightningModule):
+        raise ConfigError(
+            f"model is a LightningModule ({type(model).__name__}), which brings its own training; in a script of your "
+            "own, pass it to fgtrain.lightning.convert"
+        )
+    if not isinstance(model, torch.nn.Module):
+        raise ConfigError(f"model must be an nn.Module, got {type(model).__name__}")
+    return model
+
+
 def _instantiate_with(node: DictConfig, known: Mapping[str, Any]) -> Any:
     """Instantiate `node` with those of the `known` arguments that it takes and does not set itself."""
     takes = signature_of(node._target_)
@@ -131,6 +148,7 @@ def run(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
     sent = trainer.callback_metrics.pop("comm/bytes_per_step", torch.zeros(())).item()
     results |= {"world_size": trainer.world_size, "comm/bytes_per_step": sent}
     results["num_parameters"] = sum(p.numel() for p in module.model.parameters())
+    results["num_trained"] = sum(p.numel() for p in module.model.parameters() if p.requires_grad)
     if isinstance(module.task, Function):
         results |= _function_results(module)
     else:

@@ -1,6 +1,18 @@
 """The models the configs name. Any other nn.Module serves as well."""
 
 from fgtrain.models.basic import CNN, MLP, ImageAdapter
+from fgtrain.models.finetune import FineTuned, LoRA, add_lora
+from fgtrain.models.sequence import LSTMLM, TransformerLM
 from fgtrain.models.vision import torchvision_model
 
-__all__ = ["CNN", "MLP", "ImageAdapter", "torchvision_model"]
+__all__ = [
+    "CNN",
+    "LSTMLM",
+    "MLP",
+    "FineTuned",
+    "ImageAdapter",
+    "LoRA",
+    "TransformerLM",
+    "add_lora",
+    "torchvision_model",
+]

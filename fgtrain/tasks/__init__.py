@@ -1,4 +1,4 @@
-"""Tasks: classification, and test functions of optimization."""
+"""Tasks: classification, language modelling, and test functions of optimization."""
 
 from fgtrain.tasks.base import Task
 from fgtrain.tasks.classification import Classification
@@ -12,12 +12,14 @@ from fgtrain.tasks.functions import (
     Sphere,
     StyblinskiTang,
 )
+from fgtrain.tasks.language_modeling import LanguageModeling
 
 __all__ = [
     "Beale",
     "Classification",
     "Function",
     "Himmelblau",
+    "LanguageModeling",
     "Matyas",
     "Points",
     "Rosenbrock",

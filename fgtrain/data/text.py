@@ -1,0 +1,92 @@
+"""A text file as language-modelling data."""
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fgtrain.data.in_memory import InMemoryDataModule, Transform
+from fgtrain.errors import DataError
+
+
+class Text(InMemoryDataModule):
+    """Windows of a text file: `context` tokens, and the token after each of them.
+
+    The first 80 % of the text are for training, the next 10 % for validation, the rest for testing. Windows do not
+    overlap.
+
+    Args:
+        batch_size: windows per step and process.
+        path: a UTF-8 text file; None takes the text that comes with fgtrain, Lewis Carroll's "Jabberwocky" and
+            other public-domain verse.
+        context: T, tokens per window.
+        tokens: "chars", one token per different character of the file, or "bytes", 256 of them for any file.
+        seed: key of the order of the training windows.
+
+    Attributes:
+        vocab_size: number of tokens.
+        vocab: the characters in the order of their tokens; None for bytes.
+
+    Raises:
+        DataError: there is no such file, it is no UTF-8 text, or too short for three windows.
+    """
+
+    def __init__(
+        self,
+        batch_size: int,
+        path: str | None = None,
+        context: int = 64,
+        tokens: Literal["chars", "bytes"] = "chars",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(batch_size, seed)
+        if context < 1:
+            raise ValueError(f"context must be at least 1, got {context}")
+        if tokens not in ("chars", "bytes"):
+            raise ValueError(f"tokens must be 'chars' or 'bytes', got {tokens!r}")
+        self.context = context
+        content = _read(path)
+        self.vocab: list[str] | None = None
+        if tokens == "bytes":
+            self.vocab_size = 256
+            self._tokens = torch.frombuffer(bytearray(content), dtype=torch.uint8).long()
+        else:
+            text = _decode(content, path)
+            self.vocab = sorted(set(text))
+            self.vocab_size = len(self.vocab)
+            index = {char: i for i, char in enumerate(self.vocab)}
+            self._tokens = torch.tensor([index[char] for char in text])
+        if len(self._tokens) < 10 * (context + 1):
+            raise DataError(
+                f"data.path={path} has {len(self._tokens)} tokens, too few for windows of {context}; "
+                "set a smaller data.context"
+            )
+
+    def load(self) -> tuple[dict[str, tuple[Tensor, Tensor]], Transform]:
+        size = len(self._tokens)
+        parts = {"train": (0, size * 8 // 10), "val": (size * 8 // 10, size * 9 // 10), "test": (size * 9 // 10, size)}
+        return {name: self._windows(*part) for name, part in parts.items()}, torch.Tensor.long
+
+    def _windows(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        count = (end - start - 1) // self.context
+        inputs = self._tokens[start : start + count * self.context]
+        following = self._tokens[start + 1 : start + count * self.context + 1]
+        return inputs.view(count, self.context), following.view(count, self.context)
+
+
+def _read(path: str | None) -> bytes:
+    if path is None:
+        return files("fgtrain.data").joinpath("verse.txt").read_bytes()
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(f"data.path={path} cannot be read ({error.strerror}); give a text file") from error
+
+
+def _decode(content: bytes, path: str | None) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"data.path={path} is no UTF-8 text ({error.reason}); use data.tokens=bytes") from error

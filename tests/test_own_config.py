@@ -1,0 +1,129 @@
+"""A project of one's own: modules, data and configurations beside the repository, nothing in it changed."""
+
+import sys
+import textwrap
+
+import pytest
+
+from tests.test_script import results_under, train
+
+PACKAGE = '''
+import lightning as L
+import torch
+from torch import nn
+
+from fgtrain import ForwardGradient
+
+
+class MyNet(nn.Sequential):
+    def __init__(self, num_classes, width: int = 8):
+        super().__init__(nn.Linear(5, width), nn.Tanh(), nn.Linear(width, num_classes))
+
+
+class MyData(L.LightningDataModule):
+    num_classes = 2
+
+    def __init__(self, size: int = 64):
+        super().__init__()
+        inputs = torch.randn(size, 5, generator=torch.Generator().manual_seed(0))
+        self.examples = torch.utils.data.TensorDataset(inputs, (inputs[:, 0] > 0).long())
+
+    def _loader(self):
+        return torch.utils.data.DataLoader(self.examples, batch_size=16)
+
+    train_dataloader = val_dataloader = test_dataloader = _loader
+
+
+class Doubled(ForwardGradient):
+    """A method of one's own."""
+
+
+class MyModule(L.LightningModule):
+    def training_step(self, batch):
+        return None
+
+
+def not_a_module(num_classes):
+    return 3
+'''
+
+
+@pytest.fixture
+def project(tmp_path, monkeypatch):
+    """A folder with the package my_package_N, importable only from there, and the configurations my_conf."""
+    name = f"my_package_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(PACKAGE)
+    files = {
+        "model/wide.yaml": f"_target_: {name}.MyNet\nwidth: 32\n",
+        "data/mine.yaml": f"_target_: {name}.MyData\nsize: 128\n",
+        "method/doubled.yaml": f"""
+            # @package _global_
+            method:
+              _target_: {name}.Doubled
+              tangents: ${{tangents}}
+              num_tangents: 2
+            lr: 0.01
+            """,
+        "experiment/ours.yaml": """
+            # @package _global_
+            defaults:
+              - override /model: wide
+              - override /data: mine
+              - override /method: doubled
+              - override /tangents: low_rank
+            trainer:
+              max_steps: 6
+              val_check_interval: 2
+            """,
+    }
+    for path, text in files.items():
+        (tmp_path / "my_conf" / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "my_conf" / path).write_text(textwrap.dedent(text))
+    monkeypatch.setattr("sys.path", [*sys.path])
+    return tmp_path, name
+
+
+SHORT = ["trainer.max_steps=4", "trainer.val_check_interval=2"]
+
+
+def test_targets_on_the_command_line(project):
+    folder, name = project
+    overrides = [f"model._target_={name}.MyNet", f"data._target_={name}.MyData", "+model.width=4", *SHORT]
+    status, _, err = train(folder, "method=fwdgrad", *overrides)
+    assert status == 0, err
+    (results,) = results_under(folder)
+    assert results["num_parameters"] == 5 * 4 + 4 + 4 * 2 + 2
+    assert (results["model"], results["data"]) == (f"{name}.MyNet", f"{name}.MyData")
+    assert results["steps"] == 4
+    assert "test/acc" in results["metrics"]
+
+
+def test_a_config_directory(project):
+    folder, _ = project
+    status, _, err = train(folder, "--config-dir", "my_conf", "experiment=ours")
+    assert status == 0, err
+    (results,) = results_under(folder)
+    assert (results["method"], results["data"], results["model"]) == ("doubled", "mine", "wide")
+    assert results["num_parameters"] == 5 * 32 + 32 + 32 * 2 + 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["model._target_=NAME.Nope"], "fgtrain: model: _target_ 'NAME.Nope' cannot be imported"),
+        (["data._target_=NAME.MyNet", "+data.num_classes=2"], "fgtrain: data must be a LightningDataModule, got MyNet"),
+        (
+            ["data._target_=NAME.MyData", "model._target_=NAME.not_a_module"],
+            "fgtrain: model must be an nn.Module, got int",
+        ),
+        (["data._target_=NAME.MyData", "model._target_=NAME.MyModule"], "fgtrain: model is a LightningModule"),
+        (["data._target_=NAME.MyData", "model._target_=NAME.MyNet", "model.width=a"], "fgtrain: model.width"),
+        (["--config-dir", "no_conf"], "fgtrain: Additional config directory"),
+    ],
+)
+def test_mistakes_are_one_line(arguments, message, project):
+    folder, name = project
+    status, _, err = train(folder, *(a.replace("NAME", name) for a in arguments), *SHORT)
+    assert status == 2
+    assert len(err.splitlines()) == 1
+    assert err.startswith(message.replace("NAME", name))

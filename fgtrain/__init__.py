@@ -9,7 +9,9 @@ from fgtrain.estimators import (
     Estimate,
     ForwardGradient,
     GradientEstimator,
+    LocalGuess,
     MeZO,
+    SecondOrder,
     write_grads,
 )
 from fgtrain.forward_ad import directional_derivatives
@@ -24,10 +26,12 @@ __all__ = [
     "Estimate",
     "ForwardGradient",
     "GradientEstimator",
+    "LocalGuess",
     "LowRank",
     "MeZO",
     "Normal",
     "Rademacher",
+    "SecondOrder",
     "Sphere",
     "directional_derivatives",
     "tasks",

@@ -5,6 +5,8 @@ from fgtrain.estimators.backprop import Backprop
 from fgtrain.estimators.base import Estimate, GradientEstimator, write_grads
 from fgtrain.estimators.checkpointed import CheckpointedBackprop
 from fgtrain.estimators.forward_gradient import ForwardGradient
+from fgtrain.estimators.local_guess import LocalGuess
+from fgtrain.estimators.second_order import SecondOrder
 from fgtrain.estimators.zeroth_order import SPSA, MeZO
 
 __all__ = [
@@ -15,6 +17,8 @@ __all__ = [
     "Estimate",
     "ForwardGradient",
     "GradientEstimator",
+    "LocalGuess",
     "MeZO",
+    "SecondOrder",
     "write_grads",
 ]

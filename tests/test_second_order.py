@@ -1,0 +1,125 @@
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from fgtrain import Normal, Rademacher, SecondOrder
+from fgtrain.directions import dense
+from fgtrain.estimators.second_order import curvature_in_span
+from fgtrain.random import draw_seeds
+from fgtrain.tasks import Points, Rosenbrock
+from tests.cases import CASES, Case
+from tests.properties import exact_grads, flat
+
+
+def sampled(model, num_tangents, draw=0):
+    """The directions an estimator takes: {name: (K, *p.shape)} and the matrix V (n, K)."""
+    params = dict(model.named_parameters())
+    directions = Normal().sample(params, draw_seeds(torch.Generator().manual_seed(draw), num_tangents))
+    tangents = {name: dense(tangent) for name, tangent in directions.items()}
+    return tangents, torch.cat([tangents[name].flatten(1) for name in sorted(tangents)], 1).T
+
+
+def exact_hessian(case, seed=3):
+    """The Hessian by backpropagation twice, (n, n), rows in the order of the names."""
+    model = case.build()
+    names = sorted(dict(model.named_parameters()))
+    with torch.random.fork_rng(), sdpa_kernel(SDPBackend.MATH):
+        torch.manual_seed(seed)
+        grads = torch.autograd.grad(case.loss(model).mean(), [model.get_parameter(n) for n in names], create_graph=True)
+    rows = []
+    for entry in torch.cat([g.flatten() for g in grads]):
+        row = torch.autograd.grad(
+            entry, [model.get_parameter(n) for n in names], retain_graph=True, materialize_grads=True
+        )
+        rows.append(torch.cat([r.flatten() for r in row]))
+    return torch.stack(rows)
+
+
+def layers(name, *modules):
+    return Case(name, lambda: nn.Sequential(*modules), lambda m: m(SEQUENCE).square().sum((1, 2)))
+
+
+SEQUENCE = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+TWICE = [
+    *CASES,
+    layers("layer norm", nn.Linear(6, 6), nn.LayerNorm(6), nn.SiLU(), nn.Linear(6, 2)),
+    layers("batch norm", nn.Conv1d(4, 4, 3), nn.BatchNorm1d(4), nn.SiLU(), nn.Conv1d(4, 2, 1)),
+    layers("batch norm in use", nn.Conv1d(4, 4, 3), nn.BatchNorm1d(4).eval(), nn.SiLU(), nn.Conv1d(4, 2, 1)),
+    layers("instance norm", nn.Conv1d(4, 4, 3), nn.InstanceNorm1d(4, affine=True), nn.SiLU(), nn.Conv1d(4, 2, 1)),
+    layers("group norm", nn.Conv1d(4, 4, 3), nn.GroupNorm(2, 4), nn.SiLU(), nn.Conv1d(4, 2, 1)),
+    layers("rms norm", nn.Linear(6, 6), nn.RMSNorm(6), nn.SiLU(), nn.Linear(6, 2)),
+    layers("transformer", nn.TransformerEncoderLayer(6, 2, 5, dropout=0.0, batch_first=True)),
+]
+
+
+@pytest.mark.parametrize("case", TWICE, ids=lambda case: case.name)
+def test_curvature_is_exact(case):
+    model = case.build()
+    tangents, v = sampled(model, 3)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(3)
+        _, slopes, curvature = curvature_in_span(model, case.loss, tangents)
+    torch.testing.assert_close(slopes, v.T @ flat(exact_grads(case)))
+    torch.testing.assert_close(curvature, v.T @ exact_hessian(case) @ v)
+
+
+def test_newton_step_in_the_whole_space():
+    """With K = n, lr = 1 a step lands on the minimum of a convex quadratic, whatever the directions."""
+    model = nn.ParameterDict({"x": torch.randn(5, generator=torch.Generator().manual_seed(0)).double()})
+    matrix = torch.randn(5, 5, generator=torch.Generator().manual_seed(1)).double()
+    target = torch.arange(5.0).double()
+    estimate = SecondOrder(num_tangents=5, damping=1e-12)(
+        model, lambda m: (matrix @ (m["x"] - target)).square().sum(), generator=torch.Generator().manual_seed(0)
+    )
+    torch.testing.assert_close(model["x"] - estimate.grads["x"], target)
+
+
+def test_negative_curvature_is_walked_away_from():
+    model = nn.ParameterDict({"x": torch.tensor([1.0, 0.1], dtype=torch.float64)})
+    estimate = SecondOrder(num_tangents=2)(model, lambda m: m["x"][0] ** 2 - m["x"][1] ** 2)
+    torch.testing.assert_close(model["x"] - estimate.grads["x"], torch.tensor([0.0, 0.2], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("law", [Normal(), Rademacher()], ids=repr)
+def test_bias_a_step_stays_in_the_plane_and_solves_it(law):
+    """V^T (H g - grad f) = 0: the step is Newton's in the plane, not the gradient."""
+    task = Rosenbrock(dim=6, start=[1.1, 1.2, 1.3, 1.2, 1.1, 1.0])
+    model = Points(task).double()
+    generator = torch.Generator().manual_seed(0)
+    estimate = SecondOrder(law, 2, damping=1e-12)(model, lambda m: task.losses(m, None), generator=generator)
+    seeds = draw_seeds(torch.Generator().manual_seed(0), 2)
+    v = dense(law.sample(dict(model.named_parameters()), seeds)["points"]).flatten(1).T
+    hessian = torch.autograd.functional.hessian(lambda x: task.value(x).sum(), model().detach()).view(6, 6)
+    plane = v.T @ hessian @ v
+    assert torch.linalg.eigvalsh(plane).min() > 0
+    g = estimate.grads["points"].flatten()
+    gradient = torch.autograd.functional.jacobian(lambda x: task.value(x).sum(), model().detach()).flatten()
+    torch.testing.assert_close(v.T @ hessian @ g, v.T @ gradient)
+    torch.testing.assert_close(v @ torch.linalg.lstsq(v, g[:, None]).solution.squeeze(1), g)
+
+
+def test_length_of_the_directions_does_not_matter():
+    class Long(Normal):
+        def fill(self, rows, size, generator):
+            super().fill(rows, size, generator)
+            rows.mul_(100)
+
+    case = CASES[0]
+    steps = [
+        flat(SecondOrder(law, 3)(case.build(), case.loss, generator=torch.Generator().manual_seed(0)).grads)
+        for law in (Normal(), Long())
+    ]
+    torch.testing.assert_close(*steps)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_tangents": 0}, "num_tangents must be an integer of at least 1, got 0"),
+        ({"damping": 0.0}, "damping must be above 0 and at most 1, got 0.0"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        SecondOrder(**arguments)

@@ -33,6 +33,10 @@ def make(method, *overrides):
     return instantiate(configuration(f"method={method}", *overrides))
 
 
+def overrides_of(method, **values):
+    return [f"method.{key}={value}" for key, value in values.items() if key in configuration(f"method={method}")]
+
+
 def methods_that_claim(claim):
     return pytest.mark.parametrize("method", [method for method in METHODS if claim in make(method).claims])
 
@@ -93,6 +97,23 @@ def test_same_state_and_seed_same_estimate(method, case):
     assert torch.equal(first, again)
 
 
+@TABLE
+@pytest.mark.parametrize("method", [method for method in METHODS if make(method).scalar_reducible])
+def test_replayed_from_derivatives_and_seed(method, case):
+    estimator, model = make(method, *overrides_of(method, num_tangents=3)), case.build()
+    estimate = estimator(model, case.loss, generator=torch.Generator().manual_seed(0))
+    assert estimate.directional_derivatives is not None
+    again = estimator.replay(model, estimate.directional_derivatives, torch.Generator().manual_seed(0))
+    assert torch.equal(flat(again), flat(estimate.grads))
+
+
+@TABLE
+@pytest.mark.parametrize("method", [method for method in METHODS if "chunk_size" in configuration(f"method={method}")])
+def test_chunked_equals_unchunked(method, case):
+    whole, chunked = (make(method, *overrides_of(method, num_tangents=3, chunk_size=size)) for size in ("null", 2))
+    torch.testing.assert_close(flat(estimated_grads(chunked, case)), flat(estimated_grads(whole, case)))
+
+
 @pytest.mark.parametrize("task", [Sphere(dim=4), Beale(), Rosenbrock()], ids=lambda task: type(task).__name__)
 @EVERY_METHOD
 def test_lowers_test_functions(method, task):
@@ -135,3 +156,13 @@ def test_shrinkage_is_the_best_length(num_tangents):
         assert error.norm() <= 5 * factor * math.sqrt(s / DRAWS) * flat(gradient).norm()
         for other in (0.9 * factor, 1.1 * factor):
             assert other**2 * s + (1 - other) ** 2 > shrunk.relative_squared_error(gradient)
+
+
+def test_projection_is_short():
+    """E[g_hat] = (K/n) g for isotropic directions, and E ||g_hat||^2 = (K/n) ||g||^2."""
+    estimator = make("fwdgrad", "method.combine=projection", "method.num_tangents=8")
+    case, gradient = CASES[0], flat(exact_grads(CASES[0]))
+    share = 8 / gradient.numel()
+    assert estimator.relative_squared_error(exact_grads(case)) == pytest.approx(1 - share)
+    error = mean_estimate(estimator, case) - share * gradient
+    assert error.norm() <= 5 * math.sqrt(share * (1 - share) / DRAWS) * gradient.norm()

@@ -66,7 +66,7 @@ class LocalGuess(GradientEstimator):
         self.head_lr = head_lr
         self.head_size = head_size
         self.heads = nn.ModuleDict()
-        self.register_load_state_dict_pre_hook(_create_saved_heads)
+        self.register_load_state_dict_pre_hook(_make_room)
 
     def forward(
         self,
@@ -151,16 +151,18 @@ class LocalGuess(GradientEstimator):
         for p in head.parameters():
             nn.init.zeros_(p)
 
+    def make_room(self, state: Mapping[str, Tensor]) -> None:
+        for name, weight in state.items():
+            if name.startswith("heads.") and name.endswith(".weight"):
+                key = name.removeprefix("heads.").removesuffix(".weight")
+                self.add_head(key, weight.shape[1], weight.shape[0], weight)
+
     def extra_repr(self) -> str:
         return f"head_lr={self.head_lr}, head_size={self.head_size}"
 
 
-def _create_saved_heads(estimator: LocalGuess, state: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
-    """The heads that a saved state holds, ready to be filled from it."""
-    for name, weight in state.items():
-        if name.startswith(f"{prefix}heads.") and name.endswith(".weight"):
-            key = name.removeprefix(f"{prefix}heads.").removesuffix(".weight")
-            estimator.add_head(key, weight.shape[1], weight.shape[0], weight)
+def _make_room(estimator: LocalGuess, state: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+    estimator.make_room({name.removeprefix(prefix): saved for name, saved in state.items() if name.startswith(prefix)})
 
 
 def _blocks(model: nn.Module) -> list[list[nn.Module]]:

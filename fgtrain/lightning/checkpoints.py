@@ -14,6 +14,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import nn
 
 from fgtrain.errors import CheckpointError, ConfigError, StorageError
+from fgtrain.estimators import GradientEstimator
 
 NAMES = ("last.ckpt", "previous.ckpt")
 _DISK_ERRORS = {
@@ -166,7 +167,11 @@ def refuse_foreign(checkpoint: Mapping[str, Any], module: nn.Module) -> None:
     """
     if "state_dict" not in checkpoint:
         raise CheckpointError("the file to resume from is no checkpoint of a run: it has no state_dict")
-    saved, own = checkpoint["state_dict"], module.state_dict()
+    saved = checkpoint["state_dict"]
+    for path, part in list(module.named_modules()):
+        if isinstance(part, GradientEstimator):
+            part.make_room({n.removeprefix(f"{path}."): t for n, t in saved.items() if n.startswith(f"{path}.")})
+    own = module.state_dict()
     for name in sorted(saved.keys() | own.keys()):
         if name not in saved or name not in own:
             where = "the checkpoint" if name in saved else "this run's model or method"

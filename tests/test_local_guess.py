@@ -95,6 +95,8 @@ def test_state_holds_the_heads():
     assert again.state_dict().keys() == {f"heads.{i}.{name}" for i in (0, 1) for name in ("weight", "bias")}
     assert_equal_weights(again.state_dict(), estimator.state_dict())
     torch.testing.assert_close(estimated_grads(again, MLP), estimated_grads(estimator, MLP), rtol=0, atol=0)
+    again.load_state_dict(LocalGuess().state_dict())  # of before the first call
+    assert not again.state_dict()
 
 
 @pytest.mark.filterwarnings("ignore:The dirpath has changed")

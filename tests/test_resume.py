@@ -40,17 +40,20 @@ class SignalAt(L.Callback):
             os.kill(os.getpid(), self.number)
 
 
-class Noisy(nn.Module):
+class Noise(nn.Module):
+    """Random numbers of numpy and of Python."""
+
+    def forward(self, x):
+        return x * (1 + 0.1 * np.random.rand() + 0.1 * random.random())
+
+
+class Noisy(nn.Sequential):
     """Everything with a state: Dropout, BatchNorm, and noise from numpy and Python."""
 
     def __init__(self):
-        super().__init__()
-        self.layers = nn.Sequential(
-            nn.Flatten(), nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Dropout(0.3), nn.Linear(5, 3)
+        super().__init__(
+            Noise(), nn.Flatten(), nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Dropout(0.3), nn.Linear(5, 3)
         )
-
-    def forward(self, x):
-        return self.layers(x * (1 + 0.1 * np.random.rand() + 0.1 * random.random()))
 
 
 def noisy_module(method, **options):

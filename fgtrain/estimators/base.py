@@ -78,7 +78,7 @@ class GradientEstimator(nn.Module, ABC):
         """
 
     def make_room(self, state: Mapping[str, Tensor]) -> None:
-        """Create the tensors of a saved state that the first call would create; few methods have any."""
+        """Have the tensors that a saved state has, where the first call creates some; few methods have any."""
 
     def relative_squared_error(self, grads: Mapping[str, Tensor]) -> float | None:
         """E ||g_hat - g||^2 / ||g||^2 in closed form, where g is the gradient `grads`; None where there is none."""

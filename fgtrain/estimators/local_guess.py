@@ -152,6 +152,7 @@ class LocalGuess(GradientEstimator):
             nn.init.zeros_(p)
 
     def make_room(self, state: Mapping[str, Tensor]) -> None:
+        self.heads.clear()
         for name, weight in state.items():
             if name.startswith("heads.") and name.endswith(".weight"):
                 key = name.removeprefix("heads.").removesuffix(".weight")

@@ -75,6 +75,10 @@ def run_app(task: Callable[[DictConfig], Any], config_name: str) -> None:
         fail(error)
     except KeyboardInterrupt:
         fail(Interrupted("interrupted", signal.SIGINT))
+    except ValueError as error:
+        if not str(error).startswith("Config group override"):  # Hydra's word for data=7
+            raise
+        fail(error)
     except OSError as error:
         if disk_error(error) is None:
             raise

@@ -204,6 +204,7 @@ BAD = [
     ("model=torchvision model.name=resnet19", r"model: torchvision has no classification model 'resnet19'; it has"),
     ("--nope", r"unrecognized arguments: --nope"),
     ("lr", r"missing EQUAL"),
+    ("data=7", r"Config group override must be a string or a list. Got int"),
 ]
 
 

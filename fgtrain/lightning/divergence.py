@@ -105,13 +105,13 @@ class Divergence(L.Callback):
         return sound
 
     def _sizes(self, estimate: Estimate, trainer: L.Trainer) -> list[float]:
-        """The loss and the largest magnitudes of derivatives and gradients: one transfer from the device."""
+        """The loss and the norms of derivatives and gradients: one transfer from the device."""
         derivatives, grads = estimate.directional_derivatives, list(estimate.grads.values())
         if trainer.world_size > 1:  # the loss is that of the own shard, and with derivatives gradients may be sharded
             shared = grads if derivatives is None else [derivatives]
-            return [0.0, *torch.stack(torch._foreach_norm(shared, math.inf)).tolist()]
+            return [0.0, *torch.stack(_norms(shared)).tolist()]
         tensors = grads if derivatives is None else [*grads, derivatives]
-        return torch.stack([estimate.loss.detach(), *torch._foreach_norm(tensors, math.inf)]).tolist()
+        return torch.stack([estimate.loss.detach(), *_norms(tensors)]).tolist()
 
     def _watch(self, loss: float, trainer: L.Trainer) -> None:
         if self.detect_divergence is None:
@@ -126,6 +126,11 @@ class Divergence(L.Callback):
                 f"above detect_divergence={self.detect_divergence:g} times that for {self._above_in_a_row} steps; "
                 f"{ADVICE}; lr is {_lr(trainer):.3g}"
             )
+
+
+def _norms(tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    """Not finite where an entry is not; in half precision the squares need the range of single."""
+    return torch._foreach_norm(tensors, 2, dtype=torch.float32 if tensors[0].dtype.itemsize < 4 else None)
 
 
 def _lr(trainer: L.Trainer) -> float:

@@ -48,6 +48,8 @@ class FactoredGrad(Tensor):
         if func is aten.add_.Tensor and _can_stay_factored(*args):
             param, grad = args
             return grad.add_to(param, kwargs.get("alpha", 1))
+        if func in _NORMS and _is_euclidean(args, kwargs):
+            return [_norm(x) for x in args[0]] if isinstance(args[0], (list, tuple)) else _norm(args[0])
         result = func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
         changed = args[0] if args and isinstance(args[0], FactoredGrad) else None
         return changed if changed is not None and result is changed.written else result
@@ -60,6 +62,12 @@ class FactoredGrad(Tensor):
         else:
             matrix.addmm_(self.left.t(), self.right, alpha=alpha)
         return param
+
+    def norm_of_factors(self) -> Tensor:
+        """The Euclidean norm: (left left^T) . (right right^T) is its square."""
+        if len(self.left) == 1:
+            return self.left.norm() * self.right.norm()
+        return ((self.left @ self.left.t()) * (self.right @ self.right.t())).sum().clamp(min=0).sqrt()
 
     def dense(self) -> Tensor:
         """The gradient as a plain tensor."""
@@ -95,6 +103,19 @@ def _can_stay_factored(param: Any, grad: Any) -> bool:
         and param.dtype == grad.dtype
         and param.is_contiguous()
     )
+
+
+_NORMS = {aten.linalg_vector_norm.default, aten._foreach_norm.Scalar}
+
+
+def _is_euclidean(args: Any, kwargs: Any) -> bool:
+    """Whether a norm is that of all entries, to the power 2."""
+    return not kwargs and len(args) <= 2 and (len(args) < 2 or args[1] == 2)
+
+
+def _norm(x: Tensor) -> Tensor:
+    stays = isinstance(x, FactoredGrad) and x.written is None
+    return x.norm_of_factors() if stays else torch.linalg.vector_norm(_plain(x))
 
 
 def _plain(x: Any) -> Any:

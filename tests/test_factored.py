@@ -41,6 +41,16 @@ def test_every_optimizer_steps_as_with_the_plain_gradient(law, options):
     torch.testing.assert_close(params[0], params[1])
 
 
+@pytest.mark.parametrize("rank", [1, 3])
+def test_norms_need_no_numbers(rank):
+    factored, dense = pair(rank)
+    norms = [factored.norm(), torch.linalg.vector_norm(factored), *torch._foreach_norm([factored, dense])]
+    assert factored.written is None
+    for norm in norms:
+        torch.testing.assert_close(norm, dense.norm())
+    torch.testing.assert_close(factored.norm(1), dense.norm(1))
+
+
 def test_clipping_and_accumulation():
     factored, dense = pair()
     for grad in (factored, dense):

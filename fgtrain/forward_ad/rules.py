@@ -100,9 +100,7 @@ _register_family(
     contiguous clone narrow select unbind chunk split split_with_sizes tensor_split flip roll rot90 repeat tile
     repeat_interleave broadcast_to index_select gather take take_along_dim masked_select diagonal diag diag_embed tril
     triu unfold fold __getitem__ cat concat stack hstack vstack dstack sum mean cumsum trace neg
-    pixel_shuffle pixel_unshuffle channel_shuffle avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d
-    adaptive_avg_pool2d adaptive_avg_pool3d upsample_nearest1d upsample_nearest2d upsample_nearest3d
-    upsample_bilinear2d upsample_linear1d upsample_trilinear3d upsample_bicubic2d to float double half bfloat16 type
+    pixel_shuffle pixel_unshuffle channel_shuffle to float double half bfloat16 type
     type_as as_strided real
     """,
     linear,
@@ -112,6 +110,30 @@ RULES[torch.Tensor.view_as] = linear(torch.Tensor.view_as, torch.Tensor.reshape_
 for _name in ("T", "mT"):
     _get = getattr(torch.Tensor, _name).__get__
     RULES[_get] = linear(_get)
+
+
+def _over_examples(func: Any) -> Rule:
+    """For functions linear in (N, C, ..) that act on every example alike: K directions are K times as many examples."""
+    spatial = int(func.__name__[-2])
+
+    def rule(x: Any, *args: Any, **kwargs: Any) -> Any:
+        primal, tangent = primal_of(x), tangent_of(x)
+        if primal.dim() != spatial + 2:
+            return NotImplemented
+        return dual(
+            func(primal, *args, **kwargs), func(tangent.flatten(0, 1), *args, **kwargs).unflatten(0, tangent.shape[:2])
+        )
+
+    return rule
+
+
+_register_family(
+    """
+    avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d upsample_nearest1d
+    upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_linear1d upsample_trilinear3d upsample_bicubic2d
+    """,
+    _over_examples,
+)
 
 
 @register("masked_fill")

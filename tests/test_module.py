@@ -5,7 +5,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 
@@ -54,7 +54,7 @@ def make(estimator, model=None, optimizer=lambda params: torch.optim.SGD(params,
 def trainer(tmp_path, *callbacks, **options):
     defaults: dict[str, Any] = {
         "logger": False,
-        "enable_checkpointing": any(isinstance(c, ModelCheckpoint) for c in callbacks),
+        "enable_checkpointing": any(isinstance(c, Checkpoint) for c in callbacks),
     }
     defaults |= {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
     defaults |= {"use_distributed_sampler": False, "log_every_n_steps": 1, "max_epochs": -1}

@@ -12,6 +12,7 @@ from fgtrain.lightning.checkpoints import read_checked, save_atomically
 from fgtrain.lightning.replay import replay
 from tests.test_methods import METHODS
 from tests.test_methods import make as make_estimator
+from tests.test_resume import SignalAt
 from tests.test_script import ROOT, results_under, train
 
 REPLAYABLE = [method for method in METHODS if make_estimator(method).scalar_reducible]
@@ -46,6 +47,18 @@ def test_replay_rebuilds_the_weights(method, tmp_path):
 )
 def test_whatever_the_training_is(options, tmp_path):
     assert train(tmp_path, *LOGGED, *options)[0] == 0
+    assert_replays(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")
+def test_run_that_was_cut(tmp_path, monkeypatch):
+    """The checkpoint holds the log of the step after which it is written, wherever its callback stands."""
+    options = (*LOGGED, "callbacks.recovery.every_n_steps=7")
+    with monkeypatch.context() as patch:
+        patch.setattr("fgtrain.lightning.run.StepProgress", lambda: SignalAt(16))
+        assert train(tmp_path, *options)[0] == 143
+    assert_replays(tmp_path)
+    assert train(tmp_path, *options, "resume=auto")[0] == 0
     assert_replays(tmp_path)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from lightning.pytorch.callbacks import Checkpoint
 
 from fgtrain.errors import Interrupted
 from fgtrain.lightning.checkpoints import NAMES
@@ -13,8 +14,10 @@ from fgtrain.lightning.checkpoints import NAMES
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Recovery(L.Callback):
+class Recovery(Checkpoint):
     """Keeps `last.ckpt` and, until the one after it is whole, `previous.ckpt`.
+
+    As a `Checkpoint` it comes after all other callbacks, whose state of the step it saves.
 
     A first Ctrl-C or SIGTERM saves after the step in progress and ends the run; a second one ends it at once.
 

@@ -77,7 +77,8 @@ def plain_loop(module, data, steps, accumulate=1, clip=None):
                 lambda net, batch=batch: module.task.losses(net, batch),
                 generator=keyed_generator(module.seed, done, micro),
             )
-            write_grads(model, {n: g / accumulate for n, g in estimate.grads.items()}, accumulate=micro > 0)
+            grads = estimate.grads if accumulate == 1 else {n: g / accumulate for n, g in estimate.grads.items()}
+            write_grads(model, grads, accumulate=micro > 0)
             if micro + 1 == accumulate or i + 1 == len(loader):
                 if clip is not None:
                     nn.utils.clip_grad_norm_(model.parameters(), clip)

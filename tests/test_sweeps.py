@@ -26,7 +26,7 @@ def sweep(tmp_path_factory):
 def test_best_first_and_failed_last(sweep):
     folder, status, out, err = sweep
     assert status == 2
-    assert err.splitlines()[-1] == "fgtrain: lr must be positive, got -1.0"
+    assert "fgtrain: job 2_lr=-1,method=backprop failed: lr must be positive, got -1.0" in err.splitlines()
     (path,) = folder.rglob("sweep.csv")
     with path.open() as file:
         rows = list(csv.DictReader(file))

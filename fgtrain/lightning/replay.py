@@ -82,7 +82,7 @@ def replay(run_dir: Path) -> tuple[EstimatorModule, int]:
     if log.get("format") != FORMAT:
         raise CheckpointError(f"{path} is no replay log of format {FORMAT}; it was written by callbacks=replay_log")
     cfg = load_config(run_dir)
-    cfg.callbacks, cfg.detect_divergence, cfg.self_check, cfg.resume = {}, None, False, None
+    cfg.callbacks, cfg.detect_divergence, cfg.self_check, cfg.resume, cfg.quiet = {}, None, False, None, True
     limits = {"limit_train_batches": None, "limit_val_batches": 0, "overfit_batches": 0.0, "max_time": None}
     cfg.trainer = {**cfg.trainer, **limits, "devices": 1, "num_nodes": 1, "strategy": "auto"}
     module, _, trainer, _ = build(cfg)

@@ -9,9 +9,10 @@ from rich.console import Console
 from rich.table import Table
 
 from fgtrain.benchmarks.steps import peak_mib
+from fgtrain.distributed import Ranks
 from fgtrain.forward_ad.passes import RepeatedPass
 from fgtrain.lightning.module import EstimatorModule
-from fgtrain.random import keyed_generator
+from fgtrain.lightning.step import estimate_for_step
 
 
 class Summary(L.Callback):
@@ -54,7 +55,11 @@ def describe(module: EstimatorModule, batch: Any) -> dict[str, str]:
     if batch is not None:
         loss_fn = partial(module.task.losses, batch=batch)
         watched = copy.deepcopy(estimator)  # its state is not to learn from a look
-        step = lambda: watched(model, loss_fn, generator=keyed_generator(module.seed)) and None  # noqa: E731
+
+        def step() -> None:
+            plugin = module.trainer.precision_plugin
+            estimate_for_step(plugin, Ranks(), watched, model, loss_fn, key=(module.seed,))
+
         peak = peak_mib(step, next(iter(params.values())).device)
         lines["expected memory"] = f"{peak:.3g} MiB a step, above parameters and data"
     return lines
@@ -64,4 +69,5 @@ def _first_batch(trainer: Any) -> Any:
     """A batch of a loader of its own, on the device; None where ranks would have to draw it together."""
     if trainer.datamodule is None or trainer.world_size > 1:
         return None
-    return trainer.strategy.batch_to_device(next(iter(trainer.datamodule.train_dataloader())))
+    batch = next(iter(trainer.datamodule.train_dataloader()))
+    return trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))

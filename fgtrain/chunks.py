@@ -39,12 +39,12 @@ class Chunks:
         return len(self._seeds[i])
 
     def weighted_sum(self, weights: Tensor) -> dict[str, Tensor]:
-        """As `Directions.weighted_sum` of all of them."""
+        """As `Directions.weighted_sum` of all of them, which ends their use."""
         if self._only is not None:
-            return self._only.weighted_sum(weights)
+            return self._only.weighted_sum(weights, consume=True)
         total: dict[str, Tensor] = {}
         for part, directions in zip(weights.split([len(seeds) for seeds in self._seeds]), self, strict=True):
-            for name, block in directions.weighted_sum(part).items():
+            for name, block in directions.weighted_sum(part, consume=True).items():
                 total[name] = total[name].add_(block) if name in total else block
         return total
 

@@ -88,6 +88,7 @@ class Directions(Mapping[str, Tangent]):
         places = {(piece.name, piece.part): i for i, piece in enumerate(pieces)}
         self._likes = {piece.name: piece.like for piece in pieces}
         self._places = {name: [places[name, part] for part in (0, 1) if (name, part) in places] for name in self._likes}
+        self._is_dense = len(places) == len(self._places)
         blocks = buffer.split(self._sizes, dim=-1)
         self._tangents = {name: self._tangent(name, [blocks[i] for i in at]) for name, at in self._places.items()}
 
@@ -111,11 +112,17 @@ class Directions(Mapping[str, Tangent]):
     def __len__(self) -> int:
         return len(self._tangents)
 
-    def weighted_sum(self, weights: Tensor) -> dict[str, Tensor]:
-        """{name: sum_k weights[k] v_k}, shaped like the parameters; weights (K,), or (K, N) with one per row."""
+    def weighted_sum(self, weights: Tensor, *, consume: bool = False) -> dict[str, Tensor]:
+        """{name: sum_k weights[k] v_k}, shaped like the parameters.
+
+        Args:
+            weights: (K,), or (K, N) with one per row.
+            consume: the directions are not needed any more, and the memory of a single one may become the sum's.
+        """
         weights = weights.to(self.buffer.dtype)
         if self.buffer.shape[0] == 1:
-            summed = self.buffer[0] * weights[0].unsqueeze(-1)
+            only, weight = self.buffer[0], weights[0].unsqueeze(-1)
+            summed = only.mul_(weight) if consume and self._is_dense else only * weight
         elif weights.dim() == 1:
             summed = (weights @ self.buffer.flatten(1)).view(self.buffer.shape[1:])
         else:

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from fgtrain.cli import CONF
 from fgtrain.estimators import write_grads
-from fgtrain.lightning.callbacks import StepProgress
+from fgtrain.lightning.callbacks import StepProgress, Summary
 from fgtrain.lightning.run import Run, build
 from fgtrain.random import keyed_generator
 
@@ -66,7 +66,7 @@ def _trained(method: str, num_steps: int) -> float:
         module, data, trainer, _ = _build(method, num_steps, folder)
         callbacks: list[L.Callback] = vars(trainer)["callbacks"]
         for callback in callbacks:
-            if isinstance(callback, StepProgress):
+            if isinstance(callback, (StepProgress, Summary)):
                 callback.console = Console(file=nowhere, force_terminal=True)
         callbacks.append(stopwatch)
         trainer.fit(module, data)

@@ -222,7 +222,7 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def peak_mib(step: Callable[[], None], device: torch.device) -> float:
+def peak_mib(step: Callable[[], object], device: torch.device) -> float:
     """Largest sum of living tensors during a step, above what lived before it."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)

@@ -187,7 +187,8 @@ def check_sweep(folder, status, err):
 
 @pytest.mark.slow
 def test_torchrun(tmp_path):
-    command = ["torchrun", "--nproc_per_node=2", SCRIPT, "trainer=ddp", "distributed.tangents=per_rank", *STEP]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", SCRIPT]
+    command += ["trainer=ddp", "distributed.tangents=per_rank", *STEP]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     (results,) = results_under(tmp_path)
@@ -205,16 +206,16 @@ def descendants(pid):
 @pytest.mark.parametrize("start_method", ["ddp", "ddp_spawn", "ddp_fork"])
 def test_a_killed_rank_ends_the_run(start_method, tmp_path):
     command = [sys.executable, SCRIPT, f"trainer={start_method}", *CPUS, "trainer.max_steps=1000000"]
-    run = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    assert run.stderr is not None
-    for line in run.stderr:
-        if "step" in line:
-            break
-    else:
-        pytest.fail("no step was taken")
-    os.kill(max(descendants(run.pid)), signal.SIGKILL)  # rank 1 is started last
-    assert run.wait(60) == 2
-    assert re.search(r"^fgtrain: rank 1 was ended by SIGKILL", run.stderr.read(), re.MULTILINE)
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as run:
+        assert run.stderr is not None
+        for line in run.stderr:
+            if "step" in line:
+                break
+        else:
+            pytest.fail("no step was taken")
+        os.kill(max(descendants(run.pid)), signal.SIGKILL)  # rank 1 is started last
+        assert run.wait(60) == 2
+        assert re.search(r"^fgtrain: rank 1 was ended by SIGKILL", run.stderr.read(), re.MULTILINE)
 
 
 TORCHRUN = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1", "RANK": "1"}

@@ -147,6 +147,8 @@ def launch(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
     world = plan(to_plain(cfg)["trainer"])
     if world.started or world.size == 1 or world.strategy not in START_METHODS:
         return run(cfg, choices)
+    if multiprocessing.get_start_method() not in multiprocessing.get_all_start_methods():
+        multiprocessing.set_start_method(None, force=True)  # joblib's workers have one that children do not know
     multiprocessing.set_forkserver_preload(["fgtrain.lightning.run"])
     with tempfile.TemporaryDirectory() as folder:
         context = mp.start_processes(

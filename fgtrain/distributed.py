@@ -12,7 +12,8 @@ Methods whose estimate is no function of seeds and derivatives (`scalar_reducibl
 one flat bucket.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal, get_args
 
@@ -51,9 +52,16 @@ class Ranks:
         self.rank = dist.get_rank() if in_group else 0
         self.size = dist.get_world_size() if in_group else 1
         self.bytes_sent = 0.0
+        self._timeout = timedelta(seconds=timeout_seconds)
         self._group: Any = None
-        if self.size > 1:  # an own group: its deadline is not that of loading data or saving a checkpoint
-            self._group = dist.new_group(timeout=timedelta(seconds=timeout_seconds))
+        if self.size > 1:  # an own group: its deadline is not that of loading data
+            self._group = dist.new_group(timeout=self._timeout)
+
+    def end_startup(self) -> None:
+        """From now on others (Lightning, between steps) wait no longer for a rank than a step does."""
+        if self.size > 1:
+            set_timeout: Any = getattr(dist, "set_timeout", None) or vars(dist.distributed_c10d)["_set_pg_timeout"]
+            set_timeout(self._timeout)
 
     def mean(self, tensor: Tensor) -> Tensor:
         """The mean over ranks, bit for bit the same on each; an estimator's `reduce`."""
@@ -75,13 +83,8 @@ class Ranks:
         return found
 
     def _together(self, collective: Callable[..., Any], *tensors: Any) -> None:
-        try:
+        with lost_ranks_named(self.rank):
             collective(*tensors, group=self._group)
-        except RuntimeError as error:  # a closed connection, or the deadline
-            raise RankFailed(
-                f"rank {self.rank} lost another rank in the middle of a step ({str(error).splitlines()[0]}); "
-                "resume=.../checkpoints/last.ckpt continues the run"
-            ) from error
 
     def estimate(
         self,
@@ -121,6 +124,21 @@ class Ranks:
             for rank, found in enumerate(derivatives)
         )
         return own._replace(grads=_mean_of(parts, self.size), directional_derivatives=torch.cat(derivatives))
+
+
+@contextmanager
+def lost_ranks_named(rank: int) -> Generator[None]:
+    """Raise RankFailed for what torch.distributed raises when a connection is closed or a deadline is over."""
+    try:
+        yield
+    except RuntimeError as error:
+        of_connection = isinstance(error, dist.DistError) or "gloo" in str(error)
+        if isinstance(error, RankFailed) or not of_connection:
+            raise
+        raise RankFailed(
+            f"rank {rank} lost another rank in the middle of the run ({str(error).splitlines()[0]}); "
+            "resume=.../checkpoints/last.ckpt continues the run"
+        ) from error
 
 
 def _mean_of(parts: Any, count: int) -> dict[str, Tensor]:

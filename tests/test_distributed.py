@@ -111,7 +111,7 @@ def test_ranks_that_disagree_are_stopped(tmp_path):
 
 def test_waiting_has_an_end(tmp_path):
     message, _ = start(2, rank_jobs.stuck, tmp_path)
-    assert re.match(r"rank 0 lost another rank in the middle of a step \(.*([Tt]imed out|closed)", message)
+    assert re.match(r"rank 0 lost another rank in the middle of the run \(.*([Tt]imed out|closed)", message)
 
 
 def test_buffers_are_rank_zeros(tmp_path):

@@ -78,7 +78,7 @@ def test_a_cut_link_ends_both_hosts_and_the_run_can_be_resumed(hosts, tmp_path):
     for rank in ranks:
         _, err = rank.communicate(timeout=60)
         assert rank.returncode != 0
-        assert re.search(r"fgtrain: rank [01] lost another rank in the middle of a step", err), err
+        assert re.search(r"fgtrain: rank [01] lost another rank in the middle of the run", err), err
     ip("-n", hosts[0], "link", "set", "fg0", "up")
     assert len(list(tmp_path.glob("runs/*/*"))) == 1
     (checkpoint,) = checkpoints

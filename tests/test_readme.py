@@ -1,7 +1,9 @@
 """Every block of the README runs as it stands."""
 
+import os
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -26,7 +28,8 @@ def test_python_blocks_in_their_order():
 @pytest.mark.parametrize("command", [block for block in blocks("bash") if "pip install" not in block])
 def test_commands(command, tmp_path):
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")
-    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
+    environ = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(command, shell=True, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.rglob("results.json"))
 

@@ -36,8 +36,7 @@ class EstimatorModule(L.LightningModule):
         clip_grad_norm: largest norm of the whole gradient; None for none.
         divergence: judges every estimate before it becomes a step.
         distributed_tangents: what several processes share, see `fgtrain.distributed`.
-        divergence: what judges an estimate before it becomes a step.
-        distributed_timeout: seconds a process waits for the others in a step.
+        distributed_timeout: seconds a process waits for the others, once training has begun.
 
     Attributes:
         ranks: the processes, once the trainer has set them up.
@@ -77,6 +76,9 @@ class EstimatorModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         if self.ranks.size != self.trainer.world_size:
             self.ranks = Ranks(self.distributed_timeout)
+
+    def on_train_start(self) -> None:
+        self.ranks.end_startup()
 
     def configure_callbacks(self) -> list[L.Callback]:
         return [self.divergence]

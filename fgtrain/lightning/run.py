@@ -17,6 +17,7 @@ from rich.table import Table
 
 from fgtrain.allocator import keep_freed_memory
 from fgtrain.config import check, signature_of, to_plain
+from fgtrain.distributed import lost_ranks_named
 from fgtrain.errors import ConfigError
 from fgtrain.lightning.callbacks import (
     Dashboard,
@@ -141,7 +142,8 @@ def run(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
     if trainer.is_global_zero:
         run_dir.mkdir(parents=True, exist_ok=True)
         save_provenance(cfg, choices)
-    trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    with lost_ranks_named(trainer.global_rank):
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     results: dict[str, Any] = {name: choices.get(name) for name in ("method", "task", "data", "model")}
     results |= {"seed": cfg.seed, "steps": trainer.global_step, **monitor.summary()}
     results["skipped_steps"] = module.divergence.skipped_steps

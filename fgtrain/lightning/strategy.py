@@ -25,7 +25,7 @@ class Replicas(DDPStrategy):
 
     Args:
         start_method: how processes are started where nothing else (torchrun, SLURM, scripts/train.py) has.
-        timeout: deadline of what happens outside of steps: loading data, validation, checkpoints.
+        timeout: deadline of start-up, such as loading data; from the first step on that of `Ranks` holds.
         options: passed on to Lightning's DDPStrategy.
     """
 

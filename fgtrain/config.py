@@ -153,8 +153,8 @@ def drop_arguments_of_replaced_targets(cfg: DictConfig, overrides: Sequence[str]
         except ConfigError:
             continue  # `check` says so
         with open_dict(node):
-            for name in set(node) - {str(key).removeprefix(f"{path}.") for key in given} - set(takes):
-                if not str(name).startswith("_"):
+            for name in set(node) - set(takes):
+                if not str(name).startswith("_") and f"{path}.{name}" not in given:
                     del node[name]
 
 

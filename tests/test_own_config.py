@@ -88,7 +88,7 @@ SHORT = ["trainer.max_steps=4", "trainer.val_check_interval=2"]
 
 def test_targets_on_the_command_line(project):
     folder, name = project
-    overrides = [f"model._target_={name}.MyNet", f"data._target_={name}.MyData", "+model.width=4", *SHORT]
+    overrides = [f"model._target_={name}.MyNet", f"data._target_={name}.MyData", "+model.width=4", "seed=1", *SHORT]
     status, _, err = train(folder, "method=fwdgrad", *overrides)
     assert status == 0, err
     (results,) = results_under(folder)

@@ -10,6 +10,7 @@ from torch.nn.grad import conv2d_weight
 
 from fgtrain import ActivityPerturbation
 from fgtrain.errors import LossError, UnsupportedOperation
+from fgtrain.random import keyed_generator
 from tests import properties
 from tests.cases import CASES, IMAGES, INPUTS, LABELS, Case
 from tests.properties import estimated_grads, exact_grads, flat
@@ -210,3 +211,18 @@ def test_frozen_layers_get_no_gradient():
 def test_arguments_out_of_range(options):
     with pytest.raises(ValueError, match=f"{next(iter(options))} must be"):
         ActivityPerturbation(**options)
+
+
+@pytest.mark.parametrize("noise", ["rademacher", "normal", "balanced"])
+def test_shrinkage_multiplies_by_its_formula(noise):
+    """Sixteen examples, five units: s is the variance of one example over sqrt(16)."""
+    torch.manual_seed(0)
+    layer, inputs, num = nn.Linear(3, 5, dtype=torch.float64), torch.randn(16, 3, dtype=torch.float64), 2
+    variance = {"rademacher": 4 / 2, "normal": 6 / 2, "balanced": 3 / 2}[noise]
+    losses = lambda m: m(inputs).square().sum(1)  # noqa: E731
+    plain, shrunk = (
+        ActivityPerturbation(num, noise, shrinkage=on)(layer, losses, generator=keyed_generator(0)).grads
+        for on in (False, True)
+    )
+    for name, g in plain.items():
+        torch.testing.assert_close(shrunk[name], g / (1 + variance / 4))

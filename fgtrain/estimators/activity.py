@@ -36,7 +36,13 @@ class ActivityPerturbation(GradientEstimator):
 
     Relative variance for one example, N units of which a ReLU does not cut off:
     (N - 1) / K for noise="rademacher", (N + 1) / K for "normal", N / K - 1 for "balanced" if K divides N (0 for K >= N:
-    the gradient itself); then averaged over the batch.
+    the gradient itself); then averaged over the batch: divided by B where all examples have the same gradient, by 1
+    where their gradients are orthogonal.
+
+    With shrinkage=True a layer's estimate is multiplied by 1 / (1 + s), its length of least error where s is the
+    relative variance; of what lies between the two cases the geometric mean is taken, s = (variance for one example) /
+    sqrt(R) with the R rows (examples times positions) that share the layer's weight. It is then biased, and
+    backpropagation's learning rate serves every width and K.
 
     Cost: one forward pass with K derivatives; the inputs of all layers are kept (memory="keep"), or a second forward
     pass draws the noise again (memory="replay"). The whole gradient is sent between ranks.
@@ -53,6 +59,7 @@ class ActivityPerturbation(GradientEstimator):
         examples: "independent" or "mixed", see above.
         memory: "keep" or "replay".
         tangents: law for the other parameters.
+        shrinkage: see above; an exact head's gradient is left as it is.
 
     Raises:
         ValueError: an argument out of its range.
@@ -74,6 +81,7 @@ class ActivityPerturbation(GradientEstimator):
         examples: Literal["independent", "mixed"] = "independent",
         memory: Literal["keep", "replay"] = "keep",
         tangents: Tangents | None = None,
+        shrinkage: bool = False,
     ) -> None:
         super().__init__()
         if not isinstance(num_tangents, int) or isinstance(num_tangents, bool) or num_tangents < 1:
@@ -94,6 +102,7 @@ class ActivityPerturbation(GradientEstimator):
         self.examples = examples
         self.memory = memory
         self.tangents = tangents if tangents is not None else Rademacher()
+        self.shrinkage = shrinkage
 
     def forward(
         self,
@@ -121,7 +130,9 @@ class ActivityPerturbation(GradientEstimator):
             noises = {name: LayerNoise(name, perturbed) for name in layers.biases}
             repeated = RepeatedPass(model) if self.memory == "replay" else None
             losses, found = run_perturbed(model, loss_fn, {**noises, **(directions or {})})
-            collected = _Collected(self, losses, found, layers.biases, params)
+            separate = losses.dim() == 1 and self.examples == "independent"
+            units = perturbed.noise_size / (losses.numel() if separate else 1)
+            collected = _Collected(self, losses, found, layers.biases, params, self._variance(units))
             if repeated is None:
                 for call in perturbed.calls:
                     assert call.local_grads is not None
@@ -131,8 +142,14 @@ class ActivityPerturbation(GradientEstimator):
                 replayed = ReplayedPass(perturbed, collected.add)
                 run_perturbed(model, loss_fn, {name: LayerNoise(name, replayed) for name in layers.biases})
             if directions is not None:
-                collected.grads |= directions.weighted_sum(collected.derivatives / self.num_tangents)
+                weight = collected.length(losses.numel()) / self.num_tangents
+                collected.grads |= directions.weighted_sum(weight * collected.derivatives)
         return Estimate(losses.mean(), average_grads(collected.grads, reduce), collected.derivatives)
+
+    def _variance(self, units: float) -> float:
+        """For one example, of `units` numbers of noise; what the length of the estimate is to allow for."""
+        excess = {"rademacher": -1.0, "normal": 1.0, "balanced": -self.num_tangents}[self.noise]
+        return max(0.0, units + excess) / self.num_tangents if self.shrinkage else 0.0
 
     def extra_repr(self) -> str:
         return f"num_tangents={self.num_tangents}, noise={self.noise!r}, exact_head={self.exact_head}"
@@ -153,6 +170,7 @@ class _Collected:
         found: Tensor | None,
         biases: Mapping[str, str | None],
         params: Mapping[str, Tensor],
+        variance: float,
     ) -> None:
         if found is None:
             raise LossError(NO_TANGENT)
@@ -164,13 +182,19 @@ class _Collected:
         self._num_examples = losses.numel()
         self._biases = biases
         self._params = params
+        self._variance = variance
+
+    def length(self, num_rows: int) -> float:
+        """What the gradient of a layer that sees this many rows is multiplied by."""
+        return 1 / (1 + self._variance / num_rows**0.5)
 
     def add(self, call: LayerCall, local_grads: LocalGrads) -> None:
         """Add the local gradients of one call of a layer."""
         if call.noise is None:
             grad_output = call.grad_output_of_head(self._unit_derivatives)
         else:
-            grad_output = call.grad_output(self._of_rows(call.shape[0]))
+            length = self.length(call.shape.numel() // call.shape[call.channels])
+            grad_output = call.grad_output(length * self._of_rows(call.shape[0]))
         bias_name = self._biases[call.name]
         for name, grad in zip((call.name, bias_name), local_grads(grad_output), strict=True):
             if name is not None:

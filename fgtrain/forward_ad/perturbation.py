@@ -157,6 +157,10 @@ class PerturbedPass:
         shared_positions: one draw for all positions of a map or sequence.
         head: name of the weight whose output gets the C unit directions behind the K; None for no such layer.
         keeps: whether inputs and noise are kept for `LayerCall.grad_output`.
+
+    Attributes:
+        calls: of layers, in their order.
+        noise_size: numbers drawn for one direction, over the whole batch.
     """
 
     num_tangents: int
@@ -166,6 +170,7 @@ class PerturbedPass:
     head: str | None = None
     keeps: bool = True
     calls: list[LayerCall] = field(default_factory=list)
+    noise_size: int = 0
     _num_draws: int = 0
     _num_units: int = 0
 
@@ -189,6 +194,7 @@ class PerturbedPass:
         shape = list(output.shape)
         if self.shared_positions:
             shape = [n if dim in (0, channels % output.dim()) else 1 for dim, n in enumerate(shape)]
+        self.noise_size += torch.Size(shape).numel()
         generator = torch.Generator(output.device).manual_seed(fold_in(self.seed, self._num_draws))
         units = torch.arange(output.shape[channels], device=output.device) + self._num_units
         self._num_draws, self._num_units = self._num_draws + 1, self._num_units + len(units)

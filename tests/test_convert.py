@@ -287,6 +287,16 @@ def test_what_is_logged_is_the_value_and_counts_once(estimator, tmp_path):
         torch.testing.assert_close(found.callback_metrics[name], value)
 
 
+@pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
+def test_a_first_batch_that_is_skipped_decides_nothing(tmp_path, caplog):
+    class Skips(NoDropout):
+        def training_step(self, batch, batch_idx):
+            return None if batch_idx == 0 else super().training_step(batch, batch_idx)
+
+    fit(made(Skips, ForwardGradient()), tmp_path, max_epochs=1)
+    assert "reference engine" not in caplog.text
+
+
 @pytest.mark.parametrize("second", [ForwardGradient(), Backprop()], ids=str)
 def test_switch_of_method_under_a_gradient_scaler(second, tmp_path):
     """The optimizer sees the estimate itself: neither 65536 times too small nor too large."""

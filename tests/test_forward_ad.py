@@ -59,6 +59,54 @@ def test_inference_mode_and_compiled_functions_keep_their_tangents():
     torch.testing.assert_close(found, expected)
 
 
+class _Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(x):
+        return 2 * x
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        return 2 * tangents[0]
+
+
+class _TakesAnotherPath(nn.Sequential):
+    """In its second pass, random numbers and a buffer come before what the fast engine cannot follow."""
+
+    usual = True
+
+    def __init__(self):
+        super().__init__(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
+
+    def forward(self, input):  # noqa: A002 - as the base names it
+        x = super().forward(input)
+        return 2 * x if self.usual else _Doubled.apply(x)
+
+
+@pytest.mark.usefixtures("float64")
+def test_change_of_engine_leaves_the_trace_of_one_pass(caplog):
+    def state_after(run):
+        torch.manual_seed(0)
+        model = _TakesAnotherPath()
+        for model.usual in (True, False):
+            result = run(model)
+        return result, {n: b.clone() for n, b in model.named_buffers()}, torch.get_rng_state()
+
+    def estimate(model):
+        tangents = {name: torch.ones(2, *p.shape) for name, p in model.named_parameters()}
+        return jvp(model, loss, tangents)[0]
+
+    def loss(model):
+        return model(INPUTS).square().mean(1)
+
+    found, expected = state_after(estimate), state_after(lambda model: loss(model).detach())
+    assert "runs through the slower reference engine" in caplog.text
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
 class _NoJvp(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):

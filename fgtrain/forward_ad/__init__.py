@@ -17,7 +17,7 @@ from fgtrain.errors import UserError
 from fgtrain.forward_ad import native, sharded, stacked
 from fgtrain.forward_ad.dual import NotIntercepted
 from fgtrain.forward_ad.native import LossFn
-from fgtrain.forward_ad.passes import RepeatedPass
+from fgtrain.forward_ad.passes import Buffers, RandomState, RepeatedPass
 from fgtrain.parameters import slots_of
 from fgtrain.sharding import is_sharded
 
@@ -59,16 +59,21 @@ def directional_derivatives(
 
 def jvp(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> tuple[Tensor, Tensor]:
     """As `directional_derivatives`, with the derivative of every example: losses (B,), derivatives (K, B)."""
-    unknown = sorted(tangents.keys() - slots_of(model).params.keys())
+    params = slots_of(model).params
+    unknown = sorted(tangents.keys() - params.keys())
     if unknown:
         raise ValueError(f"tangents for {', '.join(unknown)}, which the model's named_parameters() do not list")
     with torch.inference_mode(False), torch.no_grad():
         engine = _engines.get(model)
         if engine is None:
             engine = _engines[model] = _choose_engine(model, loss_fn, tangents)
+        # Kept at every step, so without NumPy's and Python's random states: those take longer than a small model.
+        before = Buffers(model), RandomState({p.device for p in params.values()})
         try:
             return engine(model, loss_fn, tangents)
         except NotIntercepted:  # the model took another path than at its first pass
+            for state in before:
+                state.restore()
             del _engines[model]
             return jvp(model, loss_fn, tangents)
 

@@ -41,6 +41,22 @@ class RandomState:
             torch.cuda.set_rng_state(state, device)
 
 
+class Buffers:
+    """The buffers of a model (BatchNorm statistics) and their values."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._buffers = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
+        self._values = [b.clone() for _, buffers in self._buffers for b in buffers.values() if b is not None]
+
+    def restore(self) -> None:
+        values = iter(self._values)
+        for module, buffers in self._buffers:
+            module._buffers.update(buffers)
+            for buffer in buffers.values():
+                if buffer is not None:
+                    buffer.copy_(next(values))
+
+
 class RepeatedPass:
     """Lets a model run several times and leave the trace of one run.
 
@@ -49,17 +65,11 @@ class RepeatedPass:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._buffers = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
-        self._values = [b.clone() for _, buffers in self._buffers for b in buffers.values() if b is not None]
+        self._buffers = Buffers(model)
         self._random_state = random_state()
 
     def rewind(self) -> None:
-        values = iter(self._values)
-        for module, buffers in self._buffers:
-            module._buffers.update(buffers)
-            for buffer in buffers.values():
-                if buffer is not None:
-                    buffer.copy_(next(values))
+        self._buffers.restore()
         self.rewind_random_state()
 
     def rewind_random_state(self) -> None:

@@ -21,8 +21,8 @@ BACKWARD_CALLED = (
 )
 
 
-class _Skipped(Exception):
-    """The user's training_step returned None."""
+class _Skipped(BaseException):
+    """The user's training_step returned None: no error, and nothing that an engine should take for one."""
 
 
 class ObservedStep:

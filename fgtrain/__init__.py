@@ -2,6 +2,7 @@
 
 from fgtrain import tasks
 from fgtrain.estimators import (
+    FDFA,
     SPSA,
     ActivityPerturbation,
     Backprop,
@@ -18,6 +19,7 @@ from fgtrain.forward_ad import directional_derivatives
 from fgtrain.tangents import Coordinate, LowRank, Normal, Rademacher, Sphere
 
 __all__ = [
+    "FDFA",
     "SPSA",
     "ActivityPerturbation",
     "Backprop",

@@ -4,12 +4,14 @@ from fgtrain.estimators.activity import ActivityPerturbation
 from fgtrain.estimators.backprop import Backprop
 from fgtrain.estimators.base import Estimate, GradientEstimator, write_grads
 from fgtrain.estimators.checkpointed import CheckpointedBackprop
+from fgtrain.estimators.fdfa import FDFA
 from fgtrain.estimators.forward_gradient import ForwardGradient
 from fgtrain.estimators.local_guess import LocalGuess
 from fgtrain.estimators.second_order import SecondOrder
 from fgtrain.estimators.zeroth_order import SPSA, MeZO
 
 __all__ = [
+    "FDFA",
     "SPSA",
     "ActivityPerturbation",
     "Backprop",

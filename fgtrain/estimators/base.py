@@ -51,6 +51,7 @@ class GradientEstimator(nn.Module, ABC):
     def __init__(self) -> None:  # nn.Module's takes any argument; a configuration is checked against this one
         super().__init__()
         self._generator: torch.Generator | None = None
+        self.register_load_state_dict_pre_hook(_make_room)
 
     def own_generator(self) -> torch.Generator:
         """Where directions come from when the caller names no generator."""
@@ -95,6 +96,10 @@ class GradientEstimator(nn.Module, ABC):
             generator: in the state in which the estimate was given it.
         """
         raise NotImplementedError(f"{type(self).__name__} is not a function of seeds and derivatives alone")
+
+
+def _make_room(estimator: GradientEstimator, state: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+    estimator.make_room({name.removeprefix(prefix): saved for name, saved in state.items() if name.startswith(prefix)})
 
 
 def write_grads(model: nn.Module, grads: Mapping[str, Tensor], *, accumulate: bool = False) -> None:

@@ -66,7 +66,6 @@ class LocalGuess(GradientEstimator):
         self.head_lr = head_lr
         self.head_size = head_size
         self.heads = nn.ModuleDict()
-        self.register_load_state_dict_pre_hook(_make_room)
 
     def forward(
         self,
@@ -160,10 +159,6 @@ class LocalGuess(GradientEstimator):
 
     def extra_repr(self) -> str:
         return f"head_lr={self.head_lr}, head_size={self.head_size}"
-
-
-def _make_room(estimator: LocalGuess, state: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
-    estimator.make_room({name.removeprefix(prefix): saved for name, saved in state.items() if name.startswith(prefix)})
 
 
 def _blocks(model: nn.Module) -> list[list[nn.Module]]:

@@ -48,6 +48,7 @@ class LayerCall:
         channels: dimension of the channels in the output.
         shape: of the output.
         inputs: of the layer, and their version when it was called.
+        tangent: of the head's output (K, B, C), before the unit directions.
     """
 
     name: str
@@ -57,6 +58,7 @@ class LayerCall:
     channels: int
     shape: torch.Size
     inputs: tuple[Tensor, int] | None
+    tangent: Tensor | None = None
     active: Tensor | None = None  # where the ReLU behind the layer let it pass
     used_otherwise: bool = False
     settled: bool = False
@@ -78,7 +80,7 @@ class LayerCall:
 
     def forget(self) -> None:
         """Let go of everything as large as an activation."""
-        self.local_grads = self.noise = self.inputs = None
+        self.local_grads = self.noise = self.inputs = self.tangent = None
         self.active = None if self.active is None else self.active[:0]  # that there is one counts
 
     def grad_output_of_head(self, derivatives: Tensor) -> Tensor:
@@ -98,6 +100,16 @@ class LayerCall:
     def grad_output(self, derivatives: Tensor) -> Tensor:
         """(1/K) sum_k d_k u_k in every row of the output, from derivatives (K, B)."""
         assert self.noise is not None
+        self.check_inputs()
+        signal = _local_signal(self.noise, self.pattern, derivatives, self.channels)
+        return self.cut_off(signal).expand(self.shape)
+
+    def cut_off(self, signal: Tensor) -> Tensor:
+        """`signal` at the layer's output, but 0 where nothing passes the ReLU behind it."""
+        return signal if self.active is None or self.used_otherwise else signal * self.active
+
+    def check_inputs(self) -> None:
+        """Refuse local gradients with inputs that are no longer what the layer has seen."""
         assert self.inputs is not None
         inputs, version = self.inputs
         if inputs._version != version:
@@ -105,8 +117,6 @@ class LayerCall:
                 f"the input of {self.name.removesuffix('.weight')} is changed in place after the layer has used it; "
                 "use the form that is not in place, memory=replay, or method=fwdgrad"
             )
-        signal = _local_signal(self.noise, self.pattern, derivatives, self.channels)
-        return signal.expand(self.shape) if self.active is None or self.used_otherwise else signal * self.active
 
 
 def _local_signal(noise: Tensor, pattern: Tensor | None, derivatives: Tensor, channels: int) -> Tensor:
@@ -177,13 +187,14 @@ class PerturbedPass:
     def perturb(self, name: str, inputs: Tensor, output: Tensor, local_grads: LocalGrads, channels: int) -> Tensor:
         """The layer's output as a dual with noise in its tangents."""
         primal, tangent = primal_of(output), tangent_of(output)
-        noise, pattern = None, None
+        noise, pattern, of_head = None, None, None
         if name == self.head:
-            tangent = self._with_unit_directions(name, primal, tangent)
+            of_head = primal.new_zeros(self.num_tangents, *primal.shape) if tangent is None else tangent
+            tangent = self._with_unit_directions(name, primal, of_head)
         else:
             noise, pattern = self.draw(primal, channels)
             tangent = _add_noise(tangent, noise, pattern, primal, channels)
-        layer = LayerCall(name, local_grads, noise, pattern, channels, primal.shape, (inputs, inputs._version))
+        layer = LayerCall(name, local_grads, noise, pattern, channels, primal.shape, (inputs, inputs._version), of_head)
         if not self.keeps:
             layer.forget()
         self.calls.append(layer)
@@ -206,14 +217,12 @@ class PerturbedPass:
         pattern = (units % self.num_tangents == owner).to(output.dtype) * self.num_tangents**0.5
         return _signs(shape, generator, output), pattern
 
-    def _with_unit_directions(self, name: str, primal: Tensor, tangent: Tensor | None) -> Tensor:
+    def _with_unit_directions(self, name: str, primal: Tensor, tangent: Tensor) -> Tensor:
         if primal.dim() != 2:
             raise UnsupportedOperation(
                 f"exact_head needs outputs (B, C) of the last layer, {name.removesuffix('.weight')} gives "
                 f"{tuple(primal.shape)}; set exact_head=False"
             )
-        if tangent is None:
-            tangent = primal.new_zeros(self.num_tangents, *primal.shape)
         units = torch.eye(primal.shape[1], dtype=primal.dtype, device=primal.device)
         return torch.cat([tangent, units.unsqueeze(1).expand(-1, len(primal), -1)])
 

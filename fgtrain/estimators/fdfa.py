@@ -1,0 +1,162 @@
+"""Direct feedback alignment whose feedback is learnt from forward-mode derivatives."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fgtrain.errors import LossError, UnsupportedOperation
+from fgtrain.estimators.backprop import average_grads
+from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce
+from fgtrain.forward_ad.native import NO_TANGENT
+from fgtrain.forward_ad.perturbation import LayerCall, LayerNoise, PerturbedPass
+from fgtrain.forward_ad.perturbed_layers import perturbed_layers, run_perturbed
+from fgtrain.parameters import trainable_params
+from fgtrain.random import draw_seeds
+from fgtrain.tangents import Rademacher
+
+
+class FDFA(GradientEstimator):
+    """The error of the output, sent straight to every layer through feedback matrices that forward AD learns.
+
+    Formula: signs u_k,i are noise on the output z_l of every hidden layer for example i; one pass carries them to the
+    network's output as tangents t_k,i = sum_l J_l,i u_l,k,i, J_l,i = dy_i / dz_l,i. A feedback matrix follows their
+    mean, B_l <- B_l + beta ((1/(B K)) sum t_k,i u_l,k,i^T - B_l), whose fixed point is E[J_l]. With the exact error
+    e_i = df_i / dy_i, from C more directions that go through the loss alone,
+
+        g_W of layer l = (1/B) sum_i (B_l^T e_i) x_i^T,        g_W of the last layer = (1/B) sum_i e_i x_i^T.
+
+    Where a ReLU is all that follows a layer, the mean is taken over the examples whose unit it lets pass, and units it
+    cuts off get 0.
+
+    Biased: B_l is one matrix for all examples, and follows weights that move. At its fixed point the gradient is exact
+    for linear networks and for one hidden layer of ReLUs.
+
+    Parameters of other layers (norms, embeddings) get directions of their own in the same pass, shrunk as by
+    `ActivityPerturbation` with shrinkage=True.
+
+    Variance of an entry (c, j) of B_l, for noise on N units and a linear network: beta / (2 - beta) / (B K) times the
+    sum of J_cm^2 over the other N - 1 units m. The estimate itself adds none.
+
+    Cost: one forward pass with K + C directions through the last layer and the loss and K before; the inputs of all
+    layers and C numbers for every unit are kept. The whole gradient, and the feedback's, are sent between ranks.
+
+    Args:
+        num_tangents: K >= 1.
+        feedback_lr: beta, in (0, 1]; the first 1 / beta steps take the plain mean.
+
+    Raises:
+        ValueError: an argument out of its range.
+        UnsupportedOperation: the model has no Linear or convolution, uses one twice, or changes the size of its output.
+        LossError: losses are not per example (B,).
+
+    The feedback is created at the first call, at zero, and is saved with the estimator's state.
+
+    Source: Bacho and Chu 2022, arXiv:2212.07282. There the noise is put behind the activation function; means over
+    the units that are not cut off amount to the same.
+    """
+
+    scalar_reducible = False
+
+    def __init__(self, num_tangents: int = 1, *, feedback_lr: float = 0.01) -> None:
+        super().__init__()
+        if not isinstance(num_tangents, int) or isinstance(num_tangents, bool) or num_tangents < 1:
+            raise ValueError(f"num_tangents must be an integer of at least 1, got {num_tangents!r}")
+        if not 0 < feedback_lr <= 1:
+            raise ValueError(f"feedback_lr must be in (0, 1], got {feedback_lr!r}")
+        self.num_tangents = num_tangents
+        self.feedback_lr = feedback_lr
+        self.feedback = nn.Module()
+        self.num_updates: Tensor
+        self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
+
+    def forward(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Any], Tensor],
+        *,
+        generator: torch.Generator | None = None,
+        reduce: Reduce | None = None,
+    ) -> Estimate:
+        params = trainable_params(model)
+        seed, *seeds = draw_seeds(generator or self.own_generator(), 1 + self.num_tangents)
+        with torch.inference_mode(False), torch.no_grad():
+            layers = perturbed_layers(model, loss_fn)
+            others = {name: p for name, p in params.items() if name not in {*layers.biases, *layers.biases.values()}}
+            directions = Rademacher().sample(others, seeds) if others else None
+            perturbed = PerturbedPass(self.num_tangents, seed, "rademacher", head=layers.last)
+            noises = {name: LayerNoise(name, perturbed) for name in layers.biases}
+            losses, found = run_perturbed(model, loss_fn, {**noises, **(directions or {})})
+            if found is None:
+                raise LossError(NO_TANGENT)
+            *hidden, head = _in_order(perturbed.calls)
+            error = head.grad_output_of_head(found[self.num_tangents :])
+            assert head.tangent is not None
+            self._learn(hidden, head.tangent, reduce)
+            signals = [self._through_feedback(error, call) for call in hidden] + [error]
+            grads: dict[str, Tensor] = {}
+            for call, signal in zip([*hidden, head], signals, strict=True):
+                assert call.local_grads is not None
+                call.check_inputs()
+                names = (call.name, layers.biases[call.name])
+                pairs = zip(names, call.local_grads(signal), strict=True)
+                grads |= {name: g.to(params[name].dtype) for name, g in pairs if name is not None}
+            derivatives = found[: self.num_tangents].mean(1)
+            if directions is not None:
+                numbers = perturbed.noise_size / losses.numel() + sum(p.numel() for p in others.values())
+                variance = (numbers - 1) / self.num_tangents / losses.numel() ** 0.5
+                grads |= directions.weighted_sum(derivatives / self.num_tangents / (1 + variance))
+        return Estimate(losses.mean(), average_grads(grads, reduce), derivatives)
+
+    def _learn(self, hidden: list[LayerCall], tangent: Tensor, reduce: Reduce | None) -> None:
+        """Move every feedback matrix towards the mean of the output's tangents times the layer's noise."""
+        self.num_updates += 1
+        rate = max(self.feedback_lr, 1 / int(self.num_updates))
+        rows = tangent.flatten(0, 1)  # (K B, C)
+        for call in hidden:
+            assert call.noise is not None
+            noise, passed = call.noise, call.noise.new_full(call.shape[1:], call.shape[0])
+            if call.is_rectified:
+                assert call.active is not None
+                noise, passed = noise * call.active, call.active.sum(0).to(noise.dtype)
+            total = (rows.T @ noise.flatten(0, 1).flatten(1)).view(-1, *call.shape[1:]) / self.num_tangents
+            if reduce is not None:
+                total, passed = reduce(total), reduce(passed)
+            feedback = self._feedback_of(call, total)
+            feedback.add_(torch.where(passed > 0, total / passed - feedback, 0), alpha=rate)
+
+    def _feedback_of(self, call: LayerCall, like: Tensor) -> Tensor:
+        key = call.name.replace(".", "/")  # buffers have no dots in their names
+        buffers = dict(self.feedback.named_buffers())
+        if key not in buffers:
+            self.feedback.register_buffer(key, torch.zeros_like(like))
+            return self._feedback_of(call, like)
+        if buffers[key].shape != like.shape:
+            layer, now, before = call.name.removesuffix(".weight"), like.shape[1:], buffers[key].shape[1:]
+            raise UnsupportedOperation(
+                f"the output of {layer} is of shape {tuple(now)} per example and was {tuple(before)}; FDFA has "
+                "feedback for one size: give inputs of one size, or use method=activity"
+            )
+        return buffers[key]
+
+    def _through_feedback(self, error: Tensor, call: LayerCall) -> Tensor:
+        """The gradient at the layer's output, from that at the network's (B, C)."""
+        feedback = self.feedback.get_buffer(call.name.replace(".", "/"))
+        return call.cut_off((error @ feedback.flatten(1)).view(call.shape))
+
+    def make_room(self, state: Mapping[str, Tensor]) -> None:
+        for name, saved in state.items():
+            if name.startswith("feedback."):
+                self.feedback.register_buffer(name.removeprefix("feedback."), torch.zeros_like(saved))
+
+    def extra_repr(self) -> str:
+        return f"num_tangents={self.num_tangents}, feedback_lr={self.feedback_lr}"
+
+
+def _in_order(calls: list[LayerCall]) -> list[LayerCall]:
+    names = [call.name for call in calls]
+    twice = sorted({name.removesuffix(".weight") for name in names if names.count(name) > 1})
+    if twice:
+        raise UnsupportedOperation(f"FDFA has one feedback matrix for a layer; {', '.join(twice)} is called twice")
+    return calls

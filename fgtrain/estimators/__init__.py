@@ -6,6 +6,7 @@ from fgtrain.estimators.base import Estimate, GradientEstimator, write_grads
 from fgtrain.estimators.checkpointed import CheckpointedBackprop
 from fgtrain.estimators.fdfa import FDFA
 from fgtrain.estimators.forward_gradient import ForwardGradient
+from fgtrain.estimators.local import LocalLosses
 from fgtrain.estimators.local_guess import LocalGuess
 from fgtrain.estimators.second_order import SecondOrder
 from fgtrain.estimators.zeroth_order import SPSA, MeZO
@@ -20,6 +21,7 @@ __all__ = [
     "ForwardGradient",
     "GradientEstimator",
     "LocalGuess",
+    "LocalLosses",
     "MeZO",
     "SecondOrder",
     "write_grads",

@@ -1,22 +1,21 @@
 """Gradients of small local losses as directions, with true directional derivatives for coefficients."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from fgtrain.chains import is_chain, links
-from fgtrain.errors import UnsupportedOperation
 from fgtrain.estimators.backprop import average_grads
-from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce
+from fgtrain.estimators.base import Claim, Estimate, Reduce
+from fgtrain.estimators.local_heads import LocalHeads, Stage
 from fgtrain.forward_ad import jvp
 from fgtrain.forward_ad.passes import RepeatedPass, check_losses
 from fgtrain.parameters import trainable_params
 
 
-class LocalGuess(GradientEstimator):
+class LocalGuess(LocalHeads):
     """The gradient, projected block by block on the gradient of a local loss (Fournier et al.).
 
     Formula: block l of the network (a layer with parameters and what follows it) feeds a linear head, and the loss of
@@ -58,14 +57,7 @@ class LocalGuess(GradientEstimator):
     claims: frozenset[Claim] = frozenset({"descent"})
 
     def __init__(self, head_lr: float = 0.1, *, head_size: int = 2) -> None:
-        super().__init__()
-        if not head_lr > 0:
-            raise ValueError(f"head_lr must be positive, got {head_lr!r}")
-        if head_size < 1:
-            raise ValueError(f"head_size must be at least 1, got {head_size!r}")
-        self.head_lr = head_lr
-        self.head_size = head_size
-        self.heads = nn.ModuleDict()
+        super().__init__(head_lr, head_size=head_size)
 
     def forward(
         self,
@@ -77,12 +69,8 @@ class LocalGuess(GradientEstimator):
     ) -> Estimate:
         params = trainable_params(model)
         names = {id(p): name for name, p in params.items()}
-        blocks = _blocks(model)
+        blocks = self.blocks_with_heads(model, loss_fn)
         repeated = RepeatedPass(model)
-        if len(self.heads) != len(blocks) - 1:
-            with torch.inference_mode(False), torch.no_grad():
-                self._create_heads(blocks, loss_fn)
-            repeated.rewind()
         with torch.inference_mode(False), torch.enable_grad():
             guesses = self._guesses(blocks, loss_fn, reduce)
         repeated.rewind()
@@ -106,7 +94,7 @@ class LocalGuess(GradientEstimator):
         heads, found, hidden, seen = dict(self.heads.items()), [], None, set()
         for i, block in enumerate(blocks):
             head = heads.get(str(i))
-            stage = _Stage(block, hidden, None if head is None else self._reader(head))
+            stage = Stage(block, hidden, None if head is None else partial(self._read, head))
             loss = check_losses(loss_fn(stage)).mean()
             hidden = stage.output_of_block()
             own = [p for module in block for p in module.parameters() if p.requires_grad and id(p) not in seen]
@@ -121,57 +109,11 @@ class LocalGuess(GradientEstimator):
                     p.sub_(slope, alpha=self.head_lr)
         return found
 
-    def _reader(self, head: nn.Module) -> Callable[[Tensor], Tensor]:
-        return lambda hidden: head(self._features(hidden))
-
-    def _features(self, hidden: Tensor) -> Tensor:
-        """(B, features) of a block's output (B, ...)."""
-        if hidden.dim() == 4:
-            height, width = (min(self.head_size, size) for size in hidden.shape[2:])
-            hidden = F.adaptive_avg_pool2d(hidden, (height, width))
-        return hidden.flatten(1)
-
-    def _create_heads(self, blocks: list[list[nn.Module]], loss_fn: Callable[[Any], Tensor]) -> None:
-        whole = _Stages([_Stage(block) for block in blocks])
-        loss_fn(whole)
-        outputs = [stage.output_of_block() for stage in whole.stages]
-        if outputs[-1].dim() != 2:
-            raise UnsupportedOperation(
-                f"local guesses need a model with outputs (B, classes), got {tuple(outputs[-1].shape)}; "
-                "train with another method"
-            )
-        for i, output in enumerate(outputs[:-1]):
-            self.add_head(str(i), self._features(output).shape[1], outputs[-1].shape[1], output)
-
-    def add_head(self, key: str, num_features: int, num_outputs: int, like: Tensor) -> None:
-        """A head that knows nothing yet, for the block of this index."""
-        head = nn.Linear(num_features, num_outputs, device="meta", dtype=like.dtype)  # initialising would draw numbers
-        self.heads[key] = head.to_empty(device=like.device)
-        for p in head.parameters():
-            nn.init.zeros_(p)
-
-    def make_room(self, state: Mapping[str, Tensor]) -> None:
-        self.heads.clear()
-        for name, weight in state.items():
-            if name.startswith("heads.") and name.endswith(".weight"):
-                key = name.removeprefix("heads.").removesuffix(".weight")
-                self.add_head(key, weight.shape[1], weight.shape[0], weight)
+    def _read(self, head: nn.Module, hidden: Tensor) -> Tensor:
+        return head(self.features(hidden))
 
     def extra_repr(self) -> str:
         return f"head_lr={self.head_lr}, head_size={self.head_size}"
-
-
-def _blocks(model: nn.Module) -> list[list[nn.Module]]:
-    """Layers with parameters, each with what follows it; what precedes the first goes with it."""
-    if not is_chain(model):
-        raise UnsupportedOperation(
-            f"local guesses are taken block by block in an nn.Sequential, which {type(model).__name__} is not; "
-            "make it one or train with another method"
-        )
-    blocks = links(model)
-    if len(blocks) > 1 and not any(True for module in blocks[0] for _ in module.parameters()):
-        blocks[:2] = [blocks[0] + blocks[1]]
-    return blocks
 
 
 def _one_block_each(guesses: list[dict[str, Tensor]], params: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -182,55 +124,3 @@ def _one_block_each(guesses: list[dict[str, Tensor]], params: Mapping[str, Tenso
             tangents[name] = params[name].new_zeros(len(guesses), *v.shape)
             tangents[name][i] = v
     return tangents
-
-
-class _Stage(nn.Module):
-    """Stands for the model in a loss function, but runs one block and its head.
-
-    Args:
-        block: modules run in turn.
-        hidden: what enters the block; None for the first, which takes the model's inputs.
-        head: maps what leaves the block to an output of the model; None if that is one already.
-    """
-
-    def __init__(
-        self, block: list[nn.Module], hidden: Tensor | None = None, head: Callable[[Tensor], Tensor] | None = None
-    ) -> None:
-        super().__init__()
-        self._parts = (block, hidden, head)
-        self._out: Tensor | None = None
-
-    def forward(self, x: Any) -> Any:
-        block, hidden, head = self._parts
-        x = x if hidden is None else hidden
-        for module in block:
-            x = module(x)
-        self._out = x
-        return x if head is None else head(x)
-
-    def output_of_block(self) -> Tensor:
-        if self._out is None:
-            raise UnsupportedOperation(_WHOLE)
-        return self._out.detach()
-
-    def __getitem__(self, key: Any) -> Any:
-        raise UnsupportedOperation(_WHOLE)
-
-
-class _Stages(nn.Module):
-    """The model again, block after block."""
-
-    def __init__(self, stages: list[_Stage]) -> None:
-        super().__init__()
-        self.stages = stages
-
-    def forward(self, x: Any) -> Any:
-        for stage in self.stages:
-            x = stage(x)
-        return x
-
-    def __getitem__(self, key: Any) -> Any:
-        raise UnsupportedOperation(_WHOLE)
-
-
-_WHOLE = "local guesses need a loss function that calls model(inputs), not parts of the model"

@@ -2,6 +2,7 @@
 
 from fgtrain.models.basic import CNN, MLP, ImageAdapter
 from fgtrain.models.finetune import FineTuned, LoRA, add_lora
+from fgtrain.models.mixer import LocalMixer
 from fgtrain.models.sequence import LSTMLM, TransformerLM
 from fgtrain.models.vision import torchvision_model
 
@@ -12,6 +13,7 @@ __all__ = [
     "FineTuned",
     "ImageAdapter",
     "LoRA",
+    "LocalMixer",
     "TransformerLM",
     "add_lora",
     "torchvision_model",

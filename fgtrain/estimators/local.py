@@ -1,0 +1,151 @@
+"""A loss of its own for every block, and any estimator for its gradient."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+
+from fgtrain.errors import UnsupportedOperation
+from fgtrain.estimators.activity import ActivityPerturbation
+from fgtrain.estimators.backprop import average_grads
+from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce
+from fgtrain.estimators.local_heads import WHOLE, LocalHeads
+from fgtrain.forward_ad.dual import Dual
+from fgtrain.parameters import trainable_params
+
+
+class LocalLosses(LocalHeads):
+    """Greedy blocks: no derivative crosses from one to the next (Ren et al.: blockwise local losses).
+
+    Formula: block l, a layer with parameters and what follows it, sees the output h_{l-1} of the blocks before as a
+    constant and feeds a linear head A_l; with F_l = (1/B) sum_i loss(A_l h_l,i),
+
+        g_l = estimate of dF_l / d(parameters of block l),
+
+    by any estimator, by default activity perturbation. The last block needs no head: its loss is the model's. The heads
+    learn from the same losses by gradient descent.
+
+    Biased: local gradients are not those of the loss, except in the last block; of the local ones the estimate has the
+    bias and variance of `estimator`. What is gained is variance: noise on one block's units alone instead of all.
+
+    Cost: that of `estimator` on every block with its head, in turn; what is kept belongs to one block at a time. The
+    whole gradient is sent between ranks.
+
+    Args:
+        estimator: of the local gradients; None for activity perturbation with an exact head and shrinkage.
+        head_lr: learning rate of the heads.
+        head_size: spatial size, per dimension, to which images are averaged before a head.
+
+    Raises:
+        ValueError: an argument out of its range.
+        UnsupportedOperation: the model is no `nn.Sequential` (nested ones are read as one), or loss_fn does not call it
+            exactly as a whole.
+
+    The heads are created at the first call, at zero, and are saved with the estimator's state.
+
+    Source: Ren, Kornblith, Liao, Hinton 2023, arXiv:2210.03310, section 4.
+    """
+
+    scalar_reducible = False
+
+    def __init__(self, estimator: GradientEstimator | None = None, head_lr: float = 0.1, *, head_size: int = 2) -> None:
+        super().__init__(head_lr, head_size=head_size)
+        self.estimator = estimator or ActivityPerturbation(exact_head=True, shrinkage=True)
+        self.backpropagates = self.estimator.backpropagates
+        self._kept: WeakKeyDictionary[nn.Module, list[_LocalNet]] = WeakKeyDictionary()
+
+    def forward(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Any], Tensor],
+        *,
+        generator: torch.Generator | None = None,
+        reduce: Reduce | None = None,
+    ) -> Estimate:
+        names = {id(p): name for name, p in trainable_params(model).items()}
+        generator = generator or self.own_generator()
+        grads: dict[str, Tensor] = {}
+        estimate, hidden = None, None
+        for net in self._nets(model, loss_fn):
+            net.hidden = hidden
+            estimate = self.estimator(net, loss_fn, generator=generator)
+            hidden = net.take_output()
+            params = dict(net.named_parameters())
+            of_head = {}
+            for name, g in average_grads(estimate.grads, reduce).items():
+                own = names.get(id(params[name]))
+                if own is None:
+                    of_head[name] = g
+                else:  # a weight that two blocks share has two losses
+                    grads[own] = grads[own] + g if own in grads else g
+            self._teach(params, of_head)
+        assert estimate is not None
+        return estimate._replace(grads=grads)
+
+    @torch.no_grad()
+    def _teach(self, params: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> None:
+        for name, g in grads.items():
+            params[name].sub_(g, alpha=self.head_lr)
+
+    def _nets(self, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> "list[_LocalNet]":
+        """Every block with its head as a model; the same ones for the same blocks, since engines remember models."""
+        blocks, heads = self.blocks_with_heads(model, loss_fn), dict(self.heads.items())
+        parts = [(block, heads.get(str(i))) for i, block in enumerate(blocks)]
+        kept = self._kept.get(model, [])
+        if len(kept) != len(parts) or not all(net.consists_of(*part) for net, part in zip(kept, parts, strict=True)):
+            kept = self._kept[model] = [_LocalNet(block, head, self.features) for block, head in parts]
+        return kept
+
+    def extra_repr(self) -> str:
+        return f"head_lr={self.head_lr}, head_size={self.head_size}"
+
+
+class _LocalNet(nn.Module):
+    """A block and its head as a model of their own.
+
+    Args:
+        block: modules run in turn.
+        head: maps features of what leaves the block to an output of the model; None if that is one already.
+        features: see `LocalHeads.features`.
+
+    Attributes:
+        hidden: what enters the block; None for the first, which takes the model's inputs.
+    """
+
+    def __init__(self, block: list[nn.Module], head: nn.Module | None, features: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.block = nn.ModuleList(block)
+        self.head = head
+        self.features = features
+        self.hidden: Tensor | None = None
+        self._output: Tensor | None = None
+
+    def consists_of(self, block: list[nn.Module], head: nn.Module | None) -> bool:
+        """Whether these are its parts."""
+        own = list(self.block)
+        return self.head is head and len(own) == len(block) and all(a is b for a, b in zip(own, block, strict=True))
+
+    def forward(self, x: Any) -> Any:
+        x = x if self.hidden is None else self.hidden
+        for module in self.block:
+            x = module(x)
+        self._output = _value(x)
+        return x if self.head is None else self.head(self.features(x))
+
+    def take_output(self) -> Tensor:
+        """What has left the block; nothing of the pass is kept any longer."""
+        if self._output is None:
+            raise UnsupportedOperation(WHOLE)
+        output, self._output, self.hidden = self._output, None, None
+        return output
+
+    def __getitem__(self, key: Any) -> Any:
+        raise UnsupportedOperation(WHOLE)
+
+
+def _value(x: Tensor) -> Tensor:
+    """What a tensor is without its derivatives, of whichever kind."""
+    return x.primal.detach() if isinstance(x, Dual) else forward_ad.unpack_dual(x).primal.detach()

@@ -1,0 +1,150 @@
+"""Blocks of a network and the small heads that give each of them a loss of its own."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fgtrain.chains import is_chain, links
+from fgtrain.errors import UnsupportedOperation
+from fgtrain.estimators.base import GradientEstimator
+from fgtrain.forward_ad.passes import RepeatedPass
+
+
+class LocalHeads(GradientEstimator):
+    """An estimator with a linear head behind every block but the last, which learns by gradient descent.
+
+    A block is a layer with parameters and what follows it. The heads are created at the first call, at zero, and are
+    saved with the estimator's state.
+
+    Args:
+        head_lr: learning rate of the heads.
+        head_size: spatial size, per dimension, to which images are averaged before a head.
+
+    Raises:
+        ValueError: an argument out of its range.
+    """
+
+    def __init__(self, head_lr: float = 0.1, *, head_size: int = 2) -> None:
+        super().__init__()
+        if not head_lr > 0:
+            raise ValueError(f"head_lr must be positive, got {head_lr!r}")
+        if head_size < 1:
+            raise ValueError(f"head_size must be at least 1, got {head_size!r}")
+        self.head_lr = head_lr
+        self.head_size = head_size
+        self.heads = nn.ModuleDict()
+
+    def blocks_with_heads(self, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> list[list[nn.Module]]:
+        """The blocks of the model, whose heads are there afterwards; the trial that may take leaves no trace.
+
+        Raises:
+            UnsupportedOperation: the model is no chain of modules with outputs (B, classes).
+        """
+        blocks = blocks_of(model)
+        if len(self.heads) != len(blocks) - 1:
+            repeated = RepeatedPass(model)
+            with torch.inference_mode(False), torch.no_grad():
+                self._create_heads(blocks, loss_fn)
+            repeated.rewind()
+        return blocks
+
+    def features(self, hidden: Tensor) -> Tensor:
+        """(B, features) of a block's output (B, ...)."""
+        if hidden.dim() == 4:
+            height, width = (min(self.head_size, size) for size in hidden.shape[2:])
+            hidden = F.adaptive_avg_pool2d(hidden, (height, width))
+        return hidden.flatten(1)
+
+    def _create_heads(self, blocks: list[list[nn.Module]], loss_fn: Callable[[Any], Tensor]) -> None:
+        whole = Stages([Stage(block) for block in blocks])
+        loss_fn(whole)
+        outputs = [stage.output_of_block() for stage in whole.stages]
+        if outputs[-1].dim() != 2:
+            raise UnsupportedOperation(
+                f"local losses need a model with outputs (B, classes), got {tuple(outputs[-1].shape)}; "
+                "train with another method"
+            )
+        for i, output in enumerate(outputs[:-1]):
+            self.add_head(str(i), self.features(output).shape[1], outputs[-1].shape[1], output)
+
+    def add_head(self, key: str, numfeatures: int, num_outputs: int, like: Tensor) -> None:
+        """A head that knows nothing yet, for the block of this index."""
+        head = nn.Linear(numfeatures, num_outputs, device="meta", dtype=like.dtype)  # initialising would draw numbers
+        self.heads[key] = head.to_empty(device=like.device)
+        for p in head.parameters():
+            nn.init.zeros_(p)
+
+    def make_room(self, state: Mapping[str, Tensor]) -> None:
+        self.heads.clear()
+        for name, weight in state.items():
+            if name.startswith("heads.") and name.endswith(".weight"):
+                key = name.removeprefix("heads.").removesuffix(".weight")
+                self.add_head(key, weight.shape[1], weight.shape[0], weight)
+
+
+def blocks_of(model: nn.Module) -> list[list[nn.Module]]:
+    """Layers with parameters, each with what follows it; what precedes the first goes with it."""
+    if not is_chain(model):
+        raise UnsupportedOperation(
+            f"local losses are taken block by block in an nn.Sequential, which {type(model).__name__} is not; "
+            "make it one or train with another method"
+        )
+    blocks = links(model)
+    if len(blocks) > 1 and not any(True for module in blocks[0] for _ in module.parameters()):
+        blocks[:2] = [blocks[0] + blocks[1]]
+    return blocks
+
+
+class Stage(nn.Module):
+    """Stands for the model in a loss function, but runs one block and its head.
+
+    Args:
+        block: modules run in turn.
+        hidden: what enters the block; None for the first, which takes the model's inputs.
+        head: maps what leaves the block to an output of the model; None if that is one already.
+    """
+
+    def __init__(
+        self, block: list[nn.Module], hidden: Tensor | None = None, head: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        super().__init__()
+        self._parts = (block, hidden, head)
+        self._out: Tensor | None = None
+
+    def forward(self, x: Any) -> Any:
+        block, hidden, head = self._parts
+        x = x if hidden is None else hidden
+        for module in block:
+            x = module(x)
+        self._out = x
+        return x if head is None else head(x)
+
+    def output_of_block(self) -> Tensor:
+        if self._out is None:
+            raise UnsupportedOperation(WHOLE)
+        return self._out.detach()
+
+    def __getitem__(self, key: Any) -> Any:
+        raise UnsupportedOperation(WHOLE)
+
+
+class Stages(nn.Module):
+    """The model again, block after block."""
+
+    def __init__(self, stages: list[Stage]) -> None:
+        super().__init__()
+        self.stages = stages
+
+    def forward(self, x: Any) -> Any:
+        for stage in self.stages:
+            x = stage(x)
+        return x
+
+    def __getitem__(self, key: Any) -> Any:
+        raise UnsupportedOperation(WHOLE)
+
+
+WHOLE = "local losses need a loss function that calls model(inputs), not parts of the model"

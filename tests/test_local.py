@@ -1,0 +1,125 @@
+"""Local losses against separate losses and backpropagation by hand, in float64."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fgtrain import ActivityPerturbation, Backprop, LocalLosses
+from fgtrain.errors import UnsupportedOperation
+from fgtrain.models import LocalMixer
+from fgtrain.random import keyed_generator
+from tests.cases import IMAGES, INPUTS, LABELS
+from tests.properties import flat
+
+BLOCKS = ("0.", "2.", "4.")
+
+
+def mlp():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+def losses(model):
+    return F.cross_entropy(model(INPUTS), LABELS, reduction="none")
+
+
+def taught(estimator, model, calls=5):
+    """The estimator with heads that have learnt a little, from exact gradients so that they are always the same."""
+    teacher = LocalLosses(Backprop())
+    for _ in range(calls):
+        teacher(model, losses)
+    learnt = {name: value for name, value in teacher.state_dict().items() if name.startswith("heads.")}
+    estimator.load_state_dict(estimator.state_dict() | learnt)
+    return estimator
+
+
+def local_gradients(model, heads):
+    """Every block's gradient of its own loss, with what enters it detached."""
+    x, found = INPUTS, {}
+    for i, block in enumerate((model[:2], model[2:4], model[4:])):
+        y = block(x)
+        logits = heads[str(i)](y) if i < 2 else y
+        params = [(f"{2 * i}.{name}", p) for name, p in model[2 * i].named_parameters()]
+        slopes = torch.autograd.grad(F.cross_entropy(logits, LABELS), [p for _, p in params])
+        found |= {name: slope for (name, _), slope in zip(params, slopes, strict=True)}
+        x = y.detach()
+    return found
+
+
+def test_with_backprop_it_is_the_gradient_of_every_blocks_own_loss():
+    model = mlp()
+    estimator = taught(LocalLosses(Backprop()), model)
+    expected = local_gradients(model, estimator.heads)
+    grads = estimator(model, losses).grads
+    assert grads.keys() == expected.keys()
+    torch.testing.assert_close(flat(grads), flat(expected), rtol=1e-12, atol=1e-12)
+    exact = Backprop()(model, losses).grads
+    for name in ("4.weight", "4.bias"):  # the last block's own loss is the model's
+        torch.testing.assert_close(grads[name], exact[name])
+    assert not torch.allclose(grads["0.weight"], exact["0.weight"])  # the bias
+
+
+def test_with_activity_perturbation_it_is_unbiased_for_the_local_gradients():
+    model, draws = mlp(), 300
+    estimator = taught(LocalLosses(ActivityPerturbation(exact_head=True)), model)
+    expected, state = local_gradients(model, estimator.heads), estimator.state_dict()
+    state = {name: value.clone() for name, value in state.items()}
+    found = []
+    for draw in range(draws):
+        estimator.load_state_dict(state)
+        found.append(estimator(model, losses, generator=keyed_generator(draw)).grads)
+    for name, g in expected.items():
+        estimates = torch.stack([grads[name] for grads in found])
+        error = (estimates.mean(0) - g).abs()
+        assert (error <= 5 * estimates.std(0) / math.sqrt(draws) + 1e-12).all(), name
+
+
+def test_heads_learn_by_gradient_descent():
+    model, estimator = mlp(), LocalLosses(Backprop(), head_lr=0.5)
+    estimator(model, losses)
+    hidden = model[:2](INPUTS).detach()
+    zero = torch.zeros(3, 4, dtype=torch.float64, requires_grad=True)
+    (slope,) = torch.autograd.grad(F.cross_entropy(hidden @ zero.T, LABELS), zero)
+    torch.testing.assert_close(estimator.state_dict()["heads.0.weight"], -0.5 * slope)
+
+
+def test_it_follows_another_model():
+    estimator = LocalLosses(Backprop())
+    first, second = mlp(), mlp()
+    with torch.no_grad():
+        second[0].weight.mul_(2)
+    estimator(first, losses)
+    expected = local_gradients(second, estimator.heads)
+    torch.testing.assert_close(flat(estimator(second, losses).grads), flat(expected))
+
+
+def test_mixer():
+    torch.manual_seed(0)
+    model = LocalMixer((2, 6, 6), 3, channels=8).double()
+    loss_fn = lambda m: F.cross_entropy(m(IMAGES), LABELS, reduction="none")  # noqa: E731
+    estimator = LocalLosses()
+    before = loss_fn(model).mean().item()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for step in range(60):
+        for name, g in estimator(model, loss_fn, generator=keyed_generator(step)).grads.items():
+            model.get_parameter(name).grad = g
+        optimizer.step()
+    assert loss_fn(model).mean().item() < 0.5 * before
+    with pytest.raises(ValueError, match="patch_size must divide the image, got 4 for 6 x 6"):
+        LocalMixer((2, 6, 6), 3, patch_size=4)
+
+
+@pytest.mark.parametrize(
+    ("model", "loss_fn", "message"),
+    [
+        (nn.ParameterDict({"x": torch.ones(2)}), lambda m: m["x"].sum(), "block by block in an nn.Sequential"),
+        (mlp(), lambda m: m[2:](m[:2](INPUTS)).sum(1), "not parts of the model"),
+    ],
+    ids=["no chain", "parts of the model"],
+)
+def test_what_it_refuses(model, loss_fn, message):
+    with pytest.raises(UnsupportedOperation, match=message):
+        LocalLosses()(model, loss_fn)

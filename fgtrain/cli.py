@@ -16,7 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fgtrain.config import drop_arguments_of_replaced_targets
@@ -52,7 +52,11 @@ def run_app(task: Callable[[DictConfig], Any], config_name: str) -> None:
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         return _hydra_main(task, config_name)
 
+    composed = False
+
     def job(cfg: DictConfig) -> Any:
+        nonlocal composed
+        composed = True
         silence_libraries()  # the process may be a launcher's
         try:
             return task(cfg)
@@ -63,7 +67,7 @@ def run_app(task: Callable[[DictConfig], Any], config_name: str) -> None:
                 fail(error)
             raise
 
-    setattr(argparse.ArgumentParser, "error", lambda _, message: fail(message))  # instead of eleven lines of usage
+    setattr(argparse.ArgumentParser, "error", lambda _, message: fail(_usage(message)))  # instead of eleven lines
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print over many lines
     try:
         _hydra_main(job, config_name)
@@ -75,14 +79,15 @@ def run_app(task: Callable[[DictConfig], Any], config_name: str) -> None:
         fail(error)
     except KeyboardInterrupt:
         fail(Interrupted("interrupted", signal.SIGINT))
-    except ValueError as error:
-        if not str(error).startswith("Config group override"):  # Hydra's word for data=7
-            raise
-        fail(error)
     except OSError as error:
         if disk_error(error) is None:
             raise
         fail(StorageError(f"cannot write {error.filename or 'to the disk'}: {error.strerror}"))
+    except Exception as error:
+        if composed:
+            raise
+        # Of YAML's parser, or an assertion of Hydra's: there is no program of ours yet.
+        fail(one_line(error) or "the command line or a configuration file is malformed, and Hydra does not say where")
     finally:
         SweepTable.close()
         del os.environ["HYDRA_FULL_ERROR"]
@@ -105,9 +110,22 @@ def silence_libraries() -> None:
         warnings.filterwarnings("ignore", message)
 
 
+def _usage(message: str) -> str:
+    """What argparse says, and the one rule of its that surprises."""
+    hint = "; options such as -m or --config-dir stand before or after all key=value, not among them"
+    return message + hint * message.startswith("unrecognized")
+
+
+def _overrides() -> list[str]:
+    """key=value of the command line, as they were typed: a ${...} in them is not resolved here."""
+    found = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    assert isinstance(found, list)
+    return [str(override) for override in found]
+
+
 def _hydra_main(task: Callable[[DictConfig], Any], config_name: str) -> None:
     def job(cfg: DictConfig) -> Any:
-        drop_arguments_of_replaced_targets(cfg, HydraConfig.get().overrides.task)
+        drop_arguments_of_replaced_targets(cfg, _overrides())
         return task(cfg)
 
     hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")(job)()
@@ -116,7 +134,7 @@ def _hydra_main(task: Callable[[DictConfig], Any], config_name: str) -> None:
 def choices() -> dict[str, str]:
     """The chosen file of every group; a `_target_` given on the command line stands for itself."""
     found = {str(group): choice for group, choice in HydraConfig.get().runtime.choices.items()}
-    for override in HydraConfig.get().overrides.task:
+    for override in _overrides():
         key, _, value = override.partition("=")
         if key.removesuffix("._target_") in found and key.endswith("._target_"):
             found[key.removesuffix("._target_")] = value

@@ -135,7 +135,10 @@ def signature_of(target: str) -> Mapping[str, inspect.Parameter]:
         raise ConfigError(f"_target_ {target!r} cannot be imported: {' '.join(str(error).split())}") from error
     if not callable(found):
         raise ConfigError(f"_target_ {target!r} is not callable")
-    return inspect.signature(found).parameters
+    try:
+        return inspect.signature(found).parameters
+    except ValueError as error:
+        raise ConfigError(f"_target_ {target!r} is built in and does not say what it takes; name a class") from error
 
 
 def drop_arguments_of_replaced_targets(cfg: DictConfig, overrides: Sequence[str]) -> None:

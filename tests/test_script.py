@@ -203,6 +203,9 @@ BAD = [
     ("data=mnist data.root=/dev/null/x", r"MNIST is not in data.root=/dev/null/x and could not be put there"),
     ("model=torchvision model.name=resnet19", r"model: torchvision has no classification model 'resnet19'; it has"),
     ("--nope", r"unrecognized arguments: --nope"),
+    ("lr=0.1 -m lr=0.2", r"unrecognized arguments: lr=0.2; options such as -m .* before or after all key=value"),
+    ("lr=${nope}", r"Interpolation key 'nope' not found"),
+    ("model._target_=builtins.int", r"model: _target_ 'builtins.int' is built in and does not say what it takes"),
     ("lr", r"missing EQUAL"),
     ("data=7", r"Config group override must be a string or a list. Got int"),
 ]

@@ -63,7 +63,7 @@ def test_with_backprop_it_is_the_gradient_of_every_blocks_own_loss():
 
 
 def test_with_activity_perturbation_it_is_unbiased_for_the_local_gradients():
-    model, draws = mlp(), 300
+    model, draws = mlp(), 100
     estimator = taught(LocalLosses(ActivityPerturbation(exact_head=True)), model)
     expected, state = local_gradients(model, estimator.heads), estimator.state_dict()
     state = {name: value.clone() for name, value in state.items()}

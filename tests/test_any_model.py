@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fgtrain
-from fgtrain.errors import LossError, ModelError
+from fgtrain.errors import DivergenceError, LossError, ModelError
 from tests.properties import flat
 
 
@@ -139,6 +139,26 @@ def test_losses_that_cannot_be_differentiated(loss, message, estimator):
 def test_a_model_without_parameters(estimator):
     with pytest.raises(ModelError, match="ReLU has no parameter with requires_grad=True: nothing to train"):
         estimator(nn.ReLU(), lambda net: torch.zeros(3))
+
+
+@pytest.mark.parametrize(
+    "estimator", [*ESTIMATORS, fgtrain.ForwardGradient(fgtrain.LowRank(), 4), fgtrain.SPSA()], ids=str
+)
+def test_nan_in_the_loss_is_refused_before_it_is_written(estimator):
+    model, batch = make(), batch_of()
+    fgtrain.write_grads(model, estimator(model, lambda net: several(net, batch)).grads)
+    before = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    batch["x"][2, 1] = torch.nan
+    grads = estimator(model, lambda net: several(net, batch)).grads
+    for accumulate in (False, True):
+        with pytest.raises(
+            DivergenceError, match=r"^the gradient of '\w+\.\w+' is not finite .* skip this batch"
+        ) as caught:
+            fgtrain.write_grads(model, grads, accumulate=accumulate)
+        assert "\n" not in str(caught.value)
+    assert all(torch.equal(p.grad, before[name]) for name, p in model.named_parameters() if p.grad is not None)
+    fgtrain.write_grads(model, grads, check_finite=False)
+    assert not all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
 def test_a_model_on_two_devices():

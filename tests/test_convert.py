@@ -16,8 +16,9 @@ from torch.optim.lr_scheduler import ExponentialLR, ReduceLROnPlateau
 from torch.utils.data import DataLoader, TensorDataset
 
 from fgtrain import Backprop, ForwardGradient, LowRank, write_grads
-from fgtrain.errors import ConfigError, LossError
+from fgtrain.errors import ConfigError, DivergenceError, LossError
 from fgtrain.lightning import EstimatorModule, convert
+from fgtrain.lightning.divergence import Divergence
 from fgtrain.random import keyed_generator
 from fgtrain.tasks import Classification
 
@@ -285,6 +286,41 @@ def test_what_is_logged_is_the_value_and_counts_once(estimator, tmp_path):
     assert found.callback_metrics.keys() == expected.callback_metrics.keys()
     for name, value in expected.callback_metrics.items():
         torch.testing.assert_close(found.callback_metrics[name], value)
+
+
+class BadBatch(NoDropout):
+    """The loss of one batch of an epoch is no number, or of every batch from the second step on."""
+
+    always = False
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * torch.nan if batch_idx == 2 or (self.always and self.global_step > 1) else loss
+
+
+class LeavesItOut(NoDropout):
+    def training_step(self, batch, batch_idx):
+        return None if batch_idx == 2 else super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("estimator", [Backprop(), ForwardGradient()], ids=str)
+@pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
+def test_a_batch_that_is_no_number_is_skipped(estimator, accumulate, tmp_path):
+    bad, without = made(BadBatch, estimator), made(LeavesItOut, estimator)
+    for module in (bad, without):
+        fit(module, tmp_path, accumulate_grad_batches=accumulate)
+    assert_same(bad, without)
+    assert all(value.isfinite().all() for value in bad.state_dict().values())
+
+
+@pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
+def test_too_many_of_them_end_the_run(tmp_path):
+    module = convert(made(BadBatch), ForwardGradient(), divergence=Divergence(max_skipped_steps=3))
+    module.always = True
+    with pytest.raises(DivergenceError, match=r"the loss is nan, for 3 batches in a row .*lower lr"):
+        fit(module, tmp_path)
+    assert all(value.isfinite().all() for value in module.state_dict().values())
 
 
 @pytest.mark.filterwarnings("ignore:.training_step. returned .None.")

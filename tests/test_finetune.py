@@ -47,7 +47,7 @@ def loss(net):
         (normed, ["*1.weight", "*.2.*"], {"network.1.weight", "network.2.weight", "network.2.bias"}),
         (normed, "lora", {"network.4.weight", "network.4.bias", "network.1.down.weight", "network.1.up.weight"}),
     ],
-    ids=str,
+    ids=["head", "norms", "patterns", "lora"],
 )
 def test_what_is_trained(network, train, names):
     model = tuned(network, train)

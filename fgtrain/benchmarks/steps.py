@@ -200,7 +200,7 @@ def _step(problem: Problem, estimator: GradientEstimator | None) -> Callable[[],
 
     def step() -> None:
         estimate = estimator(model, problem.losses, generator=generator)
-        write_grads(model, estimate.grads)
+        write_grads(model, estimate.grads, check_finite=False)
         del estimate
         optimizer.step()
         optimizer.zero_grad()

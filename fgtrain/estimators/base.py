@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fgtrain.errors import DivergenceError
 from fgtrain.parameters import slots_of
 
 Reduce = Callable[[Tensor], Tensor]
@@ -102,17 +103,43 @@ def _make_room(estimator: GradientEstimator, state: Mapping[str, Tensor], prefix
     estimator.make_room({name.removeprefix(prefix): saved for name, saved in state.items() if name.startswith(prefix)})
 
 
-def write_grads(model: nn.Module, grads: Mapping[str, Tensor], *, accumulate: bool = False) -> None:
+def write_grads(
+    model: nn.Module, grads: Mapping[str, Tensor], *, accumulate: bool = False, check_finite: bool = True
+) -> None:
     """Put gradients into `.grad`: the only function of fgtrain that does.
+
+    Gradients that hold a nan or inf are refused, and `.grad` stays as it was: to skip such a batch, catch the error and
+    go on with the next one.
 
     Args:
         model: owner of the parameters.
         grads: {parameter name: tensor like the parameter}.
         accumulate: add to what `.grad` holds, as backward() does, instead of replacing it (by None where `grads`
             has no entry).
+        check_finite: look for nan and inf, by the norm of each gradient; on a GPU that waits for the gradients.
+
+    Raises:
+        DivergenceError: a gradient is not finite.
     """
+    if check_finite:
+        _refuse_non_finite(grads)
     for name, p in slots_of(model).params.items():
         if name in grads:
             p.grad = grads[name] if p.grad is None or not accumulate else p.grad.add_(grads[name])
         elif not accumulate:
             p.grad = None
+
+
+def _refuse_non_finite(grads: Mapping[str, Tensor]) -> None:
+    tensors = list(grads.values())
+    if tensors and not torch.stack(norms(tensors)).isfinite().all():
+        name = next(name for name, g in grads.items() if not norms([g])[0].isfinite())
+        raise DivergenceError(
+            f"the gradient of {name!r} is not finite (so the loss or a derivative was not): nothing was written; skip "
+            "this batch, look for nan in it, lower lr, or cap the derivative (clip_derivative=...)"
+        )
+
+
+def norms(tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    """Not finite where an entry is not; in half precision the squares need the range of single."""
+    return torch._foreach_norm(tensors, 2, dtype=torch.float32 if tensors[0].dtype.itemsize < 4 else None)

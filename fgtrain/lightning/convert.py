@@ -12,7 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fgtrain.distributed import Ranks, TangentsOver
 from fgtrain.errors import ConfigError, LossError
-from fgtrain.estimators import GradientEstimator, write_grads
+from fgtrain.estimators import Estimate, GradientEstimator, write_grads
+from fgtrain.lightning.divergence import Divergence
 from fgtrain.lightning.observed import BACKWARD_CALLED, ObservedStep
 from fgtrain.lightning.optimizers import step_together
 from fgtrain.lightning.step import estimate_for_step
@@ -21,7 +22,12 @@ Module = TypeVar("Module", bound=L.LightningModule)
 
 
 def convert(
-    module: Module, estimator: GradientEstimator, *, seed: int = 0, distributed_tangents: TangentsOver = "shared"
+    module: Module,
+    estimator: GradientEstimator,
+    *,
+    seed: int = 0,
+    distributed_tangents: TangentsOver = "shared",
+    divergence: Divergence | None = None,
 ) -> Module:
     """Make a LightningModule train with gradients from `estimator`; everything else stays as it was written.
 
@@ -33,13 +39,16 @@ def convert(
     `training_step` is called as the loss function: once per batch by most estimators, several times by those that
     compare losses. `self.log` and torchmetrics inside it count once; what it logs is the value, without the derivative
     it may carry. It must return a loss (or a dict with "loss", or None to skip the batch) and never call `.backward()`.
-    Several optimizers, which Lightning refuses under automatic optimization, all step on the same gradient.
+    A batch whose loss, derivative or gradient is not finite is skipped, as if training_step had returned None, and too
+    many in a row end the run, see `Divergence`. Several optimizers, which Lightning refuses under automatic
+    optimization, all step on the same gradient.
 
     Args:
         module: changed in place. Converting it again exchanges the estimator, also in the middle of training.
         estimator: where gradients come from; its state is kept in the module's checkpoints.
         seed: the directions of a step are a function of (seed, optimizer step, micro-batch).
         distributed_tangents: whether the ranks share their directions, see `fgtrain.distributed`.
+        divergence: what judges the estimates; converting again without one keeps the one there is.
 
     Returns:
         `module` itself.
@@ -56,9 +65,10 @@ def convert(
         _require_hooks(module)
         setattr(module, "__class__", _converted_class(type(module)))
     before = module.__dict__.get("_step")
-    step = ObservedStep(estimator, seed, distributed_tangents, _user_class(module).training_step)
+    step = ObservedStep(estimator, seed, distributed_tangents, _user_class(module).training_step, divergence)
     if before is not None:
         step.ranks, step.user_step = before.ranks, before.user_step
+        step.divergence = divergence or before.divergence
     module.__dict__["_step"] = step
     return module
 
@@ -101,6 +111,10 @@ class _Converted(L.LightningModule):
             self._step.ranks = Ranks()
         self._step.estimator.to(self.device)
 
+    def configure_callbacks(self) -> Any:
+        own = super().configure_callbacks()
+        return [*([own] if isinstance(own, L.Callback) else own), self._step.divergence]
+
     def configure_optimizers(self) -> Any:
         return step_together(super().configure_optimizers())
 
@@ -119,10 +133,15 @@ class _Converted(L.LightningModule):
             tangents=step.tangents,
             micro_batches=micro_batches,
         )
-        return step.run(self, args, estimate)
+        scales = getattr(trainer.precision_plugin, "scaler", None) is not None  # which skips such steps itself
+
+        def is_sound(found: Estimate) -> bool:
+            return scales or step.divergence.inspect(found, trainer)
+
+        return step.run(self, args, estimate, is_sound)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        write_grads(self, self._step.take_grads(), accumulate=True)
+        write_grads(self, self._step.take_grads(), accumulate=True, check_finite=False)
 
     def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         raise LossError(BACKWARD_CALLED)

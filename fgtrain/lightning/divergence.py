@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fgtrain.errors import DivergenceError
 from fgtrain.estimators import Estimate
+from fgtrain.estimators.base import norms
 
 ADVICE = (
     "lower lr, cap the derivative (method.clip_derivative=...) or the gradient (clip_grad_norm=...), "
@@ -64,7 +65,7 @@ class Divergence(L.Callback):
         self._first_loss, self._sound = state_dict["first_loss"], state_dict["sound"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._buffers = [b for b in pl_module.buffers() if b.is_floating_point()]
+        self._buffers = list(pl_module.buffers())
         self._copies = [b.clone() for b in self._buffers]
 
     def on_train_batch_start(
@@ -109,9 +110,9 @@ class Divergence(L.Callback):
         derivatives, grads = estimate.directional_derivatives, list(estimate.grads.values())
         if trainer.world_size > 1:  # the loss is that of the own shard, and with derivatives gradients may be sharded
             shared = grads if derivatives is None else [derivatives]
-            return [0.0, *torch.stack(_norms(shared)).tolist()]
+            return [0.0, *torch.stack(norms(shared)).tolist()]
         tensors = grads if derivatives is None else [*grads, derivatives]
-        return torch.stack([estimate.loss.detach(), *_norms(tensors)]).tolist()
+        return torch.stack([estimate.loss.detach(), *norms(tensors)]).tolist()
 
     def _watch(self, loss: float, trainer: L.Trainer) -> None:
         if self.detect_divergence is None:
@@ -126,11 +127,6 @@ class Divergence(L.Callback):
                 f"above detect_divergence={self.detect_divergence:g} times that for {self._above_in_a_row} steps; "
                 f"{ADVICE}; lr is {_lr(trainer):.3g}"
             )
-
-
-def _norms(tensors: list[Tensor]) -> tuple[Tensor, ...]:
-    """Not finite where an entry is not; in half precision the squares need the range of single."""
-    return torch._foreach_norm(tensors, 2, dtype=torch.float32 if tensors[0].dtype.itemsize < 4 else None)
 
 
 def _lr(trainer: L.Trainer) -> float:

@@ -111,7 +111,7 @@ class EstimatorModule(L.LightningModule):
         scales = getattr(self.trainer.precision_plugin, "scaler", None) is not None
         sound = scales or self.divergence.inspect(estimate, self.trainer)  # a loss scaler skips such steps itself
         self.ranks.bytes_sent += self._gathered_bytes
-        write_grads(self.model, estimate.grads, accumulate=micro_batch > 0)
+        write_grads(self.model, estimate.grads, accumulate=micro_batch > 0, check_finite=False)  # judged above
         due = micro_batch + 1 == self.accumulate_grad_batches or self.trainer.is_last_batch
         if due and self.divergence.step_is_sound():
             self._optimizer_step()

@@ -14,6 +14,7 @@ from fgtrain.distributed import Ranks, TangentsOver
 from fgtrain.errors import LossError
 from fgtrain.estimators import Estimate, GradientEstimator
 from fgtrain.forward_ad.dual import Dual
+from fgtrain.lightning.divergence import Divergence
 
 BACKWARD_CALLED = (
     "training_step calls backward itself; return the loss and leave its gradient to the estimator "
@@ -33,22 +34,38 @@ class ObservedStep:
         seed: key of its directions.
         tangents: whether ranks share them.
         user_step: training_step as the user's class defines it.
+        divergence: judges the estimates.
     """
 
     def __init__(
-        self, estimator: GradientEstimator, seed: int, tangents: TangentsOver, user_step: Callable[..., Any]
+        self,
+        estimator: GradientEstimator,
+        seed: int,
+        tangents: TangentsOver,
+        user_step: Callable[..., Any],
+        divergence: Divergence | None = None,
     ) -> None:
         self.estimator = estimator
         self.seed = seed
         self.tangents: TangentsOver = tangents
         self.ranks = Ranks()
         self.user_step = user_step
+        self.divergence = divergence or Divergence()
         self._grads: dict[str, Tensor] = {}
         self._logs: list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]] = []
         self._running = False
 
-    def run(self, module: Any, args: tuple[Any, ...], estimate: Callable[[Callable[[Any], Tensor]], Estimate]) -> Any:
-        """What training_step returns to Lightning: the user's output without tangents, and the estimated loss."""
+    def run(
+        self,
+        module: Any,
+        args: tuple[Any, ...],
+        estimate: Callable[[Callable[[Any], Tensor]], Estimate],
+        is_sound: Callable[[Estimate], bool],
+    ) -> Any:
+        """What training_step returns to Lightning: the user's output without tangents, and the estimated loss.
+
+        None, which skips the batch, if the user's does or the estimate is not sound.
+        """
         metrics = [_MetricState(m) for m in module.modules() if isinstance(m, Metric)]
         output: Any = None
 
@@ -71,7 +88,7 @@ class ObservedStep:
         for name, value, positional, keywords in self._logs:
             module.log(name, value, *positional, **keywords)
         self._logs.clear()
-        if found is None:
+        if found is None or not is_sound(found):
             return None
         self._grads = found.grads
         extra = without_tangents(dict(output)) if isinstance(output, Mapping) else {}

@@ -60,7 +60,7 @@ def main() -> None:
         return
     methods = methods_of(args.methods, args.tangents, args.num_tangents)
     console, rows = Console(), []
-    console.width = max(console.width, 130)  # the table is not folded into a file or a narrow window
+    console.width = max(console.width, 150)  # the table is not folded into a file or a narrow window
     with Console(stderr=True).status("") as status:
         for model in args.models:
             for batch_size in args.batch_sizes:

@@ -106,3 +106,17 @@ def test_changed_input_is_refused():
     model = nn.Sequential(nn.Linear(4, 4), Doubled())
     with pytest.raises(UnsupportedOperation, match="Doubled changes its input in place, so it cannot be run again"):
         CheckpointedBackprop()(model, loss)
+
+
+@pytest.mark.parametrize("warm", [True, False])
+def test_compiled_models_are_checkpointed_as_they_were_written(warm):
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(4)))
+    compiled, inputs = torch.compile(model, backend="eager"), torch.randn(3, 4)
+    if warm:
+        compiled(inputs)
+    grads = CheckpointedBackprop()(compiled, lambda m: m(inputs).square().mean()).grads
+    exact = Backprop()(model, lambda m: m(inputs).square().mean()).grads
+    assert {name.removeprefix("_orig_mod."): g.tolist() for name, g in grads.items()} == {
+        name: g.tolist() for name, g in exact.items()
+    }

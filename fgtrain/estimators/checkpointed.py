@@ -16,6 +16,7 @@ from fgtrain.chains import is_chain, links
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.estimators.backprop import Backprop
 from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce
+from fgtrain.forward_ad.native import eager_functions
 
 _log = logging.getLogger(__name__)
 
@@ -58,7 +59,7 @@ class CheckpointedBackprop(GradientEstimator):
         generator: torch.Generator | None = None,
         reduce: Reduce | None = None,
     ) -> Estimate:
-        with _in_segments(model):
+        with eager_functions(), _in_segments(model):  # what was compiled does not look at replaced forwards
             return Backprop()(model, loss_fn, reduce=reduce)
 
 

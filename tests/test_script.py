@@ -221,6 +221,28 @@ def test_bad_input_is_one_line(arguments, message, tmp_path):
     assert not list(tmp_path.rglob("events*"))
 
 
+def test_warnings_are_shown_once_on_stderr(tmp_path, monkeypatch):
+    source = """
+from torch import nn
+
+
+class PlainNet(nn.Module):
+    def __init__(self, num_classes):
+        super().__init__()
+        self.out = nn.Linear(64, num_classes)
+
+    def forward(self, x):
+        return self.out(x.flatten(1))
+"""
+    (tmp_path / "plain_net.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    fast = ["trainer.max_steps=3", "self_check=false"]
+    status, out, err = train(tmp_path, "method=backprop_checkpoint", "model._target_=plain_net.PlainNet", *fast)
+    warning = "PlainNet has no nn.Sequential or nn.ModuleList to checkpoint: memory is that of method=backprop\n"
+    assert (status, err.count(warning)) == (0, 1), err
+    assert warning not in out
+
+
 def test_from_the_shell(tmp_path):
     command = [sys.executable, ROOT / "scripts" / "train.py", "method.num_tangents=0"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

@@ -146,6 +146,7 @@ class FDFA(GradientEstimator):
         return call.cut_off((error @ feedback.flatten(1)).view(call.shape))
 
     def make_room(self, state: Mapping[str, Tensor]) -> None:
+        self.feedback = nn.Module()
         for name, saved in state.items():
             if name.startswith("feedback."):
                 self.feedback.register_buffer(name.removeprefix("feedback."), torch.zeros_like(saved))

@@ -35,7 +35,7 @@ def save_provenance(cfg: DictConfig, choices: Mapping[str, str]) -> None:
         "output_subdir": None,
         "runtime": {"choices": {name: choices.get(name) for name in ("method", "task", "data", "model")}},
     }
-    defaults = ["schema", "_self_", {"override hydra/job_logging": "disabled"}]
+    defaults = ["schema", "_self_", {"override hydra/job_logging": "warnings"}]
     OmegaConf.save({"defaults": defaults, **plain, "hydra": hydra}, run_dir / "config.yaml")
     (run_dir / "provenance.json").write_text(json.dumps(provenance(cfg), indent=2) + "\n")
 

@@ -18,6 +18,16 @@ from fgtrain import Backprop, ForwardGradient, LowRank
 from fgtrain.data import InMemoryDataModule
 from fgtrain.distributed import Ranks
 from fgtrain.errors import RankFailed, RanksDiffer
+from fgtrain.estimators import (
+    FDFA,
+    SPSA,
+    ActivityPerturbation,
+    CheckpointedBackprop,
+    LocalGuess,
+    LocalLosses,
+    MeZO,
+    SecondOrder,
+)
 from fgtrain.lightning import EstimatorModule
 from fgtrain.lightning.callbacks import RankCheck
 from fgtrain.lightning.launch import _free_port
@@ -32,6 +42,15 @@ ESTIMATORS = {
     "projection": partial(ForwardGradient, num_tangents=2, combine="projection"),
     "low_rank": partial(ForwardGradient, LowRank(), num_tangents=3),
     "clipped": partial(ForwardGradient, num_tangents=2, clip_derivative=0.5),
+    "spsa": partial(SPSA, num_tangents=2),
+    "mezo": MeZO,
+    "checkpointed": CheckpointedBackprop,
+    "local_guess": LocalGuess,
+    "local_backprop": lambda: LocalLosses(Backprop()),
+    "activity": partial(ActivityPerturbation, num_tangents=2),
+    "second_order": SecondOrder,
+    "fdfa": FDFA,
+    "local": LocalLosses,
 }
 
 
@@ -105,7 +124,8 @@ def train_all(folder):
             module, check = make(estimator(), distributed_tangents=tangents), RankCheck(check_every_n_steps=2)
             trainer = fit(module, 12 // size, folder, check, devices=size, strategy=Replicas())
             metrics = {key: value.item() for key, value in trainer.callback_metrics.items()}
-            found[name, tangents] = module.model.state_dict(), check.bytes_per_step, metrics
+            weights = module.model.state_dict() | module.estimator.state_dict()
+            found[name, tangents] = weights, check.bytes_per_step, metrics
     return found
 
 

@@ -70,9 +70,9 @@ class LocalHeads(GradientEstimator):
         for i, output in enumerate(outputs[:-1]):
             self.add_head(str(i), self.features(output).shape[1], outputs[-1].shape[1], output)
 
-    def add_head(self, key: str, numfeatures: int, num_outputs: int, like: Tensor) -> None:
+    def add_head(self, key: str, num_features: int, num_outputs: int, like: Tensor) -> None:
         """A head that knows nothing yet, for the block of this index."""
-        head = nn.Linear(numfeatures, num_outputs, device="meta", dtype=like.dtype)  # initialising would draw numbers
+        head = nn.Linear(num_features, num_outputs, device="meta", dtype=like.dtype)  # initialising would draw numbers
         self.heads[key] = head.to_empty(device=like.device)
         for p in head.parameters():
             nn.init.zeros_(p)

@@ -13,11 +13,12 @@ import torch.multiprocessing as mp
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.tensor.debug import CommDebugMode
+from torch.nn import functional as F
 
 from fgtrain import Backprop, ForwardGradient, LowRank
 from fgtrain.data import InMemoryDataModule
 from fgtrain.distributed import Ranks
-from fgtrain.errors import RankFailed, RanksDiffer
+from fgtrain.errors import DivergenceError, RankFailed, RanksDiffer
 from fgtrain.estimators import (
     FDFA,
     SPSA,
@@ -28,8 +29,9 @@ from fgtrain.estimators import (
     MeZO,
     SecondOrder,
 )
-from fgtrain.lightning import EstimatorModule
+from fgtrain.lightning import EstimatorModule, convert
 from fgtrain.lightning.callbacks import RankCheck
+from fgtrain.lightning.divergence import Divergence
 from fgtrain.lightning.launch import _free_port
 from fgtrain.lightning.strategy import Replicas
 from fgtrain.models import MLP
@@ -79,7 +81,7 @@ def make(estimator, *, width=5, optimizer=SGD, **options):
     return EstimatorModule(model, Classification(), estimator, optimizer, **options)
 
 
-def fit(module, batch_size, folder, *callbacks, max_steps=STEPS, **options):
+def fit(module, batch_size, folder, *callbacks, max_steps=STEPS, data=None, **options):
     given: dict[str, Any] = {"devices": 1, "precision": "64-true"} | options
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     trainer = L.Trainer(
@@ -94,7 +96,7 @@ def fit(module, batch_size, folder, *callbacks, max_steps=STEPS, **options):
         enable_model_summary=False,
         **given,
     )
-    trainer.fit(module, Data(batch_size))
+    trainer.fit(module, data or Data(batch_size))
     return trainer
 
 
@@ -160,6 +162,66 @@ def drift(folder):
     except RanksDiffer as error:
         return str(error)
     return None
+
+
+class OneBadNumber(Data):
+    """The last example of the training set is no number."""
+
+    def load(self):
+        splits, convert = super().load()
+        splits["train"][0][-1] = torch.nan
+        return splits, convert
+
+
+def skipped(folder):
+    """Weights and skipped steps after an epoch in which one rank sees an example that is no number."""
+    found = {}
+    for name in ("normal", "activity", "backprop", "local"):
+        module = make(ESTIMATORS[name]())
+        fit(module, 6, folder, devices=2, strategy=Replicas(), max_steps=4, data=OneBadNumber(6))
+        found[name] = module.model.state_dict(), module.divergence.skipped_steps
+    return found
+
+
+def blown_up(folder):
+    """The error of a rank whose loss is far above its start."""
+    module = make(ForwardGradient(), divergence=Divergence(3, detect_divergence=10.0))
+    module.make_optimizer = partial(torch.optim.SGD, lr=1e3)
+    try:
+        fit(module, 6, folder, devices=2, strategy=Replicas(), max_steps=50)
+    except (DivergenceError, RankFailed) as error:
+        return type(error).__name__
+    return None
+
+
+class PlainModule(L.LightningModule):
+    """A module that knows nothing of fgtrain."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(dist.get_rank() if dist.is_initialized() else 0)
+        self.net = MLP((1, 2, 2), 3, [5]).double()
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def configure_optimizers(self):
+        return MOMENTUM(self.parameters())
+
+
+def converted(folder):
+    """Weights of a converted module under Lightning's own DDP and under ours."""
+    found = {}
+    for strategy in ("ddp", "replicas"):
+        for name in ("backprop", "normal", "low_rank", "activity"):
+            module = convert(PlainModule(), ESTIMATORS[name]())
+            given = Replicas() if strategy == "replicas" else strategy
+            fit(module, 6, folder, devices=2, strategy=given)
+            found[strategy, name] = module.state_dict()
+    return found
 
 
 def stuck(folder):

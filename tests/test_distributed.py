@@ -95,7 +95,12 @@ def test_traffic(trained):
         assert metrics["comm/bytes_per_step"] == pytest.approx(sent)
         if name in SCALARS:
             assert 0 < sent <= 8 * size * SCALARS[name]
-        elif name in ("backprop", "checkpointed", "activity", "second_order"):  # one bucket: the gradient, once around the ring
+        elif name in (
+            "backprop",
+            "checkpointed",
+            "activity",
+            "second_order",
+        ):  # one bucket: the gradient, once around the ring
             assert sent == pytest.approx(2 * (size - 1) / size * sum(8 * w.numel() for w in weights.values()))
 
 
@@ -103,6 +108,34 @@ def test_traffic_does_not_depend_on_the_model(tmp_path):
     found = start(2, rank_jobs.traffic_of_widths, tmp_path)[0]
     assert found[5, "shared"] == found[50, "shared"] == 8 * 3
     assert found[5, "per_rank"] == found[50, "per_rank"] == 8 * 3
+
+
+def test_a_batch_that_one_rank_cannot_use_is_skipped_by_all(tmp_path):
+    first, second = start(2, rank_jobs.skipped, tmp_path)
+    for name, (weights, skipped) in first.items():
+        assert (skipped, second[name][1]) == (1, 1), name
+        for key, value in weights.items():
+            assert value.isfinite().all(), (name, key)
+            assert torch.equal(value, second[name][0][key]), (name, key)
+
+
+def test_a_loss_that_blows_up_ends_all_ranks(tmp_path):
+    found = start(2, rank_jobs.blown_up, tmp_path)
+    assert "DivergenceError" in found  # the other one may hear of it from the connection
+    assert None not in found
+
+
+def test_converted_module_on_two_processes(tmp_path):
+    """One process on the whole batch; Lightning's own DDP and ours are the same."""
+    first, second = start(2, rank_jobs.converted, tmp_path)
+    for (strategy, name), weights in first.items():
+        for key, value in weights.items():
+            assert torch.equal(value, second[strategy, name][key]), (strategy, name, key)
+            assert torch.equal(value, first["ddp", name][key]), (strategy, name, key)
+        if name != "activity":  # whose noise is every rank's own
+            alone = fgtrain.lightning.convert(rank_jobs.PlainModule(), ESTIMATORS[name]())
+            fit(alone, 12, tmp_path)
+            assert_close(weights, alone.state_dict())
 
 
 def test_ranks_that_disagree_are_stopped(tmp_path):

@@ -6,9 +6,11 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from fgtrain import Backprop, Estimate, ForwardGradient, GradientEstimator, write_grads
 from fgtrain.errors import DivergenceError
+from fgtrain.estimators import FDFA, LocalGuess, LocalLosses
 from fgtrain.lightning.callbacks import Monitor
 from fgtrain.lightning.divergence import Divergence
 from fgtrain.random import keyed_generator
@@ -89,6 +91,24 @@ def test_buffers_of_a_bad_batch_are_put_back(tmp_path):
     assert all(value.isfinite().all() for value in module.state_dict().values())
 
 
+@pytest.mark.parametrize("estimator", [FDFA, LocalGuess, LocalLosses])
+def test_estimators_learn_nothing_from_a_bad_batch(estimator):
+    torch.manual_seed(0)
+    estimator, model = estimator(), nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    inputs, labels = torch.randn(8, 4), torch.arange(8) % 3
+    for _ in range(3):
+        estimator(model, lambda m: F.cross_entropy(m(inputs), labels, reduction="none"))
+    learnt = {name: value.clone() for name, value in estimator.state_dict().items() if name != "num_updates"}
+    assert any(value.any() for value in learnt.values())
+    bad = inputs.clone()
+    bad[-1, 0] = math.nan
+    estimate = estimator(model, lambda m: F.cross_entropy(m(bad), labels, reduction="none"))
+    with pytest.raises(DivergenceError, match="is not finite"):
+        write_grads(model, estimate.grads)
+    for name, value in learnt.items():
+        assert torch.equal(estimator.state_dict()[name], value), name
+
+
 def test_too_many_in_a_row_stop_the_run(tmp_path):
     broken = Broken(ForwardGradient(), "loss", math.nan, {2, *range(4, 100)})
     module = make(broken, divergence=Divergence(max_skipped_steps=3))
@@ -107,17 +127,18 @@ def test_loss_far_above_its_start_stops_the_run(tmp_path):
         trainer(tmp_path, max_steps=50).fit(module, Small())
 
 
-def test_what_ranks_do_not_share_is_not_judged():
+def test_of_several_ranks_the_gradients_are_judged():
+    """The loss and, with some methods, the derivatives are those of a rank's own shard."""
+
     class TwoRanks:
         world_size = 2
         loggers = ()
         global_step = 0
 
     judge, ranks = Divergence(), cast(Any, TwoRanks())
-    fine = Estimate(torch.tensor(math.nan), {"w": torch.ones(2)}, torch.ones(1))
+    fine = Estimate(torch.tensor(math.nan), {"w": torch.ones(2)}, torch.tensor([math.nan]))
     assert judge.inspect(fine, ranks)
-    assert not judge.inspect(fine._replace(directional_derivatives=torch.tensor([math.nan])), ranks)
-    assert not judge.inspect(Estimate(torch.ones(()), {"w": torch.tensor([math.inf])}), ranks)
+    assert not judge.inspect(fine._replace(grads={"w": torch.tensor([math.inf])}), ranks)
 
 
 def test_counts_survive_in_the_checkpoint():

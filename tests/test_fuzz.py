@@ -13,7 +13,7 @@ from fgtrain.config import check, to_plain
 from fgtrain.lightning.launch import plan
 from tests.test_script import CONF, options
 
-GROUPS = sorted(group.name for group in CONF.iterdir() if group.is_dir())
+GROUPS = sorted(group.name for group in CONF.iterdir() if group.is_dir() and options(group.name))
 KEYS = """
 seed lr accumulate_grad_batches clip_grad_norm rowwise max_skipped_steps detect_divergence self_check resume quiet
 distributed.tangents distributed.timeout_seconds distributed.check_every_n_steps method.num_tangents method.combine

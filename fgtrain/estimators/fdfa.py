@@ -124,7 +124,8 @@ class FDFA(GradientEstimator):
             if reduce is not None:
                 total, passed = reduce(total), reduce(passed)
             feedback = self._feedback_of(call, total)
-            feedback.add_(torch.where(passed > 0, total / passed - feedback, 0), alpha=rate)
+            teaches = (passed > 0) & total.isfinite().all()  # a batch that is not finite must not stay in the feedback
+            feedback.add_(torch.where(teaches, total / passed - feedback, 0), alpha=rate)
 
     def _feedback_of(self, call: LayerCall, like: Tensor) -> Tensor:
         key = call.name.replace(".", "/")  # buffers have no dots in their names

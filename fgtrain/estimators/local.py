@@ -1,6 +1,6 @@
 """A loss of its own for every block, and any estimator for its gradient."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -81,14 +81,9 @@ class LocalLosses(LocalHeads):
                     of_head[name] = g
                 else:  # a weight that two blocks share has two losses
                     grads[own] = grads[own] + g if own in grads else g
-            self._teach(params, of_head)
+            self.descend([params[name] for name in of_head], of_head.values())
         assert estimate is not None
         return estimate._replace(grads=grads)
-
-    @torch.no_grad()
-    def _teach(self, params: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> None:
-        for name, g in grads.items():
-            params[name].sub_(g, alpha=self.head_lr)
 
     def _nets(self, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> "list[_LocalNet]":
         """Every block with its head as a model; the same ones for the same blocks, since engines remember models."""

@@ -104,9 +104,7 @@ class LocalGuess(LocalHeads):
             slopes = list(average_grads({str(k): slope for k, slope in enumerate(slopes)}, reduce).values())
             if own:
                 found.append(list(zip(own, slopes, strict=False)))
-            with torch.no_grad():
-                for p, slope in zip(wanted[len(own) :], slopes[len(own) :], strict=True):
-                    p.sub_(slope, alpha=self.head_lr)
+            self.descend(wanted[len(own) :], slopes[len(own) :])
         return found
 
     def _read(self, head: nn.Module, hidden: Tensor) -> Tensor:

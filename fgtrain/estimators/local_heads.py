@@ -1,6 +1,6 @@
 """Blocks of a network and the small heads that give each of them a loss of its own."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -76,6 +76,12 @@ class LocalHeads(GradientEstimator):
         self.heads[key] = head.to_empty(device=like.device)
         for p in head.parameters():
             nn.init.zeros_(p)
+
+    @torch.no_grad()
+    def descend(self, params: Iterable[Tensor], grads: Iterable[Tensor]) -> None:
+        """The heads' step of gradient descent; a batch that is not finite teaches nothing."""
+        for p, g in zip(params, grads, strict=True):
+            p.sub_(torch.where(g.isfinite().all(), g, 0.0), alpha=self.head_lr)
 
     def make_room(self, state: Mapping[str, Tensor]) -> None:
         self.heads.clear()

@@ -10,6 +10,7 @@ from torch import Tensor
 from fgtrain.errors import DivergenceError
 from fgtrain.estimators import Estimate
 from fgtrain.estimators.base import norms
+from fgtrain.sharding import is_sharded
 
 ADVICE = (
     "lower lr, cap the derivative (method.clip_derivative=...) or the gradient (clip_grad_norm=...), "
@@ -80,8 +81,9 @@ class Divergence(L.Callback):
         Raises:
             DivergenceError: it is one too many.
         """
-        loss, *sizes = self._sizes(estimate, trainer)
-        if math.isfinite(loss) and all(map(math.isfinite, sizes)):
+        loss, *sizes = _sizes(estimate, own=trainer.world_size == 1)
+        shared = [loss, *sizes] if trainer.world_size == 1 else sizes  # the loss of a rank is that of its shard
+        if all(map(math.isfinite, shared)):
             self._in_a_row = 0
             self._watch(loss, trainer)
             return True
@@ -105,15 +107,6 @@ class Divergence(L.Callback):
         sound, self._sound = self._sound, True
         return sound
 
-    def _sizes(self, estimate: Estimate, trainer: L.Trainer) -> list[float]:
-        """The loss and the norms of derivatives and gradients: one transfer from the device."""
-        derivatives, grads = estimate.directional_derivatives, list(estimate.grads.values())
-        if trainer.world_size > 1:  # the loss is that of the own shard, and with derivatives gradients may be sharded
-            shared = grads if derivatives is None else [derivatives]
-            return [0.0, *torch.stack(norms(shared)).tolist()]
-        tensors = grads if derivatives is None else [*grads, derivatives]
-        return torch.stack([estimate.loss.detach(), *norms(tensors)]).tolist()
-
     def _watch(self, loss: float, trainer: L.Trainer) -> None:
         if self.detect_divergence is None:
             return
@@ -127,6 +120,21 @@ class Divergence(L.Callback):
                 f"above detect_divergence={self.detect_divergence:g} times that for {self._above_in_a_row} steps; "
                 f"{ADVICE}; lr is {_lr(trainer):.3g}"
             )
+
+
+def _sizes(estimate: Estimate, own: bool) -> list[float]:
+    """The loss and the norms of gradients and derivatives, in one transfer from the device.
+
+    Args:
+        estimate: of a step.
+        own: there is one process; of several all have the gradients, but some estimators keep their own derivatives.
+            Gradients that are sharded come from derivatives that all have.
+    """
+    grads, derivatives = list(estimate.grads.values()), estimate.directional_derivatives
+    tensors = [] if any(map(is_sharded, grads)) else grads
+    if derivatives is not None and (own or not tensors):
+        tensors = [*tensors, derivatives]
+    return torch.stack([estimate.loss.detach(), *norms(tensors)]).tolist()
 
 
 def _lr(trainer: L.Trainer) -> float:

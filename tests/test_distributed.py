@@ -15,6 +15,7 @@ import fgtrain
 from fgtrain.distributed import Ranks
 from fgtrain.errors import ConfigError
 from fgtrain.estimators import write_grads
+from fgtrain.lightning import convert
 from fgtrain.lightning.launch import is_follower, plan
 from fgtrain.random import keyed_generator
 from tests import rank_jobs
@@ -133,7 +134,7 @@ def test_converted_module_on_two_processes(tmp_path):
             assert torch.equal(value, second[strategy, name][key]), (strategy, name, key)
             assert torch.equal(value, first["ddp", name][key]), (strategy, name, key)
         if name != "activity":  # whose noise is every rank's own
-            alone = fgtrain.lightning.convert(rank_jobs.PlainModule(), ESTIMATORS[name]())
+            alone = convert(rank_jobs.PlainModule(), ESTIMATORS[name]())
             fit(alone, 12, tmp_path)
             assert_close(weights, alone.state_dict())
 

@@ -10,18 +10,19 @@ import pickle
 import signal
 import sys
 import tempfile
-from collections.abc import Mapping
+import threading
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.multiprocessing as mp
-from lightning.pytorch.strategies import ModelParallelStrategy
 from omegaconf import DictConfig, OmegaConf
 
 from fgtrain.config import check, to_plain
-from fgtrain.errors import ConfigError, RankFailed, UserError
-from fgtrain.lightning.strategy import Replicas
+from fgtrain.errors import ConfigError, Interrupted, RankFailed, UserError
+from fgtrain.lightning.strategy import Replicas, Sharded
 
 START_METHODS = {
     "auto": "forkserver",  # imports once for all ranks, and once for all jobs of a sweep
@@ -53,9 +54,7 @@ class World(NamedTuple):
             return {}
         strategy: Any = "auto"
         if self.size > 1 and self.strategy == "fsdp2":
-            strategy = ModelParallelStrategy(
-                data_parallel_size=self.size, tensor_parallel_size=1, save_distributed_checkpoint=False
-            )
+            strategy = Sharded(self.size)
         elif self.size > 1:
             strategy = Replicas()
         return {"devices": self.devices, "num_nodes": self.num_nodes, "strategy": strategy}
@@ -137,7 +136,7 @@ def launch(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
     """Run in as many processes as the configuration asks for; the results are rank 0's.
 
     Raises:
-        UserError: of whatever rank had the first.
+        UserError: of whatever rank had the first; Interrupted, if a signal ended all of them.
         RankFailed: a rank was ended by a signal; the others are ended too.
         RuntimeError: a rank ended with another error; holds its traceback.
     """
@@ -160,8 +159,9 @@ def launch(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
         )
         assert context is not None
         try:
-            while not context.join(grace_period=GRACE_SECONDS):
-                pass
+            with _sigterm_passed_on(context.processes):
+                while not context.join(grace_period=GRACE_SECONDS):
+                    pass
         except mp.ProcessExitedException as error:
             raise _cause(context, Path(folder)) from error
         except mp.ProcessRaisedException as error:
@@ -177,6 +177,25 @@ def launch(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
         return pickle.loads((Path(folder) / "results").read_bytes())
 
 
+@contextmanager
+def _sigterm_passed_on(processes: Iterable[Any]) -> Generator[None]:
+    """A SIGTERM goes to the ranks, which save what they have. (Ctrl-C reaches them by itself.)"""
+
+    def pass_on(*_: Any) -> None:
+        for process in processes:
+            if process.is_alive():
+                process.terminate()
+
+    if threading.current_thread() is not threading.main_thread():  # where no handler can be set
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _worker(rank: int, plain: dict[str, Any], choices: dict[str, str], size: int, port: int, folder: str) -> None:
     from fgtrain.cli import USER_ERRORS, one_line, silence_libraries
     from fgtrain.lightning.run import run
@@ -189,7 +208,7 @@ def _worker(rank: int, plain: dict[str, Any], choices: dict[str, str], size: int
         results = run(OmegaConf.create(plain), choices)
     except USER_ERRORS as error:
         (Path(folder) / f"error_{rank}").write_text(one_line(error))
-        sys.exit(2)
+        sys.exit(getattr(error, "exit_status", 2))
     if rank == 0:
         (Path(folder) / "results").write_bytes(pickle.dumps(results))
 
@@ -203,14 +222,18 @@ def _cause(context: Any, folder: Path) -> Exception:
                 f"rank {rank} was ended by {name} (out of memory, or killed); the other ranks were stopped, "
                 "resume=.../checkpoints/last.ckpt continues the run"
             )
-    told: list[tuple[float, Exception]] = [
-        (path.stat().st_mtime, UserError(path.read_text())) for path in folder.glob("error_*")
-    ]
-    for rank, path in enumerate(map(Path, context.error_files)):
-        if path.is_file():
-            trace = pickle.loads(path.read_bytes())
-            told.append((path.stat().st_mtime, RuntimeError(f"rank {rank} ended with\n{trace}")))
     codes = [process.exitcode for process in context.processes]
+    told: list[tuple[float, Exception]] = []
+    for rank, (code, traced) in enumerate(zip(codes, map(Path, context.error_files), strict=True)):
+        if (line := folder / f"error_{rank}").is_file():
+            text = line.read_text()
+            error = Interrupted(text, code - 128) if code is not None and code > 128 else UserError(text)
+            told.append((line.stat().st_mtime, error))
+        elif traced.is_file():
+            trace = pickle.loads(traced.read_bytes())
+            told.append((traced.stat().st_mtime, RuntimeError(f"rank {rank} ended with\n{trace}")))
+    if not told and -signal.SIGTERM in codes:
+        return Interrupted("stopped by SIGTERM before anything was trained", signal.SIGTERM)
     return min(told, key=lambda entry: entry[0])[1] if told else RankFailed(f"the ranks ended with statuses {codes}")
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 from fgtrain.errors import ConfigError
 from fgtrain.estimators import ForwardGradient, GradientEstimator
+from fgtrain.lightning.checkpoints import refuse_foreign
 from fgtrain.sharding import shard
 from fgtrain.tangents import LowRank
 
@@ -35,6 +36,26 @@ class Replicas(DDPStrategy):
     def configure_ddp(self) -> None:
         assert self.model is not None
         equalize(self.model)
+
+
+class Sharded(ModelParallelStrategy):
+    """FSDP2 over all ranks, with checkpoints in one file, which also one process can read.
+
+    Args:
+        num_ranks: R, over which the rows of parameters are spread.
+    """
+
+    def __init__(self, num_ranks: int) -> None:
+        super().__init__(
+            data_parallel_size=num_ranks, tensor_parallel_size=1, save_distributed_checkpoint=False, timeout=STARTUP
+        )
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        assert self.lightning_module is not None
+        whole = torch.load(checkpoint_path, mmap=True, map_location="cpu", weights_only=True)
+        refuse_foreign(whole, self.lightning_module)
+        rest = super().load_checkpoint(checkpoint_path, weights_only)  # without the weights, which are now loaded
+        return rest | {"state_dict": whole["state_dict"]}
 
 
 @torch.no_grad()

@@ -6,6 +6,8 @@ import re
 import signal
 import subprocess
 import sys
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -238,20 +240,71 @@ def descendants(pid):
     return children + [pid for child in children for pid in descendants(child)]
 
 
+@contextmanager
+def training(folder, *overrides):
+    """scripts/train.py on two processes that has taken some steps, and is ended with the test."""
+    command = [sys.executable, SCRIPT, *CPUS, "hydra.run.dir=run", "callbacks.recovery.every_n_steps=50", *overrides]
+    with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True) as run:
+        try:
+            while not (folder / "run" / "checkpoints" / "last.ckpt").exists():
+                assert run.poll() is None, "no step was taken"
+                time.sleep(0.1)
+            yield run
+        finally:
+            run.kill()
+
+
+START_METHODS = ["ddp", "ddp_spawn", "ddp_fork"]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("start_method", ["ddp", "ddp_spawn", "ddp_fork"])
+@pytest.mark.parametrize("start_method", START_METHODS)
 def test_a_killed_rank_ends_the_run(start_method, tmp_path):
-    command = [sys.executable, SCRIPT, f"trainer={start_method}", *CPUS, "trainer.max_steps=1000000"]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as run:
-        assert run.stderr is not None
-        for line in run.stderr:
-            if "step" in line:
-                break
-        else:
-            pytest.fail("no step was taken")
+    with training(tmp_path, f"trainer={start_method}", "trainer.max_steps=1000000") as run:
         os.kill(max(descendants(run.pid)), signal.SIGKILL)  # rank 1 is started last
         assert run.wait(60) == 2
         assert re.search(r"^fgtrain: rank 1 was ended by SIGKILL", run.stderr.read(), re.MULTILINE)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start_method", START_METHODS)
+def test_ranks_end_with_the_process_that_started_them(start_method, tmp_path):
+    with training(tmp_path, f"trainer={start_method}", "trainer.max_steps=1000000") as run:
+        started = descendants(run.pid)
+        assert len(started) >= 2
+        run.kill()
+        deadline = time.monotonic() + 30
+        while any(Path(f"/proc/{pid}").exists() for pid in started):
+            assert time.monotonic() < deadline, "ranks go on without anybody"
+            time.sleep(0.1)
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trainer", ["ddp", "fsdp2"])
+def test_sigterm_saves_and_resuming_is_exact(trainer, tmp_path):
+    options = [f"trainer={trainer}", "method=fwdgrad_lowrank", "lr=2", "optimizer.momentum=0.5"]
+    options += ["trainer.max_steps=1000"]
+    weights = []
+    for cut in (False, True):
+        folder = tmp_path / str(cut)
+        folder.mkdir()
+        resume = []
+        if cut:
+            with training(folder, *options) as run:
+                run.terminate()
+                assert run.wait(60) == 143
+                assert re.search(
+                    r"^fgtrain: stopped by SIGTERM after step \d+, saved in", run.stderr.read(), re.MULTILINE
+                )
+            resume = ["resume=auto"]
+        command = [sys.executable, SCRIPT, *CPUS, "hydra.run.dir=run", *options, *resume]
+        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        weights.append(torch.load(folder / "run" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
+    straight, resumed = weights
+    for name, value in straight.items():
+        assert torch.equal(value, resumed[name]), name
 
 
 TORCHRUN = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1", "RANK": "1"}

@@ -201,6 +201,7 @@ def _worker(rank: int, plain: dict[str, Any], choices: dict[str, str], size: int
     from fgtrain.lightning.run import run
 
     silence_libraries()
+    threading.Thread(target=_end_without_leader, daemon=True).start()
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
@@ -211,6 +212,18 @@ def _worker(rank: int, plain: dict[str, Any], choices: dict[str, str], size: int
         sys.exit(getattr(error, "exit_status", 2))
     if rank == 0:
         (Path(folder) / "results").write_bytes(pickle.dumps(results))
+
+
+def _end_without_leader() -> None:
+    """Save and end when the process that started the ranks was killed: else they would train on, seen by nobody.
+
+    PyTorch has the system interrupt a rank whose parent dies; that of a rank which a fork server made is the server.
+    """
+    leader = multiprocessing.parent_process()
+    assert leader is not None
+    if os.getppid() != leader.pid:
+        leader.join()
+        os.kill(os.getpid(), signal.SIGINT)
 
 
 def _cause(context: Any, folder: Path) -> Exception:

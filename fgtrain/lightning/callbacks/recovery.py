@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from fgtrain.errors import Interrupted
 from fgtrain.lightning.checkpoints import NAMES
 
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_SIGNALS: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
 
 
 class Recovery(Checkpoint):
@@ -45,7 +45,8 @@ class Recovery(Checkpoint):
 
     def _remember(self, number: int, frame: Any) -> None:
         self._signal = number
-        self._release_signals()
+        for each, at_once in _SIGNALS.items():  # not Lightning's handler, which waits for all ranks in mid-step
+            signal.signal(each, at_once)
 
     def _release_signals(self) -> None:
         while self._handlers:

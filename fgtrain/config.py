@@ -45,6 +45,7 @@ class TrainConfig:
         rowwise: example i of the loss depends on row i of every parameter alone (the starting points of a function).
         max_skipped_steps: so many batches in a row whose loss, derivative or gradient is not finite end the run.
         detect_divergence: a loss above this multiple of the first one, for as many steps, ends it too; null for none.
+        compile: pass the model through torch.compile, see fgtrain.compilation.
         self_check: try the method on the first batch before training, see fgtrain.self_check.
         resume: what to continue from: a checkpoint, the folder of a run, or auto for the run in run_dir, if any.
         run_dir: folder of the run.
@@ -59,6 +60,7 @@ class TrainConfig:
     rowwise: bool = False
     max_skipped_steps: int = 10
     detect_divergence: float | None = None
+    compile: bool = False
     self_check: bool = True
     resume: str | None = None
     run_dir: str = MISSING

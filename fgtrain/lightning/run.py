@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fgtrain.allocator import keep_freed_memory
+from fgtrain.compilation import compile_model
 from fgtrain.config import check, signature_of, to_plain
 from fgtrain.distributed import lost_ranks_named
 from fgtrain.errors import ConfigError
@@ -100,6 +101,8 @@ def build(cfg: DictConfig) -> Run:
         **world.trainer_options(),
         _convert_="all",
     )
+    if cfg.compile:
+        compile_model(module.model, trainer.strategy.root_device)
     make_atomic(trainer.strategy)
     use_step_loop(trainer)
     return Run(module, data, trainer, monitor)

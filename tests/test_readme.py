@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import fgtrain
+from tests.test_own_config import PACKAGE
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -32,6 +34,28 @@ def test_commands(command, tmp_path):
     done = subprocess.run(command, shell=True, cwd=tmp_path, env=environ, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert list(tmp_path.rglob("results.json"))
+
+
+SHORTENED = {"train": "trainer.max_steps=3 trainer.val_check_interval=3", "bench": "--rounds 1"}
+"""What each script is given besides, because the README's own runs take minutes."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("block", re.findall(r"^```\n(python scripts/.*?)^```", README, flags=re.DOTALL | re.MULTILINE))
+def test_longer_commands(block, tmp_path):
+    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
+    (tmp_path / "my_package.py").write_text(PACKAGE)
+    (tmp_path / "my_conf" / "method").mkdir(parents=True)
+    method = "# @package _global_\nmethod:\n  _target_: my_package.Doubled\nlr: 0.01\n"
+    (tmp_path / "my_conf" / "method" / "my_method.yaml").write_text(method)
+    (tmp_path / "my.txt").write_text("All work and no play makes a dull example. " * 200)
+    for command in block.splitlines():
+        script = command.split()[1].removeprefix("scripts/").removesuffix(".py")
+        arguments = shlex.split(f"{command} {SHORTENED[script]}")[1:]
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=600
+        )
+        assert done.returncode == 0, f"{command}\n{done.stderr}"
 
 
 def test_set_up_is_two_commands():

@@ -18,23 +18,12 @@ from torch import Tensor
 
 from fgtrain.estimators import GradientEstimator
 from fgtrain.random import keyed_generator
-from fgtrain.tasks import functions, more_functions
+from fgtrain.tasks import functions
+from fgtrain.tasks.catalogue import CATALOGUE, CataloguedFunction
 from fgtrain.tasks.functions import Function, Points
 
-PLANE = (functions.Beale, functions.Himmelblau, functions.Matyas, more_functions.Booth, more_functions.ThreeHumpCamel)
-ANY_DIMENSION = (
-    functions.Rosenbrock,
-    functions.Sphere,
-    functions.StyblinskiTang,
-    more_functions.DixonPrice,
-    more_functions.Exponential,
-    more_functions.Griewank,
-    more_functions.Levy,
-    more_functions.Quartic,
-    more_functions.Rastrigin,
-    more_functions.SumSquares,
-    more_functions.Zakharov,
-)
+CLASSES = (functions.Beale, functions.Himmelblau, functions.Matyas)
+CLASSES_OF_ANY_DIMENSION = (functions.Rosenbrock, functions.Sphere, functions.StyblinskiTang)
 
 
 class Solved(NamedTuple):
@@ -56,9 +45,12 @@ class Solved(NamedTuple):
 
 
 def problems(dims: Sequence[int], rows: int) -> list[Function]:
-    """Every function, in every dimension where it has a choice, with `rows` starting points in its domain."""
-    made: list[Function] = [cls(rows, "domain") for cls in PLANE if 2 in dims]
-    return made + [cls(rows, "domain", dim=dim) for cls in ANY_DIMENSION for dim in dims]
+    """Every function, in every dimension of `dims` where it has a choice, with `rows` starting points in its domain."""
+    made: list[Function] = [cls(rows, "domain") for cls in CLASSES]
+    made += [cls(rows, "domain", dim=dim) for cls in CLASSES_OF_ANY_DIMENSION for dim in dims]
+    for name, formula in CATALOGUE.items():
+        made += [CataloguedFunction(name, rows, "domain", dim) for dim in ([formula.dim] if formula.dim else dims)]
+    return made
 
 
 def solve(
@@ -103,7 +95,7 @@ def solve(
     found = by_rate.isfinite()
     order = [(-int(found[i].sum()), float(by_rate[i][found[i]].sum()), i) for i in range(len(rates))]
     best = min(order)[2]
-    return Solved(type(function).__name__, function.dim, method, rates[best], by_rate[best])
+    return Solved(function.name, function.dim, method, rates[best], by_rate[best])
 
 
 def scale_of(function: Function, model: Points) -> float:

@@ -1,6 +1,7 @@
 """Tasks: classification, language modelling, and test functions of optimization."""
 
 from fgtrain.tasks.base import Task
+from fgtrain.tasks.catalogue import CataloguedFunction
 from fgtrain.tasks.classification import Classification
 from fgtrain.tasks.functions import (
     Beale,
@@ -16,6 +17,7 @@ from fgtrain.tasks.language_modeling import LanguageModeling
 
 __all__ = [
     "Beale",
+    "CataloguedFunction",
     "Classification",
     "Function",
     "Himmelblau",

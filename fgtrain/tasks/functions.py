@@ -27,6 +27,7 @@ class Function(Task):
         dim: dimension.
 
     Attributes:
+        name: what tables and pictures call it.
         domain: (low, high) of every coordinate, the box in which the function is usually looked at.
         minimum: smallest value.
     """
@@ -43,6 +44,7 @@ class Function(Task):
             raise ValueError(f"dim must be at least 2, got {dim}")
         if not isinstance(start, str) and len(start) != dim:
             raise ValueError(f"start must have {dim} coordinates, got {list(start)}")
+        self.name = type(self).__name__
         self.starts = starts
         self.start = start
         self.dim = dim

@@ -88,7 +88,7 @@ def draw_trajectories(function: Function, points: torch.Tensor) -> Figure:
         ylim=(y[0].item(), y[-1].item()),
         xlabel="x",
         ylabel="y",
-        title=type(function).__name__,
+        title=function.name,
     )
     return figure
 

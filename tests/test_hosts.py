@@ -1,4 +1,4 @@
-"""Two hosts, made of network namespaces on this machine and a link of limited rate between them."""
+"""Several hosts, made of network namespaces on this machine, at a switch with ports of limited rate."""
 
 import contextlib
 import os
@@ -12,7 +12,7 @@ import pytest
 
 from tests.test_script import ROOT, results_under
 
-HOSTS = ("fgtrain-a", "fgtrain-b")
+SWITCH, HOSTS = "fgtrain-switch", ("fgtrain-a", "fgtrain-b", "fgtrain-c")
 SCRIPT = str(ROOT / "scripts" / "train.py")
 
 
@@ -21,29 +21,35 @@ def ip(*arguments):
 
 
 @pytest.fixture
-def hosts():
-    """Two namespaces with addresses 10.77.0.1 and .2, 100 Mbit/s between them."""
+def hosts(request):
+    """Namespaces 10.77.0.1, .2, ... at a switch, 100 Mbit/s each way; two, or as many as the parameter."""
+    names = HOSTS[: getattr(request, "param", 2)]
     if not (shutil.which("ip") and shutil.which("tc")):
         pytest.skip("needs ip and tc (iproute2)")
     with contextlib.ExitStack() as undo:
         try:
-            for host in HOSTS:
-                ip("netns", "add", host)
-                undo.callback(ip, "netns", "del", host)
-            ip("link", "add", "fg0", "netns", HOSTS[0], "type", "veth", "peer", "name", "fg0", "netns", HOSTS[1])
-            for i, host in enumerate(HOSTS):
+            for namespace in (SWITCH, *names):
+                ip("netns", "add", namespace)
+                undo.callback(ip, "netns", "del", namespace)
+            ip("-n", SWITCH, "link", "add", "bridge", "type", "bridge")
+            ip("-n", SWITCH, "link", "set", "bridge", "up")
+            for i, host in enumerate(names):
+                port = f"port{i}"
+                ip("link", "add", "fg0", "netns", host, "type", "veth", "peer", "name", port, "netns", SWITCH)
+                ip("-n", SWITCH, "link", "set", port, "master", "bridge", "up")
                 ip("-n", host, "addr", "add", f"10.77.0.{i + 1}/24", "dev", "fg0")
                 ip("-n", host, "link", "set", "lo", "up")
                 ip("-n", host, "link", "set", "fg0", "up")
-                limit = "tc qdisc add dev fg0 root tbf rate 100mbit burst 64kb latency 100ms"
-                ip("netns", "exec", host, *limit.split())
+                for namespace, device in ((host, "fg0"), (SWITCH, port)):
+                    limit = f"tc qdisc add dev {device} root tbf rate 100mbit burst 64kb latency 100ms"
+                    ip("netns", "exec", namespace, *limit.split())
         except subprocess.CalledProcessError as error:
             pytest.skip(f"cannot make network namespaces: {error.stderr.strip()}")
-        yield HOSTS
+        yield names
 
 
 def start(hosts, folder, *overrides):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={len(hosts)}", "--nproc_per_node=1"]
     torchrun += ["--master_addr=10.77.0.1", "--master_port=29517"]
     common = ("trainer=ddp", "trainer.accelerator=cpu", "distributed.timeout_seconds=10")
     environ = os.environ | {"GLOO_SOCKET_IFNAME": "fg0", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
@@ -92,15 +98,17 @@ def test_a_cut_link_ends_both_hosts_and_the_run_can_be_resumed(hosts, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("hosts", [2, 3], indirect=True, ids=["two", "three"])
 def test_the_link_carries_what_is_counted(hosts, tmp_path):
     """A model of 1.1 million parameters: packets and start-up cost more than forward gradients, a gradient does not."""
-    sent = {}
+    sent, steps = {}, 30
     for method in ("fwdgrad", "backprop"):
-        before, steps = sent_bytes(hosts[1]), 30
+        before = sent_bytes(hosts[1])
         options = ("model.hidden=[1024,1024]", "callbacks=none", f"trainer.max_steps={steps}", "data.batch_size=16")
         for rank in start(hosts, tmp_path, f"method={method}", *options):
             _, err = rank.communicate(timeout=240)
             assert rank.returncode == 0, err
         sent[method] = sent_bytes(hosts[1]) - before
-    gradient = 4 * 1_126_410
-    assert sent["backprop"] - sent["fwdgrad"] == pytest.approx(30 * gradient, rel=0.1)
+    gradient, ranks = 4 * 1_126_410, len(hosts)
+    of_a_ring = 2 * (ranks - 1) / ranks * gradient  # what one rank sends, as in fgtrain.benchmarks.scaling
+    assert sent["backprop"] - sent["fwdgrad"] == pytest.approx(steps * of_a_ring, rel=0.1)

@@ -1,8 +1,19 @@
-"""Modules that run one after the other, found in a model."""
+"""Modules that run one after the other, or side by side, found in a model."""
 
 from collections.abc import Iterator
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+
+class SideBySide(nn.ModuleList):
+    """Modules that all see the whole input and whose outputs are concatenated along the channels, dimension 1.
+
+    What one of them computes does not depend on the others: `LocalLosses` gives each a loss of its own.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([module(x) for module in self], dim=1)
 
 
 def is_chain(module: nn.Module) -> bool:

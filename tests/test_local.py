@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fgtrain import ActivityPerturbation, Backprop, LocalLosses
+from fgtrain.chains import SideBySide
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.models import LocalMixer
 from fgtrain.random import keyed_generator
@@ -96,6 +97,36 @@ def test_it_follows_another_model():
     torch.testing.assert_close(flat(estimator(second, losses).grads), flat(expected))
 
 
+def test_every_module_side_by_side_has_a_loss_of_its_own():
+    torch.manual_seed(0)
+    groups = SideBySide([nn.Sequential(nn.Linear(3, 2), nn.Tanh()), nn.Sequential(nn.Linear(3, 3), nn.Tanh())])
+    model = nn.Sequential(groups, nn.Linear(5, 3)).double()
+    estimator = taught(LocalLosses(Backprop()), model)
+    heads, expected = dict(estimator.heads.items()), {}
+    assert heads.keys() == {"0-0", "0-1"}
+    for i, group in enumerate(groups):
+        loss = F.cross_entropy(heads[f"0-{i}"](group(INPUTS)), LABELS)
+        slopes = torch.autograd.grad(loss, list(group.parameters()))
+        expected |= {f"0.{i}.0.{name}": slope for name, slope in zip(("weight", "bias"), slopes, strict=True)}
+    grads = estimator(model, losses).grads
+    exact = Backprop()(model, losses).grads
+    expected |= {name: exact[name] for name in ("1.weight", "1.bias")}
+    assert grads.keys() == expected.keys()
+    torch.testing.assert_close(flat(grads), flat(expected), rtol=1e-12, atol=1e-12)
+
+
+def test_a_head_for_every_group_is_restored():
+    model = LocalMixer((2, 6, 6), 3, channels=8, depth=1, groups=2).double()
+    estimator = LocalLosses(Backprop())
+    loss_fn = lambda m: F.cross_entropy(m(IMAGES), LABELS, reduction="none")  # noqa: E731
+    for _ in range(3):
+        estimator(model, loss_fn)
+    assert estimator.heads.keys() == {"0", "1-0", "1-1"}
+    other = LocalLosses(Backprop())
+    other.load_state_dict(estimator.state_dict())
+    assert torch.equal(flat(other(model, loss_fn).grads), flat(estimator(model, loss_fn).grads))
+
+
 def test_mixer():
     torch.manual_seed(0)
     model = LocalMixer((2, 6, 6), 3, channels=8).double()
@@ -108,8 +139,13 @@ def test_mixer():
             model.get_parameter(name).grad = g
         optimizer.step()
     assert loss_fn(model).mean().item() < 0.5 * before
+
+
+def test_mixer_of_parts_that_do_not_fit():
     with pytest.raises(ValueError, match="patch_size must divide the image, got 4 for 6 x 6"):
         LocalMixer((2, 6, 6), 3, patch_size=4)
+    with pytest.raises(ValueError, match="groups must divide the channels, got 3 for 64"):
+        LocalMixer((2, 6, 6), 3, groups=3)
 
 
 @pytest.mark.parametrize(

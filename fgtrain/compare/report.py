@@ -102,16 +102,16 @@ def statement(plan: Comparison, outcome: Outcome, command: str) -> list[str]:
 def cells(row: dict[str, Any]) -> dict[str, str]:
     """A row as it is read."""
 
-    def spread(name: str, scale: float, digits: int) -> str:
+    def spread(name: str, scale: float, digits: str) -> str:
         mean, deviation = row[f"{name}_mean"], row[f"{name}_std"]
-        return "" if mean is None else f"{scale * mean:.{digits}f} ± {scale * deviation:.{digits}f}"
+        return "" if mean is None else f"{scale * mean:{digits}} ± {scale * deviation:{digits}}"
 
     reached = row["seconds_to_target"]
     shown = {"method": row["method"], "lr": f"{row['lr']:g}"}
     if row["with_accuracy"]:
-        shown["accuracy, %"] = spread("accuracy", 100, 1)
+        shown["accuracy, %"] = spread("accuracy", 100, ".1f")
     return shown | {
-        "loss": spread("loss", 1, 4),
+        "loss": spread("loss", 1, ".3g"),
         "steps": str(row["steps"]),
         "time, s": f"{row['seconds']:.1f}",
         "to target, s": "never" if reached is None else f"{reached:.1f} ({row['reached_target']}/{row['runs']})",
@@ -161,45 +161,51 @@ def draw(plan: Comparison, outcome: Outcome, folder: Path) -> None:
 
 
 def curves(plan: Comparison, runs: Sequence[Finished]) -> Figure:
-    """Loss, and accuracy where there is one, against steps and against training time."""
+    """Loss, and the share of errors where there is an accuracy, against steps and against training time."""
     tags = [tag for tag in ("val/loss", "val/acc", "val/distance_to_minimum") if tag in runs[0].curves]
-    figure = Figure(figsize=(9, 3.2 * len(tags)), layout="constrained")
+    figure = Figure(figsize=(10, 3.2 * len(tags)), layout="constrained")
     axes = figure.subplots(len(tags), 2, squeeze=False)
     for row, tag in zip(axes, tags, strict=True):
-        by_step: Curve = lambda run, tag=tag: list(run.curves.get(tag, []))  # noqa: E731
-        by_time: Curve = lambda run, tag=tag: [(run.seconds_at(s), v) for s, v in run.curves.get(tag, [])]  # noqa: E731
+
+        def by_step(run: Finished, tag: str = tag) -> list[tuple[float, float]]:
+            return [(step, 1 - v if tag == "val/acc" else v) for step, v in run.curves.get(tag, [])]
+
+        def by_time(run: Finished, by_step: Curve = by_step) -> list[tuple[float, float]]:
+            return [(run.seconds_at(int(step)), v) for step, v in by_step(run)]
+
         for axis, label, points in ((row[0], "steps", by_step), (row[1], "training time, s", by_time)):
             _bands(axis, plan, runs, points)
-            axis.set(xlabel=label, ylabel=tag, yscale="linear" if tag == "val/acc" else "log")
-    _legend(axes[0][0])
+            axis.set(xlabel=label, ylabel="1 - val/acc" if tag == "val/acc" else tag, yscale="log")
+    _legend(figure, axes[0][0])
     return figure
 
 
 def cosine(plan: Comparison, runs: Sequence[Finished]) -> Figure:
     """Cosine of the estimates to the exact gradient."""
-    figure = Figure(figsize=(5.5, 3.2), layout="constrained")
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
     axis = figure.subplots()
     _bands(axis, plan, runs, lambda run: list(run.curves.get("quality/cosine", [])))
     axis.set(xlabel="steps", ylabel="cosine to the exact gradient")
     axis.axhline(0, color="grey", linewidth=0.8)
-    _legend(axis)
+    _legend(figure, axis)
     return figure
 
 
 def _bands(axis: Any, plan: Comparison, runs: Sequence[Finished], points: Curve) -> None:
     """The mean over seeds of every method, and the range they fill."""
-    for method in plan.methods:
+    for i, method in enumerate(plan.methods):
         found = [np.array(points(run)) for run in runs if run.method == method and points(run) and not run.diverged]
         if not found:
             continue
         shortest = min(len(curve) for curve in found)
         together = np.stack([curve[:shortest] for curve in found])
         x, values = together[..., 0].mean(0), together[..., 1]
-        (line,) = axis.plot(x, values.mean(0), label=method)
+        (line,) = axis.plot(x, values.mean(0), label=method, color=f"C{i}", linestyle="--" if i >= 10 else "-")
         axis.fill_between(x, values.min(0), values.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
 
 
-def _legend(axis: Any) -> None:
-    """A legend, unless every run diverged and there is no line."""
-    if axis.get_legend_handles_labels()[0]:
-        axis.legend()
+def _legend(figure: Figure, axis: Any) -> None:
+    """A legend beside the axes, unless every run diverged and there is no line."""
+    handles, labels = axis.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside right upper")

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from fgtrain.chains import SideBySide
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.estimators.activity import ActivityPerturbation
 from fgtrain.estimators.backprop import average_grads
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce
-from fgtrain.estimators.local_heads import WHOLE, LocalHeads
+from fgtrain.estimators.local_heads import WHOLE, LocalHeads, Part, joined, run
 from fgtrain.forward_ad.dual import Dual
 from fgtrain.parameters import trainable_params
 
@@ -26,7 +27,8 @@ class LocalLosses(LocalHeads):
         g_l = estimate of dF_l / d(parameters of block l),
 
     by any estimator, by default activity perturbation. The last block needs no head: its loss is the model's. The heads
-    learn from the same losses by gradient descent.
+    learn from the same losses by gradient descent. A block that is one `SideBySide` has a head and a loss for every
+    module of it (Ren et al.: groupwise): noise on one group's units then meets that group's loss alone.
 
     Biased: local gradients are not those of the loss, except in the last block; of the local ones the estimate has the
     bias and variance of `estimator`. What is gained is variance: noise on one block's units alone instead of all.
@@ -55,7 +57,7 @@ class LocalLosses(LocalHeads):
         super().__init__(head_lr, head_size=head_size)
         self.estimator = estimator or ActivityPerturbation(exact_head=True, shrinkage=True)
         self.backpropagates = self.estimator.backpropagates
-        self._kept: WeakKeyDictionary[nn.Module, list[_LocalNet]] = WeakKeyDictionary()
+        self._kept: WeakKeyDictionary[nn.Module, list[list[_LocalNet]]] = WeakKeyDictionary()
 
     def forward(
         self,
@@ -69,29 +71,35 @@ class LocalLosses(LocalHeads):
         generator = generator or self.own_generator()
         grads: dict[str, Tensor] = {}
         estimate, hidden = None, None
-        for net in self._nets(model, loss_fn):
-            net.hidden = hidden
-            estimate = self.estimator(net, loss_fn, generator=generator)
-            hidden = net.take_output()
-            params = dict(net.named_parameters())
-            of_head = {}
-            for name, g in average_grads(estimate.grads, reduce).items():
-                own = names.get(id(params[name]))
-                if own is None:
-                    of_head[name] = g
-                else:  # a weight that two blocks share has two losses
-                    grads[own] = grads[own] + g if own in grads else g
-            self.descend([params[name] for name in of_head], of_head.values())
+        for nets in self._nets(model, loss_fn):
+            outputs = []
+            for net in nets:
+                net.hidden = hidden
+                estimate = self.estimator(net, loss_fn, generator=generator)
+                outputs.append(net.take_output())
+                params = dict(net.named_parameters())
+                of_head = {}
+                for name, g in average_grads(estimate.grads, reduce).items():
+                    own = names.get(id(params[name]))
+                    if own is None:
+                        of_head[name] = g
+                    else:  # a weight that two blocks share has two losses
+                        grads[own] = grads[own] + g if own in grads else g
+                self.descend([params[name] for name in of_head], of_head.values())
+            hidden = joined(outputs)
         assert estimate is not None
         return estimate._replace(grads=grads)
 
-    def _nets(self, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> "list[_LocalNet]":
-        """Every block with its head as a model; the same ones for the same blocks, since engines remember models."""
-        blocks, heads = self.blocks_with_heads(model, loss_fn), dict(self.heads.items())
-        parts = [(block, heads.get(str(i))) for i, block in enumerate(blocks)]
+    def parts_of(self, block: list[nn.Module]) -> list[list[nn.Module]]:
+        only = block[0] if len(block) == 1 else None
+        return [[module] for module in only] if isinstance(only, SideBySide) else [block]
+
+    def _nets(self, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> "list[list[_LocalNet]]":
+        """Every part of every block as a model; the same ones for the same parts, since engines remember models."""
+        blocks = self.blocks_with_heads(model, loss_fn)
         kept = self._kept.get(model, [])
-        if len(kept) != len(parts) or not all(net.consists_of(*part) for net, part in zip(kept, parts, strict=True)):
-            kept = self._kept[model] = [_LocalNet(block, head, self.features) for block, head in parts]
+        if [[net.part for net in nets] for nets in kept] != blocks:
+            kept = self._kept[model] = [[_LocalNet(part, self.features) for part in parts] for parts in blocks]
         return kept
 
     def extra_repr(self) -> str:
@@ -99,34 +107,27 @@ class LocalLosses(LocalHeads):
 
 
 class _LocalNet(nn.Module):
-    """A block and its head as a model of their own.
+    """A part of a block and its head as a model of their own.
 
     Args:
-        block: modules run in turn.
-        head: maps features of what leaves the block to an output of the model; None if that is one already.
+        part: see `Part`.
         features: see `LocalHeads.features`.
 
     Attributes:
         hidden: what enters the block; None for the first, which takes the model's inputs.
     """
 
-    def __init__(self, block: list[nn.Module], head: nn.Module | None, features: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, part: Part, features: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.block = nn.ModuleList(block)
-        self.head = head
+        self.part = part
+        self.block = nn.ModuleList(part.modules)
+        self.head = part.head
         self.features = features
         self.hidden: Tensor | None = None
         self._output: Tensor | None = None
 
-    def consists_of(self, block: list[nn.Module], head: nn.Module | None) -> bool:
-        """Whether these are its parts."""
-        own = list(self.block)
-        return self.head is head and len(own) == len(block) and all(a is b for a, b in zip(own, block, strict=True))
-
     def forward(self, x: Any) -> Any:
-        x = x if self.hidden is None else self.hidden
-        for module in self.block:
-            x = module(x)
+        x = run(self.block, x if self.hidden is None else self.hidden)
         self._output = _value(x)
         return x if self.head is None else self.head(self.features(x))
 

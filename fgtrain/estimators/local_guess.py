@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fgtrain.estimators.backprop import average_grads
 from fgtrain.estimators.base import Claim, Estimate, Reduce
-from fgtrain.estimators.local_heads import LocalHeads, Stage
+from fgtrain.estimators.local_heads import LocalHeads, Part, Stage
 from fgtrain.forward_ad import jvp
 from fgtrain.forward_ad.passes import RepeatedPass, check_losses
 from fgtrain.parameters import trainable_params
@@ -88,15 +88,14 @@ class LocalGuess(LocalHeads):
         return Estimate(losses.mean(), grads, derivatives)
 
     def _guesses(
-        self, blocks: list[list[nn.Module]], loss_fn: Callable[[Any], Tensor], reduce: Reduce | None
+        self, blocks: list[list[Part]], loss_fn: Callable[[Any], Tensor], reduce: Reduce | None
     ) -> list[list[tuple[nn.Parameter, Tensor]]]:
         """(parameter, direction) for every trainable parameter, block by block; the heads take their step."""
-        heads, found, hidden, seen = dict(self.heads.items()), [], None, set()
-        for i, block in enumerate(blocks):
-            head = heads.get(str(i))
-            stage = Stage(block, hidden, None if head is None else partial(self._read, head))
+        found, hidden, seen = [], None, set()
+        for ((block, head),) in blocks:
+            stage = Stage([block], hidden, None if head is None else partial(self._read, head))
             loss = check_losses(loss_fn(stage)).mean()
-            hidden = stage.output_of_block()
+            (hidden,) = stage.outputs()
             own = [p for module in block for p in module.parameters() if p.requires_grad and id(p) not in seen]
             seen |= {id(p) for p in own}
             wanted = [*own, *(head.parameters() if head is not None else ())]

@@ -1,7 +1,7 @@
 """Blocks of a network and the small heads that give each of them a loss of its own."""
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,23 @@ from fgtrain.estimators.base import GradientEstimator
 from fgtrain.forward_ad.passes import RepeatedPass
 
 
+class Part(NamedTuple):
+    """A block, or one of the modules side by side that it consists of, with its head.
+
+    Args:
+        modules: run in turn.
+        head: maps features of what leaves them to an output of the model; None if that is one already.
+    """
+
+    modules: list[nn.Module]
+    head: nn.Module | None
+
+
 class LocalHeads(GradientEstimator):
     """An estimator with a linear head behind every block but the last, which learns by gradient descent.
 
-    A block is a layer with parameters and what follows it. The heads are created at the first call, at zero, and are
-    saved with the estimator's state.
+    A block is a layer with parameters and what follows it; it has one part, or several (`parts_of`) with a head each.
+    The heads are created at the first call, at zero, and are saved with the estimator's state.
 
     Args:
         head_lr: learning rate of the heads.
@@ -37,19 +49,29 @@ class LocalHeads(GradientEstimator):
         self.head_size = head_size
         self.heads = nn.ModuleDict()
 
-    def blocks_with_heads(self, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> list[list[nn.Module]]:
-        """The blocks of the model, whose heads are there afterwards; the trial that may take leaves no trace.
+    def blocks_with_heads(self, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> list[list[Part]]:
+        """The parts of every block, whose heads are there afterwards; the trial that may take leaves no trace.
 
         Raises:
             UnsupportedOperation: the model is no chain of modules with outputs (B, classes).
         """
-        blocks = blocks_of(model)
-        if len(self.heads) != len(blocks) - 1:
+        *blocks, last = blocks_of(model)
+        parts = {str(i): self.parts_of(block) for i, block in enumerate(blocks)}
+        keys = {i: [i] if len(found) == 1 else [f"{i}-{k}" for k in range(len(found))] for i, found in parts.items()}
+        if self.heads.keys() != {key for of_block in keys.values() for key in of_block}:
             repeated = RepeatedPass(model)
             with torch.inference_mode(False), torch.no_grad():
-                self._create_heads(blocks, loss_fn)
+                self._create_heads(parts, keys, last, loss_fn)
             repeated.rewind()
-        return blocks
+        heads = dict(self.heads.items())
+        with_heads = [
+            [Part(modules, heads[key]) for modules, key in zip(parts[i], keys[i], strict=True)] for i in parts
+        ]
+        return [*with_heads, [Part(last, None)]]
+
+    def parts_of(self, block: list[nn.Module]) -> list[list[nn.Module]]:
+        """What gets a head of its own in a block."""
+        return [block]
 
     def features(self, hidden: Tensor) -> Tensor:
         """(B, features) of a block's output (B, ...)."""
@@ -58,17 +80,26 @@ class LocalHeads(GradientEstimator):
             hidden = F.adaptive_avg_pool2d(hidden, (height, width))
         return hidden.flatten(1)
 
-    def _create_heads(self, blocks: list[list[nn.Module]], loss_fn: Callable[[Any], Tensor]) -> None:
-        whole = Stages([Stage(block) for block in blocks])
-        loss_fn(whole)
-        outputs = [stage.output_of_block() for stage in whole.stages]
-        if outputs[-1].dim() != 2:
+    def _create_heads(
+        self,
+        parts: Mapping[str, list[list[nn.Module]]],
+        keys: Mapping[str, list[str]],
+        last: list[nn.Module],
+        loss_fn: Callable[[Any], Tensor],
+    ) -> None:
+        stages = {key: Stage(parts[key]) for key in parts}
+        end = Stage([last])
+        loss_fn(Stages([*stages.values(), end]))
+        (logits,) = end.outputs()
+        if logits.dim() != 2:
             raise UnsupportedOperation(
-                f"local losses need a model with outputs (B, classes), got {tuple(outputs[-1].shape)}; "
+                f"local losses need a model with outputs (B, classes), got {tuple(logits.shape)}; "
                 "train with another method"
             )
-        for i, output in enumerate(outputs[:-1]):
-            self.add_head(str(i), self.features(output).shape[1], outputs[-1].shape[1], output)
+        self.heads.clear()
+        for of_block, stage in stages.items():
+            for key, output in zip(keys[of_block], stage.outputs(), strict=True):
+                self.add_head(key, self.features(output).shape[1], logits.shape[1], output)
 
     def add_head(self, key: str, num_features: int, num_outputs: int, like: Tensor) -> None:
         """A head that knows nothing yet, for the block of this index."""
@@ -108,33 +139,47 @@ class Stage(nn.Module):
     """Stands for the model in a loss function, but runs one block and its head.
 
     Args:
-        block: modules run in turn.
+        parts: side by side, each of them modules run in turn.
         hidden: what enters the block; None for the first, which takes the model's inputs.
         head: maps what leaves the block to an output of the model; None if that is one already.
     """
 
     def __init__(
-        self, block: list[nn.Module], hidden: Tensor | None = None, head: Callable[[Tensor], Tensor] | None = None
+        self,
+        parts: Sequence[Sequence[nn.Module]],
+        hidden: Tensor | None = None,
+        head: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self._parts = (block, hidden, head)
-        self._out: Tensor | None = None
+        self._parts = (parts, hidden, head)
+        self._outputs: list[Tensor] = []
 
     def forward(self, x: Any) -> Any:
-        block, hidden, head = self._parts
-        x = x if hidden is None else hidden
-        for module in block:
-            x = module(x)
-        self._out = x
+        parts, hidden, head = self._parts
+        self._outputs = [run(modules, x if hidden is None else hidden) for modules in parts]
+        x = joined(self._outputs)
         return x if head is None else head(x)
 
-    def output_of_block(self) -> Tensor:
-        if self._out is None:
+    def outputs(self) -> list[Tensor]:
+        """What has left each part."""
+        if not self._outputs:
             raise UnsupportedOperation(WHOLE)
-        return self._out.detach()
+        return [output.detach() for output in self._outputs]
 
     def __getitem__(self, key: Any) -> Any:
         raise UnsupportedOperation(WHOLE)
+
+
+def run(modules: Iterable[nn.Module], x: Any) -> Any:
+    """The output of modules run in turn."""
+    for module in modules:
+        x = module(x)
+    return x
+
+
+def joined(outputs: Sequence[Tensor]) -> Tensor:
+    """What leaves a block, from what leaves its parts."""
+    return outputs[0] if len(outputs) == 1 else torch.cat(list(outputs), dim=1)
 
 
 class Stages(nn.Module):

@@ -23,6 +23,25 @@ class Case(NamedTuple):
         return model
 
 
+class NoJvp(torch.autograd.Function):
+    """The identity, differentiable in reverse mode alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return grads
+
+
+class Custom(nn.Module):
+    """A module that forward AD cannot follow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return NoJvp.apply(x)
+
+
 class Tied(nn.Module):
     """One weight used twice."""
 

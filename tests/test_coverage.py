@@ -14,7 +14,7 @@ from fgtrain.directions import dense
 from fgtrain.errors import LossError, UnsupportedOperation
 from fgtrain.forward_ad import directional_derivatives, native
 from fgtrain.forward_ad.dual import without_rules
-from tests.cases import Case
+from tests.cases import Case, Custom
 from tests.coverage_layers import IMAGES, LAYERS, ROWS, SEQUENCES, probe
 from tests.coverage_operations import OPERATIONS
 from tests.test_module import Small, make, trainer
@@ -181,21 +181,6 @@ def rms(x):
 
 
 # --- what cannot be done is said before a weight moves ------------------------------------------------------------
-
-
-class NoJvp(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, *grads):
-        return grads
-
-
-class Custom(nn.Module):
-    def forward(self, x):
-        return NoJvp.apply(x)
 
 
 class Pairs(nn.Module):

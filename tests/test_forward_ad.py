@@ -9,7 +9,7 @@ from fgtrain import LowRank, Normal, directional_derivatives
 from fgtrain.directions import dense
 from fgtrain.errors import LossError, UnsupportedOperation
 from fgtrain.forward_ad import jvp
-from tests.cases import CASES, INPUTS
+from tests.cases import CASES, INPUTS, Custom
 from tests.properties import exact_grads
 
 
@@ -107,21 +107,6 @@ def test_change_of_engine_leaves_the_trace_of_one_pass(caplog):
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-class _NoJvp(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, *grads):
-        return grads
-
-
-class _Custom(nn.Module):
-    def forward(self, x):
-        return _NoJvp.apply(x)
-
-
 class _CTC(nn.Module):
     def forward(self, x):
         return F.ctc_loss(x.log_softmax(-1)[:, None], torch.tensor([[1]]), torch.tensor([4]), torch.tensor([1]))
@@ -131,9 +116,9 @@ class _CTC(nn.Module):
     ("model", "loss", "message"),
     [
         (
-            nn.Sequential(nn.Linear(3, 3), nn.Sequential(_Custom())),
+            nn.Sequential(nn.Linear(3, 3), nn.Sequential(Custom())),
             lambda m: m(INPUTS).sum(),
-            r"^module '1\.0' \(_Custom\) uses a custom autograd.Function without jvp, which has no forward-mode",
+            r"^module '1\.0' \(Custom\) uses a custom autograd.Function without jvp, which has no forward-mode",
         ),
         (
             nn.Sequential(nn.Linear(3, 3), _CTC()),

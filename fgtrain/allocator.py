@@ -2,6 +2,7 @@
 
 import ctypes
 import sys
+from typing import Any
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # names of glibc's malloc.h
 _LARGEST = 2**31 - 1
@@ -13,11 +14,24 @@ def keep_freed_memory() -> None:
     By default glibc maps every large tensor anew and hands it back when it is freed, and the kernel fills it with zeros
     page by page: 15 to 35 % of a step's time on a CPU. Does nothing on other systems.
     """
+    mallopt = _of_glibc("mallopt")
+    if mallopt is not None:
+        mallopt(_MMAP_MAX, 0)
+        mallopt(_TRIM_THRESHOLD, _LARGEST)
+
+
+def return_freed_memory() -> None:
+    """Hand back to the system what `keep_freed_memory` kept. Does nothing on other systems."""
+    malloc_trim = _of_glibc("malloc_trim")
+    if malloc_trim is not None:
+        malloc_trim(0)
+
+
+def _of_glibc(name: str) -> Any:
+    """A function of the C library; None where it is another one."""
     if not sys.platform.startswith("linux"):
-        return
+        return None
     try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):  # another C library
-        return
-    mallopt(_MMAP_MAX, 0)
-    mallopt(_TRIM_THRESHOLD, _LARGEST)
+        return getattr(ctypes.CDLL(None), name)
+    except (OSError, AttributeError):
+        return None

@@ -1,5 +1,6 @@
 """The LightningModule does what a plain loop does, under every flag of the trainer."""
 
+import sys
 from typing import Any
 
 import lightning as L
@@ -14,6 +15,7 @@ from fgtrain.data import Digits, InMemoryDataModule
 from fgtrain.errors import ConfigError
 from fgtrain.lightning import EstimatorModule
 from fgtrain.lightning.callbacks import Monitor, StepProgress
+from fgtrain.lightning.callbacks.monitor import forget_peak_memory, peak_memory_mib
 from fgtrain.lightning.loop import use_step_loop
 from fgtrain.models import MLP
 from fgtrain.random import keyed_generator
@@ -239,3 +241,15 @@ def test_learns_digits(tmp_path):
     run.fit(module, data)
     (metrics,) = run.test(module, data, verbose=False)
     assert metrics["test/acc"] > 0.9
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere the peak is the process's")
+def test_peak_memory_is_that_of_one_run_not_of_those_before():
+    large = torch.ones(50_000_000)
+    before = peak_memory_mib()
+    del large
+    forget_peak_memory()
+    assert peak_memory_mib() < before - 100
+    again = torch.ones(50_000_000)
+    assert peak_memory_mib() > before - 100
+    del again

@@ -1,8 +1,13 @@
 """What is logged of training: every step is measured, few are written."""
 
+import contextlib
+import gc
+import re
 import resource
+import sys
 import time
 from array import array
+from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
@@ -12,6 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from fgtrain.allocator import return_freed_memory
 from fgtrain.sharding import is_sharded
 
 
@@ -45,6 +51,7 @@ class Monitor(L.Callback):
         self.train_seconds = state_dict["train_seconds"]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        forget_peak_memory()
         self._resumed_at = self._last_end = time.perf_counter()
 
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
@@ -107,8 +114,22 @@ class Monitor(L.Callback):
         }
 
 
+def forget_peak_memory() -> None:
+    """Count `peak_memory_mib` from now on: a sweep runs many trainings in one process."""
+    gc.collect()
+    return_freed_memory()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):  # where it cannot be reset, it is the process's
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 def peak_memory_mib() -> float:
     """Largest memory so far: of the accelerator where there is one, else of the process."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    if found is not None:
+        return int(found[1]) / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

@@ -224,6 +224,8 @@ _USES: dict[str, Callable[[Any], Tensor]] = {
     "grid_sample": lambda m: F.grid_sample(m.h[None, None], m.h.tanh().view(1, 6, 3, 2), align_corners=False)[0, 0],
     "rotary": lambda m: torch.view_as_real(torch.view_as_complex(m.h.view(6, 3, 2)) * 1j),
 }
+if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 15):  # 2.11 lacks its derivative
+    del _USES["grid_sample"]
 
 USES_OF_PARAMETERS = [named(name, Weights, use) for name, use in _USES.items()]
 

@@ -229,7 +229,7 @@ def peak_mib(step: Callable[[], object], device: torch.device) -> float:
         torch.cuda.reset_peak_memory_stats(device)
         step()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
         step()
     assert recorded.profiler is not None
     events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]

@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, InstantiationException
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from hydra.types import RunMode
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
@@ -154,6 +154,11 @@ def one_line(error: BaseException | str) -> str:
     if isinstance(error, InstantiationException):
         key = re.search(r"full_key: (\S+)", text)
         text = f"{key.group(1)}: {cause}" if key and cause else text
+    elif isinstance(error, OverrideParseException):
+        reason = "; ".join(line for line in text.splitlines() if not line.startswith(("See ", "Error parsing")))
+        text = (
+            f"{error.override!r} cannot be read ({reason}); a value with = or , in it stands in quotes: 'key=\"a=b\"'"
+        )
     elif unknown := re.match(r"Could not override '(\S+)'", text):
         text = f"{unknown.group(1)} is no key of the configuration; --cfg job prints the keys there are"
     elif plugin := re.match(r"In '.*': Could not find 'hydra/(sweeper|launcher)/(\w+)'", text):

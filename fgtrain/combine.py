@@ -4,14 +4,17 @@
 gradient on the span of the directions: the least error inside the span, biased in length (its mean is about K/n of
 the gradient).
 
-Source of the projection: Fluegel, Coquelin, Debus, Streit, Goetz 2024, arXiv:2410.17764.
+Source of the projection: Fluegel, Coquelin, Debus, Streit, Goetz 2024, arXiv:2410.17764; of the shrinkage: Shukla and
+Shin 2023, arXiv:2310.14168.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from fgtrain.tangents import Tangents
 
 Combine = Literal["mean", "projection"]
 
@@ -29,3 +32,44 @@ def coefficients(combine: Combine, derivatives: Tensor, gram: Callable[[], Tenso
     inverse = torch.linalg.pinv(gram(), hermitian=True)  # (K, K) or (N, K, K)
     solution = inverse @ derivatives.to(inverse.dtype).t().unsqueeze(-1)
     return solution.squeeze(-1).t().to(derivatives.dtype)
+
+
+class Shrinkage:
+    """The length of least squared error for the mean of K directions: 1 / (1 + s) of its own.
+
+    The mean has the relative variance s = (n - 1 + excess) / K. Its multiple by a has the relative squared error
+    a^2 s + (1 - a)^2, which is least, s / (1 + s), at a = 1 / (1 + s). No direction changes, only the length: an SGD
+    step stays stable up to a learning rate that no longer falls with n nor grows with K.
+
+    Args:
+        tangents: law of the directions. Where its s depends on how the gradient is spread over the layers (low-rank
+            tangents), it is taken to be spread evenly.
+        num_tangents: K.
+        on: False leaves the mean as it is, a = 1.
+        rowwise: every row of a parameter has a gradient of its own, of n / rows numbers.
+    """
+
+    def __init__(self, tangents: Tangents, num_tangents: int, *, on: bool, rowwise: bool = False) -> None:
+        self.on = on
+        self._tangents = tangents
+        self._num_tangents = num_tangents
+        self._rowwise = rowwise
+        self._variances: dict[tuple[tuple[int, ...], ...], float] = {}
+
+    def factor(self, params: Mapping[str, Tensor], estimates: int = 1) -> float:
+        """a, for the trained parameters `params` and the mean of so many estimates, of K directions each."""
+        if not self.on:
+            return 1.0
+        shapes = tuple(p.shape[1:] if self._rowwise else p.shape for p in params.values())
+        if shapes not in self._variances:
+            even = {str(i): torch.ones(shape) for i, shape in enumerate(shapes)}
+            self._variances[shapes] = self._relative_variance(even)
+        return 1 / (1 + self._variances[shapes] / estimates)
+
+    def relative_squared_error(self, grads: Mapping[str, Tensor]) -> float:
+        """E ||a mean - g||^2 / ||g||^2, where g is the gradient `grads`."""
+        factor = self.factor(grads)
+        return factor**2 * self._relative_variance(grads) + (1 - factor) ** 2
+
+    def _relative_variance(self, grads: Mapping[str, Tensor]) -> float:
+        return self._tangents.relative_variance(grads) / self._num_tangents

@@ -8,12 +8,15 @@ from torch import nn
 
 from fgtrain.errors import ConfigError
 
+OPTIONS: dict[str, Any] = {"fallback_random": True}
+"""Of the compiler: without this Dropout has a generator of the compiler's own, and draws other masks."""
+
 
 def compile_model(model: nn.Module, device: torch.device) -> None:
     """Compile `model` in place; parameters keep their names.
 
-    What is compiled are passes without forward-mode derivatives: backpropagation, zeroth-order methods, validation. A
-    compiled function drops the tangent of a dual tensor without a word, so passes that carry tangents run the model as
+    Passes along directions in the weights are compiled with their derivatives (`fgtrain.forward_ad.compiled`), and so
+    are passes without any: backpropagation, zeroth-order methods, validation. Activity perturbation runs the model as
     it was written. Dropout draws the masks it would draw uncompiled, and other numbers agree to rounding.
 
     Args:
@@ -23,11 +26,10 @@ def compile_model(model: nn.Module, device: torch.device) -> None:
     Raises:
         ConfigError: torch.compile does not work on this machine.
     """
-    options: dict[str, Any] = {"fallback_random": True}  # else Dropout has a generator of the compiler's own
     try:
-        torch.compile(torch.cos, options=options)(torch.zeros(16, device=device))
+        torch.compile(torch.cos, options=OPTIONS)(torch.zeros(16, device=device))
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         missing = "" if sys.platform != "linux" else " (on a CPU it needs a C++ compiler, such as g++)"
         raise ConfigError(f"compile=true: torch.compile fails here{missing}: {reason}; use compile=false") from error
-    model.compile(options=options)
+    model.compile(options=OPTIONS)

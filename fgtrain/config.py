@@ -42,6 +42,8 @@ class TrainConfig:
         lr: learning rate; each method brings its own.
         accumulate_grad_batches: batches averaged into one optimizer step.
         clip_grad_norm: largest norm of the gradient; null for none.
+        shrinkage: estimates by perturbation have the length of least squared error, so that the learning rate that was
+            tuned on one model serves others, see fgtrain.combine.Shrinkage.
         rowwise: example i of the loss depends on row i of every parameter alone (the starting points of a function).
         max_skipped_steps: so many batches in a row whose loss, derivative or gradient is not finite end the run.
         detect_divergence: a loss above this multiple of the first one, for as many steps, ends it too; null for none.
@@ -57,6 +59,7 @@ class TrainConfig:
     lr: float = MISSING
     accumulate_grad_batches: int = 1
     clip_grad_norm: float | None = None
+    shrinkage: bool = True
     rowwise: bool = False
     max_skipped_steps: int = 10
     detect_divergence: float | None = None
@@ -78,6 +81,7 @@ class TrainConfig:
 
 
 ConfigStore.instance().store(name="schema", node=TrainConfig)
+OmegaConf.register_new_resolver("file_name", lambda text: text.replace("/", "-")[:200])  # of a run in a sweep
 
 
 def check(cfg: DictConfig) -> None:

@@ -123,7 +123,9 @@ class Ranks:
             own.grads if rank == self.rank else estimator.replay(model, found, keyed_generator(*key, rank))
             for rank, found in enumerate(derivatives)
         )
-        return own._replace(grads=_mean_of(parts, self.size), directional_derivatives=torch.cat(derivatives))
+        gain = estimator.mean_length_of(self.size, own.grads) / estimator.mean_length(own.grads)
+        grads = _sum_of(parts, self.size / gain)
+        return own._replace(grads=grads, directional_derivatives=torch.cat(derivatives))
 
 
 @contextmanager
@@ -141,9 +143,9 @@ def lost_ranks_named(rank: int) -> Generator[None]:
         ) from error
 
 
-def _mean_of(parts: Any, count: int) -> dict[str, Tensor]:
-    """The mean of gradients, added in their order so that every rank gets the same bits."""
+def _sum_of(parts: Any, divisor: float) -> dict[str, Tensor]:
+    """The sum of gradients, divided; added in their order so that every rank gets the same bits."""
     total: dict[str, Tensor] = {}
     for grads in parts:
         total = {name: total[name] + g if total else g for name, g in grads.items()}
-    return {name: g / count for name, g in total.items()}
+    return {name: g / divisor for name, g in total.items()}

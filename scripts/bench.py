@@ -20,7 +20,7 @@ from fgtrain.allocator import keep_freed_memory
 from fgtrain.benchmarks.loop import loop_overhead
 from fgtrain.benchmarks.methods import methods_of
 from fgtrain.benchmarks.scaling import Link, measure_compute, rows_of, scaling_table
-from fgtrain.benchmarks.steps import Row, measure
+from fgtrain.benchmarks.steps import REFERENCES, Row, measure
 from fgtrain.cli import USER_ERRORS, fail, silence_libraries
 
 
@@ -32,6 +32,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=["fwdgrad"], help="files of conf/method")
     parser.add_argument("--tangents", nargs="+", default=["low_rank"], help="files of conf/tangents")
     parser.add_argument("--num-tangents", nargs="+", type=int, default=[1])
+    parser.add_argument("--compile", action="store_true", help="every method on a compiled model too, and backprop")
     parser.add_argument("--precision", default="32", choices=["32", "bf16-mixed", "bf16-true"])
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     parser.add_argument("--threads", type=int, default=1)
@@ -59,6 +60,8 @@ def main() -> None:
         print_scaling(args, device)
         return
     methods = methods_of(args.methods, args.tangents, args.num_tangents)
+    if args.compile:
+        methods += [method._replace(compiled=True) for method in (*REFERENCES, *methods)]
     console, rows = Console(), []
     console.width = max(console.width, 150)  # the table is not folded into a file or a narrow window
     with Console(stderr=True).status("") as status:
@@ -80,7 +83,8 @@ def table(rows: list[Row]) -> Table:
         grid.add_column(heading, justify="right")
     for row in rows:
         low, high = row.ratio_to_backprop_quartiles
-        named = (row.model, str(row.batch_size), row.method, row.tangents, str(row.num_tangents or ""))
+        method = f"{row.method}, compiled" if row.compiled else row.method
+        named = (row.model, str(row.batch_size), method, row.tangents, str(row.num_tangents or ""))
         spread = f"{row.ratio_to_backprop:.2f} ({low:.2f}-{high:.2f})"
         times = (f"{row.step_ms:.2f}", spread, f"{row.ratio_to_forward:.2f}")
         memory = (f"{row.peak_mib:.1f}", f"{row.peak_to_backprop:.2f}", f"{row.peak_to_forward:.2f}")

@@ -26,7 +26,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=["backprop", "fwdgrad", "spsa"], help="files of conf/method")
     parser.add_argument("--dims", nargs="+", type=int, default=[2, 10])
     parser.add_argument("--starts", type=int, default=20)
-    parser.add_argument("--iterations", type=int, default=2000)
+    parser.add_argument("--iterations", type=int, default=500)
     parser.add_argument("--rates", type=int, default=9, help="learning rates, a factor of sqrt(10) apart")
     parser.add_argument("--tolerance", type=float, default=0.01, help="share of f(x_0) - f* that may be left")
     parser.add_argument("--seed", type=int, default=0)

@@ -168,6 +168,8 @@ NORMS = [
 DROPOUTS = [
     _of_rows(lambda: nn.Dropout(0.3)),
     _of_rows(lambda: nn.Dropout(0.3, inplace=True)),
+    _of_rows(lambda: nn.Dropout(0.0)),
+    _of_rows(lambda: nn.Dropout(1.0)),
     _of_rows(lambda: nn.Dropout1d(0.3)),
     _of_rows(lambda: nn.AlphaDropout(0.3)),
     _of_rows(lambda: nn.FeatureAlphaDropout(0.3)),

@@ -44,6 +44,8 @@ ESTIMATORS = {
     "normal": ForwardGradient,
     "projection": partial(ForwardGradient, num_tangents=2, combine="projection"),
     "low_rank": partial(ForwardGradient, LowRank(), num_tangents=3),
+    "shrunk": partial(ForwardGradient, num_tangents=2, shrinkage=True),
+    "shrunk_spsa": partial(SPSA, num_tangents=2, shrinkage=True),
     "clipped": partial(ForwardGradient, num_tangents=2, clip_derivative=0.5),
     "spsa": partial(SPSA, num_tangents=2),
     "mezo": MeZO,

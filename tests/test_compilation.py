@@ -1,14 +1,26 @@
 """compile=true changes the time of a run and nothing else."""
 
+import copy
+import re
 import shutil
+from contextlib import nullcontext
+from functools import partial
 
 import pytest
 import torch
 import torch._inductor.config as inductor
+import torch.nn.functional as F
 from torch import nn
 
+from fgtrain import ForwardGradient, LowRank, Normal
 from fgtrain.compilation import compile_model
-from fgtrain.errors import ConfigError
+from fgtrain.errors import ConfigError, LossError
+from fgtrain.forward_ad import _engines, jvp, stacked
+from fgtrain.forward_ad.compiled import CompiledPass
+from fgtrain.forward_ad.passes import NotIntercepted
+from tests.cases import CASES
+from tests.coverage_layers import chain, named
+from tests.test_coverage import COVERAGE, assert_derivatives
 from tests.test_script import results_under, train
 
 compiles = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
@@ -57,3 +69,193 @@ def test_without_a_compiler_it_is_one_line(fresh):
         pytest.raises(ConfigError, match=r"^compile=true: torch.compile fails here.*use compile=false$"),
     ):
         compile_model(nn.Linear(2, 2), torch.device("cpu"))
+
+
+# --- passes that carry tangents ------------------------------------------------------------------------------------
+
+
+def run_as_it_is(graph, inputs):
+    """In place of Inductor: what is under test is how a pass is taken down."""
+    return graph
+
+
+def derivatives_of(engine):
+    def found(model, loss, tangents):
+        losses, derivatives = engine(model, loss, tangents)
+        return losses, derivatives if losses.dim() == 0 else derivatives.mean(1)
+
+    return found
+
+
+UNSUITABLE = {
+    "RReLU(lower=0.125, upper=0.3333333333333333)",
+    "FractionalMaxPool2d()",
+    "AlphaDropout(p=0.3, inplace=False)",
+    "FeatureAlphaDropout(p=0.3, inplace=False)",
+    "x[...] = y of a plain tensor",
+    "indices",
+    "loss: gaussian nll",
+}
+"""What is refused, and then runs as it is written: repeated random numbers, and sizes that depend on numbers."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [*CASES, *COVERAGE], ids=lambda case: case.name)
+def test_what_is_taken_down_is_the_derivative_or_refused(case):
+    refused = case.name in UNSUITABLE or re.search(r"\b(RNN|GRU|LSTM)\b|momentum=None.*\)$", case.name) is not None
+    with pytest.raises(NotIntercepted) if refused else nullcontext():
+        assert_derivatives(case, [(LowRank(1), 3)], derivatives_of(CompiledPass(run_as_it_is)))
+
+
+def compiled_cases():
+    layer = nn.TransformerEncoderLayer
+    rows, images = torch.randn(4, 6, 8, dtype=torch.float64), torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    yield named("encoder", lambda: layer(8, 2, 16, dropout=0.3, batch_first=True), lambda m: m(rows))
+    convolutional = [lambda: nn.Conv2d(3, 4, 3, padding=1), lambda: nn.BatchNorm2d(4), lambda: nn.ReLU(inplace=True)]
+    rest = [lambda: nn.MaxPool2d(2), nn.Flatten, lambda: nn.Dropout(0.3), lambda: nn.Linear(64, 5)]
+    yield chain("convolutional", images, *convolutional, *rest)
+
+
+@compiles
+@pytest.mark.slow
+@pytest.mark.parametrize("case", list(compiled_cases()), ids=lambda case: case.name)
+def test_compiled_derivatives(case, fresh):
+    assert_derivatives(case, [(LowRank(1), 1), (Normal(), 3)], derivatives_of(CompiledPass()))
+
+
+@compiles
+def test_a_compiled_model_has_compiled_derivatives(fresh, caplog):
+    plain = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2))
+    model = copy.deepcopy(plain)
+    model.compile()
+    x, found = torch.randn(3, 5), []
+    for each in (plain, model):
+        generator = torch.Generator().manual_seed(0)
+        estimate = ForwardGradient(LowRank(1))(each, lambda m: m(x).square().sum(1), generator=generator)
+        found.append((estimate.loss, dict(estimate.grads)))
+    torch.testing.assert_close(*found)
+    assert isinstance(_engines[model], CompiledPass)
+    assert not [record for record in caplog.records if record.name.startswith("fgtrain")]
+
+
+@pytest.mark.parametrize(
+    ("layer", "reason"),
+    [
+        (nn.RReLU(), "random numbers that every direction must see again"),
+        (nn.AlphaDropout(0.5), "random numbers that every direction must see again"),
+    ],
+)
+def test_what_cannot_be_compiled_runs_as_it_is_written(layer, reason, caplog):
+    model = nn.Sequential(nn.Linear(5, 4), layer, nn.Linear(4, 2))
+    tangents = LowRank().sample(dict(model.named_parameters()), [0, 1])
+    x, found = torch.randn(3, 5), []
+    for _ in range(2):
+        torch.manual_seed(0)
+        found.append(jvp(model, lambda m: m(x).square().sum(1), tangents))
+        model.compile()
+        del _engines[model]
+    torch.testing.assert_close(*found)
+    assert f"the derivatives of Sequential are taken uncompiled: {reason}" in caplog.text
+
+
+def test_a_compiler_that_errs_is_not_used(monkeypatch, caplog):
+    def wrong(graph, inputs, options):
+        return lambda *tensors: [2 * x for x in graph(*tensors)]
+
+    monkeypatch.setattr(torch._inductor, "compile", wrong)
+    model = nn.Sequential(nn.Linear(5, 2))
+    model.compile()
+    tangents = Normal().sample(dict(model.named_parameters()), [0])
+    x = torch.randn(3, 5)
+    found = jvp(model, lambda m: m(x).square().sum(1), tangents)
+    torch.testing.assert_close(found, stacked.jvp(model, lambda m: m(x).square().sum(1), tangents))
+    assert "taken uncompiled: compiled, they are others" in caplog.text
+
+
+def test_batches_of_ever_other_shapes_are_not_compiled_for_ever(monkeypatch, caplog):
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs, options: graph)
+    model = nn.Sequential(nn.Linear(5, 2))
+    model.compile()
+    tangents = Normal().sample(dict(model.named_parameters()), [0])
+    for rows in range(2, 14):
+        x = torch.randn(rows, 5)
+        found = jvp(model, lambda m, x=x: m(x).square().sum(1), tangents)
+        torch.testing.assert_close(found, stacked.jvp(model, lambda m, x=x: m(x).square().sum(1), tangents))
+    assert _engines[model] is stacked.jvp
+    assert caplog.text.count("slower way from here on") == 1
+
+
+def test_another_batch_mode_or_constant_is_taken_down_anew():
+    engine, model = CompiledPass(run_as_it_is), nn.Sequential(nn.Linear(5, 3), nn.Dropout(0.5), nn.Linear(3, 2))
+    tangents = LowRank().sample(dict(model.named_parameters()), [0, 1])
+    for rows, factor, training in [(6, 1.0, True), (4, 1.0, True), (4, 2.0, True), (4, 2.0, False), (6, 1.0, True)]:
+        model.train(training)
+        x = torch.randn(rows, 5)
+
+        def loss(m, x=x, factor=factor):
+            return factor * m(x).square().sum(1)
+
+        found = []
+        for derive in (engine, stacked.jvp):
+            torch.manual_seed(0)
+            found.append(derive(model, loss, tangents))
+        torch.testing.assert_close(*found)
+
+
+class Scaled:
+    def __init__(self, factor, x):
+        self.factor, self.x = factor, x
+
+    def losses(self, m):
+        return self.factor * m(self.x).sum(1)
+
+
+def ways_to_hold(factor, x):
+    """Losses that are the same code with another number in it."""
+    yield lambda m: factor * m(x).sum(1)
+    yield lambda m, factor=factor: factor * m(x).sum(1)
+    yield lambda m, *, factor=factor: factor * m(x).sum(1)
+    yield partial(lambda m, factor: factor * m(x).sum(1), factor=factor)
+    yield partial(lambda factor, m: factor * m(x).sum(1), factor)
+    yield Scaled(factor, x).losses
+    held = [factor]
+    yield lambda m: held[0] * m(x).sum(1)
+    squash = torch.relu if factor == 1.0 else torch.sigmoid
+    yield lambda m: squash(m(x)).sum(1)
+
+
+@pytest.mark.parametrize("way", range(8))
+def test_a_loss_with_another_number_in_it_is_another_loss(way):
+    engine, model, x = CompiledPass(run_as_it_is), nn.Linear(5, 3), torch.randn(4, 5)
+    tangents = LowRank().sample(dict(model.named_parameters()), [0])
+    for factor in (1.0, 2.0, 1.0):
+        loss = list(ways_to_hold(factor, x))[way]
+        torch.testing.assert_close(engine(model, loss, tangents), stacked.jvp(model, loss, tangents))
+
+
+def test_parameters_are_found_wherever_they_are():
+    engine, x = CompiledPass(run_as_it_is), torch.randn(3, 4)
+    kept = []
+
+    def loss(m):
+        hidden = m[0](x)
+        kept.append(hidden)
+        return F.linear(hidden, m[0].weight).square().sum(1) + m[1](x).sum(1)
+
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+    model[1].requires_grad_(False)
+    for _ in range(2):
+        tangents = LowRank().sample({n: p for n, p in model.named_parameters() if p.requires_grad}, [0, 1])
+        torch.testing.assert_close(engine(model, loss, tangents), stacked.jvp(model, loss, tangents))
+        assert type(kept[-2]) is torch.Tensor  # what the loss gives away is the value
+        model[0].weight = nn.Parameter(torch.randn(4, 4))
+    other = copy.deepcopy(model)
+    tangents = Normal().sample({n: p for n, p in other.named_parameters() if p.requires_grad}, [3])
+    torch.testing.assert_close(engine(other, loss, tangents), stacked.jvp(other, loss, tangents))
+
+
+def test_a_loss_without_a_derivative_is_an_error():
+    model, x = nn.Linear(4, 4), torch.randn(3, 4)
+    tangents = Normal().sample(dict(model.named_parameters()), [0])
+    with pytest.raises(LossError, match="carries no tangent"):
+        CompiledPass(run_as_it_is)(model, lambda m: m(x).detach().sum(1), tangents)

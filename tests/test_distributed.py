@@ -29,6 +29,8 @@ CPUS = ("trainer.accelerator=cpu", "trainer.devices=2")
 STEP = ("trainer.max_steps=2", "callbacks=none")
 
 SCALARS = {"normal": 1, "projection": 2, "low_rank": 3, "clipped": 2, "spsa": 2, "mezo": 1}  # sent by each rank
+SCALARS |= {"shrunk": 2, "shrunk_spsa": 2}
+EXCESS = {"shrunk": 2, "shrunk_spsa": 0}  # of normal numbers and of signs: s = (n - 1 + excess) / K
 EXACT = ["backprop", "checkpointed", "local_guess", "local_backprop"]  # draw nothing
 OWN_NOISE = ["activity", "second_order"]  # on every rank, whatever distributed.tangents says
 
@@ -44,8 +46,13 @@ def assert_close(weights, expected):
 
 
 def one_process_all_directions(name, size):
-    """Weights of a plain loop that evaluates every rank's directions on that rank's shard."""
+    """Weights of a plain loop that evaluates every rank's directions on that rank's shard.
+
+    What is shrunk by 1 / (1 + s) is to be shrunk by 1 / (1 + s / R), the mean being over R K directions.
+    """
     module, data = make(ESTIMATORS[name]()), Data(12)
+    s = (sum(p.numel() for p in module.parameters()) - 1 + EXCESS.get(name, 0)) / 2
+    divisor = size * (1 + s / size) / (1 + s) if name in EXCESS else size
     data.setup("fit")
     optimizer = module.make_optimizer(module.model.parameters())
     loader, step = data.train_dataloader(), 0
@@ -60,7 +67,7 @@ def one_process_all_directions(name, size):
                 )
                 for rank, shard in enumerate(shards)
             ]
-            write_grads(module.model, {n: sum(e.grads[n] for e in estimates) / size for n in estimates[0].grads})
+            write_grads(module.model, {n: sum(e.grads[n] for e in estimates) / divisor for n in estimates[0].grads})
             optimizer.step()
             step += 1
             if step == STEPS:

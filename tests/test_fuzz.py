@@ -15,11 +15,12 @@ from tests.test_script import CONF, options
 
 GROUPS = sorted(group.name for group in CONF.iterdir() if group.is_dir() and options(group.name))
 KEYS = """
-seed lr accumulate_grad_batches clip_grad_norm rowwise max_skipped_steps detect_divergence self_check resume quiet
-distributed.tangents distributed.timeout_seconds distributed.check_every_n_steps method.num_tangents method.combine
-method.tangents method.chunk_size method._target_ tangents._target_ data.batch_size data._target_ model.hidden
-model._target_ optimizer.momentum optimizer._target_ scheduler._target_ trainer.max_steps trainer.precision
-trainer.devices trainer.strategy trainer.num_nodes trainer._target_ callbacks.checkpoint task._target_
+seed lr accumulate_grad_batches clip_grad_norm shrinkage rowwise max_skipped_steps detect_divergence self_check resume
+quiet distributed.tangents distributed.timeout_seconds distributed.check_every_n_steps method.num_tangents
+method.combine method.tangents method.chunk_size method._target_ tangents._target_ data.batch_size data._target_
+model.hidden model._target_ optimizer.momentum optimizer._target_ scheduler._target_ trainer.max_steps
+trainer.precision trainer.devices trainer.strategy trainer.num_nodes trainer._target_ callbacks.checkpoint
+task._target_
 """.split()  # noqa: SIM905 - a list of forty names reads worse
 BAD_VALUES = """
 abc -1 -0.5 nan -inf [] [abc] {} {a:1} null true ${nope} ${lr ??? 1e999 [1, {a 'x "x a=b ../x 0x10 1_0 \\ ,1 1, ]

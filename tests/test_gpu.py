@@ -11,6 +11,7 @@ from fgtrain import Backprop, ForwardGradient, LowRank, Normal, Rademacher, Sphe
 from fgtrain.benchmarks.steps import make_problem, peak_mib
 from fgtrain.directions import dense
 from fgtrain.random import keyed_generator
+from tests.test_compilation import compiles
 from tests.test_methods import EVERY_METHOD, make
 from tests.test_script import results_under, train
 
@@ -39,6 +40,19 @@ def test_derivative_is_the_inner_product_with_the_gradient(device, law):
     _, derivatives = directional_derivatives(model, loss_fn, tangents)
     expected = sum((dense(tangents[name]) * g).flatten(1).sum(1) for name, g in exact.items())
     torch.testing.assert_close(derivatives, expected, rtol=1e-10, atol=1e-10)
+
+
+@DEVICES
+@compiles
+@pytest.mark.slow
+def test_compiled_derivatives_are_those_of_the_model_as_written(device, caplog):
+    model, loss_fn = problem(device)
+    tangents = LowRank().sample(dict(model.named_parameters()), seeds=[5, 6])
+    expected = directional_derivatives(copy.deepcopy(model), loss_fn, tangents)
+    model.compile()
+    found = directional_derivatives(model, loss_fn, tangents)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    assert "uncompiled" not in caplog.text
 
 
 @DEVICES

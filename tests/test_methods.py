@@ -37,8 +37,13 @@ def overrides_of(method, **values):
     return [f"method.{key}={value}" for key, value in values.items() if key in configuration(f"method={method}")]
 
 
+def unshrunk(method):
+    """The estimator with its own length."""
+    return make(method, "shrinkage=false")
+
+
 def methods_that_claim(claim):
-    return pytest.mark.parametrize("method", [method for method in METHODS if claim in make(method).claims])
+    return pytest.mark.parametrize("method", [method for method in METHODS if claim in unshrunk(method).claims])
 
 
 def accepts(estimator, case: Case) -> None:
@@ -64,7 +69,7 @@ def test_exact(method, case):
 @TABLE
 @methods_that_claim("unbiased")
 def test_unbiased_with_the_error_of_its_closed_form(method, case):
-    estimator = make(method)
+    estimator = unshrunk(method)
     accepts(estimator, case)
     error = estimator.relative_squared_error(exact_grads(case))
     assert error is not None
@@ -140,22 +145,46 @@ def mean_estimate(estimator, case, draws=DRAWS):
 
 
 @pytest.mark.parametrize("num_tangents", [1, 16])
-def test_shrinkage_is_the_best_length(num_tangents):
+@pytest.mark.parametrize("law", ["Normal", "Rademacher"])
+@pytest.mark.parametrize("method", ["fwdgrad", "spsa", "mezo"])
+def test_shrinkage_is_the_best_length(method, law, num_tangents):
     """E||a g_hat - g||^2 over ||g||^2 is a^2 (1 + s) - 2 a + 1, least at a = 1 / (1 + s), the mean estimate a g."""
-    for law in ("normal", "rademacher"):
-        options = [f"tangents={law}", f"method.num_tangents={num_tangents}"]
-        plain, shrunk = make("fwdgrad", *options), make("fwdgrad", *options, "method.shrinkage=true")
-        case, gradient = CASES[0], exact_grads(CASES[0])
-        s = plain.relative_squared_error(gradient)
-        factor = 1 / (1 + s)
-        torch.testing.assert_close(
-            flat(estimated_grads(shrunk, case)), factor * flat(estimated_grads(plain, case)), rtol=1e-12, atol=0
-        )
-        assert shrunk.relative_squared_error(gradient) == pytest.approx(s / (1 + s))
-        error = mean_estimate(shrunk, case) - factor * flat(gradient)
-        assert error.norm() <= 5 * factor * math.sqrt(s / DRAWS) * flat(gradient).norm()
-        for other in (0.9 * factor, 1.1 * factor):
-            assert other**2 * s + (1 - other) ** 2 > shrunk.relative_squared_error(gradient)
+    law_of = "tangents" if method == "fwdgrad" else "method.tangents"
+    options = [f"{law_of}._target_=fgtrain.{law}", f"method.num_tangents={num_tangents}"]
+    plain, shrunk = make(method, *options, "shrinkage=false"), make(method, *options)
+    case, gradient = CASES[0], exact_grads(CASES[0])
+    s = plain.relative_squared_error(gradient)
+    factor = 1 / (1 + s)
+    torch.testing.assert_close(
+        flat(estimated_grads(shrunk, case)), factor * flat(estimated_grads(plain, case)), rtol=1e-12, atol=0
+    )
+    assert "unbiased" not in shrunk.claims
+    assert shrunk.relative_squared_error(gradient) == pytest.approx(s / (1 + s))
+    error = mean_estimate(shrunk, case) - factor * flat(gradient)
+    assert error.norm() <= 5 * factor * math.sqrt(s / DRAWS) * flat(gradient).norm()
+    for other in (0.9 * factor, 1.1 * factor):
+        assert other**2 * s + (1 - other) ** 2 > shrunk.relative_squared_error(gradient)
+
+
+@pytest.mark.parametrize("options", [(), ("shrinkage=false",), ("method.combine=projection",)], ids=str)
+@pytest.mark.parametrize("num_tangents", [1, 8])
+def test_expected_cosine(num_tangents, options):
+    """cos^2 of a projection on K isotropic directions is Beta(K / 2, (n - K) / 2), of mean K / n; so is K = 1's."""
+    estimator = make("fwdgrad", "tangents=sphere", f"method.num_tangents={num_tangents}", *options)
+    case, gradient = CASES[0], flat(exact_grads(CASES[0]))
+    n, share = gradient.numel(), num_tangents / gradient.numel()
+    draws = [flat(estimated_grads(estimator, case, draw)) for draw in range(DRAWS)]
+    squares = [torch.nn.functional.cosine_similarity(g, gradient, dim=0).square().item() for g in draws]
+    expected = estimator.expected_cosine(exact_grads(case)) ** 2
+    if num_tangents == 1 or "method.combine=projection" in options:
+        assert expected == pytest.approx(share)
+    deviation = math.sqrt(share * (1 - share) * 2 / (n + 2))
+    assert abs(sum(squares) / DRAWS - expected) <= 5 * deviation / math.sqrt(DRAWS)
+
+
+def test_a_projection_needs_no_shrinkage():
+    on, off = (make("fwdgrad", "method.combine=projection", f"shrinkage={on}") for on in (True, False))
+    assert torch.equal(flat(estimated_grads(on, CASES[0])), flat(estimated_grads(off, CASES[0])))
 
 
 def test_projection_is_short():

@@ -64,6 +64,7 @@ def test_mean_error_is_the_closed_form(tmp_path):
     trainer(tmp_path, kept, max_steps=steps).fit(module, Small())
     n = sum(p.numel() for p in module.parameters())
     assert {found["quality/expected_squared_error"] for found in kept.found} == {n - 1}
+    assert all(found["quality/expected_cosine"] == pytest.approx(n**-0.5) for found in kept.found)
     average = mean(found["quality/relative_squared_error"] for found in kept.found)
     assert abs(average - (n - 1)) <= 5 * math.sqrt(2 / steps) * (n - 2)
 

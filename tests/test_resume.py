@@ -101,6 +101,25 @@ def test_resumed_equals_straight_within_accumulation(cut, tmp_path):
     assert_equal_weights(resumed, straight)
 
 
+def test_there_is_a_last_checkpoint_at_every_moment(tmp_path, monkeypatch):
+    found, replace = [], os.replace
+
+    def replace_and_look(source, target, **options):
+        found.append((tmp_path / "last.ckpt").exists())
+        replace(source, target, **options)
+        found.append((tmp_path / "last.ckpt").exists())
+
+    monkeypatch.setattr(os, "replace", replace_and_look)
+    recovery = Recovery(str(tmp_path), every_n_steps=2)
+    run = trainer(tmp_path, RandomState(), recovery, max_steps=6, plugins=[AtomicCheckpointIO()])
+    run.fit(noisy_module("fwdgrad"), Small())
+    first = found.index(True)
+    assert not any(found[:first])
+    assert len(found) - first > 8
+    assert all(found[first:])
+    assert [read_checked(tmp_path / f"{name}.ckpt")["global_step"] for name in ("last", "previous")] == [6, 4]
+
+
 def test_without_the_random_states_it_would_not(tmp_path):
     straight = fit(noisy_module("backprop"), tmp_path / "straight")
     with pytest.raises(Interrupted):

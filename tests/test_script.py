@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fgtrain.cli import run_app
@@ -130,6 +131,21 @@ def test_sweep_is_one_folder_of_runs(tmp_path):
     assert found == {(method, seed) for method in ("backprop", "fwdgrad") for seed in (0, 1, 2)}
 
 
+@pytest.mark.parametrize("method", options("method"))
+def test_learning_rates_are_those_of_the_optimizer(method):
+    """A method's is for SGD, Adam has its own, a task's and the user's come before both."""
+
+    def composed(*overrides):
+        with initialize_config_dir(str(CONF), version_base="1.3"):
+            return compose("train", [f"method={method}", *overrides, "run_dir=."])
+
+    assert composed().lr == OmegaConf.select(OmegaConf.load(CONF / "method" / f"{method}.yaml"), "lr", default=0.5)
+    assert composed("optimizer=adam").optimizer.lr == 1e-3
+    assert composed("optimizer=adam", "lr=0.01").optimizer.lr == 0.01
+    assert composed("task=beale").optimizer.lr == 0.01
+    assert composed("optimizer=adam", "optimizer.weight_decay=0.1").optimizer.weight_decay == 0.1
+
+
 COMPANIONS = {
     "fsdp2": ["trainer.devices=2", "trainer.accelerator=cpu", "method=fwdgrad_lowrank"],
     "steps": ["task=sphere"],
@@ -179,6 +195,10 @@ BAD = [
     ("accumulate_grad_batches=0", r"accumulate_grad_batches must be at least 1, got 0"),
     ("clip_grad_norm=-1", r"clip_grad_norm must be positive, got -1.0"),
     ("nope=1", r"nope is no key of the configuration; --cfg job prints the keys there are"),
+    (
+        "run_dir=a=b",
+        r"'run_dir=a=b' cannot be read \(mismatched .*\); a value with = or , in it stands in quotes: 'key=\"a=b\"'",
+    ),
     ("+nope=1", r"nope: no such key; the top level has seed, lr"),
     ("trainer.max_epoch=3", r"trainer.max_epoch is no key of the configuration"),
     (

@@ -45,6 +45,26 @@ def test_names_of_runs_are_short(sweep):
     assert names == [f"{i}_lr={lr},method=backprop" for i, lr in ((0, "0.001"), (1, "1.0"), (3, "0.1"))]
 
 
+def test_a_path_among_the_arguments_is_no_path_of_folders(tmp_path):
+    (tmp_path / "deep").mkdir()
+    (tmp_path / "deep" / "text.txt").write_text("all that is gold does not glitter " * 50)
+    command = [
+        "task=language_modeling",
+        "method=backprop",
+        "data.path=deep/text.txt",
+        "seed=0,1",
+        "trainer.max_steps=2",
+    ]
+    status, out, err = train(tmp_path, "-m", *command)
+    assert status == 0, err
+    (sweep,) = {path.parents[1] for path in tmp_path.rglob("results.json")}
+    assert sorted(path.name.split(",")[0] for path in sweep.glob("*_*")) == [
+        f"{i}_data.path=deep-text.txt" for i in (0, 1)
+    ]
+    assert (sweep / "sweep.csv").exists()
+    assert "sweep.csv in multirun" in out
+
+
 def test_objective():
     assert objective({"metrics": {"val/loss": 0.5, "test/loss": 0.1}}) == 0.5
     assert objective({"metrics": {"loss": 2.0}}) == 2.0

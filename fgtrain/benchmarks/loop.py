@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from hydra import compose, initialize_config_dir
 from rich.console import Console
+from torch import nn
 
 from fgtrain.cli import CONF
 from fgtrain.estimators import write_grads
@@ -87,6 +88,8 @@ def _bare(method: str, num_steps: int) -> float:
             losses = partial(module.task.losses, batch=batch)
             estimate = module.estimator(model, losses, generator=keyed_generator(module.seed, step, 0))
             write_grads(model, estimate.grads, check_finite=False)
+            if module.clip_grad_norm is not None:
+                nn.utils.clip_grad_norm_(model.parameters(), module.clip_grad_norm)
             optimizer.step()
             if scheduler is not None:
                 scheduler.step()

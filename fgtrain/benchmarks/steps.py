@@ -5,6 +5,7 @@ All steps of a model are measured in turns, so that whatever else the machine do
 
 import time
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from functools import partial
 from statistics import median, quantiles
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
+from fgtrain.compilation import compile_model
 from fgtrain.estimators import Backprop, GradientEstimator, write_grads
 from fgtrain.models import CNN, MLP, torchvision_model
 
@@ -87,12 +89,14 @@ class Method(NamedTuple):
         estimator: what takes the step; None for a forward pass without gradients.
         tangents: law of its directions, "" where it has none.
         num_tangents: K, 0 where it has none.
+        compiled: take the step on a compiled model.
     """
 
     name: str
     estimator: GradientEstimator | None
     tangents: str = ""
     num_tangents: int = 0
+    compiled: bool = False
 
 
 REFERENCES = (Method(FORWARD, None), Method(BACKPROP, Backprop()))
@@ -107,6 +111,7 @@ class Row:
     method: str
     tangents: str
     num_tangents: int
+    compiled: bool
     step_ms: float
     step_ms_quartiles: tuple[float, float]
     ratio_to_backprop: float
@@ -146,7 +151,8 @@ def measure(
     """
     methods = [*REFERENCES, *methods]
     problem = make_problem(name, batch_size, device, precision)
-    steps = [_step(problem, method.estimator) for method in methods]
+    compiled = _compiled(problem) if any(method.compiled for method in methods) else problem
+    steps = [_step(compiled if method.compiled else problem, method.estimator) for method in methods]
     peaks = []
     for method, step in zip(methods, steps, strict=True):
         progress(f"{name} batch {batch_size}: memory of {method.name}")
@@ -169,6 +175,7 @@ def measure(
                 method=method.name,
                 tangents=method.tangents,
                 num_tangents=method.num_tangents,
+                compiled=method.compiled,
                 step_ms=1e3 * median(taken),
                 step_ms_quartiles=_quartiles([1e3 * t for t in taken]),
                 ratio_to_backprop=median(to_backprop),
@@ -183,6 +190,17 @@ def measure(
             )
         )
     return rows
+
+
+def _compiled(problem: Problem) -> Problem:
+    """The same with a compiled copy of the model.
+
+    Raises:
+        ConfigError: torch.compile does not work here.
+    """
+    model = deepcopy(problem.model)
+    compile_model(model, problem.inputs.device)
+    return problem._replace(model=model)
 
 
 def _step(problem: Problem, estimator: GradientEstimator | None) -> Callable[[], None]:

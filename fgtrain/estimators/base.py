@@ -1,5 +1,6 @@
 """The one noun and one verb of fgtrain: an estimator, called with a model and a loss, returns gradients."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -85,6 +86,23 @@ class GradientEstimator(nn.Module, ABC):
     def relative_squared_error(self, grads: Mapping[str, Tensor]) -> float | None:
         """E ||g_hat - g||^2 / ||g||^2 in closed form, where g is the gradient `grads`; None where there is none."""
         return None
+
+    def mean_length(self, grads: Mapping[str, Tensor]) -> float:
+        """a, where the estimates of the gradient `grads` have the mean a g: 1, unless they are shrunk."""
+        return 1.0
+
+    def mean_length_of(self, estimates: int, grads: Mapping[str, Tensor]) -> float:
+        """a for the mean of so many independent estimates, lengthened to be of least error again if they are shrunk."""
+        return self.mean_length(grads)
+
+    def expected_cosine(self, grads: Mapping[str, Tensor]) -> float | None:
+        """About the root mean square of the cosine between g_hat and g, `grads`; None as for the squared error.
+
+        It is a / sqrt(e + 2 a - 1), e being the relative squared error: e + 2 a - 1 = E ||g_hat||^2 / ||g||^2. Unlike e
+        it does not change with the length of the estimate.
+        """
+        error, a = self.relative_squared_error(grads), self.mean_length(grads)
+        return None if error is None else a / math.sqrt(error + 2 * a - 1)
 
     def replay(self, model: nn.Module, derivatives: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         """The gradients of an estimate from its directional derivatives and its generator, without data.

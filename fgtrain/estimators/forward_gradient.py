@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fgtrain.chunks import Chunks
-from fgtrain.combine import Combine, coefficients
+from fgtrain.combine import Combine, Shrinkage, coefficients
 from fgtrain.directions import Directions
 from fgtrain.errors import LossError
 from fgtrain.estimators.backprop import average_grads
@@ -35,7 +35,8 @@ class ForwardGradient(GradientEstimator):
     (`fgtrain.tangents`); 1 - K/n is the projection's relative squared error.
 
     `shrinkage` multiplies the mean by 1 / (1 + s), the factor of least squared error: s / (1 + s) instead of s. It
-    changes no direction, only the length, so that one learning rate serves every K. E[g] = grad f / (1 + s).
+    changes no direction, only the length, so that one learning rate serves every K and n. E[g] = grad f / (1 + s). A
+    projection has that length by itself.
 
     `exact_head` takes the gradient of the last layer exactly, by C unit directions of its outputs that go through the
     loss alone; n then counts the other parameters.
@@ -47,8 +48,7 @@ class ForwardGradient(GradientEstimator):
         tangents: law of the directions.
         num_tangents: K >= 1.
         combine: "mean" or "projection" (least squares in the span of the directions).
-        shrinkage: multiply the mean by 1 / (1 + s). Where s depends on how the gradient is spread over the layers
-            (low-rank tangents), it is taken to be spread evenly.
+        shrinkage: multiply the mean by 1 / (1 + s), see `fgtrain.combine.Shrinkage`.
         clip_derivative: cap on |grad f . v_k|, against rare large values; None for none.
         chunk_size: at most so many directions in one pass; None for all. The estimate is the same, to rounding.
         exact_head: as above; needs per-example losses (B,) and a Linear layer last.
@@ -89,10 +89,6 @@ class ForwardGradient(GradientEstimator):
             raise ValueError(f"num_tangents must be an integer of at least 1, got {num_tangents!r}")
         if combine not in get_args(Combine):
             raise ValueError(f"combine must be one of {', '.join(get_args(Combine))}, got {combine!r}")
-        if shrinkage and combine != "mean":
-            raise ValueError(
-                f"shrinkage is of combine='mean', got combine={combine!r}; a projection is as short as it can be"
-            )
         if clip_derivative is not None and not clip_derivative > 0:
             raise ValueError(f"clip_derivative must be positive or None, got {clip_derivative!r}")
         if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
@@ -102,18 +98,17 @@ class ForwardGradient(GradientEstimator):
         self.tangents = tangents if tangents is not None else Normal()
         self.num_tangents = num_tangents
         self.combine: Combine = combine
-        self.shrinkage = shrinkage
+        self.shrinkage = Shrinkage(self.tangents, num_tangents, on=shrinkage and combine == "mean", rowwise=rowwise)
         self.clip_derivative = clip_derivative
         self.chunk_size = chunk_size
         self.exact_head = exact_head
         self.scalar_reducible = not exact_head
         self.rowwise = rowwise
         self.claims = frozenset(self._claims())
-        self._factors: dict[tuple[tuple[int, ...], ...], float] = {}
 
     def _claims(self) -> Iterator[Claim]:
         yield "descent"
-        if self.combine == "mean" and not (self.shrinkage or self.exact_head) and self.clip_derivative is None:
+        if self.combine == "mean" and not (self.shrinkage.on or self.exact_head) and self.clip_derivative is None:
             yield "unbiased"
 
     def relative_squared_error(self, grads: Mapping[str, Tensor]) -> float | None:
@@ -123,17 +118,15 @@ class ForwardGradient(GradientEstimator):
             if not isinstance(self.tangents, (Normal, Sphere)):  # others are not isotropic
                 return None
             return max(0.0, 1 - self.num_tangents / sum(g.numel() for g in grads.values()))
-        variance = self.tangents.relative_variance(grads) / self.num_tangents
-        factor = self._shrinkage_factor(grads) if self.shrinkage else 1.0
-        return factor**2 * variance + (1 - factor) ** 2
+        return self.shrinkage.relative_squared_error(grads)
 
-    def _shrinkage_factor(self, params: Mapping[str, Tensor]) -> float:
-        """1 / (1 + s), for a gradient of equal entries."""
-        shapes = tuple(p.shape[1:] if self.rowwise else p.shape for p in params.values())
-        if shapes not in self._factors:
-            flat = {str(i): torch.ones(shape) for i, shape in enumerate(shapes)}
-            self._factors[shapes] = 1 / (1 + self.tangents.relative_variance(flat) / self.num_tangents)
-        return self._factors[shapes]
+    def mean_length(self, grads: Mapping[str, Tensor]) -> float:
+        if self.combine == "projection":
+            return min(1.0, self.num_tangents / sum(g.numel() for g in grads.values()))
+        return self.shrinkage.factor(grads)
+
+    def mean_length_of(self, estimates: int, grads: Mapping[str, Tensor]) -> float:
+        return self.shrinkage.factor(grads, estimates) if self.shrinkage.on else self.mean_length(grads)
 
     def forward(
         self,
@@ -197,10 +190,10 @@ class ForwardGradient(GradientEstimator):
 
     def _combined(self, derivatives: Tensor, chunks: Chunks, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         weights = coefficients(self.combine, derivatives, chunks.gram)
-        return chunks.weighted_sum(weights * self._shrinkage_factor(params) if self.shrinkage else weights)
+        return chunks.weighted_sum(weights * self.shrinkage.factor(params))
 
     def extra_repr(self) -> str:
-        shrinkage = ", shrinkage=True" if self.shrinkage else ""
+        shrinkage = ", shrinkage=True" if self.shrinkage.on else ""
         return f"tangents={self.tangents}, num_tangents={self.num_tangents}, combine={self.combine!r}{shrinkage}"
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fgtrain.combine import Shrinkage
 from fgtrain.directions import dense
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce
 from fgtrain.forward_ad.passes import RepeatedPass, check_losses
@@ -23,7 +24,8 @@ class SPSA(GradientEstimator):
     Bias: d_k = grad f . v_k + (epsilon^2 / 6) D^3 f[v_k, v_k, v_k] + O(epsilon^4): none for a quadratic, a quarter for
     half the epsilon. Rounding adds about |f| / epsilon times the unit roundoff to d_k.
 
-    Relative variance: that of `ForwardGradient`, (n - 1 + excess) / K, for small epsilon.
+    Relative variance: that of `ForwardGradient`, s = (n - 1 + excess) / K, for small epsilon. `shrinkage` multiplies
+    the mean by 1 / (1 + s), so that one learning rate serves every K and n.
 
     Cost: 2 K forward passes, and an unperturbed one if the model has buffers, which come from it; memory of inference,
     K directions and a second copy of the parameters; K floats sent between ranks. Needs no derivative of any operation.
@@ -33,6 +35,7 @@ class SPSA(GradientEstimator):
         tangents: law of the directions; signs by default, as in Spall's article.
         num_tangents: K >= 1.
         epsilon: half the distance of the two points, in units of a direction.
+        shrinkage: multiply the mean by 1 / (1 + s), see `fgtrain.combine.Shrinkage`.
         rowwise: example i of the loss depends on row i of every parameter alone, as in `ForwardGradient`.
 
     Raises:
@@ -51,18 +54,31 @@ class SPSA(GradientEstimator):
     scalar_reducible = True
 
     def __init__(
-        self, tangents: Tangents | None = None, num_tangents: int = 1, *, epsilon: float = 1e-3, rowwise: bool = False
+        self,
+        tangents: Tangents | None = None,
+        num_tangents: int = 1,
+        *,
+        epsilon: float = 1e-3,
+        shrinkage: bool = False,
+        rowwise: bool = False,
     ) -> None:
         super().__init__()
         _check(num_tangents, epsilon)
         self.tangents = tangents if tangents is not None else Rademacher()
         self.num_tangents = num_tangents
         self.epsilon = epsilon
+        self.shrinkage = Shrinkage(self.tangents, num_tangents, on=shrinkage, rowwise=rowwise)
         self.rowwise = rowwise
 
     def relative_squared_error(self, grads: Mapping[str, Tensor]) -> float | None:
         """For small epsilon."""
-        return None if self.rowwise else self.tangents.relative_variance(grads) / self.num_tangents
+        return None if self.rowwise else self.shrinkage.relative_squared_error(grads)
+
+    def mean_length(self, grads: Mapping[str, Tensor]) -> float:
+        return self.shrinkage.factor(grads)
+
+    def mean_length_of(self, estimates: int, grads: Mapping[str, Tensor]) -> float:
+        return self.shrinkage.factor(grads, estimates)
 
     def forward(
         self,
@@ -88,7 +104,7 @@ class SPSA(GradientEstimator):
                 derivatives = derivatives.mean(1)
             if reduce is not None:
                 derivatives = reduce(derivatives)
-            grads = directions.weighted_sum(derivatives / self.num_tangents)
+            grads = directions.weighted_sum(self._weights(params, derivatives))
         return Estimate(losses.mean(), grads, derivatives.flatten())
 
     def replay(self, model: nn.Module, derivatives: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
@@ -96,7 +112,10 @@ class SPSA(GradientEstimator):
         directions = self.tangents.sample(params, draw_seeds(generator, self.num_tangents), rowwise=self.rowwise)
         if self.rowwise:
             derivatives = derivatives.view(self.num_tangents, -1)
-        return directions.weighted_sum(derivatives / self.num_tangents)
+        return directions.weighted_sum(self._weights(params, derivatives))
+
+    def _weights(self, params: Mapping[str, Tensor], derivatives: Tensor) -> Tensor:
+        return derivatives / self.num_tangents * self.shrinkage.factor(params)
 
     def extra_repr(self) -> str:
         return f"tangents={self.tangents}, num_tangents={self.num_tangents}, epsilon={self.epsilon}"
@@ -122,6 +141,7 @@ class MeZO(GradientEstimator):
         tangents: law of the directions, drawn parameter by parameter.
         num_tangents: K >= 1.
         epsilon: half the distance of the two points, in units of a direction.
+        shrinkage: multiply the mean by 1 / (1 + s), see `fgtrain.combine.Shrinkage`.
 
     Raises:
         ValueError: an argument out of its range.
@@ -138,16 +158,30 @@ class MeZO(GradientEstimator):
 
     scalar_reducible = True
 
-    def __init__(self, tangents: Tangents | None = None, num_tangents: int = 1, *, epsilon: float = 1e-3) -> None:
+    def __init__(
+        self,
+        tangents: Tangents | None = None,
+        num_tangents: int = 1,
+        *,
+        epsilon: float = 1e-3,
+        shrinkage: bool = False,
+    ) -> None:
         super().__init__()
         _check(num_tangents, epsilon)
         self.tangents = tangents if tangents is not None else Normal()
         self.num_tangents = num_tangents
         self.epsilon = epsilon
+        self.shrinkage = Shrinkage(self.tangents, num_tangents, on=shrinkage)
 
     def relative_squared_error(self, grads: Mapping[str, Tensor]) -> float:
         """For small epsilon."""
-        return self.tangents.relative_variance(grads) / self.num_tangents
+        return self.shrinkage.relative_squared_error(grads)
+
+    def mean_length(self, grads: Mapping[str, Tensor]) -> float:
+        return self.shrinkage.factor(grads)
+
+    def mean_length_of(self, estimates: int, grads: Mapping[str, Tensor]) -> float:
+        return self.shrinkage.factor(grads, estimates)
 
     def forward(
         self,
@@ -179,11 +213,11 @@ class MeZO(GradientEstimator):
 
     @torch.no_grad()
     def _weighted_sum(self, params: Mapping[str, Tensor], seeds: list[int], derivatives: Tensor) -> dict[str, Tensor]:
-        grads = {}
+        grads, weights = {}, derivatives / self.num_tangents * self.shrinkage.factor(params)
         for i, (name, p) in enumerate(params.items()):
             grads[name] = total = torch.zeros_like(p)
-            for seed, derivative in zip(seeds, derivatives / self.num_tangents, strict=True):
-                total.addcmul_(self._direction(p, i, seed), derivative.to(p.dtype))
+            for seed, weight in zip(seeds, weights, strict=True):
+                total.addcmul_(self._direction(p, i, seed), weight.to(p.dtype))
         return grads
 
     def _direction(self, p: Tensor, index: int, seed: int) -> Tensor:

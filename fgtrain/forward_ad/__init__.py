@@ -1,8 +1,9 @@
 """Forward-mode automatic differentiation of a whole loss: one pass returns its value and its derivatives.
 
-Two engines answer the same call. `stacked` carries the value and all K directions through one pass, with rules for the
-layers networks are made of. `native` is PyTorch's own forward mode, one pass per direction: slower, and the reference
-the first is tested against. What stacked duals cannot follow runs through the reference engine.
+Three engines answer the same call. `stacked` carries the value and all K directions through one pass, with rules for
+the layers networks are made of. `compiled` makes one compiled function of that pass, for models that were compiled.
+`native` is PyTorch's own forward mode, one pass per direction: slower, and the reference the others are tested against.
+What cannot be compiled is stacked; what stacked duals cannot follow runs through the reference engine.
 """
 
 import logging
@@ -15,9 +16,8 @@ from torch import Tensor, nn
 from fgtrain.directions import Tangent
 from fgtrain.errors import UserError
 from fgtrain.forward_ad import native, sharded, stacked
-from fgtrain.forward_ad.dual import NotIntercepted
 from fgtrain.forward_ad.native import LossFn
-from fgtrain.forward_ad.passes import Buffers, RandomState, RepeatedPass
+from fgtrain.forward_ad.passes import Buffers, NotIntercepted, RandomState, RepeatedPass
 from fgtrain.parameters import slots_of
 from fgtrain.sharding import is_sharded
 
@@ -66,32 +66,63 @@ def jvp(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> t
     with torch.inference_mode(False), torch.no_grad():
         engine = _engines.get(model)
         if engine is None:
-            engine = _engines[model] = _choose_engine(model, loss_fn, tangents)
+            engine = _engines[model] = _choose_engine(model, loss_fn, tangents, compiled=_is_compiled(model))
         # Kept at every step, so without NumPy's and Python's random states: those take longer than a small model.
         before = Buffers(model), RandomState({p.device for p in params.values()})
         try:
             return engine(model, loss_fn, tangents)
-        except NotIntercepted:  # the model took another path than at its first pass
+        except NotIntercepted as reason:  # the model took another path than at its first pass
             for state in before:
                 state.restore()
-            del _engines[model]
-            return jvp(model, loss_fn, tangents)
+            _warn("the derivatives of %s are taken in a slower way from here on: %s", model, reason)
+            engine = _engines[model] = _choose_engine(model, loss_fn, tangents, compiled=False)
+            return engine(model, loss_fn, tangents)
 
 
-def _choose_engine(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> Engine:
-    """The fast engine if the model's pass goes through it; the trial leaves no trace."""
+def _choose_engine(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent], *, compiled: bool) -> Engine:
+    """The fastest engine that the model's pass goes through; the trials leave no trace."""
     if any(is_sharded(p) for p in slots_of(model).params.values()):
         return sharded.jvp
     before = RepeatedPass(model)
+
+    def trial(engine: Engine) -> tuple[Tensor, Tensor]:
+        try:
+            return engine(model, loss_fn, tangents)
+        finally:
+            before.rewind()
+
     try:
-        stacked.jvp(model, loss_fn, tangents)
+        expected = trial(stacked.jvp)
     except UserError:
         raise
     except Exception as reason:  # whatever stands in the fast engine's way, the reference decides what is wrong
-        _log.warning(
-            "%s runs through the slower reference engine: %s", type(model).__name__, str(reason).split("\n")[0]
-        )
+        _warn("%s runs through the slower reference engine: %s", model, reason)
         return native.jvp
-    finally:
-        before.rewind()
-    return stacked.jvp
+    if not compiled:
+        return stacked.jvp
+    from fgtrain.forward_ad.compiled import CompiledPass  # importing the compiler takes seconds
+
+    engine = CompiledPass()
+    try:
+        found = trial(engine)
+    except Exception as reason:
+        _warn("the derivatives of %s are taken uncompiled: %s", model, reason)
+        return stacked.jvp
+    if not all(map(_agree, found, expected)):
+        _warn("the derivatives of %s are taken uncompiled: %s", model, "compiled, they are others")
+        return stacked.jvp
+    return engine
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    """Whether the user asked for it: `model.compile()` or `torch.compile(model)`."""
+    return model._compiled_call_impl is not None or hasattr(model, "_orig_mod")
+
+
+def _warn(message: str, model: nn.Module, reason: object) -> None:
+    _log.warning(message, type(model).__name__, str(reason).split("\n")[0])
+
+
+def _agree(found: Tensor, expected: Tensor) -> bool:
+    """Whether they differ by what rounding can do in half precision at most."""
+    return found.shape == expected.shape and bool((found - expected).norm() <= 0.05 * expected.norm())

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from fgtrain.directions import Tangent
-from fgtrain.forward_ad.passes import RandomState
+from fgtrain.forward_ad.passes import NotIntercepted, RandomState
 
 Rule = Callable[..., Any]
 
@@ -48,10 +48,6 @@ def without_rules() -> Generator[None]:
     finally:
         for table, entries in kept:
             table.update(entries)
-
-
-class NotIntercepted(Exception):
-    """The pass does something stacked duals cannot follow; the reference engine can."""
 
 
 class Dual(Tensor):
@@ -187,7 +183,7 @@ def is_differentiable(x: Any) -> bool:
 
 
 def _share_memory(a: Tensor, b: Tensor | None) -> bool:
-    return b is not None and a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+    return b is not None and a.untyped_storage()._cdata == b.untyped_storage()._cdata
 
 
 def values(tree: Any) -> Any:

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fgtrain.forward_ad.dual import Dual, NotIntercepted, Rule, call, per_direction, primal_of, tangent_of, values
+from fgtrain.forward_ad.dual import Dual, Rule, call, per_direction, primal_of, tangent_of, values
+from fgtrain.forward_ad.passes import NotIntercepted
 
 READS_THE_VALUE = frozenset(
     """

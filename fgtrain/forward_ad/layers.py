@@ -164,16 +164,19 @@ RULES.update(dict.fromkeys((torch.relu_, torch.Tensor.relu_), _relu_in_place))
 
 @register("dropout")
 def _dropout(x: Dual, p: float, train: bool) -> Any:
-    return _scaled(x, torch.dropout(torch.ones_like(primal_of(x)), p, train)) if train else NotImplemented
+    if not train or p == 0:
+        return x
+    if p == 1:  # torch too draws no random number for it
+        return dual(primal_of(x) * 0, tangent_of(x) * 0)
+    primal, mask = torch.native_dropout(primal_of(x), p, train)
+    return dual(primal, tangent_of(x) * mask.to(primal.dtype).mul_(1 / (1 - p)))
 
 
 @register("feature_dropout")
 def _feature_dropout(x: Dual, p: float, train: bool) -> Any:
-    return _scaled(x, torch.feature_dropout(torch.ones_like(primal_of(x)), p, train)) if train else NotImplemented
-
-
-def _scaled(x: Dual, scale: Tensor) -> Tensor:
-    """The same random scale for the value and every direction; drawing it on ones costs the same random numbers."""
+    if not train:
+        return NotImplemented
+    scale = torch.feature_dropout(torch.ones_like(primal_of(x)), p, train)  # the random numbers are the same on ones
     return dual(primal_of(x) * scale, tangent_of(x) * scale)
 
 

@@ -1,9 +1,11 @@
 """What every engine asks of a loss function, and what leaves no trace of running it more than once."""
 
 from collections.abc import Iterable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fgtrain.errors import LossError
 from fgtrain.random import random_state, set_random_state
@@ -28,14 +30,31 @@ def check_losses(losses: object) -> Tensor:
     return losses
 
 
+class NotIntercepted(Exception):
+    """The pass does something an engine cannot follow; a slower one can."""
+
+
+class TakenDown(TorchDispatchMode):
+    """Counts how often random numbers are drawn while a pass is taken down, not run: that cannot be rewound."""
+
+    draws: ClassVar[int] = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        TakenDown.draws += torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
+
+
 class RandomState:
     """PyTorch's global random state, on the CPU and on those of `devices` that have their own."""
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
+        self._draws = TakenDown.draws
         self._cpu = torch.get_rng_state()
         self._cuda = {device: torch.cuda.get_rng_state(device) for device in devices if device.type == "cuda"}
 
     def restore(self) -> None:
+        if TakenDown.draws != self._draws:
+            raise NotIntercepted("random numbers that every direction must see again")
         torch.set_rng_state(self._cpu)
         for device, state in self._cuda.items():
             torch.cuda.set_rng_state(state, device)

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.forward_ad import stacked
-from fgtrain.forward_ad.dual import NotIntercepted
-from fgtrain.forward_ad.passes import RepeatedPass
+from fgtrain.forward_ad.passes import NotIntercepted, RepeatedPass
 from fgtrain.forward_ad.perturbation import LayerNoise, PerturbedPass, UsedElsewhere
 from fgtrain.parameters import ParameterSlots, slots_of
 

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from fgtrain.directions import LowRankTangent, Tangent
 from fgtrain.errors import LossError, UnsupportedOperation
-from fgtrain.forward_ad.dual import Dual, NotIntercepted, primal_of, tangent_of
+from fgtrain.forward_ad.dual import Dual, primal_of, tangent_of
 from fgtrain.forward_ad.native import NO_TANGENT, eager_functions, named_errors
-from fgtrain.forward_ad.passes import check_losses
+from fgtrain.forward_ad.passes import NotIntercepted, check_losses
 from fgtrain.sharding import is_sharded
 
 

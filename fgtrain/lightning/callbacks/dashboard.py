@@ -14,7 +14,7 @@ LAYOUT = {
         "distance to the minimum": ["Multiline", ["val/distance_to_minimum"]],
     },
     "estimator quality": {
-        "cosine to the gradient": ["Multiline", ["quality/cosine"]],
+        "cosine to the gradient": ["Multiline", ["quality/cosine", "quality/expected_cosine"]],
         "relative squared error": ["Multiline", ["quality/relative_squared_error"]],
         "directional derivative": ["Multiline", ["train/directional_derivative_abs"]],
         "gradient norm": ["Multiline", ["train/grad_norm"]],

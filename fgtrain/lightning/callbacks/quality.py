@@ -17,9 +17,9 @@ class GradientQuality(L.Callback):
     """Compares a step's estimate with the exact gradient of its batch, every few steps, overall and per layer.
 
     Logs `quality/cosine`, `quality/relative_squared_error` and `quality/norm_ratio` of the estimate that the step is
-    about to take; the closed form of the error's mean, `quality/expected_squared_error`, where the method has one; and
-    the first three again for every module, as `quality_of_<module>/...`. With gradient accumulation it looks at the
-    first batch of a step. What is of all parameters is also among the trainer's callback metrics.
+    about to take; `quality/expected_cosine` and `quality/expected_squared_error` in closed form, where the method has
+    them; and the first three again for every module, as `quality_of_<module>/...`. With gradient accumulation it looks
+    at the first batch of a step. What is of all parameters is also among the trainer's callback metrics.
 
     What is trained stays bit for bit the same. A comparison costs a backward pass and one estimate more.
 
@@ -60,7 +60,10 @@ class GradientQuality(L.Callback):
         for layer, found in quality(estimate, exact).items():
             group = f"quality_of_{layer}" if layer else "quality"
             metrics |= {f"{group}/{name}": value for name, value in found._asdict().items()}
-        expected = estimator.relative_squared_error(exact)
-        if expected is not None and (module.ranks.size == 1 or module.distributed_tangents == "shared"):
-            metrics["quality/expected_squared_error"] = expected
+        closed_form = {
+            "quality/expected_cosine": estimator.expected_cosine(exact),
+            "quality/expected_squared_error": estimator.relative_squared_error(exact),
+        }
+        if module.ranks.size == 1 or module.distributed_tangents == "shared":
+            metrics |= {name: value for name, value in closed_form.items() if value is not None}
         return metrics

@@ -1,5 +1,6 @@
 """Checkpoints to continue from: at intervals, at the end, and when a signal ends the run."""
 
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -87,9 +88,21 @@ class Recovery(Checkpoint):
         fresh = self.dirpath / "next.ckpt"
         trainer.save_checkpoint(fresh)
         if trainer.is_global_zero:
-            if previous.is_dir():  # of a sharded strategy
-                shutil.rmtree(previous)
             if last.exists():
-                last.replace(previous)
+                _keep_as(previous, last)
             fresh.replace(last)
         self._saved_at = trainer.global_step
+
+
+def _keep_as(previous: Path, last: Path) -> None:
+    """Give the checkpoint `last` the name `previous` too, so that at no moment there is none of its own name."""
+    if previous.is_dir():  # of a sharded strategy
+        shutil.rmtree(previous)
+    beside = previous.with_name(previous.name + ".tmp")
+    beside.unlink(missing_ok=True)
+    try:
+        os.link(last, beside)
+    except OSError:  # a folder, or a file system without links
+        last.replace(previous)
+    else:
+        beside.replace(previous)

@@ -48,10 +48,9 @@ def describe(module: EstimatorModule, batch: Any) -> dict[str, str]:
         law = getattr(estimator, "tangents", None)
         lines["tangents"] = f"{num_tangents} a step" + (f", {law}" if law is not None else "")
     equal = {name: p.detach().new_ones(p.shape) for name, p in params.items()}
-    error = estimator.relative_squared_error(equal)
-    if error is not None:
-        relative = f"{error**0.5:.3g} times the gradient's length, in one estimate"
-        lines["expected error"] = relative if error else "none: the exact gradient of each batch"
+    if (error := estimator.relative_squared_error(equal)) is not None:
+        quality = f"{error**0.5:.3g} times the gradient's length, cosine {estimator.expected_cosine(equal):.2g}"
+        lines["expected error"] = quality if error else "none: the exact gradient of each batch"
     if batch is not None:
         loss_fn = partial(module.task.losses, batch=batch)
         watched = copy.deepcopy(estimator)  # its state is not to learn from a look

@@ -21,12 +21,14 @@ class ParameterSlots:
 
     Attributes:
         params: {name: parameter}, as named_parameters() lists them: tied ones once.
+        buffers: {name: buffer} of every module, the dictionaries in which the modules hold them.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.params: dict[str, nn.Parameter] = dict(model.named_parameters())
         names = {id(p): name for name, p in self.params.items()}
         # The dictionaries, not the modules: what is kept here must not keep the model alive.
+        self.buffers: list[dict[str, Tensor | None]] = [module._buffers for module in model.modules()]
         self._parts = [(module._parameters, module._modules) for module in model.modules()]
         self._places = [
             (held, key, names[id(p)]) for held, _ in self._parts for key, p in held.items() if p is not None

@@ -53,6 +53,24 @@ ACTIVATIONS = [
     *(_activation(lambda f=f: f(inplace=True)) for f in (nn.Hardswish, nn.ReLU6, nn.Hardtanh, nn.Hardsigmoid)),
 ]
 
+# --- what stands between two linear layers, where value and tangents may be the parts of one tensor -----------------
+
+
+def _between(name: str, function: Callable[[Tensor], Tensor]) -> Case:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 2))
+
+    return named(name, build, lambda m: m[2](function(m[1](m[0](ROWS)))))
+
+
+BETWEEN = [
+    _between("turned between layers", lambda h: h.t()),
+    _between("turned and turned back", lambda h: h.t().contiguous().t()),
+    _between("other rows", lambda h: h[1:]),
+    _between("changed in place", lambda h: h.relu_().add_(h)),
+    _between("twice", lambda h: h.relu() + h),
+]
+
 # --- convolutions and poolings ------------------------------------------------------------------------------------
 
 
@@ -177,4 +195,4 @@ DROPOUTS = [
     chain("Dropout3d", VOLUMES, lambda: nn.Conv3d(3, 4, 3), lambda: nn.Dropout3d(0.3)),
 ]
 
-LAYERS = [*ACTIVATIONS, *CONVOLUTIONS, *POOLINGS, *NORMS, *DROPOUTS]
+LAYERS = [*ACTIVATIONS, *BETWEEN, *CONVOLUTIONS, *POOLINGS, *NORMS, *DROPOUTS]

@@ -59,16 +59,15 @@ def directional_derivatives(
 
 def jvp(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> tuple[Tensor, Tensor]:
     """As `directional_derivatives`, with the derivative of every example: losses (B,), derivatives (K, B)."""
-    params = slots_of(model).params
-    unknown = sorted(tangents.keys() - params.keys())
-    if unknown:
-        raise ValueError(f"tangents for {', '.join(unknown)}, which the model's named_parameters() do not list")
+    slots = slots_of(model)
+    if unknown := [name for name in tangents if name not in slots.params]:
+        raise ValueError(f"tangents for {', '.join(sorted(unknown))}, which the model's named_parameters() do not list")
     with torch.inference_mode(False), torch.no_grad():
         engine = _engines.get(model)
         if engine is None:
             engine = _engines[model] = _choose_engine(model, loss_fn, tangents, compiled=_is_compiled(model))
         # Kept at every step, so without NumPy's and Python's random states: those take longer than a small model.
-        before = Buffers(model), RandomState({p.device for p in params.values()})
+        before = Buffers(slots), RandomState({p.device for p in slots.params.values()})
         try:
             return engine(model, loss_fn, tangents)
         except NotIntercepted as reason:  # the model took another path than at its first pass

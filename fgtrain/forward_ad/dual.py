@@ -7,7 +7,7 @@ reach `__torch_function__` and find a rule there; whatever would slip past it (a
 
 What is done with a call, in this order:
 
-1. a rule: of `fgtrain.forward_ad.rules`, `.layers`, `.losses` or `.sequence`;
+1. a rule: of `fgtrain.forward_ad.rules`, `.products`, `.layers`, `.losses` or `.sequence`;
 2. what only reads the value is asked of the value; what changes its argument in place is computed anew and copied;
 3. a function that PyTorch writes in Python is opened: its body runs, and the calls in it are looked up in turn;
 4. PyTorch's own forward mode, one direction at a time.
@@ -147,6 +147,18 @@ def tangent_of(x: Any) -> Any:
     if not isinstance(x.tangent, Tensor):
         x.tangent = x.tangent.dense()
     return x.tangent
+
+
+def joint_of(x: Any) -> Tensor | None:
+    """(1 + K, *shape): the value and the tangents of a dual as one tensor, if they are the parts of one."""
+    if not isinstance(x, Dual) or not isinstance(x.tangent, Tensor) or x.primal._base is None:
+        return None
+    joint, value, moved = x.primal._base, x.primal, x.tangent
+    if moved._base is not joint or joint.shape != (1 + len(moved), *value.shape):
+        return None
+    offsets = [t.storage_offset() - joint.storage_offset() for t in (value, moved)]
+    in_order = offsets == [0, value.numel()] and all(t.is_contiguous() for t in (joint, value, moved))
+    return joint if in_order else None
 
 
 def num_directions(*arguments: Any) -> int:

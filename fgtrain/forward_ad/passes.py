@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fgtrain.errors import LossError
+from fgtrain.parameters import ParameterSlots, slots_of
 from fgtrain.random import random_state, set_random_state
 
 LOSS_SHAPE = "loss_fn must return per-example losses of shape (B,) or a scalar ()"
@@ -63,14 +64,14 @@ class RandomState:
 class Buffers:
     """The buffers of a model (BatchNorm statistics) and their values."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self._buffers = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
+    def __init__(self, slots: ParameterSlots) -> None:
+        self._buffers = [(held, dict(held)) for held in slots.buffers if held]
         self._values = [b.clone() for _, buffers in self._buffers for b in buffers.values() if b is not None]
 
     def restore(self) -> None:
         values = iter(self._values)
-        for module, buffers in self._buffers:
-            module._buffers.update(buffers)
+        for held, buffers in self._buffers:
+            held.update(buffers)
             for buffer in buffers.values():
                 if buffer is not None:
                     buffer.copy_(next(values))
@@ -84,7 +85,7 @@ class RepeatedPass:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._buffers = Buffers(model)
+        self._buffers = Buffers(slots_of(model))
         self._random_state = random_state()
 
     def rewind(self) -> None:

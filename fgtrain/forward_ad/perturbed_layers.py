@@ -34,13 +34,13 @@ def perturbed_layers(model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> Pert
         UnsupportedOperation: there is none.
     """
     slots = slots_of(model)
-    found = _found.get(slots)
-    if found is None:
-        found = _found[slots] = _find_layers(model, loss_fn, slots)
-    return found
+    kept, trained = _found.setdefault(slots, {}), frozenset(slots.trainable())
+    if trained not in kept:
+        kept[trained] = _find_layers(model, loss_fn, slots)
+    return kept[trained]
 
 
-_found: WeakKeyDictionary[ParameterSlots, PerturbedLayers] = WeakKeyDictionary()
+_found: WeakKeyDictionary[ParameterSlots, dict[frozenset[str], PerturbedLayers]] = WeakKeyDictionary()
 
 
 def _find_layers(model: nn.Module, loss_fn: Callable[[Any], Tensor], slots: ParameterSlots) -> PerturbedLayers:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.grad import conv2d_weight
 
-from fgtrain import ActivityPerturbation
+from fgtrain import FDFA, ActivityPerturbation, Backprop, ForwardGradient
 from fgtrain.errors import LossError, UnsupportedOperation
 from fgtrain.random import keyed_generator
 from tests import properties
@@ -203,6 +203,41 @@ def test_frozen_layers_get_no_gradient():
     model[0].requires_grad_(False)
     estimate = ActivityPerturbation()(model, MLP.loss, generator=torch.Generator().manual_seed(0))
     assert sorted(estimate.grads) == ["2.bias", "2.weight"]
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [lambda: ActivityPerturbation(7), FDFA, lambda: ForwardGradient(exact_head=True)],
+    ids=["activity", "FDFA", "exact head"],
+)
+@pytest.mark.parametrize("layer", [0, 2])
+def test_layers_frozen_and_unfrozen_in_mid_training(estimator, layer):
+    """The estimate is that of a fresh estimator and model with the same layers frozen."""
+    model, steps = MLP.build(), estimator()
+    for frozen in (False, True, False):
+        fresh, first = MLP.build(), estimator()
+        for m in (model, fresh):
+            m[layer].requires_grad_(not frozen)
+        steps.load_state_dict(first.state_dict(), strict=False)
+        found, expected = (
+            e(m, MLP.loss, generator=keyed_generator(0)).grads for e, m in ((steps, model), (first, fresh))
+        )
+        assert sorted(found) == sorted(expected)
+        if not isinstance(steps, FDFA):  # its feedback has learnt from more steps
+            torch.testing.assert_close(flat(found), flat(expected))
+
+
+@pytest.mark.parametrize("options", [{}, {"memory": "replay"}, {"exact_head": True}], ids=str)
+def test_convolutions_under_autocast(options):
+    """As many directions as units, 3 maps of one position and 3 outputs; half precision has 8 bits."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 6), nn.Tanh(), nn.Flatten(), nn.Linear(3, 3))
+    losses = lambda m: F.cross_entropy(m(IMAGES.float()), LABELS, reduction="none")  # noqa: E731
+    exact = Backprop()(model, losses).grads
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ActivityPerturbation(6, **options)(model, losses).grads
+    assert {g.dtype for g in found.values()} == {torch.float32}
+    assert (flat(found) - flat(exact)).norm() <= 0.05 * flat(exact).norm()
 
 
 @pytest.mark.parametrize(

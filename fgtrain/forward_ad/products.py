@@ -150,6 +150,7 @@ def _conv_grads(x: Tensor, weight: Tensor, options: dict[str, Any], grad_output:
             x = F.pad(x, [n for t in reversed(total) for n in (t // 2, t - t // 2)])
             padding = "valid"
         padding = [0 if padding == "valid" else t // 2 for t in total]
+    x, weight = x.to(grad_output.dtype), weight.to(grad_output.dtype)  # autocast has rounded what left the layer
     only_weight = [False, True, False]
     _, grad, _ = aten.convolution_backward(
         grad_output, x, weight, None, stride, padding, dilation, False, [0] * spatial, options["groups"], only_weight

@@ -1,12 +1,13 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fgtrain import Backprop, Coordinate, ForwardGradient, LowRank, Normal, Rademacher, Sphere, write_grads
 from fgtrain.tasks import Beale, Points, Rosenbrock
 from fgtrain.tasks import Sphere as Parabola
 from tests import properties
-from tests.cases import CASES
+from tests.cases import CASES, INPUTS, LABELS, Case
 from tests.properties import estimated_grads, exact_grads, flat
 
 LAWS = [Normal(), Rademacher(), Sphere(), Coordinate(), LowRank(1), LowRank(2)]
@@ -178,6 +179,23 @@ def test_exact_head_of_the_forward_gradient():
     mean = torch.stack([flat({name: e[name] for name in tail}) for e in estimates]).mean(0)
     variance = Rademacher().relative_variance(tail) / 4 / 500
     assert (mean - flat(tail)).norm() <= 5 * variance**0.5 * flat(tail).norm()
+
+
+def test_exact_head_that_is_the_whole_model():
+    case = Case("linear", lambda: torch.nn.Linear(3, 3), CASES[0].loss)
+    estimate = estimated_grads(ForwardGradient(num_tangents=4, exact_head=True), case)
+    torch.testing.assert_close(flat(estimate), flat(exact_grads(case)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_exact_head_under_autocast(dtype):
+    model, loss = CASES[0].build().float(), lambda m: F.cross_entropy(m(INPUTS.float()), LABELS, reduction="none")
+    exact = Backprop()(model, loss).grads
+    with torch.autocast("cpu", dtype):
+        found = ForwardGradient(exact_head=True)(model, loss).grads
+    for name in ("2.weight", "2.bias"):
+        assert found[name].dtype == torch.float32
+        torch.testing.assert_close(found[name], exact[name], rtol=0.05, atol=0.01)  # half precision has 8 bits
 
 
 @pytest.mark.parametrize("options", [{"chunk_size": 0}, {"exact_head": True, "rowwise": True}], ids=str)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fgtrain.chunks import Chunks
 from fgtrain.combine import Combine, Shrinkage, coefficients
-from fgtrain.directions import Directions
+from fgtrain.directions import Tangent
 from fgtrain.errors import LossError
 from fgtrain.estimators.backprop import average_grads
 from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce
@@ -17,7 +17,7 @@ from fgtrain.forward_ad.native import NO_TANGENT
 from fgtrain.forward_ad.passes import RepeatedPass
 from fgtrain.forward_ad.perturbation import LayerNoise, PerturbedPass
 from fgtrain.forward_ad.perturbed_layers import perturbed_layers, run_perturbed
-from fgtrain.parameters import trainable_params
+from fgtrain.parameters import slots_of, trainable_params
 from fgtrain.random import draw_seeds
 from fgtrain.tangents import Normal, Sphere, Tangents
 
@@ -140,6 +140,9 @@ class ForwardGradient(GradientEstimator):
         with torch.inference_mode(False), torch.no_grad():
             head = self._find_head(model, loss_fn)
             tail = {name: p for name, p in params.items() if name not in head}
+            if not tail:
+                losses, _, grads = _pass_with_head(model, loss_fn, {}, 0, head)
+                return Estimate(losses.mean(), average_grads(grads, reduce))
             chunks = self._chunks(tail, draw_seeds(generator or self.own_generator(), self.num_tangents))
             losses, derivatives, grads = self._passes(model, loss_fn, chunks, head)
             if self.rowwise:
@@ -198,7 +201,11 @@ class ForwardGradient(GradientEstimator):
 
 
 def _pass_with_head(
-    model: nn.Module, loss_fn: Callable[[Any], Tensor], directions: Directions, num: int, head: tuple[str, ...]
+    model: nn.Module,
+    loss_fn: Callable[[Any], Tensor],
+    directions: Mapping[str, Tangent],
+    num: int,
+    head: tuple[str, ...],
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Losses (B,), derivatives (K, B) along the directions and the gradients of the parameters `head`."""
     perturbed = PerturbedPass(num, seed=0, head=head[0])
@@ -208,4 +215,5 @@ def _pass_with_head(
     (call,) = perturbed.calls
     assert call.local_grads is not None
     grads = call.local_grads(call.grad_output_of_head(found[num:]))
-    return losses, found[:num], dict(zip(head, grads, strict=False))
+    params = slots_of(model).params
+    return losses, found[:num], {name: g.to(params[name].dtype) for name, g in zip(head, grads, strict=False)}

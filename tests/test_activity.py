@@ -10,6 +10,9 @@ from torch.nn.grad import conv2d_weight
 
 from fgtrain import FDFA, ActivityPerturbation, Backprop, ForwardGradient
 from fgtrain.errors import LossError, UnsupportedOperation
+from fgtrain.forward_ad.examples import Rows, rows_of_examples
+from fgtrain.forward_ad.perturbation import LayerNoise, PerturbedPass
+from fgtrain.forward_ad.perturbed_layers import run_perturbed
 from fgtrain.random import keyed_generator
 from tests import properties
 from tests.cases import CASES, IMAGES, INPUTS, LABELS, Case
@@ -93,6 +96,85 @@ def assert_mean_is(estimator, case, gradient, draws=300):
     estimates = many_estimates(estimator, case, draws)
     error = (estimates.mean(0) - flat(gradient)).square().sum()
     assert error <= 25 * estimates.var(0).sum() / draws  # five standard errors of the mean, from the draws themselves
+
+
+SEQUENCES = torch.randn(4, 4, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+class OfSequences(nn.Module):
+    """A network of sequences (T, B, 6), or of (B, T, 6) with the examples first; `flat` merges both for the layers."""
+
+    def __init__(self, dim, *, flat=False):
+        super().__init__()
+        self.dim, self.flat = dim, flat
+        self.first, self.second = nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        hidden = x.flatten(0, 1) if self.flat else x
+        hidden = self.second(torch.tanh(self.first(hidden)))
+        return hidden.view(*x.shape[:2], -1).mean(1 - self.dim)
+
+
+def towers(model):
+    first, second = model(torch.cat([INPUTS, INPUTS + 0.1])).chunk(2)
+    return (first - second).square().sum(1) + (first.sum(1) - 1) ** 2
+
+
+@pytest.mark.parametrize(
+    ("model", "steps", "rows"),
+    [
+        (lambda: OfSequences(1), 4, Rows(1)),
+        (lambda: OfSequences(1), 3, Rows(1)),
+        (lambda: OfSequences(0), 4, Rows(0)),
+        (lambda: OfSequences(1, flat=True), 4, Rows(0, "interleaved")),
+        (lambda: OfSequences(0, flat=True), 4, Rows(0, "blocks")),
+        (lambda: nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3)), None, Rows(0, "interleaved")),
+    ],
+    ids=["T x B, T = B", "T x B", "B x T, T = B", "TB", "BT", "two towers"],
+)
+@pytest.mark.parametrize("memory", ["keep", "replay"])
+def test_unbiased_wherever_the_examples_are(model, steps, rows, memory):
+    inputs = SEQUENCES[:steps]
+    loss = (lambda m: F.cross_entropy(m(inputs), LABELS, reduction="none")) if steps else towers
+    case = Case("rows", model, loss)
+    built, perturbed = case.build(), PerturbedPass(1, seed=0)
+    with torch.no_grad():
+        weights = [name for name, _ in built.named_parameters() if name.endswith("weight")]
+        losses, _ = run_perturbed(built, loss, {name: LayerNoise(name, perturbed) for name in weights})
+        found = rows_of_examples(built, loss, perturbed.calls, losses)
+    assert set(found.values()) == {rows}
+    assert_mean_is(ActivityPerturbation(32, memory=memory), case, exact_grads(case))
+
+
+def test_rows_that_are_nobodys_share_one_direction():
+    """Four time steps of two examples each loss reaches all of: nothing tells whose the 8 rows are."""
+    inputs = SEQUENCES[:2]
+
+    def losses(m):
+        first, second = m(inputs).square()
+        return torch.stack([first.sum() * second.sum(), (first * second).sum()])
+
+    case = Case("mixing", lambda: OfSequences(0, flat=True), losses)
+    assert_mean_is(ActivityPerturbation(8), case, exact_grads(case))
+
+
+@pytest.mark.parametrize("estimator", [ActivityPerturbation(exact_head=True), ForwardGradient(exact_head=True), FDFA()])
+@pytest.mark.parametrize("behind", [nn.BatchNorm1d(3), nn.Identity()], ids=["BatchNorm", "contrastive"])
+def test_exact_head_refuses_examples_mixed_behind_it(estimator, behind):
+    def contrastive(m):
+        z = F.normalize(m(INPUTS), dim=1)
+        return F.cross_entropy(z @ z.T, torch.arange(4).roll(1), reduction="none")
+
+    losses = contrastive if isinstance(behind, nn.Identity) else MLP.loss
+    case = Case("mixing", lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3), behind), losses)
+    with pytest.raises(UnsupportedOperation, match="examples are mixed behind it"):
+        estimated_grads(estimator, case)
+
+
+def test_exact_head_refuses_a_last_layer_called_twice():
+    case = Case("twice", lambda: nn.Linear(3, 3), lambda m: (m(INPUTS) - m(INPUTS + 1)).square().sum(1))
+    with pytest.raises(UnsupportedOperation, match="the last layer, is called twice"):
+        estimated_grads(ActivityPerturbation(exact_head=True), case)
 
 
 @pytest.mark.parametrize("options", [{}, {"memory": "replay"}, {"exact_head": True}], ids=str)

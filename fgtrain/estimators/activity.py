@@ -9,10 +9,12 @@ from torch import Tensor, nn
 from fgtrain.errors import LossError
 from fgtrain.estimators.backprop import average_grads
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce
+from fgtrain.forward_ad.examples import Rows, gradient_of_head, rows_of_examples
 from fgtrain.forward_ad.native import NO_TANGENT
 from fgtrain.forward_ad.passes import RepeatedPass
-from fgtrain.forward_ad.perturbation import LayerCall, LayerNoise, LocalGrads, Noise, PerturbedPass, ReplayedPass
+from fgtrain.forward_ad.perturbation import LayerCall, LayerNoise, LocalGrads, Noise, PerturbedPass
 from fgtrain.forward_ad.perturbed_layers import perturbed_layers, run_perturbed
+from fgtrain.forward_ad.replayed import ReplayedPass
 from fgtrain.parameters import trainable_params
 from fgtrain.random import draw_seeds
 from fgtrain.tangents import Rademacher, Tangents
@@ -30,8 +32,14 @@ class ActivityPerturbation(GradientEstimator):
     layers' fan-in and by the batch size. Units that a ReLU directly behind the layer cuts off have the gradient 0 and
     get 0.
 
-    Unbiased, if no layer mixes examples, or with examples="mixed"; where BatchNorm in training mode does mix them,
-    examples="independent" leaves out what one example's noise does to the losses of the others, as Ren et al. do.
+    Where a layer's output has the examples (first, as torch.nn's layers do; second, behind the time steps; several rows
+    each) is found at the first call, by looking which rows each loss depends on. Layers whose rows cannot be told to be
+    one example's each get one derivative for all rows, that of the mean loss: right, with the variance of all examples'
+    noise.
+
+    Unbiased, if neither layers nor losses mix examples, or with examples="mixed"; where BatchNorm in training mode or a
+    contrastive loss does mix them, examples="independent" leaves out what one example's noise does to the losses of the
+    others, as Ren et al. do.
     positions="shared" is biased: it takes the noise's gradient for that of every position.
 
     Relative variance for one example, N units of which a ReLU does not cut off:
@@ -54,7 +62,8 @@ class ActivityPerturbation(GradientEstimator):
         num_tangents: K >= 1.
         noise: "balanced", "rademacher" or "normal", see `PerturbedPass`.
         exact_head: take the gradient of the last layer and of its output exactly, by C more directions that go through
-            the loss alone; needs per-example losses (B,).
+            the loss alone; needs per-example losses (B,), and no BatchNorm or contrastive loss behind
+            the last layer.
         positions: noise for every position of a map or sequence ("independent") or one for all ("shared").
         examples: "independent" or "mixed", see above.
         memory: "keep" or "replay".
@@ -130,9 +139,13 @@ class ActivityPerturbation(GradientEstimator):
             noises = {name: LayerNoise(name, perturbed) for name in layers.biases}
             repeated = RepeatedPass(model) if self.memory == "replay" else None
             losses, found = run_perturbed(model, loss_fn, {**noises, **(directions or {})})
-            separate = losses.dim() == 1 and self.examples == "independent"
-            units = perturbed.noise_size / (losses.numel() if separate else 1)
-            collected = _Collected(self, losses, found, layers.biases, params, self._variance(units))
+            if found is None:
+                raise LossError(NO_TANGENT)
+            num, calls = self.num_tangents, perturbed.calls
+            of_head = gradient_of_head(model, loss_fn, calls, layers.last, found[num:]) if self.exact_head else None
+            rows = rows_of_examples(model, loss_fn, calls, losses) if self.examples == "independent" else {}
+            units = perturbed.noise_size / (losses.numel() if rows else 1)
+            collected = _Collected(losses, found[:num], of_head, rows, layers.biases, params, self._variance(units))
             if repeated is None:
                 for call in perturbed.calls:
                     assert call.local_grads is not None
@@ -165,21 +178,20 @@ class _Collected:
 
     def __init__(
         self,
-        options: ActivityPerturbation,
         losses: Tensor,
-        found: Tensor | None,
+        found: Tensor,
+        of_head: Tensor | None,
+        rows: Mapping[str, Rows],
         biases: Mapping[str, str | None],
         params: Mapping[str, Tensor],
         variance: float,
     ) -> None:
-        if found is None:
-            raise LossError(NO_TANGENT)
-        num = options.num_tangents
-        self.derivatives = found[:num] if losses.dim() == 0 else found[:num].mean(1)
+        self.derivatives = found if losses.dim() == 0 else found.mean(1)
         self.grads: dict[str, Tensor] = {}
-        self._unit_derivatives = found[num:]
-        self._per_example = found[:num] / losses.numel() if losses.dim() and options.examples == "independent" else None
+        self._per_example = found / losses.numel()
         self._num_examples = losses.numel()
+        self._of_head = of_head
+        self._rows = rows
         self._biases = biases
         self._params = params
         self._variance = variance
@@ -191,18 +203,18 @@ class _Collected:
     def add(self, call: LayerCall, local_grads: LocalGrads) -> None:
         """Add the local gradients of one call of a layer."""
         if call.noise is None:
-            grad_output = call.grad_output_of_head(self._unit_derivatives)
+            assert self._of_head is not None
+            grad_output = self._of_head
         else:
-            length = self.length(call.shape.numel() // call.shape[call.channels])
-            grad_output = call.grad_output(length * self._of_rows(call.shape[0]))
+            grad_output = self._grad_output(call, self.length(call.shape.numel() // call.shape[call.channels]))
         bias_name = self._biases[call.name]
         for name, grad in zip((call.name, bias_name), local_grads(grad_output), strict=True):
             if name is not None:
                 grad = grad.to(self._params[name].dtype)
                 self.grads[name] = self.grads[name] + grad if name in self.grads else grad
 
-    def _of_rows(self, num_rows: int) -> Tensor:
-        """Derivatives (K, rows) for a layer that sees this many rows; several rows in turn belong to one example."""
-        if self._per_example is None or num_rows % self._num_examples:
-            return self.derivatives.unsqueeze(1).expand(-1, num_rows)
-        return self._per_example.repeat_interleave(num_rows // self._num_examples, dim=1)
+    def _grad_output(self, call: LayerCall, length: float) -> Tensor:
+        rows = self._rows.get(call.name)
+        if rows is None or not rows.fits(call.shape, self._num_examples):
+            return call.grad_output(length * self.derivatives.unsqueeze(1))
+        return call.grad_output(length * rows.spread(self._per_example, call.shape[rows.dim]), rows.dim)

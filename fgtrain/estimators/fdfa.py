@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fgtrain.errors import LossError, UnsupportedOperation
 from fgtrain.estimators.backprop import average_grads
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce
+from fgtrain.forward_ad.examples import gradient_of_head
 from fgtrain.forward_ad.native import NO_TANGENT
 from fgtrain.forward_ad.perturbation import LayerCall, LayerNoise, PerturbedPass
 from fgtrain.forward_ad.perturbed_layers import perturbed_layers, run_perturbed
@@ -91,7 +92,7 @@ class FDFA(GradientEstimator):
             if found is None:
                 raise LossError(NO_TANGENT)
             *hidden, head = _in_order(perturbed.calls)
-            error = head.grad_output_of_head(found[self.num_tangents :])
+            error = gradient_of_head(model, loss_fn, perturbed.calls, layers.last, found[self.num_tangents :])
             assert head.tangent is not None
             self._learn(hidden, head.tangent, reduce)
             signals = [self._through_feedback(error, call) for call in hidden] + [error]

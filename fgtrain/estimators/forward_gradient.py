@@ -13,6 +13,7 @@ from fgtrain.errors import LossError
 from fgtrain.estimators.backprop import average_grads
 from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce
 from fgtrain.forward_ad import jvp
+from fgtrain.forward_ad.examples import gradient_of_head
 from fgtrain.forward_ad.native import NO_TANGENT
 from fgtrain.forward_ad.passes import RepeatedPass
 from fgtrain.forward_ad.perturbation import LayerNoise, PerturbedPass
@@ -51,7 +52,8 @@ class ForwardGradient(GradientEstimator):
         shrinkage: multiply the mean by 1 / (1 + s), see `fgtrain.combine.Shrinkage`.
         clip_derivative: cap on |grad f . v_k|, against rare large values; None for none.
         chunk_size: at most so many directions in one pass; None for all. The estimate is the same, to rounding.
-        exact_head: as above; needs per-example losses (B,) and a Linear layer last.
+        exact_head: as above; needs per-example losses (B,) and a Linear layer last, with no BatchNorm or contrastive
+            loss behind it.
         rowwise: example i of the loss depends on row i of every parameter alone (many starting points of one
             function): each row gets the derivative of its own loss.
 
@@ -212,8 +214,9 @@ def _pass_with_head(
     losses, found = run_perturbed(model, loss_fn, {**directions, head[0]: LayerNoise(head[0], perturbed)})
     if found is None:
         raise LossError(NO_TANGENT)
-    (call,) = perturbed.calls
-    assert call.local_grads is not None
-    grads = call.local_grads(call.grad_output_of_head(found[num:]))
+    grad_output = gradient_of_head(model, loss_fn, perturbed.calls, head[0], found[num:])
+    local_grads = perturbed.calls[0].local_grads
+    assert local_grads is not None
+    grads = local_grads(grad_output)
     params = slots_of(model).params
     return losses, found[:num], {name: g.to(params[name].dtype) for name, g in zip(head, grads, strict=False)}

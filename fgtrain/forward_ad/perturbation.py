@@ -9,14 +9,14 @@ Shapes: K directions, B examples, q channels of a layer's output z (B, .., q), o
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
-from fgtrain.errors import LossError, UnsupportedOperation
+from fgtrain.errors import UnsupportedOperation
 from fgtrain.forward_ad.dual import Dual, call, primal_of, tangent_of
 from fgtrain.forward_ad.fallbacks import only_reads
 from fgtrain.random import fold_in
@@ -24,6 +24,8 @@ from fgtrain.tangents import Rademacher
 
 Noise = Literal["balanced", "rademacher", "normal"]
 LocalGrads = Callable[[Tensor], tuple[Tensor, Tensor]]  # gradient of the output -> of weight and bias
+
+WITHOUT_HEAD = "train without it (method=activity with exact_head=false)"
 
 _RELU = {torch.relu, torch.Tensor.relu, F.relu, torch.relu_, torch.Tensor.relu_, F.relu_}
 
@@ -83,25 +85,14 @@ class LayerCall:
         self.local_grads = self.noise = self.inputs = self.tangent = None
         self.active = None if self.active is None else self.active[:0]  # that there is one counts
 
-    def grad_output_of_head(self, derivatives: Tensor) -> Tensor:
-        """The gradient of the mean loss in the last layer's output (B, C), from the losses' unit derivatives (C, B).
+    def grad_output(self, derivatives: Tensor, dim: int = 0) -> Tensor:
+        """(1/K) sum_k d_k u_k in every row of the output, from the derivatives (K, rows) along a dimension of it.
 
-        Raises:
-            LossError: the losses are not those of the rows.
+        A single row stands for all.
         """
-        if derivatives.dim() != 2 or derivatives.shape[1] != self.shape[0]:
-            got = tuple(derivatives.shape[1:])
-            raise LossError(
-                f"exact_head needs one loss for each of the {self.shape[0]} rows of the last layer, got losses of "
-                f"shape {got}; use reduction='none', or set exact_head=False"
-            )
-        return derivatives.T / self.shape[0]
-
-    def grad_output(self, derivatives: Tensor) -> Tensor:
-        """(1/K) sum_k d_k u_k in every row of the output, from derivatives (K, B)."""
         assert self.noise is not None
         self.check_inputs()
-        signal = _local_signal(self.noise, self.pattern, derivatives, self.channels)
+        signal = _local_signal(self.noise, self.pattern, derivatives, self.channels, dim)
         return self.cut_off(signal).expand(self.shape)
 
     def cut_off(self, signal: Tensor) -> Tensor:
@@ -119,7 +110,7 @@ class LayerCall:
             )
 
 
-def _local_signal(noise: Tensor, pattern: Tensor | None, derivatives: Tensor, channels: int) -> Tensor:
+def _local_signal(noise: Tensor, pattern: Tensor | None, derivatives: Tensor, channels: int, dim: int) -> Tensor:
     """(1/K) sum_k d_k u_k, with a single position where all share one.
 
     Args:
@@ -127,13 +118,15 @@ def _local_signal(noise: Tensor, pattern: Tensor | None, derivatives: Tensor, ch
         pattern: (K, q) or None.
         derivatives: (K, rows of the output).
         channels: dimension of the channels in the output.
+        dim: dimension of the rows in the output.
     """
     num = len(derivatives)
     if pattern is None:
-        return (noise * derivatives.reshape(*derivatives.shape, *[1] * (noise.dim() - 2))).sum(0) / num
+        behind = noise.dim() - 2 - dim
+        return (noise * derivatives.view(num, *[1] * dim, -1, *[1] * behind)).sum(0) / num
     weights = (derivatives.T @ pattern) / num  # (rows, q)
     shape = [1] * noise.dim()
-    shape[0], shape[channels] = weights.shape
+    shape[dim], shape[channels] = weights.shape
     return noise * weights.view(shape)
 
 
@@ -218,11 +211,14 @@ class PerturbedPass:
         return _signs(shape, generator, output), pattern
 
     def _with_unit_directions(self, name: str, primal: Tensor, tangent: Tensor) -> Tensor:
+        layer = name.removesuffix(".weight")
         if primal.dim() != 2:
             raise UnsupportedOperation(
-                f"exact_head needs outputs (B, C) of the last layer, {name.removesuffix('.weight')} gives "
-                f"{tuple(primal.shape)}; set exact_head=False"
+                f"the exact gradient of the last layer needs outputs (B, C), {layer} gives {tuple(primal.shape)}; "
+                f"{WITHOUT_HEAD}"
             )
+        if any(call.name == name for call in self.calls):
+            raise UnsupportedOperation(f"{layer}, the last layer, is called twice; {WITHOUT_HEAD}")
         units = torch.eye(primal.shape[1], dtype=primal.dtype, device=primal.device)
         return torch.cat([tangent, units.unsqueeze(1).expand(-1, len(primal), -1)])
 
@@ -247,38 +243,17 @@ def _add_noise(tangent: Tensor | None, noise: Tensor, pattern: Tensor | None, ou
     return tangent.addcmul_(factors, noise)
 
 
-@dataclass(eq=False)
-class ReplayedPass:
-    """A second pass without tangents that draws the noise again and takes every layer's gradient on the spot.
-
-    Args:
-        first: the pass with noise; its calls tell where a ReLU follows.
-        collect: called at every layer with its call and local gradients.
-    """
-
-    first: PerturbedPass
-    collect: Callable[[LayerCall, LocalGrads], None]
-
-    def __post_init__(self) -> None:
-        first = self.first
-        self._again = PerturbedPass(first.num_tangents, first.seed, first.noise, first.shared_positions, first.head)
-        self._remaining = iter(first.calls)
+class Owner(Protocol):
+    """A pass that decides what a layer's output is."""
 
     @property
     def num_tangents(self) -> int:
         """K."""
-        return self.first.num_tangents
+        ...
 
     def perturb(self, name: str, inputs: Tensor, output: Tensor, local_grads: LocalGrads, channels: int) -> Tensor:
-        """The layer's output as it is."""
-        call = next(self._remaining)
-        call.inputs = (inputs, inputs._version)
-        if name != self.first.head:
-            call.noise, _ = self._again.draw(output, channels)
-            call.active = output > 0 if call.is_rectified else None
-        self.collect(call, local_grads)
-        call.forget()
-        return output
+        """What takes the place of the output that the layer gives without noise."""
+        ...
 
 
 class LayerNoise:
@@ -289,7 +264,7 @@ class LayerNoise:
         owner: the pass.
     """
 
-    def __init__(self, name: str, owner: "PerturbedPass | ReplayedPass") -> None:
+    def __init__(self, name: str, owner: "Owner") -> None:
         self.name = name
         self.owner = owner
 

@@ -323,6 +323,36 @@ def test_convolutions_under_autocast(options):
 
 
 @pytest.mark.parametrize(
+    "estimator",
+    [
+        ActivityPerturbation(8),
+        ActivityPerturbation(1, "normal", exact_head=True),
+        ForwardGradient(exact_head=True),
+        FDFA(),
+    ],
+    ids=repr,
+)
+@pytest.mark.parametrize("dtypes", [(torch.float32, torch.float64), (torch.float64, torch.float32)], ids=str)
+def test_layers_of_several_dtypes(estimator, dtypes):
+    """Balanced, as many directions as units are the gradient; the others have an exact last layer."""
+    first, second = dtypes
+    model = MLP.build()
+    exact = Backprop()(model, MLP.loss).grads
+    model[0].to(first)
+    model[2].to(second)
+
+    def losses(m):
+        hidden = torch.relu(m[0](INPUTS.to(first)))
+        return F.cross_entropy(m[2](hidden.to(second)), LABELS, reduction="none")
+
+    found = estimator(model, losses).grads
+    assert {name: g.dtype for name, g in found.items()} == {name: p.dtype for name, p in model.named_parameters()}
+    balanced = getattr(estimator, "noise", None) == "balanced"
+    for name in exact if balanced else ("2.weight", "2.bias"):
+        torch.testing.assert_close(found[name].double(), exact[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
     "options", [{"num_tangents": 0}, {"noise": "x"}, {"positions": "x"}, {"examples": "x"}, {"memory": "x"}]
 )
 def test_arguments_out_of_range(options):

@@ -128,6 +128,38 @@ def test_refuses_outputs_of_another_size():
         step()
 
 
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_refuses_examples_elsewhere_than_first(batch_first):
+    class Encoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=batch_first)
+            self.out = nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.out(self.layer(x if batch_first else x.transpose(0, 1)).mean(1 if batch_first else 0))
+
+    inputs = torch.ones(4, 3, 6)
+    with pytest.raises(UnsupportedOperation, match=r"the 4 examples, layer.self_attn.out_proj gives \(12, 6\)"):
+        FDFA()(Encoder(), lambda m: F.cross_entropy(m(inputs), LABELS, reduction="none"))
+
+
+class Square(nn.Module):
+    """Four time steps of four examples, in an order that the shape does not tell."""
+
+    def __init__(self):
+        super().__init__()
+        self.hidden, self.out = nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.hidden(x)).mean(0))
+
+
+def test_refuses_as_many_time_steps_as_examples_in_their_place():
+    with pytest.raises(UnsupportedOperation, match=r"the 4 examples, hidden gives \(4, 4, 5\)"):
+        FDFA()(Square(), lambda m: F.cross_entropy(m(torch.ones(4, 4, 6)), LABELS, reduction="none"))
+
+
 @pytest.mark.parametrize("options", [{"num_tangents": 0}, {"feedback_lr": 0.0}, {"feedback_lr": 1.5}], ids=str)
 def test_bad_arguments(options):
     with pytest.raises(ValueError, match=next(iter(options))):

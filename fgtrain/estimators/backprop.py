@@ -60,4 +60,4 @@ def average_grads(grads: dict[str, Tensor], reduce: Reduce | None) -> dict[str, 
         return grads
     flat = reduce(torch.cat([g.flatten() for g in grads.values()]))
     pieces = flat.split([g.numel() for g in grads.values()])
-    return {name: piece.view_as(g) for (name, g), piece in zip(grads.items(), pieces, strict=True)}
+    return {name: piece.view_as(g).to(g.dtype) for (name, g), piece in zip(grads.items(), pieces, strict=True)}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fgtrain.errors import LossError, UnsupportedOperation
 from fgtrain.estimators.backprop import average_grads
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce
-from fgtrain.forward_ad.examples import gradient_of_head
+from fgtrain.forward_ad.examples import Rows, gradient_of_head, rows_of_examples
 from fgtrain.forward_ad.native import NO_TANGENT
 from fgtrain.forward_ad.perturbation import LayerCall, LayerNoise, PerturbedPass
 from fgtrain.forward_ad.perturbed_layers import perturbed_layers, run_perturbed
@@ -49,7 +49,8 @@ class FDFA(GradientEstimator):
 
     Raises:
         ValueError: an argument out of its range.
-        UnsupportedOperation: the model has no Linear or convolution, uses one twice, or changes the size of its output.
+        UnsupportedOperation: the model has no Linear or convolution, uses one twice, changes the size of its output or
+            has examples elsewhere than first in it; or examples are mixed behind the last layer.
         LossError: losses are not per example (B,).
 
     The feedback is created at the first call, at zero, and is saved with the estimator's state.
@@ -94,6 +95,7 @@ class FDFA(GradientEstimator):
             *hidden, head = _in_order(perturbed.calls)
             error = gradient_of_head(model, loss_fn, perturbed.calls, layers.last, found[self.num_tangents :])
             assert head.tangent is not None
+            _refuse_other_rows(hidden, rows_of_examples(model, loss_fn, perturbed.calls, losses), losses.numel())
             self._learn(hidden, head.tangent, reduce)
             signals = [self._through_feedback(error, call) for call in hidden] + [error]
             grads: dict[str, Tensor] = {}
@@ -114,14 +116,16 @@ class FDFA(GradientEstimator):
         """Move every feedback matrix towards the mean of the output's tangents times the layer's noise."""
         self.num_updates += 1
         rate = max(self.feedback_lr, 1 / int(self.num_updates))
-        rows = tangent.flatten(0, 1)  # (K B, C)
+        # Half precision has too few bits for a running mean: (K B, C) in single at least.
+        rows = tangent.flatten(0, 1).to(torch.promote_types(tangent.dtype, torch.float32))
         for call in hidden:
             assert call.noise is not None
-            noise, passed = call.noise, call.noise.new_full(call.shape[1:], call.shape[0])
+            noise, passed = call.noise.to(rows.dtype), rows.new_full(call.shape[1:], call.shape[0])
             if call.is_rectified:
                 assert call.active is not None
-                noise, passed = noise * call.active, call.active.sum(0).to(noise.dtype)
-            total = (rows.T @ noise.flatten(0, 1).flatten(1)).view(-1, *call.shape[1:]) / self.num_tangents
+                noise, passed = noise * call.active, call.active.sum(0).to(rows.dtype)
+            total = (rows.T @ noise.flatten(0, 1).flatten(1)).to(rows.dtype)
+            total = total.view(-1, *call.shape[1:]) / self.num_tangents
             if reduce is not None:
                 total, passed = reduce(total), reduce(passed)
             feedback = self._feedback_of(call, total)
@@ -145,7 +149,7 @@ class FDFA(GradientEstimator):
     def _through_feedback(self, error: Tensor, call: LayerCall) -> Tensor:
         """The gradient at the layer's output, from that at the network's (B, C)."""
         feedback = self.feedback.get_buffer(call.name.replace(".", "/"))
-        return call.cut_off((error @ feedback.flatten(1)).view(call.shape))
+        return call.cut_off((error @ feedback.flatten(1).to(error.dtype)).view(call.shape))
 
     def make_room(self, state: Mapping[str, Tensor]) -> None:
         self.feedback = nn.Module()
@@ -163,3 +167,12 @@ def _in_order(calls: list[LayerCall]) -> list[LayerCall]:
     if twice:
         raise UnsupportedOperation(f"FDFA has one feedback matrix for a layer; {', '.join(twice)} is called twice")
     return calls
+
+
+def _refuse_other_rows(calls: list[LayerCall], rows: Mapping[str, Rows], num_examples: int) -> None:
+    for call in calls:
+        if call.shape[0] != num_examples or (rows and rows.get(call.name) != Rows()):
+            raise UnsupportedOperation(
+                f"FDFA needs outputs whose first dimension is the {num_examples} examples, "
+                f"{call.name.removesuffix('.weight')} gives {tuple(call.shape)}; use method=activity"
+            )

@@ -124,7 +124,7 @@ def _local_signal(noise: Tensor, pattern: Tensor | None, derivatives: Tensor, ch
     if pattern is None:
         behind = noise.dim() - 2 - dim
         return (noise * derivatives.view(num, *[1] * dim, -1, *[1] * behind)).sum(0) / num
-    weights = (derivatives.T @ pattern) / num  # (rows, q)
+    weights = (derivatives.T @ pattern.to(derivatives.dtype)) / num  # (rows, q)
     shape = [1] * noise.dim()
     shape[dim], shape[channels] = weights.shape
     return noise * weights.view(shape)

@@ -280,6 +280,15 @@ def test_exact_head_needs_losses_per_example():
         estimated_grads(ActivityPerturbation(exact_head=True), case)
 
 
+def test_a_scalar_loss_is_warned_of_once(caplog):
+    model, estimator = MLP.build(), ActivityPerturbation()
+    for reduction, warnings in (("none", 0), ("mean", 1), ("mean", 1)):
+        estimator(model, lambda m, how=reduction: F.cross_entropy(m(INPUTS), LABELS, reduction=how))
+        assert [r.getMessage().split(":")[0] for r in caplog.records] == [
+            "activity perturbation got one loss for 4 rows"
+        ] * warnings
+
+
 def test_frozen_layers_get_no_gradient():
     model = MLP.build()
     model[0].requires_grad_(False)

@@ -1,5 +1,6 @@
 """Forward gradients by activity perturbation: directions in the space of the layers' outputs."""
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
@@ -19,6 +20,8 @@ from fgtrain.parameters import trainable_params
 from fgtrain.random import draw_seeds
 from fgtrain.tangents import Rademacher, Tangents
 
+_log = logging.getLogger(__name__)
+
 
 class ActivityPerturbation(GradientEstimator):
     """The forward gradient with noise on the outputs of layers instead of on their weights.
@@ -31,6 +34,9 @@ class ActivityPerturbation(GradientEstimator):
     One direction for each example, in a space of sum_l q_l units instead of n weights: the variance falls by the
     layers' fan-in and by the batch size. Units that a ReLU directly behind the layer cuts off have the gradient 0 and
     get 0.
+
+    It needs per-example losses (B,), reduction="none". A scalar loss has one derivative for all examples: still
+    unbiased, with the variance of all examples' noise; the log warns of it once.
 
     Where a layer's output has the examples (first, as torch.nn's layers do; second, behind the time steps; several rows
     each) is found at the first call, by looking which rows each loss depends on. Layers whose rows cannot be told to be
@@ -112,6 +118,7 @@ class ActivityPerturbation(GradientEstimator):
         self.memory = memory
         self.tangents = tangents if tangents is not None else Rademacher()
         self.shrinkage = shrinkage
+        self._has_warned = False
 
     def forward(
         self,
@@ -142,6 +149,8 @@ class ActivityPerturbation(GradientEstimator):
             if found is None:
                 raise LossError(NO_TANGENT)
             num, calls = self.num_tangents, perturbed.calls
+            if losses.dim() == 0 and self.examples == "independent":
+                self._warn_of_scalar(calls)
             of_head = gradient_of_head(model, loss_fn, calls, layers.last, found[num:]) if self.exact_head else None
             rows = rows_of_examples(model, loss_fn, calls, losses) if self.examples == "independent" else {}
             units = perturbed.noise_size / (losses.numel() if rows else 1)
@@ -158,6 +167,17 @@ class ActivityPerturbation(GradientEstimator):
                 weight = collected.length(losses.numel()) / self.num_tangents
                 collected.grads |= directions.weighted_sum(weight * collected.derivatives)
         return Estimate(losses.mean(), average_grads(collected.grads, reduce), collected.derivatives)
+
+    def _warn_of_scalar(self, calls: list[LayerCall]) -> None:
+        """One loss for several rows gives away what the method gains by its examples; said once."""
+        rows = max(call.shape[0] for call in calls)
+        if rows > 1 and not self._has_warned:
+            self._has_warned = True
+            _log.warning(
+                "activity perturbation got one loss for %d rows: the variance is that of the noise on all of them; "
+                "return per-example losses (B,), reduction='none', or set examples=mixed if examples belong together",
+                rows,
+            )
 
     def _variance(self, units: float) -> float:
         """For one example, of `units` numbers of noise; what the length of the estimate is to allow for."""

@@ -177,6 +177,16 @@ def test_exact_head_refuses_a_last_layer_called_twice():
         estimated_grads(ActivityPerturbation(exact_head=True), case)
 
 
+@pytest.mark.parametrize("estimator", [ActivityPerturbation(exact_head=True), ForwardGradient(exact_head=True), FDFA()])
+def test_exact_head_refuses_a_pass_without_the_last_layer(estimator):
+    model, used = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)]).double(), 0
+    losses = lambda m: m[used](INPUTS).square().sum(1)  # noqa: E731
+    estimator(model, losses)
+    used = 1
+    with pytest.raises(UnsupportedOperation, match="0 was the last layer of the model's first pass"):
+        estimator(model, losses)
+
+
 @pytest.mark.parametrize("options", [{}, {"memory": "replay"}, {"exact_head": True}], ids=str)
 def test_as_many_directions_as_units_give_the_gradient(options):
     """Each unit has a direction of its own: K = 4 + 3, the complete basis."""

@@ -92,8 +92,9 @@ class FDFA(GradientEstimator):
             losses, found = run_perturbed(model, loss_fn, {**noises, **(directions or {})})
             if found is None:
                 raise LossError(NO_TANGENT)
-            *hidden, head = _in_order(perturbed.calls)
-            error = gradient_of_head(model, loss_fn, perturbed.calls, layers.last, found[self.num_tangents :])
+            calls = _in_order(perturbed.calls)
+            error = gradient_of_head(model, loss_fn, calls, layers.last, found[self.num_tangents :])
+            *hidden, head = calls
             assert head.tangent is not None
             _refuse_other_rows(hidden, rows_of_examples(model, loss_fn, perturbed.calls, losses), losses.numel())
             self._learn(hidden, head.tangent, reduce)

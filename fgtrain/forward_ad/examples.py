@@ -151,7 +151,9 @@ def gradient_of_head(
     layer = name.removesuffix(".weight")
     head = next((call for call in calls if call.name == name), None)
     if head is None:
-        raise UnsupportedOperation(f"{layer} was the last layer of the model's first pass and is not called in this")
+        raise UnsupportedOperation(
+            f"{layer} was the last layer of the model's first pass and is not called in this; {WITHOUT_HEAD}"
+        )
     if unit_derivatives.dim() != 2 or unit_derivatives.shape[1] != head.shape[0]:
         raise LossError(
             f"the exact gradient of the last layer needs one loss for each of the {head.shape[0]} rows of {layer}, got "

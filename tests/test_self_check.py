@@ -122,6 +122,35 @@ def test_derivative_that_is_not_that_of_backpropagation_is_named():
         self_check(of(Custom()), loss, ForwardGradient())
 
 
+class LeavesOut(Backprop):
+    """Trains the model without its second module."""
+
+    def forward(self, model, loss_fn, **options):
+        return super().forward(
+            nn.ModuleDict({"0": model[0], "2": model[2]}), lambda m: loss_fn(lambda x: m["2"](m["0"](x)))
+        )
+
+
+class Halves(Backprop):
+    def forward(self, model, loss_fn, **options):
+        found = super().forward(model, loss_fn)
+        return found._replace(grads=found.grads | {"2.bias": found.grads["2.bias"] / 2})
+
+
+@pytest.mark.parametrize(
+    ("estimator", "message"),
+    [
+        (LeavesOut(), r"the loss is [\d.]+ by LeavesOut and [\d.]+ by a plain pass: the method runs another network"),
+        (Halves(), r"Halves, which claims to be exact, has not the gradient of backpropagation for parameter '2.bias'"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
+)
+def test_a_method_that_trains_another_function_is_named(estimator, message):
+    with pytest.raises(AssumptionError, match=message) as caught:
+        self_check(of(nn.Tanh()), loss, estimator)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("layer", "message"),
     [

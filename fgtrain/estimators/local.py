@@ -57,6 +57,7 @@ class LocalLosses(LocalHeads):
         super().__init__(head_lr, head_size=head_size)
         self.estimator = estimator or ActivityPerturbation(exact_head=True, shrinkage=True)
         self.backpropagates = self.estimator.backpropagates
+        self.loss_at_parameters = self.estimator.loss_at_parameters
         self._kept: WeakKeyDictionary[nn.Module, list[list[_LocalNet]]] = WeakKeyDictionary()
 
     def forward(

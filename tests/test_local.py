@@ -79,6 +79,20 @@ def test_a_module_called_twice_is_run_twice(estimator):
     assert torch.equal(flat(found.grads), flat(expected.grads))
 
 
+@pytest.mark.parametrize("frozen", [0, 2, 4])
+@pytest.mark.parametrize("make", [lambda: LocalLosses(Backprop()), LocalLosses, LocalGuess])
+def test_frozen_blocks_are_not_trained(make, frozen):
+    model, part_frozen = mlp(), mlp()
+    part_frozen[frozen].requires_grad_(False)
+    free = taught(make(), model)(model, losses)
+    found = taught(make(), model)(part_frozen, losses)
+    torch.testing.assert_close(found.loss, free.loss)
+    assert found.grads.keys() == {name for name, p in part_frozen.named_parameters() if p.requires_grad}
+    if make is not LocalLosses:  # whose local gradients are random
+        for name, g in found.grads.items():
+            torch.testing.assert_close(g, free.grads[name])
+
+
 def test_with_activity_perturbation_it_is_unbiased_for_the_local_gradients():
     model, draws = mlp(), 100
     estimator = taught(LocalLosses(ActivityPerturbation(exact_head=True)), model)

@@ -52,6 +52,7 @@ class SPSA(GradientEstimator):
     """
 
     scalar_reducible = True
+    loss_at_parameters = False
 
     def __init__(
         self,
@@ -157,6 +158,7 @@ class MeZO(GradientEstimator):
     """
 
     scalar_reducible = True
+    loss_at_parameters = False
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fgtrain.errors import AssumptionError, UserError
 from fgtrain.estimators import Backprop, Estimate, GradientEstimator
 from fgtrain.forward_ad import directional_derivatives
-from fgtrain.forward_ad.passes import RepeatedPass
+from fgtrain.forward_ad.passes import RepeatedPass, plain_losses
 from fgtrain.parameters import trainable_params
 from fgtrain.random import keyed_generator
 
@@ -134,8 +134,7 @@ def _first_difference(model: nn.Module, loss_fn: LossFn, again: RepeatedPass) ->
         for _ in range(2):
             again.rewind()
             passes.append([])
-            with torch.no_grad():
-                loss_fn(model)
+            plain_losses(model, loss_fn)
     finally:
         for handle in handles:
             handle.remove()
@@ -152,8 +151,7 @@ def _changing_buffers(model: nn.Module, loss_fn: LossFn, again: RepeatedPass) ->
     for _ in range(2):
         values = {name: b.clone() for name, b in model.named_buffers()}
         again.rewind_random_state()
-        with torch.no_grad():
-            losses.append(loss_fn(model).mean())
+        losses.append(plain_losses(model, loss_fn).mean())
         changed = [name for name, b in model.named_buffers() if not torch.equal(b, values[name])]
     if changed and not torch.allclose(losses[0], losses[1], rtol=1e-5):
         yield (
@@ -230,7 +228,7 @@ def _difference(
                 again.rewind()
                 for name, v in direction.items():
                     params[name].copy_(before[name] + sign * step * v)
-                losses.append(float(loss_fn(model).double().mean()))
+                losses.append(float(plain_losses(model, loss_fn).double().mean()))
     finally:
         with torch.no_grad():
             for name in direction:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fgtrain import Backprop, ForwardGradient
+from fgtrain import SPSA, Backprop, ForwardGradient, MeZO
 from fgtrain.errors import AssumptionError
 from fgtrain.lightning.callbacks import SelfCheck
 from fgtrain.self_check import self_check
@@ -179,3 +179,16 @@ def test_through_the_script(tmp_path):
 
 def noisy(p: int, input_shape: tuple[int, ...], num_classes: int):
     return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes), OwnNoise())
+
+
+@pytest.mark.parametrize("estimator", [Backprop(), ForwardGradient(), SPSA(), MeZO()], ids=lambda e: type(e).__name__)
+def test_a_loss_that_takes_derivatives_in_its_input(estimator):
+    model, x = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 1)).double(), torch.randn(5, 3).double()
+
+    def loss(m):
+        at = x.clone().requires_grad_()
+        return torch.autograd.grad(m(at).sum(), at, create_graph=True)[0].square().sum(1)
+
+    assert self_check(model, loss, estimator) == []
+    found = estimator(model, loss).loss
+    torch.testing.assert_close(found, loss(model).mean().detach(), rtol=1e-4, atol=0)

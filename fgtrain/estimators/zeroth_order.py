@@ -262,6 +262,6 @@ def _central_differences(
     pairs = [(losses_at(k, epsilon), losses_at(k, -epsilon)) for k in range(num_tangents)]
     if any(True for _ in model.buffers()):
         repeated.rewind()
-        plain_losses(model, loss_fn, {})
+        plain_losses(model, loss_fn)
     plus, minus = (torch.stack(side) for side in zip(*pairs, strict=True))
     return (plus + minus).mean(0) / 2, (plus - minus) / (2 * epsilon)

@@ -31,12 +31,14 @@ def check_losses(losses: object) -> Tensor:
     return losses
 
 
-def plain_losses(model: nn.Module, loss_fn: Callable[[Any], Tensor], values: Mapping[str, Tensor]) -> Tensor:
-    """Losses (B,) or () of the model with `values` for parameters, recorded for no backward pass.
+def plain_losses(
+    model: nn.Module, loss_fn: Callable[[Any], Tensor], values: Mapping[str, Tensor] | None = None
+) -> Tensor:
+    """Losses (B,) or () of the model, with `values` for these of its parameters, recorded for no backward pass.
 
     The model finds gradients enabled, as in training: a loss may take derivatives in its inputs by itself.
     """
-    with torch.enable_grad(), slots_of(model).exchanged(values):
+    with torch.enable_grad(), slots_of(model).exchanged(values or {}):
         return check_losses(loss_fn(model)).detach()
 
 

@@ -1,6 +1,7 @@
 """Modules that run one after the other, or side by side, found in a model."""
 
 from collections.abc import Iterator
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,7 @@ class SideBySide(nn.ModuleList):
         return torch.cat([module(x) for module in self], dim=1)
 
 
-def is_chain(module: nn.Module) -> bool:
+def is_chain(module: nn.Module) -> TypeGuard[nn.Sequential]:
     """Whether the module does nothing but call its children in turn."""
     return (
         isinstance(module, nn.Sequential)
@@ -27,16 +28,16 @@ def is_chain(module: nn.Module) -> bool:
     )
 
 
-def members(chain: nn.Module) -> Iterator[nn.Module]:
-    """The modules of a chain, chains within it opened."""
-    for child in chain.children():
+def members(chain: nn.Sequential) -> Iterator[nn.Module]:
+    """The modules of a chain as it calls them, one that it holds twice twice; chains within it opened."""
+    for child in chain:  # not children(), which leaves out repetitions
         if is_chain(child):
             yield from members(child)
         else:
             yield child
 
 
-def links(chain: nn.Module) -> list[list[nn.Module]]:
+def links(chain: nn.Sequential) -> list[list[nn.Module]]:
     """The chain cut before every module that has parameters; what precedes the first is a link of its own."""
     found: list[list[nn.Module]] = []
     for module in members(chain):

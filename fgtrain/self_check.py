@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fgtrain.errors import AssumptionError, UserError
 from fgtrain.estimators import Backprop, Estimate, GradientEstimator
 from fgtrain.forward_ad import directional_derivatives
-from fgtrain.forward_ad.passes import RepeatedPass
+from fgtrain.forward_ad.passes import RepeatedPass, plain_losses
 from fgtrain.parameters import trainable_params
 from fgtrain.random import keyed_generator
 
@@ -21,9 +21,10 @@ _TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
 def self_check(model: nn.Module, loss_fn: LossFn, estimator: GradientEstimator) -> list[str]:
     """Try an estimator on a model; parameters, buffers and random states end as they were.
 
-    Two evaluations from one seed must agree, parameters must stay untouched, and the derivative along the gradient must
-    be that of backpropagation. What may be meant is only reported: a loss that depends on a buffer the model changes,
-    and a loss whose change is not what its derivative says, as after .detach(), .item() or rounding.
+    Two evaluations from one seed must agree, parameters must stay untouched, and the loss, the derivative along the
+    gradient and, of a method that claims to be exact, the gradient must be those of backpropagation. What may be meant
+    is only reported: a loss that depends on a buffer the model changes, and a loss whose change is not what its
+    derivative says, as after .detach(), .item() or rounding.
 
     Args:
         model: in the mode in which it is trained.
@@ -58,7 +59,13 @@ def self_check(model: nn.Module, loss_fn: LossFn, estimator: GradientEstimator) 
                 f"{second.loss:.6g}); {where} draws random numbers that no generator of torch, numpy or Python's "
                 "random controls, or keeps a state of its own between calls"
             )
-        return [*_changing_buffers(model, loss_fn, again), *_derivatives(model, loss_fn, first, again, before)]
+        reference = _backpropagated(model, loss_fn, again)
+        if reference is not None:
+            _refuse_another_function(estimator, first, reference, tolerance)
+        noticed = list(_changing_buffers(model, loss_fn, again))
+        if reference is not None:
+            noticed += _derivatives(model, loss_fn, first, reference.grads, again, before)
+        return noticed
     finally:
         estimator.load_state_dict(state)
         again.rewind()
@@ -82,6 +89,35 @@ def _refuse_changed(model: nn.Module, before: Mapping[str, Tensor]) -> None:
             raise AssumptionError(f"self-check: the model changes its own parameter {name!r} in its forward pass")
 
 
+def _backpropagated(model: nn.Module, loss_fn: LossFn, again: RepeatedPass) -> Estimate | None:
+    again.rewind()
+    try:
+        return Backprop()(model, loss_fn)
+    except (UserError, NotImplementedError, torch.OutOfMemoryError):
+        return None  # no reference here
+
+
+def _refuse_another_function(
+    estimator: GradientEstimator, estimate: Estimate, reference: Estimate, tolerance: float
+) -> None:
+    """Raise if the method has not looked at the function that the model and its loss are."""
+    method = type(estimator).__name__
+    loss, expected = float(estimate.loss), float(reference.loss)
+    if estimator.loss_at_parameters and abs(loss - expected) > tolerance * abs(expected):
+        raise AssumptionError(
+            f"self-check: the loss is {loss:.6g} by {method} and {expected:.6g} by a plain pass: the method runs "
+            "another network than the model, or the model is another one without gradients; train with another method"
+        )
+    if "exact" not in estimator.claims:
+        return
+    for name, g in reference.grads.items():
+        if name not in estimate.grads or (estimate.grads[name] - g).norm() > tolerance * g.norm():
+            raise AssumptionError(
+                f"self-check: {method}, which claims to be exact, has not the gradient of backpropagation for "
+                f"parameter {name!r}; train with another method"
+            )
+
+
 def _first_difference(model: nn.Module, loss_fn: LossFn, again: RepeatedPass) -> str:
     """The module whose output is the first to differ between two equal passes."""
     passes: list[list[tuple[str, Tensor]]] = []
@@ -98,8 +134,7 @@ def _first_difference(model: nn.Module, loss_fn: LossFn, again: RepeatedPass) ->
         for _ in range(2):
             again.rewind()
             passes.append([])
-            with torch.no_grad():
-                loss_fn(model)
+            plain_losses(model, loss_fn)
     finally:
         for handle in handles:
             handle.remove()
@@ -116,8 +151,7 @@ def _changing_buffers(model: nn.Module, loss_fn: LossFn, again: RepeatedPass) ->
     for _ in range(2):
         values = {name: b.clone() for name, b in model.named_buffers()}
         again.rewind_random_state()
-        with torch.no_grad():
-            losses.append(loss_fn(model).mean())
+        losses.append(plain_losses(model, loss_fn).mean())
         changed = [name for name, b in model.named_buffers() if not torch.equal(b, values[name])]
     if changed and not torch.allclose(losses[0], losses[1], rtol=1e-5):
         yield (
@@ -127,14 +161,14 @@ def _changing_buffers(model: nn.Module, loss_fn: LossFn, again: RepeatedPass) ->
 
 
 def _derivatives(
-    model: nn.Module, loss_fn: LossFn, estimate: Estimate, again: RepeatedPass, before: Mapping[str, Tensor]
+    model: nn.Module,
+    loss_fn: LossFn,
+    estimate: Estimate,
+    grads: Mapping[str, Tensor],
+    again: RepeatedPass,
+    before: Mapping[str, Tensor],
 ) -> Iterator[str]:
     """Forward mode against reverse mode, and the derivative against the change of the loss, along the gradient."""
-    try:
-        again.rewind()
-        grads = Backprop()(model, loss_fn).grads
-    except (UserError, NotImplementedError, torch.OutOfMemoryError):
-        return  # no reference here
     norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads.values()))
     if not norm or not math.isfinite(norm):
         return
@@ -194,7 +228,7 @@ def _difference(
                 again.rewind()
                 for name, v in direction.items():
                     params[name].copy_(before[name] + sign * step * v)
-                losses.append(float(loss_fn(model).double().mean()))
+                losses.append(float(plain_losses(model, loss_fn).double().mean()))
     finally:
         with torch.no_grad():
             for name in direction:

@@ -67,8 +67,30 @@ BETWEEN = [
     _between("turned between layers", lambda h: h.t()),
     _between("turned and turned back", lambda h: h.t().contiguous().t()),
     _between("other rows", lambda h: h[1:]),
-    _between("changed in place", lambda h: h.relu_().add_(h)),
+    _between("changed in place", lambda h: h.mul_(2).add_(1)),
     _between("twice", lambda h: h.relu() + h),
+    _between("asked whether it requires a gradient", lambda h: 2 * h if h.requires_grad else 3 * h),
+]
+
+# --- losses that take derivatives in the input by themselves --------------------------------------------------------
+
+
+def _penalized(name: str, slope: Callable[[nn.Module, Tensor], Tensor]) -> Case:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 2))
+
+    return Case(name, build, lambda m: probe(m(ROWS)) + slope(m, ROWS).square().flatten(1).sum(1))
+
+
+def _by_autograd(m: nn.Module, x: Tensor) -> Tensor:
+    x = x.clone().requires_grad_()
+    return torch.autograd.grad(m(x).sum(), x, create_graph=True)[0]
+
+
+PENALTIES = [
+    _penalized("slope by autograd.grad", _by_autograd),
+    _penalized("slope by func.vjp", lambda m, x: torch.func.vjp(m, x)[1](torch.ones(6, 2, dtype=x.dtype))[0]),
+    _penalized("slope by func.jacrev", lambda m, x: torch.func.vmap(torch.func.jacrev(m))(x)),
 ]
 
 # --- convolutions and poolings ------------------------------------------------------------------------------------
@@ -195,4 +217,4 @@ DROPOUTS = [
     chain("Dropout3d", VOLUMES, lambda: nn.Conv3d(3, 4, 3), lambda: nn.Dropout3d(0.3)),
 ]
 
-LAYERS = [*ACTIVATIONS, *BETWEEN, *CONVOLUTIONS, *POOLINGS, *NORMS, *DROPOUTS]
+LAYERS = [*ACTIVATIONS, *BETWEEN, *PENALTIES, *CONVOLUTIONS, *POOLINGS, *NORMS, *DROPOUTS]

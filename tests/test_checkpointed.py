@@ -36,7 +36,31 @@ class Listed(nn.Module):
         return self.head(self.encoder(x[None], src_key_padding_mask=padding))
 
 
+def repeated():
+    """One layer, one activation and one chain, each called more than once."""
+    layer, act = nn.Linear(4, 4), nn.ReLU()
+    chain = nn.Sequential(layer, nn.Dropout(0.5))
+    return nn.Sequential(nn.Linear(4, 4), act, layer, act, chain, chain, nn.Linear(4, 1))
+
+
+class ListedTwice(nn.Module):
+    """A list that holds one block twice, and one chain that two modules own."""
+
+    def __init__(self):
+        super().__init__()
+        block, chain = Residual(), nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+        self.blocks = nn.ModuleList([block, Residual(), block])
+        self.left, self.right = nn.ModuleDict({"a": chain}), nn.ModuleDict({"a": chain})
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.left["a"](self.right["a"](x))
+
+
 MODELS = {
+    "repetitions": repeated,
+    "repetitions in a list": ListedTwice,
     "nested chains": lambda: nn.Sequential(
         nn.Flatten(), nn.Sequential(Residual(), nn.Tanh(), Residual()), nn.Sequential(Residual(), nn.Linear(4, 1))
     ),

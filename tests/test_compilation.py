@@ -19,7 +19,7 @@ from fgtrain.forward_ad import _engines, jvp, stacked
 from fgtrain.forward_ad.compiled import CompiledPass
 from fgtrain.forward_ad.passes import NotIntercepted
 from tests.cases import CASES
-from tests.coverage_layers import chain, named
+from tests.coverage_layers import PENALTIES, chain, named
 from tests.test_coverage import COVERAGE, assert_derivatives
 from tests.test_script import results_under, train
 
@@ -95,8 +95,10 @@ UNSUITABLE = {
     "x[...] = y of a plain tensor",
     "indices",
     "loss: gaussian nll",
+    *(case.name for case in PENALTIES),
 }
-"""What is refused, and then runs as it is written: repeated random numbers, and sizes that depend on numbers."""
+"""What is refused, and then runs as it is written: repeated random numbers, sizes that depend on numbers, and losses
+that take derivatives by themselves."""
 
 
 @pytest.mark.slow

@@ -15,13 +15,13 @@ from fgtrain.errors import LossError, UnsupportedOperation
 from fgtrain.forward_ad import directional_derivatives, native
 from fgtrain.forward_ad.dual import without_rules
 from tests.cases import Case, Custom
-from tests.coverage_layers import IMAGES, LAYERS, ROWS, SEQUENCES, probe
+from tests.coverage_layers import IMAGES, LAYERS, PENALTIES, ROWS, SEQUENCES, probe
 from tests.coverage_operations import OPERATIONS
 from tests.test_module import Small, make, trainer
 
 COVERAGE = [*LAYERS, *OPERATIONS]
 
-SLOW = {"x[...] = y of a plain tensor"}
+SLOW = {"x[...] = y of a plain tensor", *(case.name for case in PENALTIES)}
 """What the fast engine leaves to the reference engine."""
 
 # Rounding of float64, 2e-16, over the thousands of sums in a case.
@@ -188,6 +188,13 @@ class Pairs(nn.Module):
         return torch.cdist(x, x.detach() + 1)[:, :3]
 
 
+class Hooked(nn.Module):
+    def forward(self, x):
+        if x.requires_grad:
+            x.register_hook(lambda grad: 2 * grad)
+        return x
+
+
 class Constant(nn.Module):
     def forward(self, x):
         return x.detach()
@@ -202,9 +209,14 @@ class Constant(nn.Module):
             r"^module '2' \(Custom\) uses a custom autograd.Function without jvp, which has no",
         ),
         (Pairs(), UnsupportedOperation, r"^module '2' \(Pairs\) uses \S*cdist\S*, which has no .*method=backprop$"),
+        (
+            Hooked(),
+            UnsupportedOperation,
+            r"^module '2' \(Hooked\) uses a hook on the gradient of a tensor, which has no",
+        ),
         (Constant(), LossError, r"the loss carries no tangent"),
     ],
-    ids=["custom function", "cdist", "detach"],
+    ids=["custom function", "cdist", "hook", "detach"],
 )
 @pytest.mark.parametrize("estimator", [ForwardGradient(), ForwardGradient(LowRank(1), num_tangents=3)], ids=repr)
 def test_refused_before_the_first_step(layer, error, message, estimator, tmp_path):

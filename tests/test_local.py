@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fgtrain import ActivityPerturbation, Backprop, LocalLosses
+from fgtrain import ActivityPerturbation, Backprop, LocalGuess, LocalLosses
 from fgtrain.chains import SideBySide
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.models import LocalMixer
@@ -61,6 +61,36 @@ def test_with_backprop_it_is_the_gradient_of_every_blocks_own_loss():
     for name in ("4.weight", "4.bias"):  # the last block's own loss is the model's
         torch.testing.assert_close(grads[name], exact[name])
     assert not torch.allclose(grads["0.weight"], exact["0.weight"])  # the bias
+
+
+@pytest.mark.parametrize("estimator", [LocalLosses(Backprop()), LocalGuess()], ids=str)
+def test_a_module_called_twice_is_run_twice(estimator):
+    """With a second instance of the activation it is the same network."""
+    torch.manual_seed(0)
+    layers, act = [nn.Linear(3, 3).double() for _ in range(3)], nn.ReLU()
+    shared = nn.Sequential(layers[0], act, layers[1], act, layers[2])
+    apart = nn.Sequential(layers[0], nn.ReLU(), layers[1], nn.ReLU(), layers[2])
+    state = {name: value.clone() for name, value in taught(estimator, apart).state_dict().items()}
+    expected = estimator(apart, losses)
+    estimator.load_state_dict(state)
+    found = estimator(shared, losses)
+    assert torch.equal(found.loss, losses(shared).mean())
+    assert found.grads.keys() == expected.grads.keys()
+    assert torch.equal(flat(found.grads), flat(expected.grads))
+
+
+@pytest.mark.parametrize("frozen", [0, 2, 4])
+@pytest.mark.parametrize("make", [lambda: LocalLosses(Backprop()), LocalLosses, LocalGuess])
+def test_frozen_blocks_are_not_trained(make, frozen):
+    model, part_frozen = mlp(), mlp()
+    part_frozen[frozen].requires_grad_(False)
+    free = taught(make(), model)(model, losses)
+    found = taught(make(), model)(part_frozen, losses)
+    torch.testing.assert_close(found.loss, free.loss)
+    assert found.grads.keys() == {name for name, p in part_frozen.named_parameters() if p.requires_grad}
+    if make is not LocalLosses:  # whose local gradients are random
+        for name, g in found.grads.items():
+            torch.testing.assert_close(g, free.grads[name])
 
 
 def test_with_activity_perturbation_it_is_unbiased_for_the_local_gradients():

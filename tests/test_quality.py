@@ -9,9 +9,12 @@ from torch import nn
 
 from fgtrain import SPSA, Backprop, ForwardGradient, Rademacher
 from fgtrain.errors import ConfigError
+from fgtrain.lightning import EstimatorModule
 from fgtrain.lightning.callbacks import GradientQuality
 from fgtrain.quality import quality
+from fgtrain.tasks import Classification
 from tests.properties import flat
+from tests.test_convert import Full, NoDropout, fit, made
 from tests.test_module import Small, assert_equal_weights, make, trainer
 
 
@@ -105,6 +108,40 @@ def test_logged_every_few_steps(tmp_path):
     assert [event.step for event in events.Scalars("quality/cosine")] == [0, 3, 6]
     assert "quality/cosine" in run.callback_metrics
     assert "quality_of_1/cosine" not in run.callback_metrics  # they would fill the closing table
+
+
+@pytest.mark.parametrize("estimator", [ForwardGradient(num_tangents=2), Backprop()], ids=str)
+@pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
+def test_a_converted_module_is_looked_at_and_trains_the_same(estimator, tmp_path):
+    """One that logs, has metrics and skips a batch."""
+    kept, alone, looked_at = Kept(), made(Full, estimator), made(Full, estimator)
+    expected = fit(alone, tmp_path)
+    found = fit(looked_at, tmp_path, callbacks=[kept])
+    assert_equal_weights(looked_at.state_dict(), alone.state_dict())
+    assert looked_at.events == alone.events
+    for name, value in expected.callback_metrics.items():
+        assert torch.equal(found.callback_metrics[name], value), name
+    compared = [metrics for metrics in kept.found if metrics]
+    assert 0 < len(compared) < len(kept.found)  # a skipped batch has no gradient
+    assert "quality_of_net.0/cosine" in compared[0]
+    if isinstance(estimator, Backprop):
+        assert all(metrics["quality/cosine"] == pytest.approx(1) for metrics in compared)
+
+
+def test_it_finds_the_same_in_a_converted_module(tmp_path):
+    of_script, of_user = Kept(), Kept()
+    module = EstimatorModule(
+        made(NoDropout).net, Classification(), ForwardGradient(), lambda ps: torch.optim.SGD(ps, 0.1, 0.9)
+    )
+    fit(module, tmp_path, callbacks=[of_script], limit_val_batches=0)
+    fit(made(NoDropout, ForwardGradient()), tmp_path, callbacks=[of_user])
+    for a, b in zip(of_script.found, of_user.found, strict=True):
+        assert a["quality/cosine"] == pytest.approx(b["quality/cosine"], rel=1e-4)
+
+
+def test_a_module_without_an_estimator_is_told_what_to_do(tmp_path):
+    with pytest.raises(ConfigError, match=r"but Full trains without an estimator; convert it first, with fgtrain\.l"):
+        fit(made(Full), tmp_path, callbacks=[GradientQuality()])
 
 
 def test_bad_interval():

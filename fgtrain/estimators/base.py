@@ -44,11 +44,13 @@ class GradientEstimator(nn.Module, ABC):
             every draw.
         backpropagates: gradients travel backwards through the activations, so that in float16 the loss must be scaled
             before it is differentiated.
+        loss_at_parameters: the loss of an estimate is that of the parameters as they are, not of perturbed ones.
     """
 
     scalar_reducible: bool
     claims: frozenset[Claim] = frozenset()
     backpropagates: bool = False
+    loss_at_parameters: bool = True
 
     def __init__(self) -> None:  # nn.Module's takes any argument; a configuration is checked against this one
         super().__init__()

@@ -70,10 +70,10 @@ _told: WeakSet[nn.Module] = WeakSet()
 def _in_segments(model: nn.Module) -> Generator[None]:
     """Let the chains and lists of modules in `model` store no more than what enters their segments."""
     with ExitStack() as stack:
-        containers = list(_containers(model))
+        containers = list(dict.fromkeys(_containers(model)))
         for container in containers:
             if isinstance(container, nn.ModuleList):
-                for member in container:
+                for member in container.children():
                     stack.enter_context(_forward_replaced(member, _stored_by_input(member.forward, [member])))
             else:
                 segments = [_stored_by_input(partial(_run, part), part) for part in _segments(container)]
@@ -87,7 +87,7 @@ def _in_segments(model: nn.Module) -> Generator[None]:
         yield
 
 
-def _containers(module: nn.Module) -> Iterator[nn.Module]:
+def _containers(module: nn.Module) -> Iterator[nn.Sequential | nn.ModuleList]:
     """The outermost chains and lists of modules."""
     if is_chain(module) or isinstance(module, nn.ModuleList):
         yield module
@@ -96,7 +96,7 @@ def _containers(module: nn.Module) -> Iterator[nn.Module]:
             yield from _containers(child)
 
 
-def _segments(chain: nn.Module) -> list[list[nn.Module]]:
+def _segments(chain: nn.Sequential) -> list[list[nn.Module]]:
     """The chain cut into segments of equal length, as many as make (segments + layers in the longest) least."""
     parts = links(chain)
     num_layers = [sum(1 for m in _modules_of(part) if m._parameters) for part in parts]

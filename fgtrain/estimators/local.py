@@ -15,6 +15,7 @@ from fgtrain.estimators.backprop import average_grads
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce
 from fgtrain.estimators.local_heads import WHOLE, LocalHeads, Part, joined, run
 from fgtrain.forward_ad.dual import Dual
+from fgtrain.forward_ad.passes import check_losses
 from fgtrain.parameters import trainable_params
 
 
@@ -57,7 +58,8 @@ class LocalLosses(LocalHeads):
         super().__init__(head_lr, head_size=head_size)
         self.estimator = estimator or ActivityPerturbation(exact_head=True, shrinkage=True)
         self.backpropagates = self.estimator.backpropagates
-        self._kept: WeakKeyDictionary[nn.Module, list[list[_LocalNet]]] = WeakKeyDictionary()
+        self.loss_at_parameters = self.estimator.loss_at_parameters
+        self._kept: WeakKeyDictionary[nn.Module, list[list[LocalBlock]]] = WeakKeyDictionary()
 
     def forward(
         self,
@@ -75,7 +77,7 @@ class LocalLosses(LocalHeads):
             outputs = []
             for net in nets:
                 net.hidden = hidden
-                estimate = self.estimator(net, loss_fn, generator=generator)
+                estimate = self._estimate_of(net, loss_fn, generator)
                 outputs.append(net.take_output())
                 params = dict(net.named_parameters())
                 of_head = {}
@@ -90,23 +92,29 @@ class LocalLosses(LocalHeads):
         assert estimate is not None
         return estimate._replace(grads=grads)
 
+    def _estimate_of(self, net: nn.Module, loss_fn: Callable[[Any], Tensor], generator: torch.Generator) -> Estimate:
+        if any(p.requires_grad for p in net.parameters()):
+            return self.estimator(net, loss_fn, generator=generator)
+        with torch.inference_mode(False), torch.no_grad():  # a frozen last block only tells the loss
+            return Estimate(check_losses(loss_fn(net)).mean(), {})
+
     def parts_of(self, block: list[nn.Module]) -> list[list[nn.Module]]:
         only = block[0] if len(block) == 1 else None
         return [[module] for module in only] if isinstance(only, SideBySide) else [block]
 
-    def _nets(self, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> "list[list[_LocalNet]]":
+    def _nets(self, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> "list[list[LocalBlock]]":
         """Every part of every block as a model; the same ones for the same parts, since engines remember models."""
         blocks = self.blocks_with_heads(model, loss_fn)
         kept = self._kept.get(model, [])
         if [[net.part for net in nets] for nets in kept] != blocks:
-            kept = self._kept[model] = [[_LocalNet(part, self.features) for part in parts] for parts in blocks]
+            kept = self._kept[model] = [[LocalBlock(part, self.features) for part in parts] for parts in blocks]
         return kept
 
     def extra_repr(self) -> str:
         return f"head_lr={self.head_lr}, head_size={self.head_size}"
 
 
-class _LocalNet(nn.Module):
+class LocalBlock(nn.Module):
     """A part of a block and its head as a model of their own.
 
     Args:

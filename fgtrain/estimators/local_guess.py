@@ -99,6 +99,8 @@ class LocalGuess(LocalHeads):
             own = [p for module in block for p in module.parameters() if p.requires_grad and id(p) not in seen]
             seen |= {id(p) for p in own}
             wanted = [*own, *(head.parameters() if head is not None else ())]
+            if not wanted:  # a frozen last block
+                continue
             slopes = torch.autograd.grad(loss, wanted, materialize_grads=True)
             slopes = list(average_grads({str(k): slope for k, slope in enumerate(slopes)}, reduce).values())
             if own:

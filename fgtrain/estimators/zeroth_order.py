@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from fgtrain.combine import Shrinkage
 from fgtrain.directions import dense
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce
-from fgtrain.forward_ad.passes import RepeatedPass, check_losses
-from fgtrain.parameters import slots_of, trainable_params
+from fgtrain.forward_ad.passes import RepeatedPass, plain_losses
+from fgtrain.parameters import trainable_params
 from fgtrain.perturbed import Perturbed
 from fgtrain.random import draw_seeds, fold_in
 from fgtrain.tangents import Normal, Rademacher, Tangents
@@ -52,6 +52,7 @@ class SPSA(GradientEstimator):
     """
 
     scalar_reducible = True
+    loss_at_parameters = False
 
     def __init__(
         self,
@@ -157,6 +158,7 @@ class MeZO(GradientEstimator):
     """
 
     scalar_reducible = True
+    loss_at_parameters = False
 
     def __init__(
         self,
@@ -251,16 +253,15 @@ def _central_differences(
         num_tangents: K.
         epsilon: half the distance of the two points.
     """
-    slots, repeated = slots_of(model), RepeatedPass(model)
+    repeated = RepeatedPass(model)
 
     def losses_at(k: int, distance: float) -> Tensor:
         repeated.rewind()
-        with slots.exchanged(at(k, distance)):
-            return check_losses(loss_fn(model))
+        return plain_losses(model, loss_fn, at(k, distance))
 
     pairs = [(losses_at(k, epsilon), losses_at(k, -epsilon)) for k in range(num_tangents)]
     if any(True for _ in model.buffers()):
         repeated.rewind()
-        loss_fn(model)
+        plain_losses(model, loss_fn)
     plus, minus = (torch.stack(side) for side in zip(*pairs, strict=True))
     return (plus + minus).mean(0) / 2, (plus - minus) / (2 * epsilon)

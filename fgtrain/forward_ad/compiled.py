@@ -17,6 +17,7 @@ from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
+import torch._dynamo.config
 import torch._inductor
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -148,7 +149,9 @@ def _derived(
 
     flat = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
     flat += [part for form in forms for part in form.parts]
-    return make_fx(along, tracing_mode="fake")(*flat), flat
+    # What the cache remembers of an operation by itself may be wrong strides for the same one inside forward mode.
+    with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+        return make_fx(along, tracing_mode="fake")(*flat), flat
 
 
 def _unpacked(out: Any) -> tuple[Any, Any]:

@@ -130,13 +130,16 @@ def primal_of(x: Any) -> Any:
     """The value of a dual, anything else as it is.
 
     Raises:
-        NotIntercepted: the tensor comes out of a custom autograd.Function, whose own rule was passed by.
+        NotIntercepted: a backward pass is prepared for: the tensor comes out of a custom autograd.Function, whose own
+            rule was passed by, or the loss takes a derivative in this tensor, by torch.autograd.grad say.
     """
     if isinstance(x, Tensor):
         if x.grad_fn is not None:
             raise NotIntercepted(f"{type(x.grad_fn).__name__} was recorded for a backward pass")
         if isinstance(x, Dual):
             return x.primal
+        if x.requires_grad:
+            raise NotIntercepted("a tensor that is no parameter of the model requires a gradient")
     return x
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fgtrain.forward_ad import kernels
 from fgtrain.forward_ad.dual import Dual, Rule, call, per_direction, primal_of, tangent_of, values
 from fgtrain.forward_ad.passes import NotIntercepted
 
@@ -26,6 +27,8 @@ _OWNERS = (torch.Tensor, torch, torch._C._nn)
 def find_fallback(func: Any) -> tuple[bool, Rule]:
     """(whether it is a composite, the rule) for a function of PyTorch."""
     name = getattr(func, "__name__", "")
+    if func in _OF_A_BACKWARD_PASS:
+        return False, _OF_A_BACKWARD_PASS[func]
     if only_reads(func):
         return False, _reading(func)
     if name == "__setitem__":
@@ -36,6 +39,21 @@ def find_fallback(func: Any) -> tuple[bool, Rule]:
         return False, _in_place(f"{name[3:-2]}_")
     body = _opened(func)
     return (False, per_direction(func)) if body is None else (True, body)
+
+
+def _requires_grad(x: Any, requires_grad: bool = True) -> Any:
+    if not requires_grad:
+        raise NotIntercepted("requires_grad_(False)")
+    return x
+
+
+# Models ask these of tensors that wait for a backward pass, and are to take the way they would take with one.
+_OF_A_BACKWARD_PASS: dict[Any, Rule] = {
+    kernels.REQUIRES_GRAD: lambda _: True,
+    Tensor.requires_grad_: _requires_grad,
+    Tensor.register_hook: kernels.no_backward,
+    Tensor.retain_grad: kernels.no_backward,
+}
 
 
 def only_reads(func: Any) -> bool:

@@ -10,6 +10,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+REQUIRES_GRAD: Any = vars(torch._C.TensorBase)["requires_grad"].__get__
+"""How `x.requires_grad` is read."""
+
 
 @contextmanager
 def without_onednn() -> Generator[None]:
@@ -36,6 +39,11 @@ def attention(*args: Any, **kwargs: Any) -> Tensor:
     """F.scaled_dot_product_attention."""
     with sdpa_kernel(SDPBackend.MATH):
         return F.scaled_dot_product_attention(*args, **kwargs)
+
+
+def no_backward(*_: Any, **__: Any) -> Any:
+    """Tensor.register_hook and Tensor.retain_grad, which wait for a gradient that does not come."""
+    raise NotImplementedError("forward AD with a hook on the gradient of a tensor that only a backward pass would call")
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:

@@ -83,11 +83,20 @@ class _OtherKernels(TorchFunctionMode):
         kwargs = kwargs or {}
         if not torch.is_grad_enabled():  # constants to backpropagation, and so here
             args, kwargs = tree_map_only(Tensor, _primal, (args, kwargs))
+        if func == kernels.REQUIRES_GRAD:
+            return func(*args) or _moves(args[0])
+        if func in (Tensor.register_hook, Tensor.retain_grad):
+            return kernels.no_backward()
         if func is torch._weight_norm:
             return kernels.weight_norm(*args, **kwargs)
         if func is F.embedding and kwargs.get("padding_idx") is not None and kwargs.get("max_norm") is None:
             return kernels.embedding(args[1], args[0], kwargs["padding_idx"] % len(args[1]))
         return func(*args, **kwargs)
+
+
+def _moves(x: Tensor) -> bool:
+    """Whether a tensor carries a tangent; those inside of a transform of torch.func cannot be asked."""
+    return not torch._C._functorch.is_functorch_wrapped_tensor(x) and fwAD.unpack_dual(x).tangent is not None
 
 
 def _primal(x: Tensor) -> Tensor:
@@ -106,7 +115,7 @@ class named_errors:  # noqa: N801 - a context manager used like a function
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if not isinstance(error, NotImplementedError) or isinstance(error, UnsupportedOperation):
             return
-        match = re.search(r"forward AD with (\S+) that|(jvp function for custom autograd.Function)", str(error))
+        match = re.search(r"forward AD with (.+?) that|(jvp function for custom autograd.Function)", str(error))
         if match is None:
             return
         operation = match.group(1) or "a custom autograd.Function without jvp"

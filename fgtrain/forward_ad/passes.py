@@ -1,6 +1,6 @@
 """What every engine asks of a loss function, and what leaves no trace of running it more than once."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -29,6 +29,17 @@ def check_losses(losses: object) -> Tensor:
     if not losses.is_floating_point():
         raise LossError(f"{LOSS_SHAPE} of a floating dtype, got {losses.dtype}")
     return losses
+
+
+def plain_losses(
+    model: nn.Module, loss_fn: Callable[[Any], Tensor], values: Mapping[str, Tensor] | None = None
+) -> Tensor:
+    """Losses (B,) or () of the model, with `values` for these of its parameters, recorded for no backward pass.
+
+    The model finds gradients enabled, as in training: a loss may take derivatives in its inputs by itself.
+    """
+    with torch.enable_grad(), slots_of(model).exchanged(values or {}):
+        return check_losses(loss_fn(model)).detach()
 
 
 class NotIntercepted(Exception):

@@ -1,6 +1,7 @@
 """Any LightningModule, trained with any estimator."""
 
 import functools
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import lightning as L
@@ -14,9 +15,9 @@ from fgtrain.distributed import Ranks, TangentsOver
 from fgtrain.errors import ConfigError, LossError
 from fgtrain.estimators import Estimate, GradientEstimator, write_grads
 from fgtrain.lightning.divergence import Divergence
-from fgtrain.lightning.observed import BACKWARD_CALLED, ObservedStep
+from fgtrain.lightning.observed import BACKWARD_CALLED, LossFn, ObservedStep
 from fgtrain.lightning.optimizers import step_together
-from fgtrain.lightning.step import estimate_for_step
+from fgtrain.lightning.step import StepEstimates, estimate_for_step
 
 Module = TypeVar("Module", bound=L.LightningModule)
 
@@ -122,23 +123,38 @@ class _Converted(L.LightningModule):
         trainer, step = self.trainer, self._step
         if isinstance(trainer.strategy.model, DistributedDataParallel):
             trainer.strategy.model.require_backward_grad_sync = False  # no backward pass will come
-        micro_batches = trainer.accumulate_grad_batches
-        estimate = functools.partial(
-            estimate_for_step,
-            trainer.precision_plugin,
-            step.ranks,
-            step.estimator,
-            self,
-            key=(step.seed, trainer.global_step, trainer.fit_loop.batch_idx % micro_batches),
-            tangents=step.tangents,
-            micro_batches=micro_batches,
-        )
+        estimate = self._estimate_by(step.estimator, trainer.fit_loop.batch_idx)
         scales = getattr(trainer.precision_plugin, "scaler", None) is not None  # which skips such steps itself
 
         def is_sound(found: Estimate) -> bool:
             return scales or step.divergence.inspect(found, trainer)
 
         return step.run(self, args, estimate, is_sound)
+
+    def _estimate_by(self, estimator: GradientEstimator, batch_idx: int) -> Callable[[LossFn], Estimate]:
+        trainer, step = self.trainer, self._step
+        micro_batches = trainer.accumulate_grad_batches
+        return functools.partial(
+            estimate_for_step,
+            trainer.precision_plugin,
+            step.ranks,
+            estimator,
+            self,
+            key=(step.seed, trainer.global_step, batch_idx % micro_batches),
+            tangents=step.tangents,
+            micro_batches=micro_batches,
+        )
+
+    def estimates_at_step(self) -> StepEstimates:
+        """The current step, for callbacks that look at estimates."""
+
+        def estimate(estimator: GradientEstimator, batch: Any, batch_idx: int) -> Estimate | None:
+            takes_index = is_param_in_hook_signature(self.training_step, "batch_idx", min_args=2)  # as Lightning asks
+            args = (batch, batch_idx) if takes_index else (batch,)
+            return self._step.look(self, args, self._estimate_by(estimator, batch_idx))
+
+        step, micro_batches = self._step, self.trainer.accumulate_grad_batches
+        return StepEstimates(step.estimator, self, step.ranks, step.tangents, micro_batches, estimate)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         write_grads(self, self._step.take_grads(), accumulate=True, check_finite=False)

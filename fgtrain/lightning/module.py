@@ -17,7 +17,7 @@ from fgtrain.errors import ConfigError
 from fgtrain.estimators import Estimate, GradientEstimator, write_grads
 from fgtrain.lightning.checkpoints import refuse_foreign
 from fgtrain.lightning.divergence import Divergence
-from fgtrain.lightning.step import estimate_for_step
+from fgtrain.lightning.step import StepEstimates, estimate_for_step
 from fgtrain.lightning.strategy import shard_model
 from fgtrain.tasks import Task
 
@@ -103,6 +103,17 @@ class EstimatorModule(L.LightningModule):
             key=(self.seed, self.trainer.global_step, batch_idx % self.accumulate_grad_batches),
             tangents=self.distributed_tangents,
             micro_batches=self.accumulate_grad_batches,
+        )
+
+    def estimates_at_step(self) -> StepEstimates:
+        """The current step, for callbacks that look at estimates."""
+        return StepEstimates(
+            self.estimator,
+            self.model,
+            self.ranks,
+            self.distributed_tangents,
+            self.accumulate_grad_batches,
+            self.estimate,
         )
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from fgtrain.estimators import Estimate, GradientEstimator
 from fgtrain.forward_ad.dual import Dual
 from fgtrain.lightning.divergence import Divergence
 
+LossFn = Callable[[Any], Tensor]
 BACKWARD_CALLED = (
     "training_step calls backward itself; return the loss and leave its gradient to the estimator "
     "(for a backward pass of your own, call the estimator in a training_step under manual optimization)"
@@ -59,14 +60,43 @@ class ObservedStep:
         self,
         module: Any,
         args: tuple[Any, ...],
-        estimate: Callable[[Callable[[Any], Tensor]], Estimate],
+        estimate: Callable[[LossFn], Estimate],
         is_sound: Callable[[Estimate], bool],
     ) -> Any:
         """What training_step returns to Lightning: the user's output without tangents, and the estimated loss.
 
         None, which skips the batch, if the user's does or the estimate is not sound.
         """
-        metrics = [_MetricState(m) for m in module.modules() if isinstance(m, Metric)]
+        found, output = self._observe(module, args, estimate, _metrics_of(module))
+        for name, value, positional, keywords in self._logs:
+            module.log(name, value, *positional, **keywords)
+        self._logs.clear()
+        if found is None or not is_sound(found):
+            return None
+        self._grads = found.grads
+        extra = without_tangents(dict(output)) if isinstance(output, Mapping) else {}
+        if found.directional_derivatives is not None:
+            extra["directional_derivatives"] = found.directional_derivatives
+        return extra | {"loss": found.loss}
+
+    def look(self, module: Any, args: tuple[Any, ...], estimate: Callable[[LossFn], Estimate]) -> Estimate | None:
+        """The estimate alone: nothing is logged, and metrics stay as they were; None where training_step skips."""
+        metrics = _metrics_of(module)
+        try:
+            return self._observe(module, args, estimate, metrics)[0]
+        finally:
+            self._logs.clear()
+            for metric in metrics:
+                metric.restore()
+
+    def _observe(
+        self,
+        module: Any,
+        args: tuple[Any, ...],
+        estimate: Callable[[LossFn], Estimate],
+        metrics: "list[_MetricState]",
+    ) -> tuple[Estimate | None, Any]:
+        """An estimate, None if the batch is skipped, and what training_step returned."""
         output: Any = None
 
         def loss_fn(model: nn.Module) -> Tensor:
@@ -85,16 +115,7 @@ class ObservedStep:
             pass
         finally:
             self._running = False
-        for name, value, positional, keywords in self._logs:
-            module.log(name, value, *positional, **keywords)
-        self._logs.clear()
-        if found is None or not is_sound(found):
-            return None
-        self._grads = found.grads
-        extra = without_tangents(dict(output)) if isinstance(output, Mapping) else {}
-        if found.directional_derivatives is not None:
-            extra["directional_derivatives"] = found.directional_derivatives
-        return extra | {"loss": found.loss}
+        return found, output
 
     def take_grads(self) -> dict[str, Tensor]:
         """The gradients of the last batch, once."""
@@ -143,6 +164,10 @@ class _MetricState:
                 setattr(self.metric, name, value.clone() if isinstance(value, Tensor) else list(value))
             self.metric._update_count = self._count
             self.metric._computed = None
+
+
+def _metrics_of(module: nn.Module) -> list[_MetricState]:
+    return [_MetricState(m) for m in module.modules() if isinstance(m, Metric)]
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision, Precision
@@ -10,6 +10,27 @@ from torch import Tensor, nn
 
 from fgtrain.distributed import Ranks, TangentsOver
 from fgtrain.estimators import Estimate, GradientEstimator
+
+
+class StepEstimates(NamedTuple):
+    """What a module that trains with an estimator tells of its current step, by `estimates_at_step()`.
+
+    Args:
+        estimator: of the run.
+        model: whose parameters it trains.
+        ranks: the processes.
+        tangents: what they share.
+        micro_batches: batches of an optimizer step.
+        estimate: called with an estimator, a batch and its index, returns what all ranks would add to `.grad`, or None
+            where training_step skips the batch; nothing is written, stepped or logged.
+    """
+
+    estimator: GradientEstimator
+    model: nn.Module
+    ranks: Ranks
+    tangents: TangentsOver
+    micro_batches: int
+    estimate: Callable[[GradientEstimator, Any, int], Estimate | None]
 
 
 def estimate_for_step(

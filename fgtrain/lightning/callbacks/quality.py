@@ -9,7 +9,7 @@ import torch
 from fgtrain.errors import ConfigError
 from fgtrain.estimators import Backprop
 from fgtrain.forward_ad.passes import RepeatedPass
-from fgtrain.lightning.module import EstimatorModule
+from fgtrain.lightning.step import StepEstimates
 from fgtrain.quality import quality
 
 
@@ -21,7 +21,8 @@ class GradientQuality(L.Callback):
     them; and the first three again for every module, as `quality_of_<module>/...`. With gradient accumulation it looks
     at the first batch of a step. What is of all parameters is also among the trainer's callback metrics.
 
-    What is trained stays bit for bit the same. A comparison costs a backward pass and one estimate more.
+    What is trained stays bit for bit the same. A comparison costs a backward pass and one estimate more, for which a
+    module made by `fgtrain.lightning.convert` runs its training_step; what that logs and measures does not count.
 
     Args:
         every_n_steps: optimizer steps between two comparisons, the first being at step 0.
@@ -38,8 +39,7 @@ class GradientQuality(L.Callback):
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        assert isinstance(pl_module, EstimatorModule)
-        if trainer.global_step % self.every_n_steps or batch_idx % pl_module.accumulate_grad_batches:
+        if trainer.global_step % self.every_n_steps or batch_idx % _step_of(pl_module).micro_batches:
             return
         metrics = self.compare(trainer, pl_module, batch, batch_idx)
         overall = {name: torch.tensor(value) for name, value in metrics.items() if name.startswith("quality/")}
@@ -47,23 +47,35 @@ class GradientQuality(L.Callback):
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
 
-    def compare(self, trainer: L.Trainer, module: EstimatorModule, batch: Any, batch_idx: int) -> dict[str, float]:
-        """The metrics of one comparison, which leaves no trace."""
-        before = RepeatedPass(module.model)
-        estimator = copy.deepcopy(module.estimator)  # its state is not to learn from a look
+    def compare(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> dict[str, float]:
+        """The metrics of one comparison, which leaves no trace; none of a batch that training_step skips."""
+        step = _step_of(module)
+        before = RepeatedPass(step.model)
+        estimator = copy.deepcopy(step.estimator)  # its state is not to learn from a look
         with trainer.precision_plugin.train_step_context():
-            exact = module.estimate(Backprop(), batch, batch_idx).grads
+            reference = step.estimate(Backprop(), batch, batch_idx)
             before.rewind()
-            estimate = module.estimate(estimator, batch, batch_idx).grads
+            estimate = step.estimate(estimator, batch, batch_idx)
         before.rewind()
-        metrics = {}
-        for layer, found in quality(estimate, exact).items():
+        if reference is None or estimate is None:
+            return {}
+        metrics, exact = {}, reference.grads
+        for layer, found in quality(estimate.grads, exact).items():
             group = f"quality_of_{layer}" if layer else "quality"
             metrics |= {f"{group}/{name}": value for name, value in found._asdict().items()}
         closed_form = {
             "quality/expected_cosine": estimator.expected_cosine(exact),
             "quality/expected_squared_error": estimator.relative_squared_error(exact),
         }
-        if module.ranks.size == 1 or module.distributed_tangents == "shared":
+        if step.ranks.size == 1 or step.tangents == "shared":
             metrics |= {name: value for name, value in closed_form.items() if value is not None}
         return metrics
+
+
+def _step_of(module: Any) -> StepEstimates:
+    if not hasattr(module, "estimates_at_step"):
+        raise ConfigError(
+            f"GradientQuality looks at the estimates of a module, but {type(module).__name__} trains without an "
+            "estimator; convert it first, with fgtrain.lightning.convert(module, estimator)"
+        )
+    return module.estimates_at_step()

@@ -10,7 +10,7 @@ from torch.nn.grad import conv2d_weight
 
 from fgtrain import FDFA, ActivityPerturbation, Backprop, ForwardGradient
 from fgtrain.errors import LossError, UnsupportedOperation
-from fgtrain.forward_ad.examples import Rows, rows_of_examples
+from fgtrain.forward_ad.examples import ExaminedPass, Rows, rows_of_examples
 from fgtrain.forward_ad.perturbation import LayerNoise, PerturbedPass
 from fgtrain.forward_ad.perturbed_layers import run_perturbed
 from fgtrain.random import keyed_generator
@@ -140,8 +140,9 @@ def test_unbiased_wherever_the_examples_are(model, steps, rows, memory):
     built, perturbed = case.build(), PerturbedPass(1, seed=0)
     with torch.no_grad():
         weights = [name for name, _ in built.named_parameters() if name.endswith("weight")]
+        examined = ExaminedPass(built, loss)
         losses, _ = run_perturbed(built, loss, {name: LayerNoise(name, perturbed) for name in weights})
-        found = rows_of_examples(built, loss, perturbed.calls, losses)
+        found = rows_of_examples(examined, perturbed.calls, losses)
     assert set(found.values()) == {rows}
     assert_mean_is(ActivityPerturbation(32, memory=memory), case, exact_grads(case))
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fgtrain.errors import LossError
 from fgtrain.estimators.backprop import average_grads
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce
-from fgtrain.forward_ad.examples import Rows, gradient_of_head, rows_of_examples
+from fgtrain.forward_ad.examples import ExaminedPass, Rows, gradient_of_head, rows_of_examples
 from fgtrain.forward_ad.native import NO_TANGENT
 from fgtrain.forward_ad.passes import RepeatedPass
 from fgtrain.forward_ad.perturbation import LayerCall, LayerNoise, LocalGrads, Noise, PerturbedPass
@@ -145,14 +145,15 @@ class ActivityPerturbation(GradientEstimator):
             )
             noises = {name: LayerNoise(name, perturbed) for name in layers.biases}
             repeated = RepeatedPass(model) if self.memory == "replay" else None
+            examined = ExaminedPass(model, loss_fn)
             losses, found = run_perturbed(model, loss_fn, {**noises, **(directions or {})})
             if found is None:
                 raise LossError(NO_TANGENT)
             num, calls = self.num_tangents, perturbed.calls
             if losses.dim() == 0 and self.examples == "independent":
                 self._warn_of_scalar(calls)
-            of_head = gradient_of_head(model, loss_fn, calls, layers.last, found[num:]) if self.exact_head else None
-            rows = rows_of_examples(model, loss_fn, calls, losses) if self.examples == "independent" else {}
+            of_head = gradient_of_head(examined, calls, layers.last, found[num:]) if self.exact_head else None
+            rows = rows_of_examples(examined, calls, losses) if self.examples == "independent" else {}
             units = perturbed.noise_size / (losses.numel() if rows else 1)
             collected = _Collected(losses, found[:num], of_head, rows, layers.biases, params, self._variance(units))
             if repeated is None:

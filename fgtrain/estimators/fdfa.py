@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fgtrain.errors import LossError, UnsupportedOperation
 from fgtrain.estimators.backprop import average_grads
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce
-from fgtrain.forward_ad.examples import Rows, gradient_of_head, rows_of_examples
+from fgtrain.forward_ad.examples import ExaminedPass, Rows, gradient_of_head, rows_of_examples
 from fgtrain.forward_ad.native import NO_TANGENT
 from fgtrain.forward_ad.perturbation import LayerCall, LayerNoise, PerturbedPass
 from fgtrain.forward_ad.perturbed_layers import perturbed_layers, run_perturbed
@@ -89,14 +89,15 @@ class FDFA(GradientEstimator):
             directions = Rademacher().sample(others, seeds) if others else None
             perturbed = PerturbedPass(self.num_tangents, seed, "rademacher", head=layers.last)
             noises = {name: LayerNoise(name, perturbed) for name in layers.biases}
+            examined = ExaminedPass(model, loss_fn)
             losses, found = run_perturbed(model, loss_fn, {**noises, **(directions or {})})
             if found is None:
                 raise LossError(NO_TANGENT)
             calls = _in_order(perturbed.calls)
-            error = gradient_of_head(model, loss_fn, calls, layers.last, found[self.num_tangents :])
+            error = gradient_of_head(examined, calls, layers.last, found[self.num_tangents :])
             *hidden, head = calls
             assert head.tangent is not None
-            _refuse_other_rows(hidden, rows_of_examples(model, loss_fn, perturbed.calls, losses), losses.numel())
+            _refuse_other_rows(hidden, rows_of_examples(examined, perturbed.calls, losses), losses.numel())
             self._learn(hidden, head.tangent, reduce)
             signals = [self._through_feedback(error, call) for call in hidden] + [error]
             grads: dict[str, Tensor] = {}

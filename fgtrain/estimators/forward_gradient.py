@@ -13,7 +13,7 @@ from fgtrain.errors import LossError
 from fgtrain.estimators.backprop import average_grads
 from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce
 from fgtrain.forward_ad import jvp
-from fgtrain.forward_ad.examples import gradient_of_head
+from fgtrain.forward_ad.examples import ExaminedPass, gradient_of_head
 from fgtrain.forward_ad.native import NO_TANGENT
 from fgtrain.forward_ad.passes import RepeatedPass
 from fgtrain.forward_ad.perturbation import LayerNoise, PerturbedPass
@@ -211,10 +211,11 @@ def _pass_with_head(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Losses (B,), derivatives (K, B) along the directions and the gradients of the parameters `head`."""
     perturbed = PerturbedPass(num, seed=0, head=head[0])
+    examined = ExaminedPass(model, loss_fn)
     losses, found = run_perturbed(model, loss_fn, {**directions, head[0]: LayerNoise(head[0], perturbed)})
     if found is None:
         raise LossError(NO_TANGENT)
-    grad_output = gradient_of_head(model, loss_fn, perturbed.calls, head[0], found[num:])
+    grad_output = gradient_of_head(examined, perturbed.calls, head[0], found[num:])
     local_grads = perturbed.calls[0].local_grads
     assert local_grads is not None
     grads = local_grads(grad_output)

@@ -18,8 +18,6 @@ from fgtrain.forward_ad.perturbation import WITHOUT_HEAD, LayerCall, LayerNoise,
 from fgtrain.forward_ad.perturbed_layers import run_perturbed
 from fgtrain.parameters import ParameterSlots, slots_of
 
-LossFn = Callable[[Any], Tensor]
-
 
 class Rows(NamedTuple):
     """Where the examples stand in the output of a layer.
@@ -48,41 +46,62 @@ class Rows(NamedTuple):
         return values.repeat(*[1] * (values.dim() - 1), times)
 
 
-def rows_of_examples(
-    model: nn.Module, loss_fn: LossFn, calls: Sequence[LayerCall], losses: Tensor
-) -> Mapping[str, Rows]:
-    """{name of the weight: where its layer's output has the examples}, found at the first use; leaves no trace.
+class ExaminedPass:
+    """A pass that is about to run; afterwards one can look at it again, and no trace of that is left.
+
+    Args:
+        model: as in the pass.
+        loss_fn: as in the pass.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> None:
+        self.model = model
+        self._loss_fn = loss_fn
+        self._repeated = RepeatedPass(model)
+
+    def separates(self, rows: Mapping[str, Rows], num_examples: int) -> bool:
+        """Whether the first loss depends on none of the rows that are said to be other examples'."""
+        marks = _Marks(rows, num_examples)
+        with self._repeated.again():
+            _, found = run_perturbed(self.model, self._loss_fn, {name: LayerNoise(name, marks) for name in rows})
+        if found is None:
+            return False
+        moved = found[0].isnan()
+        return bool(moved[1:].any() & ~moved[0])
+
+
+def rows_of_examples(examined: ExaminedPass, calls: Sequence[LayerCall], losses: Tensor) -> Mapping[str, Rows]:
+    """{name of the weight: where its layer's output has the examples}, found at the first use.
 
     Left out are layers whose rows are not one example's each. Where examples are mixed behind a layer (BatchNorm, a
     contrastive loss) nothing can be told: then its first dimension is taken for the examples, if it has their number
     and no other dimension has.
 
     Args:
-        model: as in the pass.
-        loss_fn: as in the pass.
+        examined: the pass.
         calls: of the pass.
         losses: of the pass.
     """
-    kept, names = _found.setdefault(slots_of(model), {}), frozenset(call.name for call in calls)
+    kept, names = _found.setdefault(slots_of(examined.model), {}), frozenset(call.name for call in calls)
     if names in kept:
         return kept[names]
     if losses.numel() == 1 or not losses.isfinite().all():
         return {}
-    kept[names] = _find_rows(model, loss_fn, calls, losses.numel())
+    kept[names] = _find_rows(examined, calls, losses.numel())
     return kept[names]
 
 
 _found: WeakKeyDictionary[ParameterSlots, dict[frozenset[str], dict[str, Rows]]] = WeakKeyDictionary()
 
 
-def _find_rows(model: nn.Module, loss_fn: LossFn, calls: Sequence[LayerCall], num_examples: int) -> dict[str, Rows]:
+def _find_rows(examined: ExaminedPass, calls: Sequence[LayerCall], num_examples: int) -> dict[str, Rows]:
     choices = {call.name: _choices([c for c in calls if c.name == call.name], num_examples) for call in calls}
     first = {name: rows[0] for name, rows in choices.items() if rows}
-    if not first or _is_right(model, loss_fn, first, num_examples):
+    if not first or examined.separates(first, num_examples):
         return first
     found = {}
     for name, rows in choices.items():
-        right = (r for r in rows if rows == [Rows()] or _is_right(model, loss_fn, {name: r}, num_examples))
+        right = (r for r in rows if rows == [Rows()] or examined.separates({name: r}, num_examples))
         found[name] = next(right, None)
     return {name: rows for name, rows in found.items() if rows is not None}
 
@@ -94,19 +113,6 @@ def _choices(calls: Sequence[LayerCall], num_examples: int) -> list[Rows]:
     choices = [*(Rows(dim) for dim in range(before_channels)), *several]
     fitting = [rows for rows in choices if all(rows.fits(call.shape, num_examples) for call in calls)]
     return [rows for rows in fitting if rows.order == "single" or Rows() not in fitting]
-
-
-def _is_right(model: nn.Module, loss_fn: LossFn, rows: Mapping[str, Rows], num_examples: int) -> bool:
-    """Whether the first loss depends on none of the rows that are said to be other examples'."""
-    before, marks = RepeatedPass(model), _Marks(rows, num_examples)
-    try:
-        _, found = run_perturbed(model, loss_fn, {name: LayerNoise(name, marks) for name in rows})
-    finally:
-        before.rewind()
-    if found is None:
-        return False
-    moved = found[0].isnan()
-    return bool(moved[1:].any() & ~moved[0])
 
 
 class _Marks:
@@ -132,14 +138,11 @@ class _Marks:
         return Dual(primal, marks.clone() if tangent is None else tangent + marks)
 
 
-def gradient_of_head(
-    model: nn.Module, loss_fn: LossFn, calls: Sequence[LayerCall], name: str, unit_derivatives: Tensor
-) -> Tensor:
+def gradient_of_head(examined: ExaminedPass, calls: Sequence[LayerCall], name: str, unit_derivatives: Tensor) -> Tensor:
     """The gradient of the mean loss in the last layer's output (B, C), from the losses' unit derivatives (C, B).
 
     Args:
-        model: as in the pass.
-        loss_fn: as in the pass.
+        examined: the pass.
         calls: of the pass.
         name: of the last layer's weight.
         unit_derivatives: of the losses.
@@ -159,9 +162,9 @@ def gradient_of_head(
             f"the exact gradient of the last layer needs one loss for each of the {head.shape[0]} rows of {layer}, got "
             f"losses of shape {tuple(unit_derivatives.shape[1:])}; use reduction='none', or {WITHOUT_HEAD}"
         )
-    num_examples, slots = head.shape[0], slots_of(model)
+    num_examples, slots = head.shape[0], slots_of(examined.model)
     if num_examples > 1 and name not in _separate_heads.setdefault(slots, set()) and unit_derivatives.isfinite().all():
-        if not _is_right(model, loss_fn, {name: Rows()}, num_examples):
+        if not examined.separates({name: Rows()}, num_examples):
             raise UnsupportedOperation(
                 f"the exact gradient of the last layer needs losses that depend on one row of {layer} each, here "
                 f"examples are mixed behind it (BatchNorm in training mode, a contrastive loss); {WITHOUT_HEAD}"

@@ -1,6 +1,7 @@
 """What every engine asks of a loss function, and what leaves no trace of running it more than once."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -96,6 +97,7 @@ class RepeatedPass:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self._buffers = Buffers(slots_of(model))
         self._random_state = random_state()
 
@@ -105,3 +107,13 @@ class RepeatedPass:
 
     def rewind_random_state(self) -> None:
         set_random_state(self._random_state)
+
+    @contextmanager
+    def again(self) -> Generator[None]:
+        """A repetition after the last pass: it sees the same function, and what that pass left stays."""
+        after = RepeatedPass(self._model)
+        self.rewind()
+        try:
+            yield
+        finally:
+            after.rewind()

@@ -163,8 +163,8 @@ class Directions(Mapping[str, Tangent]):
         tangent = self._tangents[name]
         assert isinstance(tangent, Tensor)
         if self.buffer.dim() == 3:
-            return tangent.double().flatten(2).transpose(0, 1)
-        return tangent.double().flatten(1)
+            return tangent.double().reshape(*tangent.shape[:2], -1).transpose(0, 1)
+        return tangent.double().reshape(len(tangent), -1)
 
 
 def _own_part(tangent: Tangent, weights: Tensor, rows: slice) -> Tensor:

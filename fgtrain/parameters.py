@@ -9,6 +9,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from fgtrain.errors import ModelError
 
@@ -22,10 +23,14 @@ class ParameterSlots:
     Attributes:
         params: {name: parameter}, as named_parameters() lists them: tied ones once.
         buffers: {name: buffer} of every module, the dictionaries in which the modules hold them.
+
+    Raises:
+        ModelError: a parameter has no numbers yet: that of a lazy module, or on the meta device.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.params: dict[str, nn.Parameter] = dict(model.named_parameters())
+        _require_numbers(model, self.params)
         names = {id(p): name for name, p in self.params.items()}
         # The dictionaries, not the modules: what is kept here must not keep the model alive.
         self.buffers: list[dict[str, Tensor | None]] = [module._buffers for module in model.modules()]
@@ -82,9 +87,26 @@ def trainable_params(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are trained: requires_grad=True, tied ones once.
 
     Raises:
-        ModelError: there is none.
+        ModelError: there is none, or the parameters, also those that are not trained, are on several devices.
     """
-    params = slots_of(model).trainable()
+    slots = slots_of(model)
+    params = slots.trainable()
     if not params:
         raise ModelError(f"{type(model).__name__} has no parameter with requires_grad=True: nothing to train")
+    devices = {p.device for p in slots.params.values()}
+    if len(devices) > 1:
+        names = " and ".join(sorted(map(str, devices)))
+        raise ModelError(f"the parameters must be on one device, got {names}; move the model with .to()")
     return params
+
+
+def _require_numbers(model: nn.Module, params: Mapping[str, Tensor]) -> None:
+    for name, p in params.items():
+        if is_lazy(p):
+            raise ModelError(
+                f"{type(model).__name__} has not been run: '{name}' has no shape yet; call it on a batch first"
+            )
+        if p.is_meta:
+            raise ModelError(
+                f"'{name}' of {type(model).__name__} is on the meta device; give it numbers with .to_empty()"
+            )

@@ -41,6 +41,19 @@ class Tangents(ABC):
         """E ||(g . v) v - g||^2 / ||g||^2 for one direction v, where g is the gradient `grads`."""
 
 
+def law_or(tangents: Tangents | None, default: Tangents) -> Tangents:
+    """The law that was asked for.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if tangents is None:
+        return default
+    if not isinstance(tangents, Tangents):
+        raise ValueError(f"tangents must be a law of directions such as {default!r}, got {tangents!r}")
+    return tangents
+
+
 class _DenseLaw(Tangents):
     """A law over all trainable numbers written as one vector."""
 

@@ -161,7 +161,15 @@ def test_nan_in_the_loss_is_refused_before_it_is_written(estimator):
     assert not all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
 
 
-def test_a_model_on_two_devices():
-    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
-    with pytest.raises(ModelError, match="parameters must be on one device, got cpu and meta; move the model"):
-        fgtrain.ForwardGradient()(model, lambda net: net(torch.zeros(1, 2)).mean())
+@pytest.mark.parametrize("estimator", [*ESTIMATORS, fgtrain.SPSA(), fgtrain.MeZO()], ids=str)
+def test_a_model_whose_parameters_are_not_there(estimator, monkeypatch):
+    def refused(model, match):
+        with pytest.raises(ModelError, match=match) as caught:
+            estimator(model, lambda net: net(torch.zeros(1, 2)).mean(1))
+        assert "\n" not in str(caught.value)
+
+    refused(nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(2)), "'1.weight' has no shape yet; call it on a batch first$")
+    frozen = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta").requires_grad_(False))
+    refused(frozen, r"'1.weight' of Sequential is on the meta device; give it numbers with .to_empty\(\)$")
+    monkeypatch.setattr("fgtrain.parameters._require_numbers", lambda *_: None)  # the second device a CPU has
+    refused(frozen, r"^the parameters must be on one device, got cpu and meta; move the model with .to\(\)$")

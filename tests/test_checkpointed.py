@@ -58,7 +58,21 @@ class ListedTwice(nn.Module):
         return self.left["a"](self.right["a"](x))
 
 
+class InPlace(nn.Module):
+    """Has a chain that changes its input, which is used afterwards."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.head = nn.Sequential(nn.Dropout(0.3, inplace=True), nn.ReLU(inplace=True), *(Residual() for _ in range(3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x) * 1
+        return self.head(hidden) + hidden
+
+
 MODELS = {
+    "a chain that starts in place": InPlace,
     "repetitions": repeated,
     "repetitions in a list": ListedTwice,
     "nested chains": lambda: nn.Sequential(

@@ -431,3 +431,8 @@ class Iterates(Plain):
 def test_modules_that_cannot_be_converted(make, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         convert(make(), ForwardGradient())
+
+
+def test_a_name_is_no_estimator():
+    with pytest.raises(ConfigError, match=r"convert takes an estimator such as ForwardGradient\(\), got 'fwdgrad'"):
+        convert(Plain(), "fwdgrad")  # ty: ignore[invalid-argument-type]

@@ -43,6 +43,12 @@ def test_projection_on_the_whole_space_is_the_gradient(case):
     torch.testing.assert_close(flat(estimated_grads(estimator, case)), flat(gradient), rtol=1e-6, atol=1e-8)
 
 
+def test_projection_in_one_number():
+    model, generator = nn.ParameterDict({"x": torch.tensor(3.0)}), torch.Generator().manual_seed(0)
+    estimate = ForwardGradient(combine="projection")(model, lambda m: m["x"] ** 2, generator=generator)
+    torch.testing.assert_close(estimate.grads["x"], torch.tensor(6.0))
+
+
 def test_projection_has_the_least_error_in_the_span():
     gradient = flat(exact_grads(CASES[0]))
     errors = {
@@ -151,6 +157,7 @@ def test_accumulated_gradients_add_up():
         ({"num_tangents": 1.5}, "got 1.5"),
         ({"num_tangents": True}, "got True"),
         ({"combine": "sum"}, "combine must be one of mean, projection, got 'sum'"),
+        ({"tangents": "normal"}, r"tangents must be a law of directions such as Normal\(\), got 'normal'"),
         ({"clip_derivative": 0.0}, "clip_derivative must be positive or None, got 0.0"),
     ],
 )

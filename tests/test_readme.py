@@ -36,7 +36,7 @@ def test_commands(command, tmp_path):
     assert list(tmp_path.rglob("results.json"))
 
 
-SHORTENED = {"train": "trainer.max_steps=3 trainer.val_check_interval=3", "bench": "--rounds 1"}
+SHORTENED = {"train": "trainer.max_steps=3 trainer.val_check_interval=3", "bench": "--rounds 1 --batch-sizes 8"}
 """What each script is given besides, because the README's own runs take minutes."""
 
 

@@ -5,6 +5,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fgtrain import Normal, Rademacher, SecondOrder
 from fgtrain.directions import dense
+from fgtrain.errors import UnsupportedOperation
 from fgtrain.estimators.second_order import curvature_in_span
 from fgtrain.random import draw_seeds
 from fgtrain.tasks import Points, Rosenbrock
@@ -17,7 +18,7 @@ def sampled(model, num_tangents, draw=0):
     params = dict(model.named_parameters())
     directions = Normal().sample(params, draw_seeds(torch.Generator().manual_seed(draw), num_tangents))
     tangents = {name: dense(tangent) for name, tangent in directions.items()}
-    return tangents, torch.cat([tangents[name].flatten(1) for name in sorted(tangents)], 1).T
+    return tangents, torch.cat([tangents[name].reshape(num_tangents, -1) for name in sorted(tangents)], 1).T
 
 
 def exact_hessian(case, seed=3):
@@ -41,8 +42,20 @@ def layers(name, *modules):
 
 
 SEQUENCE = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+class Scaled(nn.Linear):
+    def __init__(self):
+        super().__init__(6, 2)
+        self.scale = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x):
+        return self.scale * super().forward(x)
+
+
 TWICE = [
     *CASES,
+    layers("a parameter that is one number", Scaled()),
     layers("layer norm", nn.Linear(6, 6), nn.LayerNorm(6), nn.SiLU(), nn.Linear(6, 2)),
     layers("batch norm", nn.Conv1d(4, 4, 3), nn.BatchNorm1d(4), nn.SiLU(), nn.Conv1d(4, 2, 1)),
     layers("batch norm in use", nn.Conv1d(4, 4, 3), nn.BatchNorm1d(4).eval(), nn.SiLU(), nn.Conv1d(4, 2, 1)),
@@ -62,6 +75,36 @@ def test_curvature_is_exact(case):
         _, slopes, curvature = curvature_in_span(model, case.loss, tangents)
     torch.testing.assert_close(slopes, v.T @ flat(exact_grads(case)))
     torch.testing.assert_close(curvature, v.T @ exact_hessian(case) @ v)
+
+
+@pytest.mark.parametrize(
+    ("loss", "operation"),
+    [
+        (lambda m: Doubled.apply(m(ROWS)).sum(1), "a custom autograd.Function without setup_context"),
+        (lambda m: slopes(m).square().sum(1), "a derivative in an input of its own"),
+    ],
+)
+def test_what_cannot_be_differentiated_twice_is_one_line(loss, operation):
+    with pytest.raises(UnsupportedOperation, match=f"^the loss function uses {operation}, which has no forw[^\n]*$"):
+        SecondOrder()(nn.Linear(3, 2), loss)
+
+
+ROWS = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, *args):
+        return 2 * args[0]
+
+    @staticmethod
+    def backward(ctx, *grad_outputs):
+        return 2 * grad_outputs[0]
+
+
+def slopes(model):
+    x = ROWS.clone().requires_grad_()
+    return torch.autograd.grad(model(x).square().sum(), x, create_graph=True)[0]
 
 
 def test_newton_step_in_the_whole_space():

@@ -18,7 +18,7 @@ from fgtrain.forward_ad.perturbed_layers import perturbed_layers, run_perturbed
 from fgtrain.forward_ad.replayed import ReplayedPass
 from fgtrain.parameters import trainable_params
 from fgtrain.random import draw_seeds
-from fgtrain.tangents import Rademacher, Tangents
+from fgtrain.tangents import Rademacher, Tangents, law_or
 
 _log = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ class ActivityPerturbation(GradientEstimator):
         self.positions = positions
         self.examples = examples
         self.memory = memory
-        self.tangents = tangents if tangents is not None else Rademacher()
+        self.tangents = law_or(tangents, Rademacher())
         self.shrinkage = shrinkage
         self._has_warned = False
 

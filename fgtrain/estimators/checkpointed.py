@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
+from itertools import takewhile
 from typing import Any
 from weakref import WeakSet
 
@@ -76,8 +77,9 @@ def _in_segments(model: nn.Module) -> Generator[None]:
                 for member in container.children():
                     stack.enter_context(_forward_replaced(member, _stored_by_input(member.forward, [member])))
             else:
-                segments = [_stored_by_input(partial(_run, part), part) for part in _segments(container)]
-                stack.enter_context(_forward_replaced(container, partial(_run, segments)))
+                ahead, segments = _segments(container)
+                anew = [_stored_by_input(partial(_run, part), part) for part in segments]
+                stack.enter_context(_forward_replaced(container, partial(_run, [*ahead, *anew])))
         if not containers and model not in _told:
             _told.add(model)
             _log.warning(
@@ -96,9 +98,14 @@ def _containers(module: nn.Module) -> Iterator[nn.Sequential | nn.ModuleList]:
             yield from _containers(child)
 
 
-def _segments(chain: nn.Sequential) -> list[list[nn.Module]]:
-    """The chain cut into segments of equal length, as many as make (segments + layers in the longest) least."""
-    parts = links(chain)
+def _segments(chain: nn.Sequential) -> tuple[list[nn.Module], list[list[nn.Module]]]:
+    """The chain cut into segments of equal length, as many as make (segments + layers in the longest) least.
+
+    What changes the chain's own input in place cannot be run again from it, and goes ahead of the segments.
+    """
+    first, *others = links(chain) or [[]]
+    ahead = list(takewhile(lambda module: getattr(module, "inplace", False), first))
+    parts = [part for part in (first[len(ahead) :], *others) if part]
     num_layers = [sum(1 for m in _modules_of(part) if m._parameters) for part in parts]
 
     def cut(length: int) -> list[list[int]]:
@@ -109,7 +116,7 @@ def _segments(chain: nn.Sequential) -> list[list[nn.Module]]:
         return len(segments) + max(sum(num_layers[i] for i in segment) for segment in segments)
 
     best = min(range(1, len(parts) + 1), key=stored, default=1)
-    return [[module for i in segment for module in parts[i]] for segment in cut(best)]
+    return ahead, [[module for i in segment for module in parts[i]] for segment in cut(best)]
 
 
 def _modules_of(parts: list[nn.Module]) -> Iterator[nn.Module]:

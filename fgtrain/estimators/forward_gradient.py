@@ -20,7 +20,7 @@ from fgtrain.forward_ad.perturbation import LayerNoise, PerturbedPass
 from fgtrain.forward_ad.perturbed_layers import perturbed_layers, run_perturbed
 from fgtrain.parameters import slots_of, trainable_params
 from fgtrain.random import draw_seeds
-from fgtrain.tangents import Normal, Sphere, Tangents
+from fgtrain.tangents import Normal, Sphere, Tangents, law_or
 
 
 class ForwardGradient(GradientEstimator):
@@ -97,7 +97,7 @@ class ForwardGradient(GradientEstimator):
             raise ValueError(f"chunk_size must be an integer of at least 1 or None, got {chunk_size!r}")
         if exact_head and rowwise:
             raise ValueError("exact_head and rowwise exclude each other: a function of points has no last layer")
-        self.tangents = tangents if tangents is not None else Normal()
+        self.tangents = law_or(tangents, Normal())
         self.num_tangents = num_tangents
         self.combine: Combine = combine
         self.shrinkage = Shrinkage(self.tangents, num_tangents, on=shrinkage and combine == "mean", rowwise=rowwise)

@@ -15,7 +15,7 @@ from fgtrain.forward_ad.passes import RepeatedPass, check_losses
 from fgtrain.forward_ad.twice import WrittenOut
 from fgtrain.parameters import slots_of, trainable_params
 from fgtrain.random import draw_seeds
-from fgtrain.tangents import Normal, Tangents
+from fgtrain.tangents import Normal, Tangents, law_or
 
 
 class SecondOrder(GradientEstimator):
@@ -61,7 +61,7 @@ class SecondOrder(GradientEstimator):
             raise ValueError(f"num_tangents must be an integer of at least 1, got {num_tangents!r}")
         if not 0 < damping <= 1:
             raise ValueError(f"damping must be above 0 and at most 1, got {damping!r}")
-        self.tangents = tangents if tangents is not None else Normal()
+        self.tangents = law_or(tangents, Normal())
         self.num_tangents = num_tangents
         self.damping = damping
 

@@ -13,7 +13,7 @@ from fgtrain.forward_ad.passes import RepeatedPass, plain_losses
 from fgtrain.parameters import trainable_params
 from fgtrain.perturbed import Perturbed
 from fgtrain.random import draw_seeds, fold_in
-from fgtrain.tangents import Normal, Rademacher, Tangents
+from fgtrain.tangents import Normal, Rademacher, Tangents, law_or
 
 
 class SPSA(GradientEstimator):
@@ -65,7 +65,7 @@ class SPSA(GradientEstimator):
     ) -> None:
         super().__init__()
         _check(num_tangents, epsilon)
-        self.tangents = tangents if tangents is not None else Rademacher()
+        self.tangents = law_or(tangents, Rademacher())
         self.num_tangents = num_tangents
         self.epsilon = epsilon
         self.shrinkage = Shrinkage(self.tangents, num_tangents, on=shrinkage, rowwise=rowwise)
@@ -170,7 +170,7 @@ class MeZO(GradientEstimator):
     ) -> None:
         super().__init__()
         _check(num_tangents, epsilon)
-        self.tangents = tangents if tangents is not None else Normal()
+        self.tangents = law_or(tangents, Normal())
         self.num_tangents = num_tangents
         self.epsilon = epsilon
         self.shrinkage = Shrinkage(self.tangents, num_tangents, on=shrinkage)

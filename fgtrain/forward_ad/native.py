@@ -113,16 +113,30 @@ class named_errors:  # noqa: N801 - a context manager used like a function
         pass
 
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if not isinstance(error, NotImplementedError) or isinstance(error, UnsupportedOperation):
+        if not isinstance(error, RuntimeError) or isinstance(error, UnsupportedOperation):
             return
-        match = re.search(r"forward AD with (.+?) that|(jvp function for custom autograd.Function)", str(error))
-        if match is None:
+        operation = _refused_operation(str(error))
+        if operation is None:
             return
-        operation = match.group(1) or "a custom autograd.Function without jvp"
         raise UnsupportedOperation(
             f"{_where(self._model, error)} uses {operation}, which has no forward-mode derivative; replace that "
             "module, define jvp for it, or train with method=backprop"
         ) from error
+
+
+_REFUSALS = {
+    "jvp function for custom autograd.Function": "a custom autograd.Function without jvp",
+    "it must override the setup_context": "a custom autograd.Function without setup_context",
+    "attempting to call Tensor.requires_grad_": "a derivative in an input of its own",
+    "Cannot access data pointer of Tensor": "an operation that reads memory itself, as those on packed sequences do",
+}
+"""{part of what PyTorch says: the operation}."""
+
+
+def _refused_operation(message: str) -> str | None:
+    """What has no derivative in forward mode, by PyTorch's message; None if it speaks of something else."""
+    match = re.search(r"forward AD with (.+?) that", message)
+    return match.group(1) if match else next((name for part, name in _REFUSALS.items() if part in message), None)
 
 
 def _where(model: nn.Module, error: BaseException) -> str:

@@ -55,13 +55,16 @@ def convert(
         `module` itself.
 
     Raises:
-        ConfigError: the module optimizes manually, or takes the data iterator itself.
+        ConfigError: these are no LightningModule and estimator, or the module optimizes manually, or takes the data
+            iterator itself.
     """
     if not isinstance(module, L.LightningModule):
         raise ConfigError(
             f"convert takes a LightningModule, got a {type(module).__name__}; in a training loop of your own, call the "
             "estimator with the model and its loss"
         )
+    if not isinstance(estimator, GradientEstimator):
+        raise ConfigError(f"convert takes an estimator such as ForwardGradient(), got {estimator!r}")
     if not isinstance(module, _Converted):
         _require_hooks(module)
         setattr(module, "__class__", _converted_class(type(module)))

@@ -49,8 +49,8 @@ class Scaled(nn.Linear):
         super().__init__(6, 2)
         self.scale = nn.Parameter(torch.tensor(1.5))
 
-    def forward(self, x):
-        return self.scale * super().forward(x)
+    def forward(self, input):
+        return self.scale * super().forward(input)
 
 
 TWICE = [

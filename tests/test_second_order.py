@@ -44,18 +44,18 @@ def layers(name, *modules):
 SEQUENCE = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-class Scaled(nn.Linear):
+class Scaled(nn.Module):
     def __init__(self):
-        super().__init__(6, 2)
+        super().__init__()
         self.scale = nn.Parameter(torch.tensor(1.5))
 
-    def forward(self, input):
-        return self.scale * super().forward(input)
+    def forward(self, x):
+        return self.scale * x
 
 
 TWICE = [
     *CASES,
-    layers("a parameter that is one number", Scaled()),
+    layers("a parameter that is one number", nn.Linear(6, 2), Scaled(), nn.Tanh()),
     layers("layer norm", nn.Linear(6, 6), nn.LayerNorm(6), nn.SiLU(), nn.Linear(6, 2)),
     layers("batch norm", nn.Conv1d(4, 4, 3), nn.BatchNorm1d(4), nn.SiLU(), nn.Conv1d(4, 2, 1)),
     layers("batch norm in use", nn.Conv1d(4, 4, 3), nn.BatchNorm1d(4).eval(), nn.SiLU(), nn.Conv1d(4, 2, 1)),

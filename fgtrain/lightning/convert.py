@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.compile import to_uncompiled
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
+from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
 from fgtrain.distributed import Ranks, TangentsOver
@@ -58,6 +59,8 @@ def convert(
         ConfigError: these are no LightningModule and estimator, or the module optimizes manually, or takes the data
             iterator itself.
     """
+    if isinstance(module, OptimizedModule):
+        raise ConfigError("convert takes the module as it was written; compile what it returns")
     if not isinstance(module, L.LightningModule):
         raise ConfigError(
             f"convert takes a LightningModule, got a {type(module).__name__}; in a training loop of your own, call the "

@@ -55,7 +55,15 @@ class Sharded(ModelParallelStrategy):
         whole = torch.load(checkpoint_path, mmap=True, map_location="cpu", weights_only=True)
         refuse_incomplete(whole, checkpoint_path)
         refuse_foreign(whole, self.lightning_module)
+        optimizers, states = self.optimizers, whole["optimizer_states"]
+        if not any(saved["state"] for saved in states):  # SGD without momentum, of which Lightning can load nothing
+            self.optimizers = []
         rest = super().load_checkpoint(checkpoint_path, weights_only)  # without the weights, which are now loaded
+        if not self.optimizers:
+            self.optimizers = optimizers
+            for optimizer, saved in zip(optimizers, states, strict=True):
+                for group, before in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+                    group |= {name: value for name, value in before.items() if name != "params"}
         return rest | {"state_dict": whole["state_dict"]}
 
 

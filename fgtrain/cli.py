@@ -48,7 +48,9 @@ def run_app(task: Callable[[DictConfig], Any], config_name: str) -> None:
     if is_follower():  # the folder of the run is rank 0's, whatever the clock of this process says
         if {"-m", "--multirun"} & set(sys.argv):
             fail("a sweep starts the processes of its jobs itself; start it once, without torchrun or srun")
-        sys.argv += ["hydra.run.dir=.", "hydra.output_subdir=null"]
+        sys.argv += ["hydra.output_subdir=null"]
+        if not _names_run_dir(sys.argv):
+            sys.argv += ["hydra.run.dir=."]
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
         return _hydra_main(task, config_name)
 
@@ -91,6 +93,12 @@ def run_app(task: Callable[[DictConfig], Any], config_name: str) -> None:
     finally:
         SweepTable.close()
         del os.environ["HYDRA_FULL_ERROR"]
+
+
+def _names_run_dir(arguments: list[str]) -> bool:
+    """Whether a command line names the folder of the run, which all of its processes then know, with what is in it."""
+    named = [argument for argument in arguments if argument.startswith("hydra.run.dir=")]
+    return bool(named) and "${" not in named[-1]
 
 
 def job_failed(error: Exception) -> JobFailed:

@@ -167,6 +167,23 @@ def drift(folder):
     return None
 
 
+class Ahead(L.Callback):
+    """Rank 1 believes that it has taken three steps already."""
+
+    def setup(self, trainer, pl_module, stage):
+        if trainer.global_rank == 1:
+            trainer.fit_loop.epoch_loop.manual_optimization.optim_step_progress.total.completed = 3
+
+
+def ahead(folder):
+    """The error of ranks that do not start at one step."""
+    try:
+        fit(make(ForwardGradient()), 6, folder, Ahead(), RankCheck(), devices=2, strategy=Replicas(), max_steps=20)
+    except RanksDiffer as error:
+        return str(error)
+    return None
+
+
 class OneBadNumber(Data):
     """The last example of the training set is no number."""
 

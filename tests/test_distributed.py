@@ -154,6 +154,12 @@ def test_ranks_that_disagree_are_stopped(tmp_path):
         assert message.startswith("after step 4 parameter 3.weight of rank 1 differs from rank 0's")
 
 
+def test_ranks_that_start_at_different_steps_are_stopped(tmp_path):
+    for message in start(2, rank_jobs.ahead, tmp_path):
+        assert message is not None
+        assert message.startswith("the ranks start at steps [0, 3], so not from the same checkpoint")
+
+
 def test_waiting_has_an_end(tmp_path):
     message, _ = start(2, rank_jobs.stuck, tmp_path)
     assert re.match(r"rank 0 lost another rank in the middle of the run \(.*([Tt]imed out|closed)", message)
@@ -242,6 +248,21 @@ def test_torchrun(tmp_path):
     assert done.stdout.count("results in") == 1
 
 
+@pytest.mark.slow
+def test_torchrun_resumes_by_the_same_command(tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", SCRIPT, "hydra.run.dir=run"]
+    command += ["trainer=ddp", "resume=auto", "distributed.timeout_seconds=20", "trainer.val_check_interval=5"]
+    for steps, expected in ((10, 10), (20, 10), (20, 20)):  # begins, shows what is finished, goes on
+        done = subprocess.run(
+            [*command, f"trainer.max_steps={steps}"], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        (results,) = results_under(tmp_path)
+        assert results["steps"] == expected
+        if steps == 20:
+            (tmp_path / "run" / "results.json").unlink()
+
+
 def descendants(pid):
     children = [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
     return children + [pid for child in children for pid in descendants(child)]
@@ -288,9 +309,12 @@ def test_ranks_end_with_the_process_that_started_them(start_method, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("trainer", "steps"), [("ddp", 300), ("fsdp2", 150)])
-def test_sigterm_saves_and_resuming_is_exact(trainer, steps, tmp_path):
-    options = [f"trainer={trainer}", "method=fwdgrad_lowrank", "lr=2", "optimizer.momentum=0.5"]
+@pytest.mark.parametrize(
+    ("trainer", "steps", "momentum"),
+    [("ddp", 300, 0.5), ("fsdp2", 150, 0.5), ("fsdp2", 150, 0.0)],
+)
+def test_sigterm_saves_and_resuming_is_exact(trainer, steps, momentum, tmp_path):
+    options = [f"trainer={trainer}", "method=fwdgrad_lowrank", "lr=2", f"optimizer.momentum={momentum}"]
     options += [f"trainer.max_steps={steps}"]
     weights = []
     for cut in (False, True):

@@ -97,6 +97,15 @@ def test_altered_logs_are_refused(tmp_path):
         altered(initial="0")
     with pytest.raises(CheckpointError, match="is no replay log of format 1"):
         altered(format=2)
+    with pytest.raises(CheckpointError, match="is no replay log of format 1"):
+        altered(derivatives=good["derivatives"][:0])
+    save_atomically({name: value for name, value in good.items() if name != "final"}, path)
+    with pytest.raises(CheckpointError, match="is no replay log of format 1"):
+        replay(tmp_path / "run")
+    save_atomically(good["derivatives"], path)
+    with pytest.raises(CheckpointError, match="it holds a Tensor"):
+        replay(tmp_path / "run")
+    save_atomically(good, path)
     (tmp_path / "run" / "config.yaml").unlink()
     with pytest.raises(ConfigError, match=r"config.yaml is missing; give the folder of a run"):
         altered()

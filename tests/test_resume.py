@@ -255,10 +255,36 @@ def test_foreign_checkpoint_is_one_line(tmp_path):
         ("model.hidden=[32]", r"model.1.bias is (64,) in the checkpoint and (32,) in this run"),
         ("model=logistic", r"model.1.bias is (64,) in the checkpoint and (10,) in this run"),
         ("model.hidden=[64,64]", r"of another run: "),
+        ("optimizer=adam", r"of another run: its optimizer was not Adam"),
+        ("optimizer.momentum=0.5", r"momentum of its optimizer is 0.0, and that of this run 0.5"),
+        ("lr=0.1", r"lr of its optimizer is 30.0, and that of this run 0.1"),
     ):
         status, _, err = train(tmp_path, change, "resume=run", "trainer.max_steps=70")
         assert (status, err.count("\n")) == (2, 1), err
         assert message in err
+
+
+def test_weights_without_a_run_are_one_line(tmp_path):
+    assert train(tmp_path, *STEPS)[0] == 0
+    torch.save({"state_dict": final_weights(tmp_path)}, tmp_path / "weights.ckpt")
+    torch.save(torch.zeros(3), tmp_path / "tensor.ckpt")
+    for name, message in (("weights", "it has no optimizer_states, loops"), ("tensor", "it holds a Tensor")):
+        status, _, err = train(tmp_path, f"resume={name}.ckpt", "trainer.max_steps=70")
+        assert (status, err.count("\n")) == (2, 1), err
+        assert message in err
+
+
+def test_results_are_written_whole_or_not_at_all(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "results.json.tmp").symlink_to("/dev/full")
+    status, _, err = train(tmp_path, *STEPS)
+    assert status == 2
+    assert "results.json: No space left on device" in err.splitlines()[-1]
+    assert not (tmp_path / "run" / "results.json").exists()
+    (tmp_path / "run" / "results.json.tmp").unlink()
+    status, _, err = train(tmp_path, *STEPS, "resume=auto")
+    assert status == 0, err
+    assert results_under(tmp_path)[0]["steps"] == 60
 
 
 @pytest.mark.parametrize("run_dir", ["/sys/fgtrain", "/dev/null/run"])

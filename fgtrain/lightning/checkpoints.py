@@ -6,17 +6,19 @@ import sys
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import nn
+from torch.optim import Optimizer
 
 from fgtrain.errors import CheckpointError, ConfigError, StorageError
 from fgtrain.estimators import GradientEstimator
 
 NAMES = ("last.ckpt", "previous.ckpt")
+PARTS = ("state_dict", "optimizer_states", "loops", "pytorch-lightning_version")  # what a run goes on from
 _DISK_ERRORS = {
     errno.ENOSPC,
     errno.EDQUOT,
@@ -41,7 +43,9 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def load_checkpoint(
         self, path: Any, map_location: Callable[..., Any] | None = None, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        return read_checked(Path(path))
+        checkpoint = read_checked(Path(path))
+        refuse_incomplete(checkpoint, path)
+        return checkpoint
 
 
 def make_atomic(strategy: Strategy) -> None:
@@ -56,11 +60,24 @@ def save_atomically(content: Any, path: Path) -> None:
     Raises:
         StorageError: the disk is full or cannot be written to.
     """
+    _atomically(path, lambda file: torch.save(content, file))
+
+
+def write_atomically(text: str, path: Path) -> None:
+    """Path.write_text, in the way of `save_atomically`.
+
+    Raises:
+        StorageError: the disk is full or cannot be written to.
+    """
+    _atomically(path, lambda file: file.write(text.encode()))
+
+
+def _atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     beside = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with beside.open("wb") as file:
-            torch.save(content, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
@@ -91,7 +108,10 @@ def read_checked(path: Path) -> dict[str, Any]:
             damaged = archive.testzip()
         if damaged is not None:
             raise CheckpointError(f"checkpoint {path} is damaged: {damaged} has another checksum")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict):
+            raise CheckpointError(f"{path} is no checkpoint: it holds a {type(content).__name__}, not named parts")
+        return content
     except CheckpointError:
         raise
     except Exception as error:  # a zip archive can be broken in many ways
@@ -159,14 +179,23 @@ def first_good(paths: list[Path]) -> Path:
     raise CheckpointError("; ".join(refused) + "; no other checkpoint is left")
 
 
+def refuse_incomplete(checkpoint: Mapping[str, Any], path: Any) -> None:
+    """Raise unless a checkpoint holds the whole state of a run, and not its weights alone.
+
+    Raises:
+        CheckpointError: names what is missing.
+    """
+    missing = [part for part in PARTS if part not in checkpoint]
+    if missing:
+        raise CheckpointError(f"{path} is no checkpoint a run can be continued from: it has no {', '.join(missing)}")
+
+
 def refuse_foreign(checkpoint: Mapping[str, Any], module: nn.Module) -> None:
     """Raise unless the weights of a checkpoint are those of `module`, by name and shape.
 
     Raises:
         CheckpointError: names the first difference.
     """
-    if "state_dict" not in checkpoint:
-        raise CheckpointError("the file to resume from is no checkpoint of a run: it has no state_dict")
     saved = checkpoint["state_dict"]
     for path, part in list(module.named_modules()):
         if isinstance(part, GradientEstimator):
@@ -179,3 +208,23 @@ def refuse_foreign(checkpoint: Mapping[str, Any], module: nn.Module) -> None:
         if getattr(saved[name], "shape", None) != getattr(own[name], "shape", None):
             shapes = f"{tuple(saved[name].shape)} in the checkpoint and {tuple(own[name].shape)} in this run"
             raise CheckpointError(f"the checkpoint is of another run: {name} is {shapes}")
+
+
+def refuse_other_optimizer(saved: Mapping[str, Any], own: Optimizer) -> None:
+    """Raise unless the settings in an optimizer's saved state, which replace those of `own`, are the same.
+
+    Raises:
+        CheckpointError: names the first difference.
+    """
+    for before, group in zip(saved["param_groups"], own.param_groups, strict=False):
+        asked = {name: value for name, value in group.items() if name not in ("params", "lr")}
+        if "initial_lr" in before:  # which the scheduler starts from; without one lr itself may have been moved
+            asked["initial_lr"] = group["lr"]
+        if before.keys() - group.keys() - {"initial_lr"} and asked.keys() - before.keys():
+            raise CheckpointError(f"the checkpoint is of another run: its optimizer was not {type(own).__name__}")
+        for name in sorted(asked.keys() & before.keys()):
+            if before[name] != asked[name]:
+                raise CheckpointError(
+                    f"the checkpoint is of another run: {name.removeprefix('initial_')} of its optimizer is "
+                    f"{before[name]}, and that of this run {asked[name]}; a run goes on with what it began with"
+                )

@@ -15,7 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from fgtrain.distributed import Ranks, TangentsOver
 from fgtrain.errors import ConfigError
 from fgtrain.estimators import Estimate, GradientEstimator, write_grads
-from fgtrain.lightning.checkpoints import refuse_foreign
+from fgtrain.lightning.checkpoints import refuse_foreign, refuse_other_optimizer
 from fgtrain.lightning.divergence import Divergence
 from fgtrain.lightning.step import StepEstimates, estimate_for_step
 from fgtrain.lightning.strategy import shard_model
@@ -85,6 +85,8 @@ class EstimatorModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         refuse_foreign(checkpoint, self)
+        for saved in checkpoint.get("optimizer_states", []):
+            refuse_other_optimizer(saved, self._optimizer())
 
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, ModelParallelStrategy) and not self._gathered_bytes:
@@ -161,13 +163,16 @@ class EstimatorModule(L.LightningModule):
             self.log(f"{split}/{name}", value / count, batch_size=size, on_epoch=True, sync_dist=True)
 
     def configure_optimizers(self) -> Any:
-        optimizer = self.make_optimizer(p for p in self.model.parameters() if p.requires_grad)
+        optimizer = self._optimizer()
         if self.make_scheduler is None:
             return optimizer
         options = {}
         if "total_steps" in inspect.signature(self.make_scheduler).parameters:
             options["total_steps"] = self._total_steps()
         return [optimizer], [self.make_scheduler(optimizer, **options)]
+
+    def _optimizer(self) -> Optimizer:
+        return self.make_optimizer(p for p in self.model.parameters() if p.requires_grad)
 
     def _total_steps(self) -> int:
         """Optimizer steps of the whole run; Lightning's own estimate knows nothing of manual accumulation."""

@@ -12,7 +12,7 @@ from fgtrain.data import Steps
 from fgtrain.errors import CheckpointError
 from fgtrain.estimators import Estimate, GradientEstimator
 from fgtrain.estimators.base import Reduce
-from fgtrain.lightning.callbacks.replay_log import FORMAT, digest
+from fgtrain.lightning.callbacks.replay_log import FORMAT, PARTS, digest
 from fgtrain.lightning.checkpoints import read_checked
 from fgtrain.lightning.module import EstimatorModule
 from fgtrain.lightning.provenance import load_config
@@ -79,7 +79,7 @@ def replay(run_dir: Path) -> tuple[EstimatorModule, int]:
     """
     path = run_dir / "replay.pt"
     log = read_checked(path)
-    if log.get("format") != FORMAT:
+    if log.get("format") != FORMAT or not log.keys() >= PARTS or not len(log["derivatives"]):
         raise CheckpointError(f"{path} is no replay log of format {FORMAT}; it was written by callbacks=replay_log")
     cfg = load_config(run_dir)
     cfg.callbacks, cfg.detect_divergence, cfg.self_check, cfg.resume, cfg.quiet = {}, None, False, None, True

@@ -30,7 +30,7 @@ from fgtrain.lightning.callbacks import (
     Summary,
 )
 from fgtrain.lightning.callbacks.dashboard import log_final
-from fgtrain.lightning.checkpoints import checkpoint_to_resume, make_atomic
+from fgtrain.lightning.checkpoints import checkpoint_to_resume, make_atomic, write_atomically
 from fgtrain.lightning.divergence import Divergence
 from fgtrain.lightning.launch import plan
 from fgtrain.lightning.loop import use_step_loop
@@ -162,7 +162,7 @@ def run(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
         results["metrics"] = metrics | dict(tested)
     log_final(trainer, to_plain(cfg), results)
     if trainer.is_global_zero:
-        finished.write_text(json.dumps(results, indent=2) + "\n")
+        write_atomically(json.dumps(results, indent=2) + "\n", finished)
     return results
 
 

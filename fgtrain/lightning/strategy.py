@@ -10,7 +10,7 @@ from torch import nn
 
 from fgtrain.errors import ConfigError
 from fgtrain.estimators import ForwardGradient, GradientEstimator
-from fgtrain.lightning.checkpoints import refuse_foreign
+from fgtrain.lightning.checkpoints import refuse_foreign, refuse_incomplete
 from fgtrain.sharding import shard
 from fgtrain.tangents import LowRank
 
@@ -53,8 +53,17 @@ class Sharded(ModelParallelStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         assert self.lightning_module is not None
         whole = torch.load(checkpoint_path, mmap=True, map_location="cpu", weights_only=True)
+        refuse_incomplete(whole, checkpoint_path)
         refuse_foreign(whole, self.lightning_module)
+        optimizers, states = self.optimizers, whole["optimizer_states"]
+        if not any(saved["state"] for saved in states):  # SGD without momentum, of which Lightning can load nothing
+            self.optimizers = []
         rest = super().load_checkpoint(checkpoint_path, weights_only)  # without the weights, which are now loaded
+        if not self.optimizers:
+            self.optimizers = optimizers
+            for optimizer, saved in zip(optimizers, states, strict=True):
+                for group, before in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+                    group |= {name: value for name, value in before.items() if name != "params"}
         return rest | {"state_dict": whole["state_dict"]}
 
 

@@ -23,7 +23,7 @@ class RankCheck(L.Callback):
         log_every_n_steps: optimizer steps between two entries in the log.
 
     Raises:
-        RanksDiffer: names the first parameter that differs.
+        RanksDiffer: names the first parameter that differs, or the steps at which ranks start.
     """
 
     def __init__(self, check_every_n_steps: int = 1000, log_every_n_steps: int = 50) -> None:
@@ -36,6 +36,14 @@ class RankCheck(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._first_step = trainer.global_step
+        assert isinstance(pl_module, EstimatorModule)
+        first = torch.tensor(trainer.global_step, device=pl_module.device)
+        steps = [int(step) for step in pl_module.ranks.gather(first)]
+        if len(set(steps)) > 1:
+            raise RanksDiffer(
+                f"the ranks start at steps {steps}, so not from the same checkpoint; name it with resume=..., or the "
+                "folder of the run with hydra.run.dir=..., where every rank finds it"
+            )
 
     def on_train_batch_start(
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int

@@ -13,6 +13,7 @@ from fgtrain.lightning.checkpoints import save_atomically
 from fgtrain.lightning.module import EstimatorModule
 
 FORMAT = 1
+PARTS = {"format", "initial", "final", "steps", "batches_per_epoch", "derivatives"}
 
 
 class ReplayLog(L.Callback):

@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable
@@ -113,9 +114,16 @@ def job_failed(error: Exception) -> JobFailed:
 
 
 def silence_libraries() -> None:
-    """Ignore the warnings that are libraries talking to each other."""
+    """Ignore the warnings that are libraries talking to each other, and what is told in the main thread as well."""
     for message in _CHATTER:
         warnings.filterwarnings("ignore", message)
+    threading.excepthook = _print_unless_of_the_disk
+
+
+def _print_unless_of_the_disk(args: threading.ExceptHookArgs) -> None:
+    """TensorBoard's writer is a thread; what it meets on the disk is raised again where something is logged next."""
+    if args.exc_value is None or disk_error(args.exc_value) is None:
+        threading.__excepthook__(args)
 
 
 def _usage(message: str) -> str:

@@ -132,7 +132,7 @@ def towers(model):
     ],
     ids=["T x B, T = B", "T x B", "B x T, T = B", "TB", "BT", "two towers"],
 )
-@pytest.mark.parametrize("memory", ["keep", "replay"])
+@pytest.mark.parametrize("memory", ["keep", pytest.param("replay", marks=pytest.mark.slow)])
 def test_unbiased_wherever_the_examples_are(model, steps, rows, memory):
     inputs = SEQUENCES[:steps]
     loss = (lambda m: F.cross_entropy(m(inputs), LABELS, reduction="none")) if steps else towers

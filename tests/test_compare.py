@@ -90,6 +90,7 @@ def test_goes_on_where_it_was_stopped(compared, tmp_path, monkeypatch):
     assert {(r.method, r.seed): r.results["metrics"]["test/loss"] for r in outcome.runs} == straight
 
 
+@pytest.mark.slow
 def test_search_tries_equally_many(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = ["methods=[backprop,fwdgrad]", "seeds=1", "budget=20steps", "lr=search", "lr_points=3", "out=here"]

@@ -148,6 +148,7 @@ def mean_estimate(estimator, case, draws=DRAWS):
     return torch.stack([flat(estimated_grads(estimator, case, draw)) for draw in range(draws)]).mean(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_tangents", [1, 16])
 @pytest.mark.parametrize("law", ["Normal", "Rademacher"])
 @pytest.mark.parametrize("method", ["fwdgrad", "spsa", "mezo"])

@@ -63,8 +63,8 @@ def test_run_that_was_cut(tmp_path, monkeypatch):
 
 
 def test_script_and_size(tmp_path):
-    steps = 1000
-    assert train(tmp_path, *LOGGED, f"trainer.max_steps={steps}", "trainer.val_check_interval=1000")[0] == 0
+    steps = 300
+    assert train(tmp_path, *LOGGED, f"trainer.max_steps={steps}", "trainer.val_check_interval=300")[0] == 0
     assert (tmp_path / "run" / "replay.pt").stat().st_size < 4 * steps + 4096
     command = [sys.executable, ROOT / "scripts" / "replay.py", "run", "weights.pt"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)

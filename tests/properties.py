@@ -29,14 +29,24 @@ def estimated_grads(estimator: GradientEstimator, case: Case, draw: int = 0, see
         return estimator(case.build(), case.loss, generator=torch.Generator().manual_seed(draw)).grads
 
 
-def assert_unbiased(estimator: GradientEstimator, case: Case, relative_variance: float, draws: int) -> None:
-    """The mean of `draws` estimates is within five standard errors of the gradient.
+def assert_mean_is(expected: Tensor, estimates: Tensor, variance: float | Tensor) -> None:
+    """The mean of `estimates`, (draws, n), is `expected`, (n,), to five standard errors.
 
-    The error of the mean has the expected square relative_variance ||g||^2 / draws.
+    Args:
+        expected: what a mean of 0, or of twice it, must be told from: else the assertion could not fail.
+        estimates: independent ones.
+        variance: E||estimate - expected||^2.
     """
+    bound = 5 * math.sqrt(variance / len(estimates)) + 1e-12 * expected.norm()
+    assert (estimates.mean(0) - expected).norm() <= bound
+    assert bound < 0.8 * expected.norm(), "too few draws or directions to tell"
+
+
+def assert_unbiased(estimator: GradientEstimator, case: Case, relative_variance: float, draws: int) -> None:
+    """The mean of `draws` estimates is the gradient, each having the error relative_variance ||g||^2."""
     gradient = flat(exact_grads(case))
-    mean = torch.stack([flat(estimated_grads(estimator, case, draw)) for draw in range(draws)]).mean(0)
-    assert (mean - gradient).norm() <= 5 * math.sqrt(relative_variance / draws) * gradient.norm()
+    estimates = torch.stack([flat(estimated_grads(estimator, case, draw)) for draw in range(draws)])
+    assert_mean_is(gradient, estimates, relative_variance * gradient.square().sum())
 
 
 def assert_leaves_no_trace(estimator: GradientEstimator, case: Case) -> None:

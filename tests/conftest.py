@@ -1,11 +1,19 @@
 """Exactness first: double precision by default, one thread, no plotting window."""
 
+import gc
+
 import matplotlib
 import pytest
 import torch
 
 matplotlib.use("Agg")
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish():
+    """What the libraries made on import lives to the end; looking through it for garbage takes half a second a run."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture

@@ -126,6 +126,7 @@ def test_compiled_derivatives(case, fresh):
 
 
 @compiles
+@pytest.mark.slow
 def test_a_compiled_model_has_compiled_derivatives(fresh, caplog):
     plain = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2))
     model = copy.deepcopy(plain)

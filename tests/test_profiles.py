@@ -56,7 +56,7 @@ def test_shares():
 
 
 def test_script(tmp_path, monkeypatch, capsys):
-    command = ["--methods", "backprop", "fwdgrad", "--dims", "2", "--starts", "2", "--rates", "2", "--iterations", "20"]
+    command = ["--methods", "backprop", "fwdgrad", "--dims", "2", "--starts", "2", "--rates", "2", "--iterations", "5"]
     monkeypatch.setattr(sys, "argv", ["profiles.py", *command, "--out", str(tmp_path)])
     try:
         load_script("profiles").main()

@@ -1,7 +1,6 @@
 """A run from its seed and K floats a step."""
 
 import json
-import subprocess
 import sys
 
 import pytest
@@ -13,7 +12,7 @@ from fgtrain.lightning.replay import replay
 from tests.test_methods import METHODS
 from tests.test_methods import make as make_estimator
 from tests.test_resume import SignalAt
-from tests.test_script import ROOT, results_under, train
+from tests.test_script import load_script, results_under, train
 
 REPLAYABLE = [method for method in METHODS if make_estimator(method).scalar_reducible]
 LOGGED = ("callbacks=replay_log", "hydra.run.dir=run", "trainer.max_steps=30", "trainer.val_check_interval=10")
@@ -62,14 +61,15 @@ def test_run_that_was_cut(tmp_path, monkeypatch):
     assert_replays(tmp_path)
 
 
-def test_script_and_size(tmp_path):
+def test_script_and_size(tmp_path, monkeypatch, capsys):
     steps = 300
     assert train(tmp_path, *LOGGED, f"trainer.max_steps={steps}", "trainer.val_check_interval=300")[0] == 0
     assert (tmp_path / "run" / "replay.pt").stat().st_size < 4 * steps + 4096
-    command = [sys.executable, ROOT / "scripts" / "replay.py", "run", "weights.pt"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{steps} steps replayed: bit for bit the weights of the run, written to weights.pt\n"
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["replay.py", "run", "weights.pt"])
+    load_script("replay").main()
+    said = f"{steps} steps replayed: bit for bit the weights of the run, written to weights.pt\n"
+    assert capsys.readouterr().out == said
     rebuilt, expected = torch.load(tmp_path / "weights.pt", weights_only=True), weights(tmp_path)
     assert all(torch.equal(value, expected[f"model.{name}"]) for name, value in rebuilt.items())
     path = tmp_path / "run" / "replay.pt"

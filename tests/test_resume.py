@@ -77,10 +77,11 @@ def fit(module, folder, *callbacks, checkpoint=None):
     return module.state_dict()
 
 
+@pytest.mark.parametrize("cuts", [(4, 5), pytest.param((1, 8), marks=pytest.mark.slow)], ids=str)  # of 5 an epoch
 @pytest.mark.parametrize("method", METHODS)
-def test_resumed_equals_straight_at_any_step(method, tmp_path):
+def test_resumed_equals_straight_at_any_step(method, cuts, tmp_path):
     straight = fit(noisy_module(method), tmp_path / "straight")
-    for cut in (1, 4, 5, 8):  # five batches an epoch
+    for cut in cuts:
         folder = tmp_path / f"cut {cut}"
         with pytest.raises(Interrupted, match=rf"stopped by SIGTERM after step {cut}, saved in .*last\.ckpt"):
             fit(noisy_module(method), folder, SignalAt(cut))

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -21,6 +22,18 @@ def objective(results: Mapping[str, Any]) -> float:
     """What a search minimises: the final validation loss, or a test function's value; infinity if it is no number."""
     values = [results["metrics"][name] for name in OBJECTIVES if name in results["metrics"]]
     return values[0] if values and math.isfinite(values[0]) else math.inf
+
+
+class FailedJob(JobReturn):
+    """Raises its error as Hydra's own does, which writes a line about it first; the job is named in the end."""
+
+    @property
+    def return_value(self) -> Any:
+        raise self._return_value
+
+    @return_value.setter
+    def return_value(self, value: Any) -> None:
+        self._return_value = value
 
 
 class SweepTable(Callback):
@@ -39,6 +52,10 @@ class SweepTable(Callback):
             folder = Path(config.hydra.runtime.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             OmegaConf.save(config.hydra.overrides.task, folder / "overrides.yaml")
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
+        if job_return.status == JobStatus.FAILED:
+            job_return.__class__ = FailedJob
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         self.close()

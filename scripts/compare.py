@@ -7,6 +7,7 @@ scripts/train.py takes it: data=mnist model=cnn, task=beale. The same command go
 
 import os
 import shlex
+import signal
 import sys
 
 os.environ |= {"KINETO_LOG_LEVEL": "9", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # before torch: its profiler talks otherwise
@@ -18,6 +19,7 @@ from fgtrain.allocator import keep_freed_memory
 from fgtrain.cli import USER_ERRORS, fail, silence_libraries
 from fgtrain.compare import compare, parse, write_report
 from fgtrain.compare.report import statement, table_of
+from fgtrain.errors import Interrupted
 
 
 def main(arguments: list[str]) -> None:
@@ -53,5 +55,7 @@ def main(arguments: list[str]) -> None:
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
+    except (KeyboardInterrupt, Interrupted):
+        fail(Interrupted("stopped; the same command goes on with the run that was cut", signal.SIGINT))
     except USER_ERRORS as error:
         fail(error)

@@ -108,7 +108,7 @@ def outcome(*given):
 
 
 def refused(*given):
-    """Whether it is; it must be so in one line."""
+    """Whether it is; it must be so in one line, or in one for each job of a sweep."""
     try:
         status, err = outcome(*given)
     except Exception as error:
@@ -116,8 +116,10 @@ def refused(*given):
     if status == 0:
         return False
     assert status == 2, (given, err)
-    assert err.startswith("fgtrain: "), (given, err)
-    assert len(err.splitlines()) == 1, (given, err)
+    lines = err.splitlines()
+    assert all(line.startswith("fgtrain: ") for line in lines), (given, err)
+    jobs = sum(line.startswith("fgtrain: job ") for line in lines)
+    assert len(lines) == (jobs + 1 if jobs else 1), (given, err)
     return True
 
 

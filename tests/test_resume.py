@@ -275,6 +275,17 @@ def test_weights_without_a_run_are_one_line(tmp_path):
         assert message in err
 
 
+def test_ctrl_c_without_checkpoints_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr("fgtrain.lightning.run.StepProgress", lambda: SignalAt(16, signal.SIGINT))
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        found = train(tmp_path, *STEPS, "callbacks=none", "quiet=true")
+    finally:
+        signal.signal(signal.SIGINT, handler)  # Lightning leaves it ignored
+    assert (found[0], found[2]) == (130, "fgtrain: interrupted after step 16, which was not saved\n")
+    assert not results_under(tmp_path)
+
+
 def test_results_are_written_whole_or_not_at_all(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "results.json.tmp").symlink_to("/dev/full")

@@ -2,7 +2,9 @@
 
 import json
 import logging
-from collections.abc import Mapping
+import signal
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,6 +12,7 @@ import lightning as L
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 from rich.console import Console
@@ -19,7 +22,7 @@ from fgtrain.allocator import keep_freed_memory
 from fgtrain.compilation import compile_model
 from fgtrain.config import check, signature_of, to_plain
 from fgtrain.distributed import lost_ranks_named
-from fgtrain.errors import ConfigError
+from fgtrain.errors import ConfigError, Interrupted
 from fgtrain.lightning.callbacks import (
     Dashboard,
     Monitor,
@@ -145,7 +148,7 @@ def run(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
     if trainer.is_global_zero:
         run_dir.mkdir(parents=True, exist_ok=True)
         save_provenance(cfg, choices)
-    with lost_ranks_named(trainer.global_rank):
+    with lost_ranks_named(trainer.global_rank), _ctrl_c_named(trainer):
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     results: dict[str, Any] = {name: choices.get(name) for name in ("method", "task", "data", "model")}
     results |= {"seed": cfg.seed, "steps": trainer.global_step, **monitor.summary()}
@@ -164,6 +167,18 @@ def run(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
     if trainer.is_global_zero:
         write_atomically(json.dumps(results, indent=2) + "\n", finished)
     return results
+
+
+@contextmanager
+def _ctrl_c_named(trainer: L.Trainer) -> Generator[None]:
+    """Lightning ends the process without a word at a Ctrl-C that `Recovery` does not take."""
+    try:
+        yield
+    except SystemExit as end:
+        if trainer.state.status != TrainerStatus.INTERRUPTED:
+            raise
+        step = trainer.global_step
+        raise Interrupted(f"interrupted after step {step}, which was not saved", signal.SIGINT) from end
 
 
 def _function_results(module: EstimatorModule) -> dict[str, Any]:

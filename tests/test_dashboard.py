@@ -65,6 +65,7 @@ def test_hyperparameters_and_final_metrics(sweep):
         assert start["method"].string_value == method
         assert start["K"].number_value == num_tangents
         assert start["lr"].number_value > 0
+        assert sorted(start)[:4] == ["K", "lr", "method", "tangents"]  # what TensorBoard shows without being asked
 
 
 def test_layout_names_what_is_logged(sweep):

@@ -50,18 +50,21 @@ class Dashboard(L.Callback):
 def log_final(trainer: L.Trainer, config: Mapping[str, Any], results: Mapping[str, Any]) -> None:
     """A row of the HPARAMS table: how the run was made, and where it ended.
 
+    TensorBoard shows the first five columns by their names' order at first: those that compare methods come before
+    `with/...`, what they were compared on.
     The metrics get tags of their own, at the last step: `final/test/acc` beside the curve `val/acc`.
     """
     method = config["method"]
     tangents = method.get("tangents") or {}
-    columns = {name: results.get(name) for name in ("method", "task", "data", "model")}
-    columns |= {
+    columns = {
+        "method": results["method"],
         "tangents": str(tangents.get("_target_", "none")).rsplit(".", 1)[-1],
         "K": method.get("num_tangents", 0),
         "lr": config["lr"],
-        "batch_size": (config["data"] or {}).get("batch_size", 0),
-        "seed": config["seed"],
+        "with/batch_size": (config["data"] or {}).get("batch_size", 0),
+        "with/seed": config["seed"],
     }
+    columns |= {f"with/{name}": results.get(name) for name in ("task", "data", "model")}
     ends = {f"final/{name}": value for name, value in results["metrics"].items() if name.split("/")[0] in _ENDS}
     ends |= {f"final/{name}": results[name] for name in ("train_seconds", "step_ms_median", "steps")}
     for logger in trainer.loggers:

@@ -51,7 +51,8 @@ class ActivityPerturbation(GradientEstimator):
     Relative variance for one example, N units of which a ReLU does not cut off:
     (N - 1) / K for noise="rademacher", (N + 1) / K for "normal", N / K - 1 for "balanced" if K divides N (0 for K >= N:
     the gradient itself); then averaged over the batch: divided by B where all examples have the same gradient, by 1
-    where their gradients are orthogonal.
+    where their gradients are orthogonal. "balanced" gives the P positions of a map's channel to one direction, so that
+    there more directions than channels do not help: P - 1 is left, and "rademacher" goes on falling with K.
 
     With shrinkage=True a layer's estimate is multiplied by 1 / (1 + s), its length of least error where s is the
     relative variance; of what lies between the two cases the geometric mean is taken, s = (variance for one example) /

@@ -74,6 +74,10 @@ def run_app(task: Callable[[DictConfig], Any], config_name: str) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print over many lines
     try:
         _hydra_main(job, config_name)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as of `| head`; what is left is flushed at exit, into nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
     except JobFailed as error:
         for failed in sorted(error.sweep_dir.glob(f"*/{ERROR_FILE}")):
             print(f"fgtrain: job {failed.parent.name} failed: {failed.read_text().splitlines()[0]}", file=sys.stderr)

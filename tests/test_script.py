@@ -267,6 +267,13 @@ class PlainNet(nn.Module):
     assert warning not in out
 
 
+@pytest.mark.slow
+def test_a_reader_that_has_seen_enough(tmp_path):
+    command = f"{sys.executable} {ROOT / 'scripts' / 'train.py'} --cfg job | true"
+    done = subprocess.run(command, shell=True, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.stdout, done.stderr) == ("", "")
+
+
 @pytest.mark.slow  # as the README's commands are
 def test_from_the_shell(tmp_path):
     command = [sys.executable, ROOT / "scripts" / "train.py", "method.num_tangents=0"]

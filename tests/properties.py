@@ -29,6 +29,11 @@ def estimated_grads(estimator: GradientEstimator, case: Case, draw: int = 0, see
         return estimator(case.build(), case.loss, generator=torch.Generator().manual_seed(draw)).grads
 
 
+def estimates_of(estimator: GradientEstimator, case: Case, draws: int) -> Tensor:
+    """Independent estimates, (draws, n)."""
+    return torch.stack([flat(estimated_grads(estimator, case, draw)) for draw in range(draws)])
+
+
 def assert_mean_is(expected: Tensor, estimates: Tensor, variance: float | Tensor) -> None:
     """The mean of `estimates`, (draws, n), is `expected`, (n,), to five standard errors.
 
@@ -45,8 +50,7 @@ def assert_mean_is(expected: Tensor, estimates: Tensor, variance: float | Tensor
 def assert_unbiased(estimator: GradientEstimator, case: Case, relative_variance: float, draws: int) -> None:
     """The mean of `draws` estimates is the gradient, each having the error relative_variance ||g||^2."""
     gradient = flat(exact_grads(case))
-    estimates = torch.stack([flat(estimated_grads(estimator, case, draw)) for draw in range(draws)])
-    assert_mean_is(gradient, estimates, relative_variance * gradient.square().sum())
+    assert_mean_is(gradient, estimates_of(estimator, case, draws), relative_variance * gradient.square().sum())
 
 
 def assert_leaves_no_trace(estimator: GradientEstimator, case: Case) -> None:

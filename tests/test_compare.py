@@ -8,16 +8,15 @@ from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 
-from fgtrain.cli import CONF, USER_ERRORS
+from fgtrain.cli import USER_ERRORS
 from fgtrain.compare import compare, parse, write_report
 from fgtrain.compare.plan import compose_run
 from fgtrain.compare.report import seconds_to_target
 from fgtrain.compare.runs import Finished
 from fgtrain.lightning.run import build
 
-from .test_script import load_script, options, results_under
+from .test_script import composed, load_script, options, results_under
 
 COMMAND = ["methods=[backprop,fwdgrad]", "seeds=2", "budget=40steps", "data.batch_size=64"]
 
@@ -98,8 +97,7 @@ def test_search_tries_equally_many(tmp_path, monkeypatch):
     outcome = compare(parse(command), lambda *_: None)
     assert {len(found) for found in outcome.tried.values()} == {3}
     for method, found in outcome.tried.items():
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            assert compose("train", [f"method={method}", "run_dir=."]).lr in found
+        assert composed(f"method={method}").lr in found
         assert found[outcome.lrs[method]] == min(found.values())
     assert all(run.seed == 0 for run in outcome.runs)
 

@@ -5,7 +5,6 @@ from functools import cache
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
@@ -14,8 +13,8 @@ from fgtrain.errors import DivergenceError, UserError
 from fgtrain.tasks import Beale, Points, Rosenbrock, Sphere
 from tests import properties
 from tests.cases import CASES
-from tests.properties import estimated_grads, exact_grads, flat
-from tests.test_script import CONF, options
+from tests.properties import estimated_grads, estimates_of, exact_grads, flat
+from tests.test_script import composed, options
 
 METHODS = options("method")
 EVERY_METHOD = pytest.mark.parametrize("method", METHODS)
@@ -33,9 +32,7 @@ DRAWS = 50
 @cache
 def configuration(method):
     """The arguments in its file, and the `_target_` they are for."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose("train", [f"method={method}", "run_dir=."])
-    return OmegaConf.to_container(cfg.method, resolve=True)
+    return OmegaConf.to_container(composed(f"method={method}").method, resolve=True)
 
 
 def make(method, **changed):
@@ -142,10 +139,6 @@ def test_lowers_test_functions(method, task):
 
 
 # --- biased methods state their bias ------------------------------------------------------------------------------
-
-
-def estimates_of(estimator, case, draws):
-    return torch.stack([flat(estimated_grads(estimator, case, draw)) for draw in range(draws)])
 
 
 @pytest.mark.slow

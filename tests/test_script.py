@@ -28,6 +28,12 @@ def options(group):
     return sorted(path.stem for path in (CONF / group).glob("*.yaml") if not path.stem.startswith("_"))
 
 
+def composed(*overrides):
+    """The configuration of scripts/train.py."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", ["run_dir=.", *overrides])
+
+
 def load_script(name):
     spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
     assert spec is not None
@@ -90,12 +96,8 @@ def test_run_directory(digits_run):
 
 def test_equals_the_parts_put_together_by_hand(digits_run):
     (run_dir,) = (path.parent for path in digits_run[0].rglob("results.json"))
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        cfg = compose(
-            "train",
-            ["trainer.max_steps=200", "callbacks=none", f"run_dir={run_dir / 'again'}", "trainer.limit_val_batches=0"],
-        )
-    run = build(cfg)
+    same = ("trainer.max_steps=200", "callbacks=none", "trainer.limit_val_batches=0")
+    run = build(composed(*same, f"run_dir={run_dir / 'again'}"))
     run.trainer.fit(run.module, run.data)
     saved = torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
     for name, value in run.module.state_dict().items():
@@ -124,16 +126,11 @@ def test_backprop_reproduces_the_notebook(task, steps, loss, tmp_path):
 
 
 def test_sweep_is_one_folder_of_runs(tmp_path):
-    status, _, err = train(tmp_path, "-m", "method=backprop,fwdgrad", "seed=0,1", "trainer.max_steps=3")
+    status, _, err = train(tmp_path, "-m", "method=backprop,fwdgrad", "seed=0,1,2", "trainer.max_steps=3")
     assert status == 0, err
     (sweep,) = {path.parents[1] for path in tmp_path.rglob("results.json")}
     found = {(r["method"], r["seed"]) for r in results_under(sweep)}
-    assert found == {(method, seed) for method in ("backprop", "fwdgrad") for seed in (0, 1)}
-
-
-def composed(*overrides):
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("train", ["run_dir=.", *overrides])
+    assert found == {(method, seed) for method in ("backprop", "fwdgrad") for seed in (0, 1, 2)}
 
 
 @pytest.mark.parametrize("method", options("method"))

@@ -32,7 +32,7 @@ def directions(law, num, first=0, params=PARAMS):
 
 @pytest.mark.parametrize("law", LAWS, ids=repr)
 def test_covariance_is_the_identity(law):
-    v = directions(law, 10_000)
+    v = directions(law, 20_000)
     products = v[:, :, None] * v[:, None, :]
     error = products.std(0) / math.sqrt(len(v))
     assert ((products.mean(0) - torch.eye(v.shape[1])).abs() <= 5 * error + 1e-12).all()
@@ -40,7 +40,7 @@ def test_covariance_is_the_identity(law):
 
 @pytest.mark.parametrize("law", LAWS, ids=repr)
 def test_relative_variance_is_the_closed_form(law):
-    g, v = flat(GRADS), directions(law, 10_000)
+    g, v = flat(GRADS), directions(law, 40_000)
     errors = ((v @ g)[:, None] * v - g).square().sum(1) / g.square().sum()
     standard_error = errors.std() / math.sqrt(len(v))
     assert abs(errors.mean() - law.relative_variance(GRADS)) <= 5 * standard_error

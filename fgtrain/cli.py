@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import select
 import signal
 import sys
 import threading
@@ -75,8 +76,10 @@ def run_app(task: Callable[[DictConfig], Any], config_name: str) -> None:
     try:
         _hydra_main(job, config_name)
         sys.stdout.flush()
-    except BrokenPipeError:  # as of `| head`; what is left is flushed at exit, into nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:
+        if not _nobody_reads():  # a pipe of the run's own
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where what is left is flushed at exit
         sys.exit(128 + signal.SIGPIPE)
     except JobFailed as error:
         for failed in sorted(error.sweep_dir.glob(f"*/{ERROR_FILE}")):
@@ -98,6 +101,13 @@ def run_app(task: Callable[[DictConfig], Any], config_name: str) -> None:
     finally:
         SweepTable.close()
         del os.environ["HYDRA_FULL_ERROR"]
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe whose reader has seen enough, as `| head` has."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)  # that the other end is gone is told unasked
+    return bool(poll.poll(0))
 
 
 def _names_run_dir(arguments: list[str]) -> bool:

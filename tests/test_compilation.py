@@ -11,6 +11,7 @@ import torch
 import torch._inductor.config as inductor
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fgtrain import ForwardGradient, LowRank, Normal
 from fgtrain.compilation import compile_model
@@ -107,6 +108,14 @@ def test_what_is_taken_down_is_the_derivative_or_refused(case):
     refused = case.name in UNSUITABLE or re.search(r"\b(RNN|GRU|LSTM)\b|momentum=None.*\)$", case.name) is not None
     with pytest.raises(NotIntercepted) if refused else nullcontext():
         assert_derivatives(case, [(LowRank(1), 3)], derivatives_of(CompiledPass(run_as_it_is)))
+
+
+def test_a_refused_pass_leaves_checkpointing_as_it_was():
+    case = next(case for case in PENALTIES if case.name == "slope by func.vjp")
+    model = case.build()
+    with pytest.raises(NotIntercepted):
+        CompiledPass(run_as_it_is)(model, case.loss, Normal().sample(dict(model.named_parameters()), [0]))
+    checkpoint(model, torch.ones(2, 5, dtype=torch.float64), use_reentrant=False).sum().backward()
 
 
 def compiled_cases():

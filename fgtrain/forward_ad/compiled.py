@@ -11,7 +11,8 @@ A compiled function drops the tangent of a dual tensor without a word, so none i
 What cannot be taken down goes through the stacked engine as it is written.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -61,7 +62,7 @@ class CompiledPass:
         params = slots_of(model).params
         self._names, self._tangents = {id(params[name]): name for name in tangents}, tangents
         try:
-            with torch.enable_grad():  # so that the model's own no_grad can be told
+            with _saved_tensor_hooks_as_they_were(), torch.enable_grad():  # to tell the model's own no_grad
                 losses = check_losses(self._run(_with_defaults_as_keywords(loss_fn), model))
             derivatives = next((tangent for value, tangent in self._outputs if value is losses), None)
         except (UserError, NotIntercepted):
@@ -91,6 +92,20 @@ class CompiledPass:
             return tuple(value for value, _ in self._outputs)
 
         return run
+
+
+@contextmanager
+def _saved_tensor_hooks_as_they_were() -> Generator[None]:
+    """A refused pass may end inside a transform of torch.func, whose ban on such hooks would stay: no checkpointing."""
+    autograd = torch._C._autograd
+    ban = autograd._saved_tensors_hooks_get_disabled_error_message()
+    try:
+        yield
+    finally:
+        if ban is None:
+            autograd._saved_tensors_hooks_enable()
+        else:
+            autograd._saved_tensors_hooks_disable(ban)
 
 
 def _loss(loss_fn: Callable[[Any], Tensor], model: nn.Module) -> Tensor:

@@ -21,6 +21,7 @@ import torch
 import torch._dynamo.config
 import torch._inductor
 from torch import Tensor, fx, nn
+from torch._C import _autograd
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fgtrain.compilation import OPTIONS
@@ -97,15 +98,14 @@ class CompiledPass:
 @contextmanager
 def _saved_tensor_hooks_as_they_were() -> Generator[None]:
     """A refused pass may end inside a transform of torch.func, whose ban on such hooks would stay: no checkpointing."""
-    autograd = torch._C._autograd
-    ban = autograd._saved_tensors_hooks_get_disabled_error_message()
+    ban = _autograd._saved_tensors_hooks_get_disabled_error_message()
     try:
         yield
     finally:
         if ban is None:
-            autograd._saved_tensors_hooks_enable()
+            _autograd._saved_tensors_hooks_enable()
         else:
-            autograd._saved_tensors_hooks_disable(ban)
+            _autograd._saved_tensors_hooks_disable(ban)
 
 
 def _loss(loss_fn: Callable[[Any], Tensor], model: nn.Module) -> Tensor:

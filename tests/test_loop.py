@@ -26,24 +26,28 @@ HOOKS = [
 
 
 class Witness(L.Callback):
-    """Writes down what it sees, and logs as a user's callback may."""
+    """Writes down what it sees, and logs as a user's callback may: in the hook of that name."""
 
-    def __init__(self):
+    def __init__(self, logs_in):
         self.seen = []
+        self.logs_in = logs_in
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         epoch, fetched = trainer.current_epoch, trainer.fit_loop.epoch_loop.total_batch_idx
         self.seen.append(
             (batch_idx, trainer.global_step, epoch, fetched, trainer.is_last_batch, outputs["loss"].item())
         )
-        pl_module.log("mine", outputs["loss"], on_step=True, on_epoch=True)
+        if self.logs_in == "on_train_batch_end":
+            pl_module.log("mine", outputs["loss"], on_step=True, on_epoch=True)
 
     def on_train_epoch_end(self, trainer, pl_module):
+        if self.logs_in == "on_train_epoch_end":
+            pl_module.log("mine", float(trainer.current_epoch))
         self.seen.append({name: value.item() for name, value in trainer.callback_metrics.items()})
 
 
-def fit(tmp_path, short, *more, module=None, **options):
-    witness, order = Witness(), []
+def fit(tmp_path, short, *more, module=None, logs_in="on_train_batch_end", **options):
+    witness, order = Witness(logs_in), []
     record = {name: lambda *_, name=name: order.append(name) for name in HOOKS}
     length: dict[str, Any] = {"max_epochs": -1, "max_steps": 12, "val_check_interval": 4}
     length |= {"check_val_every_n_epoch": None} | options
@@ -65,19 +69,21 @@ def fit(tmp_path, short, *more, module=None, **options):
     return trainer, witness.seen, order, module
 
 
+@pytest.mark.parametrize("logs_in", ["on_train_batch_end", "on_train_epoch_end", None])
 @pytest.mark.parametrize(
     "options",
     [{}, {"max_steps": -1, "max_epochs": 2, "val_check_interval": 1.0, "check_val_every_n_epoch": 2}],
     ids=["steps", "epochs"],
 )
-def test_same_as_lightnings(options, tmp_path):
-    own, seen, order, module = fit(tmp_path, True, **options)
-    theirs, expected_seen, expected_order, expected = fit(tmp_path, False, **options)
+def test_same_as_lightnings(options, logs_in, tmp_path):
+    own, seen, order, module = fit(tmp_path, True, logs_in=logs_in, **options)
+    theirs, expected_seen, expected_order, expected = fit(tmp_path, False, logs_in=logs_in, **options)
     assert isinstance(own.fit_loop.epoch_loop, StepLoop)
     assert order == expected_order
     assert seen == expected_seen
     assert_equal_weights(module.state_dict(), expected.state_dict())
-    assert own.callback_metrics == theirs.callback_metrics
+    for metrics in ("callback_metrics", "logged_metrics", "progress_bar_metrics"):
+        assert getattr(own, metrics) == getattr(theirs, metrics)
     assert own.fit_loop.state_dict() == theirs.fit_loop.state_dict()
 
 

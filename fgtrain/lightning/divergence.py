@@ -81,8 +81,9 @@ class Divergence(L.Callback):
         Raises:
             DivergenceError: it is one too many.
         """
-        loss, *sizes = _sizes(estimate, own=trainer.world_size == 1)
-        shared = [loss, *sizes] if trainer.world_size == 1 else sizes  # the loss of a rank is that of its shard
+        alone = trainer.world_size == 1
+        loss, *sizes = _sizes(estimate, alone)
+        shared = [loss, *sizes] if alone else sizes  # the loss of a rank is that of its shard
         if all(map(math.isfinite, shared)):
             self._in_a_row = 0
             self._watch(loss, trainer)
@@ -122,17 +123,17 @@ class Divergence(L.Callback):
             )
 
 
-def _sizes(estimate: Estimate, own: bool) -> list[float]:
+def _sizes(estimate: Estimate, alone: bool) -> list[float]:
     """The loss and the norms of gradients and derivatives, in one transfer from the device.
 
     Args:
         estimate: of a step.
-        own: there is one process; of several all have the gradients, but some estimators keep their own derivatives.
+        alone: there is one process; of several all have the gradients, but some estimators keep their own derivatives.
             Gradients that are sharded come from derivatives that all have.
     """
     grads, derivatives = list(estimate.grads.values()), estimate.directional_derivatives
     tensors = [] if any(map(is_sharded, grads)) else grads
-    if derivatives is not None and (own or not tensors):
+    if derivatives is not None and (alone or not tensors):
         tensors = [*tensors, derivatives]
     return torch.stack([estimate.loss.detach(), *norms(tensors)]).tolist()
 

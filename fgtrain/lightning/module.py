@@ -96,13 +96,14 @@ class EstimatorModule(L.LightningModule):
 
     def estimate(self, estimator: GradientEstimator, batch: Any, batch_idx: int) -> Estimate:
         """What all ranks would add to `.grad` at the current step; nothing is written or stepped."""
+        trainer = self.trainer
         return estimate_for_step(
-            self.trainer.precision_plugin,
+            trainer.precision_plugin,
             self.ranks,
             estimator,
             self.model,
             partial(self.task.losses, batch=batch),
-            key=(self.seed, self.trainer.global_step, batch_idx % self.accumulate_grad_batches),
+            key=(self.seed, trainer.global_step, batch_idx % self.accumulate_grad_batches),
             tangents=self.distributed_tangents,
             micro_batches=self.accumulate_grad_batches,
         )
@@ -119,13 +120,13 @@ class EstimatorModule(L.LightningModule):
         )
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
-        micro_batch = batch_idx % self.accumulate_grad_batches
+        trainer, micro_batch = self.trainer, batch_idx % self.accumulate_grad_batches
         estimate = self.estimate(self.estimator, batch, batch_idx)
-        scales = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        sound = scales or self.divergence.inspect(estimate, self.trainer)  # a loss scaler skips such steps itself
+        scales = getattr(trainer.precision_plugin, "scaler", None) is not None
+        sound = scales or self.divergence.inspect(estimate, trainer)  # a loss scaler skips such steps itself
         self.ranks.bytes_sent += self._gathered_bytes
         write_grads(self.model, estimate.grads, accumulate=micro_batch > 0, check_finite=False)  # judged above
-        due = micro_batch + 1 == self.accumulate_grad_batches or self.trainer.is_last_batch
+        due = micro_batch + 1 == self.accumulate_grad_batches or trainer.is_last_batch
         if due and self.divergence.step_is_sound():
             self._optimizer_step()
         return {
@@ -140,10 +141,8 @@ class EstimatorModule(L.LightningModule):
         if self.clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
         optimizer.step()
-        if self.make_scheduler is not None:
-            scheduler = self.lr_schedulers()
-            assert isinstance(scheduler, LRScheduler)
-            scheduler.step()
+        for config in self.trainer.lr_scheduler_configs:
+            config.scheduler.step()
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self._evaluate("val", batch)

@@ -1,6 +1,6 @@
 """One call of an estimator in a training step: precision, accumulation and ranks are settled here."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -51,6 +51,7 @@ def estimate_for_step(
     gradient out of derivatives is done in the precision of the parameters.
     """
     scaler = getattr(plugin, "scaler", None)
+    is_scaled = micro_batches > 1 or scaler is not None
 
     def scaled(tensors: Any) -> Any:
         return tensors if scaler is None else scaler.scale(tensors)
@@ -59,15 +60,15 @@ def estimate_for_step(
         with plugin.forward_context():
             found = loss_fn(model)
         # What travels backwards in half precision must be scaled before it sets out.
-        return scaled(found / micro_batches) if estimator.backpropagates else found
+        return scaled(found / micro_batches) if is_scaled and estimator.backpropagates else found
 
     with _full_precision(plugin):
         estimate = ranks.estimate(estimator, model, losses, key, tangents)
+        if not is_scaled:
+            return estimate
         if estimator.backpropagates:
             return estimate._replace(loss=estimate.loss * micro_batches / scaled(torch.ones_like(estimate.loss)))
-        grads = estimate.grads
-        if micro_batches > 1:
-            grads = {name: g / micro_batches for name, g in grads.items()}
+        grads: Mapping[str, Tensor] = {name: g / micro_batches for name, g in estimate.grads.items()}
         if scaler is not None:
             grads = dict(zip(grads, scaled(list(grads.values())), strict=True))
         return estimate._replace(grads=grads)

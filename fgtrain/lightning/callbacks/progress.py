@@ -1,5 +1,6 @@
 """A progress bar over steps, since small data sets have epochs of a few steps."""
 
+import math
 import time
 from typing import Any
 
@@ -22,7 +23,7 @@ class StepProgress(L.Callback):
         self._total = 0
         self._first_step = 0
         self._started = self._refreshed = 0.0
-        self._next_line = 0
+        self._next_line: float = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._started = time.monotonic()
@@ -31,10 +32,8 @@ class StepProgress(L.Callback):
         if trainer.max_epochs is not None and trainer.max_epochs >= 0:
             limits.append(trainer.max_epochs * int(trainer.num_training_batches))
         self._total = min(limits, default=0)
-        self._next_line = self._first_step + self._line_every()
-        if not trainer.is_global_zero:
-            return
-        if self.console.is_terminal:
+        self._next_line = self._first_step + self._line_every() if trainer.is_global_zero else math.inf
+        if trainer.is_global_zero and self.console.is_terminal:
             columns = (
                 TextColumn("training"),
                 BarColumn(),
@@ -48,8 +47,6 @@ class StepProgress(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not trainer.is_global_zero:
-            return
         if self._bar is None:
             if trainer.global_step >= self._next_line:
                 self._next_line += self._line_every()

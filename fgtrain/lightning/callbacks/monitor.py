@@ -101,9 +101,11 @@ class Monitor(L.Callback):
         self._losses, self._derivatives, self._grad_norm = [], [], None
 
     def _write_histogram(self, trainer: L.Trainer, derivatives: Tensor) -> None:
+        finite = derivatives[derivatives.isfinite()]  # a loss scaler lets others through
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                logger.experiment.add_histogram("directional_derivatives", derivatives, trainer.global_step)
+            if isinstance(logger, TensorBoardLogger) and len(finite):
+                # As many bins as TensorBoard draws: its own default is hundreds, whose checksum it takes byte by byte.
+                logger.experiment.add_histogram("directional_derivatives", finite, trainer.global_step, bins=30)
 
     def summary(self) -> dict[str, float]:
         """Cost of the run so far: seconds of training, median milliseconds of a step, peak memory in MiB."""

@@ -43,7 +43,7 @@ class LowRankTangent:
     def dense(self) -> Tensor:
         """The directions written out, (K, *shape)."""
         left, right = self.factors
-        return (left.mT @ right).reshape(-1, *self.shape)
+        return (left.mT @ right).reshape(self.num, *self.shape)
 
 
 Tangent = Tensor | LowRankTangent
@@ -97,10 +97,14 @@ class Directions(Mapping[str, Tangent]):
         if like.dtype != self.buffer.dtype:
             blocks = [block.to(like.dtype) for block in blocks]
         if len(blocks) == 1:
-            return blocks[0] if like.dim() == 1 and self.buffer.dim() == 2 else blocks[0].view(-1, *like.shape)
+            return (
+                blocks[0]
+                if like.dim() == 1 and self.buffer.dim() == 2
+                else blocks[0].view(len(self.buffer), *like.shape)
+            )
         if self.rank == 1:
             return LowRankTangent(*blocks, 1, like.shape)
-        left, right = (block.reshape(-1, block.shape[1] // self.rank) for block in blocks)
+        left, right = (block.reshape(len(block) * self.rank, block.shape[1] // self.rank) for block in blocks)
         return LowRankTangent(left, right / self.rank**0.5, self.rank, like.shape)
 
     def __getitem__(self, name: str) -> Tangent:
@@ -138,7 +142,11 @@ class Directions(Mapping[str, Tangent]):
                 sums[name] = total if total.dtype == like.dtype else total.to(like.dtype)
             else:
                 # With one direction its u is already weighted; several are one matrix product.
-                left = blocks[at[0]].view(self.rank, -1) if self.buffer.shape[0] == 1 else _weighted(tangent, weights)
+                left = (
+                    blocks[at[0]].view(self.rank, len(blocks[at[0]]) // self.rank)
+                    if self.buffer.shape[0] == 1
+                    else _weighted(tangent, weights)
+                )
                 sums[name] = FactoredGrad(left.to(like.dtype), tangent.right, like.shape)
         return sums
 
@@ -163,8 +171,8 @@ class Directions(Mapping[str, Tangent]):
         tangent = self._tangents[name]
         assert isinstance(tangent, Tensor)
         if self.buffer.dim() == 3:
-            return tangent.double().reshape(*tangent.shape[:2], -1).transpose(0, 1)
-        return tangent.double().reshape(len(tangent), -1)
+            return tangent.double().unsqueeze(-1).flatten(2).transpose(0, 1)
+        return tangent.double().unsqueeze(-1).flatten(1)
 
 
 def _own_part(tangent: Tangent, weights: Tensor, rows: slice) -> Tensor:

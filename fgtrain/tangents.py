@@ -176,8 +176,10 @@ class LowRank(Tangents):
         pieces = []
         for name, p in params.items():
             if p.dim() > 1:
-                rows = p.shape[0]
-                pieces += [Piece(name, p, self.rank * rows), Piece(name, p, self.rank * (p.numel() // rows), part=1)]
+                pieces += [
+                    Piece(name, p, self.rank * p.shape[0]),
+                    Piece(name, p, self.rank * math.prod(p.shape[1:]), part=1),
+                ]
             else:
                 pieces.append(Piece(name, p, p.numel()))
         return draw(self._law, pieces, seeds, rank=self.rank)
@@ -192,7 +194,7 @@ class LowRank(Tangents):
             elif self.factors == "rademacher":
                 excess += square * 2 * (1 - 1 / self.rank)
             else:
-                excess += square * (2 + 2 * (g.shape[0] + g[0].numel() + 1) / self.rank)
+                excess += square * (2 + 2 * (g.shape[0] + math.prod(g.shape[1:]) + 1) / self.rank)
         return count - 1 + excess / norm
 
     def __repr__(self) -> str:

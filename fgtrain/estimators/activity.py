@@ -164,7 +164,8 @@ class ActivityPerturbation(GradientEstimator):
             else:
                 repeated.rewind()
                 replayed = ReplayedPass(perturbed, collected.add)
-                run_perturbed(model, loss_fn, {name: LayerNoise(name, replayed) for name in layers.biases})
+                again = {name: LayerNoise(name, replayed) for name in layers.biases}
+                run_perturbed(model, loss_fn, again, follows=False)
             if directions is not None:
                 weight = collected.length(losses.numel()) / self.num_tangents
                 collected.grads |= directions.weighted_sum(weight * collected.derivatives)

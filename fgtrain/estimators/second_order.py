@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fgtrain.directions import dense
 from fgtrain.estimators.backprop import average_grads
 from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce
-from fgtrain.forward_ad.native import forward_ad_kernels, named_errors
+from fgtrain.forward_ad.native import named_errors, no_fast_paths
 from fgtrain.forward_ad.passes import RepeatedPass, check_losses
 from fgtrain.forward_ad.twice import WrittenOut
 from fgtrain.parameters import slots_of, trainable_params
@@ -130,7 +130,7 @@ def curvature_in_span(
 
     repeated.rewind()
     # Gradients are enabled because PyTorch then chooses rules that can be differentiated again; no graph is recorded.
-    with forward_ad_kernels(model), WrittenOut(), named_errors(model), torch.enable_grad():
+    with no_fast_paths(), WrittenOut(), named_errors(model), torch.enable_grad():
         rows = vmap(row, randomness="same", out_dims=(None, None, 0))
         loss, first, second = rows(stacked)
     if any(True for _ in model.buffers()):

@@ -8,24 +8,26 @@ What cannot be compiled is stacked; what stacked duals cannot follow runs throug
 
 import logging
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from fgtrain.directions import Tangent
-from fgtrain.errors import UserError
+from fgtrain.errors import LossError
 from fgtrain.forward_ad import native, sharded, stacked
-from fgtrain.forward_ad.native import LossFn
-from fgtrain.forward_ad.passes import Buffers, NotIntercepted, RandomState, RepeatedPass
-from fgtrain.parameters import slots_of
+from fgtrain.forward_ad.native import NO_TANGENT, LossFn
+from fgtrain.forward_ad.passes import LightPass, NotIntercepted, RepeatedPass, WritesIntoPlain
+from fgtrain.parameters import ParameterSlots, slots_of
 from fgtrain.sharding import is_sharded
 
 __all__ = ["directional_derivatives", "jvp"]
 
 _log = logging.getLogger(__name__)
-Engine = Callable[[nn.Module, LossFn, Mapping[str, Tangent]], tuple[Tensor, Tensor]]
-_engines: WeakKeyDictionary[nn.Module, Engine] = WeakKeyDictionary()
+Before = RepeatedPass | LightPass
+Engine = Callable[[nn.Module, LossFn, Mapping[str, Tangent], Before], tuple[Tensor, Tensor]]
 
 
 def directional_derivatives(
@@ -62,66 +64,142 @@ def jvp(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> t
     slots = slots_of(model)
     if unknown := [name for name in tangents if name not in slots.params]:
         raise ValueError(f"tangents for {', '.join(sorted(unknown))}, which the model's named_parameters() do not list")
+    if not tangents:
+        raise LossError(NO_TANGENT)
     with torch.inference_mode(False), torch.no_grad():
-        engine = _engines.get(model)
-        if engine is None:
-            engine = _engines[model] = _choose_engine(model, loss_fn, tangents, compiled=_is_compiled(model))
-        # Kept at every step, so without NumPy's and Python's random states: those take longer than a small model.
-        before = Buffers(slots), RandomState({p.device for p in slots.params.values()})
-        try:
-            return engine(model, loss_fn, tangents)
-        except NotIntercepted as reason:  # the model took another path than at its first pass
-            for state in before:
-                state.restore()
-            _warn("the derivatives of %s are taken in a slower way from here on: %s", model, reason)
-            engine = _engines[model] = _choose_engine(model, loss_fn, tangents, compiled=False)
-            return engine(model, loss_fn, tangents)
+        engines = _engines.get(slots)
+        if engines is None:
+            engines = _engines[slots] = _Engines(slots)
+        return engines.run(model, loss_fn, tangents)
 
 
-def _choose_engine(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent], *, compiled: bool) -> Engine:
-    """The fastest engine that the model's pass goes through; the trials leave no trace."""
-    if any(is_sharded(p) for p in slots_of(model).params.values()):
-        return sharded.jvp
-    before = RepeatedPass(model)
+@dataclass
+class _Plan:
+    """Which engine is tried first, where the same was met before.
 
-    def trial(engine: Engine) -> tuple[Tensor, Tensor]:
-        try:
-            return engine(model, loss_fn, tangents)
-        finally:
-            before.rewind()
+    Args:
+        first: its number.
+        left: so many passes more, before the fastest is tried again.
+        wait: how many they will be after its next failure.
+    """
 
+    first: int = 0
+    left: int = 0
+    wait: int = 1
+
+
+class _Engines:
+    """The engines of a model, the fastest first; the next one takes what an engine cannot.
+
+    What an engine meets is the number and kind of the directions, the mode, dtype and layout of the model, and whether
+    the model is compiled. An engine that failed is tried again when it meets something else, and after a while that
+    doubles with each failure.
+    """
+
+    def __init__(self, slots: ParameterSlots) -> None:
+        self._is_sharded = any(is_sharded(p) for p in slots.params.values())
+        self._one = next(iter(slots.params.values()))
+        self._plans: dict[Any, _Plan] = {}
+        self._compiled: Any = None
+        self._told: set[str] = set()
+
+    def run(self, model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> tuple[Tensor, Tensor]:
+        """As `jvp`."""
+        met = self._met(model, tangents)
+        engines, plan = self._all(compiled=met[-1]), self._plans.get(met)
+        first = plan.first if plan is not None and plan.left else 0
+        # A pass that is likely to be run again is prepared for it with all that it can change; that takes longer than a
+        # small model.
+        before = RepeatedPass(model) if plan is None or first < plan.first else LightPass(slots_of(model))
+        for i in range(first, len(engines)):
+            engine, otherwise = engines[i]
+            try:
+                found = engine(model, loss_fn, tangents, before)
+            except Exception as reason:
+                if i + 1 == len(engines) or _is_out_of_memory(reason):
+                    raise
+                before.rewind()
+                self._tell(otherwise, type(model).__name__, str(reason).split("\n")[0])
+            else:
+                self._plans[met] = plan = plan or _Plan()
+                if i > first:
+                    plan.first, plan.left, plan.wait = i, plan.wait, 2 * plan.wait
+                elif i:
+                    plan.left -= 1
+                else:
+                    plan.first = 0
+                return found
+        raise AssertionError("the last engine returns or raises")
+
+    def _met(self, model: nn.Module, tangents: Mapping[str, Tangent]) -> tuple[Any, ...]:
+        """What decides which engines can run, as far as it can be seen beforehand."""
+        first, p = next(iter(tangents.values())), self._one
+        num = len(first) if isinstance(first, Tensor) else first.num
+        compiled = model._compiled_call_impl is not None or hasattr(model, "_orig_mod")  # as the user asked for
+        return type(first), num, model.training, p.dtype, p.stride(), compiled
+
+    def _all(self, *, compiled: bool) -> list[tuple[Engine, str]]:
+        """(engine, what is said where it fails)."""
+        if self._is_sharded:
+            return [(_sharded, "")]
+        engines = [(_stacked, "%s runs through the slower reference engine: %s"), (_native, "")]
+        if not compiled:
+            return engines
+        if self._compiled is None:
+            from fgtrain.forward_ad.compiled import CompiledPass  # importing the compiler takes seconds
+
+            self._compiled = CompiledPass()
+        return [(self._run_compiled, "the derivatives of %s are taken uncompiled: %s"), *engines]
+
+    def _run_compiled(
+        self, model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent], before: Before
+    ) -> tuple[Tensor, Tensor]:
+        """What has just been compiled is held to the stacked engine."""
+        known = self._compiled.num_compilations
+        found = self._compiled(model, loss_fn, tangents)
+        if self._compiled.num_compilations == known:
+            return found
+        before.rewind()
+        expected = _stacked(model, loss_fn, tangents, before)
+        if not all(map(_agree, found, expected)):
+            raise NotIntercepted("compiled, they are others")
+        return expected
+
+    def _tell(self, message: str, *parts: str) -> None:
+        if message not in self._told:
+            self._told.add(message)
+            _log.warning(message, *parts)
+
+
+def _stacked(
+    model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent], before: Before
+) -> tuple[Tensor, Tensor]:
     try:
-        expected = trial(stacked.jvp)
-    except UserError:
-        raise
-    except Exception as reason:  # whatever stands in the fast engine's way, the reference decides what is wrong
-        _warn("%s runs through the slower reference engine: %s", model, reason)
-        return native.jvp
-    if not compiled:
-        return stacked.jvp
-    from fgtrain.forward_ad.compiled import CompiledPass  # importing the compiler takes seconds
-
-    engine = CompiledPass()
-    try:
-        found = trial(engine)
-    except Exception as reason:
-        _warn("the derivatives of %s are taken uncompiled: %s", model, reason)
-        return stacked.jvp
-    if not all(map(_agree, found, expected)):
-        _warn("the derivatives of %s are taken uncompiled: %s", model, "compiled, they are others")
-        return stacked.jvp
-    return engine
+        return stacked.jvp(model, loss_fn, tangents)
+    except WritesIntoPlain:
+        before.rewind()
+        return stacked.jvp(model, loss_fn, tangents)
 
 
-def _is_compiled(model: nn.Module) -> bool:
-    """Whether the user asked for it: `model.compile()` or `torch.compile(model)`."""
-    return model._compiled_call_impl is not None or hasattr(model, "_orig_mod")
+def _native(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent], _: Before) -> tuple[Tensor, Tensor]:
+    return native.jvp(model, loss_fn, tangents)
 
 
-def _warn(message: str, model: nn.Module, reason: object) -> None:
-    _log.warning(message, type(model).__name__, str(reason).split("\n")[0])
+def _sharded(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent], _: Before) -> tuple[Tensor, Tensor]:
+    return sharded.jvp(model, loss_fn, tangents)
+
+
+_engines: WeakKeyDictionary[ParameterSlots, _Engines] = WeakKeyDictionary()
 
 
 def _agree(found: Tensor, expected: Tensor) -> bool:
-    """Whether they differ by what rounding can do in half precision at most."""
-    return found.shape == expected.shape and bool((found - expected).norm() <= 0.05 * expected.norm())
+    """Whether they differ by what rounding does to a long sum in their dtype."""
+    tolerance = torch.finfo(expected.dtype).eps ** (2 / 3)
+    return found.shape == expected.shape and bool((found - expected).norm() <= tolerance * expected.norm())
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether there was not enough memory, of whatever device: a slower engine needs no less."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

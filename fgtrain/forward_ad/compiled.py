@@ -27,7 +27,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fgtrain.compilation import OPTIONS
 from fgtrain.directions import LowRankTangent, Tangent
 from fgtrain.errors import LossError, UserError
-from fgtrain.forward_ad.dual import Dual
+from fgtrain.forward_ad.dual import Dual, running_pass
 from fgtrain.forward_ad.native import NO_TANGENT
 from fgtrain.forward_ad.passes import NotIntercepted, TakenDown, check_losses
 from fgtrain.parameters import slots_of
@@ -44,12 +44,16 @@ class CompiledPass:
     Args:
         backend: what makes a function of a graph of plain tensors.
 
+    Attributes:
+        num_compilations: how many functions have been made.
+
     Raises:
         NotIntercepted: something cannot be compiled; the stacked engine can take it, or say what is wrong.
     """
 
     def __init__(self, backend: Callable[[fx.GraphModule, list[Any]], Callable[..., Any]] = inductor) -> None:
         self._backend = backend
+        self.num_compilations = 0
         # What Dynamo takes down it keeps with the code, so every model has its own.
         run = FunctionType(_loss.__code__.replace(), globals())
         self._run = torch.compile(run, backend=self._take_down, fullgraph=True, dynamic=False)
@@ -88,6 +92,7 @@ class CompiledPass:
             with torch.no_grad():
                 if key not in compiled:
                     compiled[key] = self._backend(*_derived(taken, inputs, [i for i, _ in moving], forms))
+                    self.num_compilations += 1
                 found = compiled[key](*inputs, *parts)
             self._outputs = [(found[2 * i], found[2 * i + 1]) for i in range(len(found) // 2)]
             return tuple(value for value, _ in self._outputs)
@@ -155,12 +160,13 @@ def _derived(
 
     def along(*tensors: Any) -> list[Tensor | None]:
         values, parts = list(tensors[: len(inputs)]), iter(tensors[len(inputs) :])
-        for i, form in zip(moving, forms, strict=True):
-            values[i] = Dual(values[i], form.remake(*(next(parts) for _ in form.parts)))
-        with torch.enable_grad(), TakenDown():
-            outputs = taken.forward(*values)
-        with torch._C.DisableTorchFunctionSubclass():
-            return [part for out in outputs for part in _unpacked(out)]
+        with running_pass():
+            for i, form in zip(moving, forms, strict=True):
+                values[i] = Dual(values[i], form.remake(*(next(parts) for _ in form.parts)))
+            with torch.enable_grad(), TakenDown():
+                outputs = taken.forward(*values)
+            with torch._C.DisableTorchFunctionSubclass():
+                return [part for out in outputs for part in _unpacked(out)]
 
     flat = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
     flat += [part for form in forms for part in form.parts]

@@ -7,47 +7,112 @@ reach `__torch_function__` and find a rule there; whatever would slip past it (a
 
 What is done with a call, in this order:
 
-1. a rule: of `fgtrain.forward_ad.rules`, `.products`, `.layers`, `.losses` or `.sequence`;
-2. what only reads the value is asked of the value; what changes its argument in place is computed anew and copied;
-3. a function that PyTorch writes in Python is opened: its body runs, and the calls in it are looked up in turn;
-4. PyTorch's own forward mode, one direction at a time.
+1. a rule: of `fgtrain.forward_ad.rules`, `.products`, `.layers` or `.losses`;
+2. a function that is written out in others (`fgtrain.forward_ad.written_out`): the calls in it are looked up in turn;
+3. what only reads the value is asked of the value; what changes its argument in place is computed anew and copied;
+4. a function that PyTorch writes in Python is opened: its body runs, and the calls in it are looked up in turn;
+5. PyTorch's own forward mode, one direction at a time.
+
+A result that comes out without tangents, though backpropagation would follow it, is refused. A dual belongs to its
+pass: in a later one it is refused, and between passes it is its value.
 """
 
+import threading
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from fgtrain.directions import Tangent
-from fgtrain.forward_ad.passes import NotIntercepted, RandomState
+from fgtrain.directions import LowRankTangent, Tangent
+from fgtrain.errors import UnsupportedOperation
+from fgtrain.forward_ad.dropped import is_differentiable, refuse_if_lost
+from fgtrain.forward_ad.kept import of_earlier_pass
+from fgtrain.forward_ad.passes import NotIntercepted, RandomState, TakenDown, WritesIntoPlain
+from fgtrain.forward_ad.written_out import IN_OTHERS
 
 Rule = Callable[..., Any]
 
 RULES: dict[Any, Rule] = {}
 """Rules that work on values and tangents; they may answer NotImplemented."""
 
-COMPOSITES: dict[Any, Rule] = {}
-"""Functions written out in others: their calls are looked up in turn."""
 
-FALLBACKS: dict[Any, tuple[bool, Rule]] = {}
-"""What is done where no rule answers, decided at the first call: (is it a composite, the rule)."""
+class Fallback(NamedTuple):
+    """What is done with a function that has no rule.
+
+    Args:
+        rule: called with its arguments.
+        is_opened: the rule is the function's own body, in which calls are looked up in turn.
+        reads: it takes nothing that could be differentiated.
+    """
+
+    rule: Rule
+    is_opened: bool = False
+    reads: bool = False
+
+
+FALLBACKS: dict[Any, Fallback] = {}
+"""Decided at the first call."""
 
 
 @contextmanager
 def without_rules() -> Generator[None]:
     """A context in which no fast rule is used: slower, with the same numbers. For tests, and to suspect a rule."""
-    kept = [(table, dict(table)) for table in (RULES, COMPOSITES)]
+    kept = dict(RULES)
     try:
-        for table, _ in kept:
-            table.clear()
+        RULES.clear()
         yield
     finally:
-        for table, entries in kept:
-            table.update(entries)
+        RULES.update(kept)
+
+
+class running_pass:  # noqa: N801 - a context manager used like a function
+    """A context in which the duals made in it carry derivatives.
+
+    Args:
+        follows: whether a result without tangents is suspected of having lost them.
+        adopting: takes plain tensors that duals are written into; None if none are.
+
+    Attributes:
+        width: the number of directions, if duals that were made before have fewer: see `widen`.
+    """
+
+    def __init__(self, *, follows: bool = True, adopting: Any = None) -> None:
+        self.follows = follows
+        self.adopting = adopting
+        self.width: int | None = None
+
+    def __enter__(self) -> "running_pass":
+        self._outer, _running.one = _running.one, self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        _running.one, self._outer = self._outer, None
+
+
+class _Running(threading.local):
+    """The pass that runs in a thread."""
+
+    one: running_pass | None = None
+
+
+_running = _Running()
+
+
+def widen(num: int) -> None:
+    """From here on a pass carries `num` directions: duals that have fewer get further ones, which are 0."""
+    assert _running.one is not None
+    _running.one.width = num
+
+
+def _widened(args: Any, kwargs: Any, width: int) -> None:
+    for x in tree_leaves((args, kwargs)):
+        if isinstance(x, Dual) and isinstance(x.tangent, (Tensor, LowRankTangent)) and num_directions(x) < width:
+            tangent = tangent_of(x)
+            x.tangent = torch.cat([tangent, tangent.new_zeros(width - len(tangent), *tangent.shape[1:])])
 
 
 class Dual(Tensor):
@@ -60,6 +125,7 @@ class Dual(Tensor):
 
     primal: Tensor
     tangent: Any  # Tangent; a kept parameter has None between two passes
+    of_pass: running_pass | None
     aliased: bool  # the primal shares memory with another dual's, the tangent does not
 
     @staticmethod
@@ -72,10 +138,21 @@ class Dual(Tensor):
 
     def __init__(self, primal: Tensor, tangent: Tangent) -> None:
         self.primal = primal
+        self.renew(tangent)
+
+    def renew(self, tangent: Any) -> None:
+        """Carry this tangent in the pass that runs."""
         self.tangent = tangent
+        self.of_pass = _running.one
         self.aliased = False
 
     __hash__ = object.__hash__
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.primal.clone()
+
+    def __reduce_ex__(self, proto: Any) -> Any:
+        return self.primal.__reduce_ex__(proto)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -90,21 +167,36 @@ class Dual(Tensor):
 
 def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The result of func(*args, **kwargs), some of whose arguments are duals."""
-    if not torch.is_grad_enabled():  # the model's own no_grad: constants to backpropagation, and so here
+    # The model's own no_grad makes constants for backpropagation, and so here; a dual outside its pass is a constant.
+    running = _running.one
+    if running is None or not torch.is_grad_enabled():
         with torch._C.DisableTorchFunctionSubclass():
             return func(*values(args), **values(kwargs))
-    composite = COMPOSITES.get(func)
-    result = NotImplemented if composite is None else _as_user_code(composite, args, kwargs)
-    if result is NotImplemented and func in RULES:
-        result = _on_values(RULES[func], args, kwargs)
+    if running.width is not None:
+        _on_values(_widened, (args, kwargs, running.width), {})
+    result = _on_values(RULES[func], args, kwargs) if func in RULES else NotImplemented
+    if result is NotImplemented and func in IN_OTHERS:
+        result = _as_user_code(IN_OTHERS[func], args, kwargs)
     if result is NotImplemented:
         if func not in FALLBACKS:
             FALLBACKS[func] = _find_fallback(func)
-        is_composite, rule = FALLBACKS[func]
+        fallback = FALLBACKS[func]
         if kwargs.get("out") is not None:
             raise NotIntercepted(f"{getattr(func, '__name__', func)} writes into its argument out")
-        result = (_as_user_code if is_composite else _on_values)(rule, args, kwargs)
+        result = (_as_user_code if fallback.is_opened else _on_values)(fallback.rule, args, kwargs)
+        if fallback.reads:
+            return result
+    if not isinstance(result, Dual) and isinstance(result, (Tensor, tuple, list)) and running.follows:
+        _on_values(refuse_if_lost, (func, args, kwargs, result, _is_dual, _value_of), {})
     return result
+
+
+def _is_dual(x: Any) -> bool:
+    return isinstance(x, Dual)
+
+
+def _value_of(x: Any) -> Any:
+    return x.primal if isinstance(x, Dual) else x
 
 
 def _on_values(rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -118,9 +210,25 @@ def _on_values(rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
 
 
 def _as_user_code(rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a composite as if its lines stood in the user's model."""
-    with torch._C._EnableTorchFunction():
+    """Run a body as if its lines stood in the user's model."""
+    adopting = _running.one.adopting if _running.one is not None else None
+    with torch._C._EnableTorchFunction(), adopting or _NOTHING:
         return rule(*args, **kwargs)
+
+
+_NOTHING = nullcontext()
+
+
+def adopted(x: Tensor, name: str, num: int) -> Dual:
+    """The dual of a plain tensor that `name` writes duals of `num` directions into.
+
+    Raises:
+        WritesIntoPlain: the pass was not prepared for it.
+    """
+    assert _running.one is not None
+    if _running.one.adopting is None:
+        raise WritesIntoPlain(f"{name} writes into a tensor that has no tangent")
+    return _running.one.adopting.adopt(x, num)
 
 
 # --- what rules are written with ----------------------------------------------------------------------------------
@@ -144,9 +252,15 @@ def primal_of(x: Any) -> Any:
 
 
 def tangent_of(x: Any) -> Any:
-    """The tangent of a dual written out, a tensor (K, *shape); None of anything else."""
+    """The tangent of a dual written out, a tensor (K, *shape); None of anything else.
+
+    Raises:
+        UnsupportedOperation: the dual is of an earlier pass.
+    """
     if not isinstance(x, Dual):
         return None
+    if x.of_pass is not _running.one:
+        raise UnsupportedOperation(of_earlier_pass(x))
     if not isinstance(x.tangent, Tensor):
         x.tangent = x.tangent.dense()
     return x.tangent
@@ -155,6 +269,8 @@ def tangent_of(x: Any) -> Any:
 def joint_of(x: Any) -> Tensor | None:
     """(1 + K, *shape): the value and the tangents of a dual as one tensor, if they are the parts of one."""
     if not isinstance(x, Dual) or not isinstance(x.tangent, Tensor) or x.primal._base is None:
+        return None
+    if x.of_pass is not _running.one:
         return None
     joint, value, moved = x.primal._base, x.primal, x.tangent
     if moved._base is not joint or joint.shape != (1 + len(moved), *value.shape):
@@ -181,6 +297,8 @@ def dual(primal: Tensor, tangent: Tensor | None, *sources: Dual) -> Tensor:
     """
     if tangent is None or not is_differentiable(primal):
         return primal
+    if primal.layout != torch.strided:
+        raise NotIntercepted("a sparse tensor moves")
     if tangent.dtype != primal.dtype:
         tangent = tangent.to(primal.dtype)
     if tangent.shape[1:] != primal.shape:
@@ -192,19 +310,13 @@ def dual(primal: Tensor, tangent: Tensor | None, *sources: Dual) -> Tensor:
     return result
 
 
-def is_differentiable(x: Any) -> bool:
-    """Whether x is a tensor of real or complex numbers."""
-    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
-
-
 def _share_memory(a: Tensor, b: Tensor | None) -> bool:
     return b is not None and a.untyped_storage()._cdata == b.untyped_storage()._cdata
 
 
 def values(tree: Any) -> Any:
     """A nest of arguments with every dual replaced by its value."""
-    leaves, spec = tree_flatten(tree)
-    return tree_unflatten([primal_of(leaf) for leaf in leaves], spec)
+    return tree_map_only(Dual, _value_of, tree)
 
 
 # --- PyTorch's own forward mode -----------------------------------------------------------------------------------
@@ -216,14 +328,16 @@ def per_direction(func: Any) -> Rule:
     def rule(*args: Any, **kwargs: Any) -> Any:
         leaves, spec = tree_flatten((args, kwargs))
         sources = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Dual)}
-        pairs = [(i, _laid_out(primal_of(source)), tangent_of(source)) for i, source in sources.items()]
+        pairs = [(i, laid_out(primal_of(source)), tangent_of(source)) for i, source in sources.items()]
         num_tangents = pairs[0][2].shape[0]
         random_state = RandomState({primal.device for _, primal, _ in pairs}) if num_tangents > 1 else None
         plain = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and not isinstance(leaf, Dual)]
         untouched = [leaves[i].clone() for i in plain] if num_tangents > 1 else []
-        columns, out_spec = [], None
+        columns, out_spec, drawn = [], None, TakenDown.draws
         for k in range(num_tangents):
             if random_state is not None:
+                if TakenDown.draws != drawn:
+                    raise NotIntercepted("random numbers that every direction must see again")
                 random_state.restore()
             if k:  # running statistics and the like have changed already
                 for i, leaf in zip(plain, untouched, strict=True):
@@ -246,12 +360,12 @@ def per_direction(func: Any) -> Rule:
     return rule
 
 
-def _laid_out(primal: Tensor) -> Tensor:
+def laid_out(primal: Tensor) -> Tensor:
     """An expanded tensor in memory of its own: forward mode wants the tangent in the layout of the value."""
     return primal.contiguous() if 0 in primal.stride() else primal
 
 
-def _find_fallback(func: Any) -> tuple[bool, Rule]:
+def _find_fallback(func: Any) -> Fallback:
     from fgtrain.forward_ad.fallbacks import find_fallback  # it builds on what stands here
 
     return find_fallback(func)

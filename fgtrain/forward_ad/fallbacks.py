@@ -1,44 +1,46 @@
 """What is done with functions that have no rule: reading values, changes in place, functions written in Python."""
 
-from types import FunctionType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from fgtrain.forward_ad import kernels
-from fgtrain.forward_ad.dual import Dual, Rule, call, per_direction, primal_of, tangent_of, values
-from fgtrain.forward_ad.passes import NotIntercepted
-
-READS_THE_VALUE = frozenset(
-    """
-    size stride dim ndimension numel nelement element_size is_floating_point is_complex is_contiguous data_ptr
-    storage_offset get_device item tolist numpy __bool__ __float__ __int__ __index__ __len__ __repr__ __format__
-    __contains__ detach eq ne lt le gt ge equal allclose isclose isnan isinf isfinite argmax argmin argsort zeros_like
-    ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full new_tensor bernoulli
-    nonzero logical_not logical_and logical_or signbit all any count_nonzero is_nonzero is_tensor is_same_size
-    result_type can_cast
-    """.split()  # noqa: SIM905 - a list of eighty names reads worse
+from fgtrain.forward_ad.dropped import is_differentiable, only_reads
+from fgtrain.forward_ad.dual import (
+    Dual,
+    Fallback,
+    Rule,
+    adopted,
+    call,
+    num_directions,
+    per_direction,
+    primal_of,
+    tangent_of,
+    values,
 )
-DIFFERENTIABLE_PROPERTIES = frozenset({"T", "mT", "H", "mH", "real", "imag"})
+from fgtrain.forward_ad.opened import opened
+from fgtrain.forward_ad.passes import NotIntercepted
+from fgtrain.forward_ad.written_out import REQUIRES_GRAD, no_backward
+
 _OWNERS = (torch.Tensor, torch, torch._C._nn)
 
 
-def find_fallback(func: Any) -> tuple[bool, Rule]:
-    """(whether it is a composite, the rule) for a function of PyTorch."""
+def find_fallback(func: Any) -> Fallback:
+    """What is done with a function of PyTorch that has no rule."""
     name = getattr(func, "__name__", "")
     if func in _OF_A_BACKWARD_PASS:
-        return False, _OF_A_BACKWARD_PASS[func]
+        return Fallback(_OF_A_BACKWARD_PASS[func])
     if only_reads(func):
-        return False, _reading(func)
+        return Fallback(_reading(func), reads=True)
     if name == "__setitem__":
-        return False, _set_item
+        return Fallback(_set_item)
     if name.endswith("_") and not name.startswith("_") and not name.endswith("__"):
-        return False, _in_place(name)
+        return Fallback(_in_place(name))
     if name.startswith("__i") and name.endswith("__") and hasattr(torch.Tensor, f"{name[3:-2]}_"):
-        return False, _in_place(f"{name[3:-2]}_")
-    body = _opened(func)
-    return (False, per_direction(func)) if body is None else (True, body)
+        return Fallback(_in_place(f"{name[3:-2]}_"))
+    body = opened(func)
+    return Fallback(per_direction(func)) if body is None else Fallback(body, is_opened=True)
 
 
 def _requires_grad(x: Any, requires_grad: bool = True) -> Any:
@@ -49,17 +51,11 @@ def _requires_grad(x: Any, requires_grad: bool = True) -> Any:
 
 # Models ask these of tensors that wait for a backward pass, and are to take the way they would take with one.
 _OF_A_BACKWARD_PASS: dict[Any, Rule] = {
-    kernels.REQUIRES_GRAD: lambda _: True,
+    REQUIRES_GRAD: lambda _: True,
     Tensor.requires_grad_: _requires_grad,
-    Tensor.register_hook: kernels.no_backward,
-    Tensor.retain_grad: kernels.no_backward,
+    Tensor.register_hook: no_backward,
+    Tensor.retain_grad: no_backward,
 }
-
-
-def only_reads(func: Any) -> bool:
-    """Whether a function of PyTorch takes nothing from its arguments that could be differentiated."""
-    name = getattr(func, "__name__", "")
-    return name in READS_THE_VALUE or (name == "__get__" and func.__self__.__name__ not in DIFFERENTIABLE_PROPERTIES)
 
 
 def _reading(func: Any) -> Rule:
@@ -72,14 +68,14 @@ def _reading(func: Any) -> Rule:
 # --- changes in place ---------------------------------------------------------------------------------------------
 
 
-def _target(x: Any, name: str) -> tuple[Tensor, Tensor]:
-    """Value and tangents of an argument that may be changed in place."""
+def _target(x: Any, name: str, *sources: Any) -> tuple[Dual, Tensor, Tensor]:
+    """The argument that is changed in place as a dual, its value and its tangents."""
     if not isinstance(x, Dual):
-        raise NotIntercepted(f"{name} writes into a tensor that has no tangent")
+        x = adopted(primal_of(x), name, num_directions(*tree_leaves(sources)))
     if x.aliased:
         raise NotIntercepted(f"{name} changes memory that other tensors share")
     tangent = tangent_of(x)
-    return primal_of(x), tangent
+    return x, primal_of(x), tangent
 
 
 def _in_place(name: str) -> Rule:
@@ -87,11 +83,13 @@ def _in_place(name: str) -> Rule:
     outside = next((getattr(owner, name[:-1]) for owner in _OWNERS if hasattr(owner, name[:-1])), None)
 
     def rule(x: Any, *args: Any, **kwargs: Any) -> Any:
-        primal, tangent = _target(x, name)
+        if not is_differentiable(x):
+            return getattr(x, name)(*values(args), **values(kwargs))
+        x, primal, tangent = _target(x, name, args, kwargs)
         if name == "zero_":
             result: Any = 0.0
         elif name in ("copy_", "fill_"):
-            result = args[0]
+            result = args[0] if args else kwargs.get("value", kwargs.get("src"))
         elif outside is None:
             raise NotIntercepted(f"{name} has no form that leaves its argument alone")
         else:
@@ -107,34 +105,11 @@ def _in_place(name: str) -> Rule:
 
 
 def _set_item(x: Any, index: Any, value: Any) -> None:
-    primal, tangent = _target(x, "x[...] = y")
+    if not is_differentiable(x):
+        x[values(index)] = values(value)
+        return
+    _, primal, tangent = _target(x, "x[...] = y", value)
     index, moved = values(index), tangent_of(value)
     primal[index] = primal_of(value)
     for k in range(tangent.shape[0]):
         tangent[k][index] = 0 if moved is None else moved[k]
-
-
-# --- functions written in Python ----------------------------------------------------------------------------------
-
-
-def _opened(func: Any) -> Rule | None:
-    """A twin of a Python function of torch whose body runs instead of asking for `__torch_function__` again."""
-    if not isinstance(func, FunctionType) or not func.__module__.startswith("torch."):
-        return None
-    inner = getattr(func, "__wrapped__", func)
-    if not isinstance(inner, FunctionType):
-        return inner
-    if inner.__qualname__ == "boolean_dispatch.<locals>.fn":  # its branches name it again
-        return None
-    if "super" in inner.__code__.co_names:  # a method of the same name, which would come back here
-        return None
-    never = {name: _never for name in inner.__globals__ if name.startswith("has_torch_function")}
-    twin = FunctionType(
-        inner.__code__, {**inner.__globals__, **never}, inner.__name__, inner.__defaults__, inner.__closure__
-    )
-    twin.__kwdefaults__ = inner.__kwdefaults__
-    return twin
-
-
-def _never(*_: Any) -> bool:
-    return False

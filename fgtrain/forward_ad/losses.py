@@ -14,7 +14,7 @@ _MEAN, _SUM = 1, 2  # torch.nn._reduction
 
 @register("softmax")
 def _softmax(x: Dual, dim: int, dtype: Any = None) -> Any:
-    if dtype is not None:
+    if dtype is not None or x.dim() == 0:
         return NotImplemented
     primal = torch.softmax(primal_of(x), dim)
     weighted = tangent_of(x) * primal
@@ -23,7 +23,7 @@ def _softmax(x: Dual, dim: int, dtype: Any = None) -> Any:
 
 @register("log_softmax")
 def _log_softmax(x: Dual, dim: int, dtype: Any = None) -> Any:
-    if dtype is not None:
+    if dtype is not None or x.dim() == 0:
         return NotImplemented
     primal = torch.log_softmax(primal_of(x), dim)
     tangent = tangent_of(x)
@@ -60,9 +60,9 @@ def _mse(x: Any, target: Any, reduction: int) -> Any:
     moved = (0 if xt is None else xt) - (0 if yt is None else yt)
     slopes = (2 * difference * moved).expand(-1, *difference.shape)
     if reduction == _MEAN:
-        slopes = slopes.flatten(1).mean(1)
+        slopes = slopes.unsqueeze(-1).flatten(1).mean(1)
     elif reduction == _SUM:
-        slopes = slopes.flatten(1).sum(1)
+        slopes = slopes.unsqueeze(-1).flatten(1).sum(1)
     return dual(primal, slopes)
 
 
@@ -74,7 +74,7 @@ def _bce_with_logits(x: Dual, target: Any, weight: Any = None, pos_weight: Any =
     primal = torch.binary_cross_entropy_with_logits(px, target, None, None, reduction)
     slopes = (torch.sigmoid(px) - target) * tangent_of(x)
     if reduction == _MEAN:
-        slopes = slopes.flatten(1).mean(1)
+        slopes = slopes.unsqueeze(-1).flatten(1).mean(1)
     elif reduction == _SUM:
-        slopes = slopes.flatten(1).sum(1)
+        slopes = slopes.unsqueeze(-1).flatten(1).sum(1)
     return dual(primal, slopes)

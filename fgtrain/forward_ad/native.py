@@ -7,21 +7,23 @@ and the loss comes out as (f, grad f . v). Nothing is stored for a backward pass
 import re
 import sys
 from collections.abc import Callable, Generator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fgtrain.directions import Tangent, dense
 from fgtrain.errors import LossError, UnsupportedOperation
-from fgtrain.forward_ad import kernels
+from fgtrain.forward_ad.dropped import refuse_if_lost
+from fgtrain.forward_ad.dual import Dual
+from fgtrain.forward_ad.kept import is_kept, marked, of_earlier_pass, release
+from fgtrain.forward_ad.opened import opened
 from fgtrain.forward_ad.passes import RepeatedPass, check_losses
+from fgtrain.forward_ad.written_out import IN_OTHERS, REQUIRES_GRAD, no_backward
 from fgtrain.parameters import slots_of
 
 LossFn = Callable[[Any], Tensor]
@@ -33,42 +35,60 @@ NO_TANGENT = (
 
 
 def jvp(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> tuple[Tensor, Tensor]:
-    """Losses (B,) or () and their derivatives (K, B) or (K,), as `fgtrain.forward_ad.jvp`."""
+    """Losses (B,) or () and their derivatives (K, B) or (K,), as `fgtrain.forward_ad.jvp`.
+
+    Raises:
+        UnsupportedOperation: an operation has no forward-mode derivative, a tensor made from parameters comes from
+            outside the pass, or the loss changes when its pass is repeated.
+        LossError: the loss carries no tangent.
+    """
     slots = slots_of(model)
     directions = {name: dense(tangent) for name, tangent in tangents.items()}
     num_tangents = len(next(iter(directions.values())))
     repeated = RepeatedPass(model) if num_tangents > 1 else None
     losses, derivatives = None, []
-    with torch.enable_grad(), forward_ad_kernels(model), named_errors(model):
+    with torch.enable_grad(), no_fast_paths(), named_errors(model):
         # With gradients enabled the model's own no_grad can be told; the parameters are detached: nothing is recorded.
         for k in range(num_tangents):
             if repeated and k:
                 repeated.rewind()
             with fwAD.dual_level():
                 duals = {n: fwAD.make_dual(slots.params[n].detach(), v[k]) for n, v in directions.items()}
-                with slots.exchanged(duals):
-                    pair = fwAD.unpack_dual(check_losses(loss_fn(model)))
+                with slots.exchanged(duals), _CheckedCalls(slots.params, duals) as calls:
+                    found = loss_fn(model)
+                pair = fwAD.unpack_dual(calls.checked(check_losses(found)))
+                release(model, lambda x: marked(primal_of(x)) if has_tangent(x) else None)
                 if pair.tangent is None:
                     raise LossError(NO_TANGENT)
+                _require_repetition(losses, pair.primal)
                 losses = pair.primal.detach()
                 derivatives.append(pair.tangent.detach())
     assert losses is not None
     return losses, torch.stack(derivatives)
 
 
+def _require_repetition(before: Tensor | None, now: Tensor) -> None:
+    """Refuse a loss that is another function of the parameters for every direction."""
+    if before is None:
+        return
+    tolerance = torch.finfo(now.dtype).eps ** 0.5
+    if before.shape != now.shape or not torch.allclose(before, now, rtol=tolerance, equal_nan=True):
+        raise UnsupportedOperation(
+            "the loss changes when its pass is repeated: the model or loss_fn changes its inputs or a state of its own; "
+            "take one direction a step (num_tangents=1)"
+        )
+
+
 @contextmanager
-def forward_ad_kernels(model: nn.Module) -> Generator[None]:
-    """Choose the kernels that have a forward-mode derivative where PyTorch would pick ones that have none."""
-    with ExitStack() as stack:
-        stack.enter_context(_OtherKernels())
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        fastpath = torch.backends.mha.get_fastpath_enabled()
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fastpath)
-        torch.backends.mha.set_fastpath_enabled(False)
-        if any(isinstance(module, nn.LSTM) for module in model.modules()):
-            stack.enter_context(kernels.without_onednn())
-        stack.enter_context(eager_functions())
-        yield
+def no_fast_paths() -> Generator[None]:
+    """Keep PyTorch from computing by what has no forward-mode derivative: fused layers and compiled functions."""
+    fastpath = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with eager_functions():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fastpath)
 
 
 def eager_functions() -> Any:
@@ -76,31 +96,92 @@ def eager_functions() -> Any:
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
-class _OtherKernels(TorchFunctionMode):
-    """Calls other functions where PyTorch's own have no derivative, or a wrong one; stops tangents at no_grad."""
+class _CheckedCalls(TorchFunctionMode):
+    """Looks at every call of a pass: nothing may lose its derivative on the way.
+
+    A function that PyTorch cannot differentiate, or not rightly, is replaced by what it does written out in others; a
+    function that PyTorch writes in Python is opened, so that the calls in it are looked at too.
+
+    Args:
+        params: {name: parameter} of the model.
+        duals: {name: dual} of those that move.
+    """
+
+    def __init__(self, params: Mapping[str, Tensor], duals: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._names = {id(p): name for name, p in params.items()}
+        self._duals = duals
+        self._clean: set[Any] = set()  # nodes of graphs that lead to no parameter
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not torch.is_grad_enabled():  # constants to backpropagation, and so here
-            args, kwargs = tree_map_only(Tensor, _primal, (args, kwargs))
-        if func == kernels.REQUIRES_GRAD:
-            return func(*args) or _moves(args[0])
+        if not torch.is_grad_enabled():  # the model's own no_grad: constants to backpropagation, and so here
+            return func(*tree_map_only(Tensor, primal_of, args), **tree_map_only(Tensor, primal_of, kwargs))
+        if func == REQUIRES_GRAD:
+            return func(*args) or has_tangent(args[0])
         if func in (Tensor.register_hook, Tensor.retain_grad):
-            return kernels.no_backward()
-        if func is torch._weight_norm:
-            return kernels.weight_norm(*args, **kwargs)
-        if func is F.embedding and kwargs.get("padding_idx") is not None and kwargs.get("max_norm") is None:
-            return kernels.embedding(args[1], args[0], kwargs["padding_idx"] % len(args[1]))
-        return func(*args, **kwargs)
+            return no_backward()
+        args, kwargs = tree_map_only(Tensor, self.checked, (args, kwargs))
+        if func in IN_OTHERS and any(isinstance(x, Tensor) and has_tangent(x) for x in tree_leaves((args, kwargs))):
+            with self:
+                result = IN_OTHERS[func](*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        body = opened(func)
+        if body is not None:
+            with self:
+                return body(*args, **kwargs)
+        result = func(*args, **kwargs)
+        refuse_if_lost(func, args, kwargs, result, has_tangent, primal_of)
+        return result
+
+    def checked(self, x: Tensor) -> Tensor:
+        """`x`, or its dual if it is a parameter that was not asked of the model.
+
+        Raises:
+            UnsupportedOperation: it was computed from a parameter outside of this pass.
+        """
+        if isinstance(x, Dual):
+            raise UnsupportedOperation(of_earlier_pass(x))
+        if torch._C._functorch.is_functorch_wrapped_tensor(x) or not x.requires_grad:
+            return x
+        if id(x) in self._names:
+            return self._duals.get(self._names[id(x)], x.detach())
+        if is_kept(x) or (x.grad_fn is not None and self._leads_to_parameter(x.grad_fn)):
+            raise UnsupportedOperation(of_earlier_pass(x))
+        return x
+
+    def _leads_to_parameter(self, node: Any) -> bool:
+        found, todo = [], [node]
+        while todo:
+            node = todo.pop()
+            if node is None or node in self._clean:
+                continue
+            self._clean.add(node)
+            leaf = getattr(node, "variable", None)
+            if leaf is not None and (id(leaf) in self._names or is_kept(leaf)):
+                found.append(leaf)
+            todo += [following for following, _ in node.next_functions]
+        return bool(found)
 
 
-def _moves(x: Tensor) -> bool:
-    """Whether a tensor carries a tangent; those inside of a transform of torch.func cannot be asked."""
-    return not torch._C._functorch.is_functorch_wrapped_tensor(x) and fwAD.unpack_dual(x).tangent is not None
+def has_tangent(x: Tensor) -> bool:
+    """Whether a tensor carries a tangent.
+
+    Sparse tensors carry none, and those inside a transform of torch.func cannot be asked.
+    """
+    return _can_be_dual(x) and fwAD.unpack_dual(x).tangent is not None
 
 
-def _primal(x: Tensor) -> Tensor:
-    return fwAD.unpack_dual(x).primal
+def primal_of(x: Tensor) -> Tensor:
+    """The value of a tensor."""
+    if isinstance(x, Dual):
+        return x.primal
+    return fwAD.unpack_dual(x).primal if _can_be_dual(x) else x
+
+
+def _can_be_dual(x: Tensor) -> bool:
+    return x.layout == torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 class named_errors:  # noqa: N801 - a context manager used like a function
@@ -128,7 +209,7 @@ _REFUSALS = {
     "jvp function for custom autograd.Function": "a custom autograd.Function without jvp",
     "it must override the setup_context": "a custom autograd.Function without setup_context",
     "attempting to call Tensor.requires_grad_": "a derivative in an input of its own",
-    "Cannot access data pointer of Tensor": "an operation that reads memory itself, as those on packed sequences do",
+    "Cannot access data pointer of Tensor": "an operation that reads memory itself",
 }
 """{part of what PyTorch says: the operation}."""
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fgtrain.errors import LossError
+from fgtrain.forward_ad.kept import Attributes
 from fgtrain.parameters import ParameterSlots, slots_of
 from fgtrain.random import random_state, set_random_state
 
@@ -47,6 +48,10 @@ class NotIntercepted(Exception):
     """The pass does something an engine cannot follow; a slower one can."""
 
 
+class WritesIntoPlain(NotIntercepted):
+    """The pass writes a dual into a tensor that had no tangent; prepared for that, it can be followed."""
+
+
 class TakenDown(TorchDispatchMode):
     """Counts how often random numbers are drawn while a pass is taken down, not run: that cannot be rewound."""
 
@@ -61,13 +66,10 @@ class RandomState:
     """PyTorch's global random state, on the CPU and on those of `devices` that have their own."""
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
-        self._draws = TakenDown.draws
         self._cpu = torch.get_rng_state()
         self._cuda = {device: torch.cuda.get_rng_state(device) for device in devices if device.type == "cuda"}
 
     def restore(self) -> None:
-        if TakenDown.draws != self._draws:
-            raise NotIntercepted("random numbers that every direction must see again")
         torch.set_rng_state(self._cpu)
         for device, state in self._cuda.items():
             torch.cuda.set_rng_state(state, device)
@@ -81,27 +83,43 @@ class Buffers:
         self._values = [b.clone() for _, buffers in self._buffers for b in buffers.values() if b is not None]
 
     def restore(self) -> None:
+        """Put the values back; by `.data`, so that it does not count as a change to what the buffer was used for."""
         values = iter(self._values)
         for held, buffers in self._buffers:
             held.update(buffers)
             for buffer in buffers.values():
                 if buffer is not None:
-                    buffer.copy_(next(values))
+                    buffer.data.copy_(next(values))
+
+
+class LightPass:
+    """Lets a model run again, as `RepeatedPass` but for its attributes and the random numbers of NumPy and Python."""
+
+    def __init__(self, slots: ParameterSlots) -> None:
+        self._buffers = Buffers(slots)
+        self._random_state = RandomState({p.device for p in slots.params.values()})
+
+    def rewind(self) -> None:
+        self._buffers.restore()
+        self._random_state.restore()
 
 
 class RepeatedPass:
     """Lets a model run several times and leave the trace of one run.
 
-    Each `rewind` puts buffers (BatchNorm statistics) and the random state (Dropout masks) back to where they stood at
-    construction, so that every pass sees the same function and the last one leaves them as one plain forward would.
+    Each `rewind` puts buffers (BatchNorm statistics), the modules' other attributes and the random state (Dropout
+    masks) back to where they stood at construction, so that every pass sees the same function and the last one leaves
+    them as one plain forward would.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._buffers = Buffers(slots_of(model))
+        self._attributes = Attributes(model)
         self._random_state = random_state()
 
     def rewind(self) -> None:
+        self._attributes.restore()
         self._buffers.restore()
         self.rewind_random_state()
 

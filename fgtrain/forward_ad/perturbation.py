@@ -17,8 +17,8 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 from fgtrain.errors import UnsupportedOperation
-from fgtrain.forward_ad.dual import Dual, call, primal_of, tangent_of
-from fgtrain.forward_ad.fallbacks import only_reads
+from fgtrain.forward_ad.dropped import only_reads
+from fgtrain.forward_ad.dual import Dual, call, primal_of, tangent_of, widen
 from fgtrain.random import fold_in
 from fgtrain.tangents import Rademacher
 
@@ -219,6 +219,9 @@ class PerturbedPass:
             )
         if any(call.name == name for call in self.calls):
             raise UnsupportedOperation(f"{layer}, the last layer, is called twice; {WITHOUT_HEAD}")
+        widen(
+            self.num_tangents + primal.shape[1]
+        )  # what was made before the last layer and meets its output moves along
         units = torch.eye(primal.shape[1], dtype=primal.dtype, device=primal.device)
         return torch.cat([tangent, units.unsqueeze(1).expand(-1, len(primal), -1)])
 

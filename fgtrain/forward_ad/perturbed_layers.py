@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.forward_ad import stacked
-from fgtrain.forward_ad.passes import NotIntercepted, RepeatedPass
+from fgtrain.forward_ad.passes import NotIntercepted, RepeatedPass, WritesIntoPlain
 from fgtrain.forward_ad.perturbation import LayerNoise, PerturbedPass, UsedElsewhere
 from fgtrain.parameters import ParameterSlots, slots_of
 
@@ -53,6 +53,8 @@ def _find_layers(model: nn.Module, loss_fn: Callable[[Any], Tensor], slots: Para
         except UsedElsewhere as use:
             del biases[use.name]
             continue
+        except WritesIntoPlain:
+            continue
         finally:
             before.rewind()
         used = [call.name for call in trial.calls]
@@ -79,15 +81,18 @@ def _candidates(model: nn.Module, slots: ParameterSlots) -> dict[str, str | None
 
 
 def run_perturbed(
-    model: nn.Module, loss_fn: Callable[[Any], Tensor], tangents: Mapping[str, Any]
+    model: nn.Module, loss_fn: Callable[[Any], Tensor], tangents: Mapping[str, Any], *, follows: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """Losses and derivatives of a pass with noise.
+    """Losses and derivatives of a pass with noise; `follows` is False if its layers give no tangents.
 
     Raises:
         UnsupportedOperation: the pass leaves the engine.
+        WritesIntoPlain: it does for the first time.
     """
     try:
-        return stacked.evaluate(model, loss_fn, tangents)
+        return stacked.evaluate(model, loss_fn, tangents, follows=follows)
+    except WritesIntoPlain:
+        raise
     except NotIntercepted as reason:
         raise UnsupportedOperation(
             f"activity perturbation cannot follow this model: {reason}; use method=fwdgrad"

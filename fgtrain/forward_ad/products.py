@@ -1,4 +1,4 @@
-"""Rules for linear layers and convolutions, where the stack of K directions pays most.
+"""Rules for linear layers, embeddings and convolutions, where the stack of K directions pays most.
 
 Shapes: K directions, B or N examples, C channels, r the rank of a low-rank tangent. A layer linear in its input treats
 the K tangents as K times as many examples. A low-rank tangent V = sum_a u_a z_a^T of a weight costs a thin product:
@@ -106,6 +106,24 @@ def _of_weight(rows: Tensor, weight: Dual, bias: Tensor | None) -> Tensor:
     right = right.to(left.dtype)
     product = torch.bmm(left, right) if bias is None else torch.baddbmm(bias.unsqueeze(1).to(left.dtype), left, right)
     return product.flatten(0, 1)
+
+
+@register("embedding")
+def _embedding(
+    weight: Any, indices: Tensor, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False
+) -> Any:
+    if not isinstance(weight, Dual):
+        return NotImplemented
+    primal = torch.embedding(primal_of(weight), indices)
+    tangent = weight.tangent
+    if isinstance(tangent, LowRankTangent):
+        left, right = tangent.factors
+        moved = torch.einsum("k...a,kan->k...n", left.mT[:, indices], right)
+    else:
+        moved = tangent_of(weight)[:, indices]
+    if padding_idx >= 0:  # the padding row is not trained
+        moved = moved.masked_fill((indices == padding_idx).unsqueeze(-1), 0)
+    return dual(primal, moved)
 
 
 @register("conv1d conv2d conv3d")

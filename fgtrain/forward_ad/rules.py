@@ -4,6 +4,7 @@ Each family knows one way to push (K, *shape) tangents through a function, whate
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from fgtrain.directions import LowRankTangent
-from fgtrain.forward_ad.dual import COMPOSITES, RULES, Dual, Rule, dual, per_direction, primal_of, tangent_of
+from fgtrain.forward_ad.dual import RULES, Dual, Rule, dual, laid_out, per_direction, primal_of, tangent_of
 
 _OWNERS = (torch, torch.Tensor, torch._C._nn)  # torch.nn.functional's own are written in Python and opened
 
@@ -28,16 +29,6 @@ def register(names: str) -> Callable[[Rule], Rule]:
     return decorate
 
 
-def register_composite(names: str) -> Callable[[Rule], Rule]:
-    """Make the decorated function stand for every function of PyTorch with one of these names."""
-
-    def decorate(rule: Rule) -> Rule:
-        COMPOSITES.update(dict.fromkeys(_functions(names), rule))
-        return rule
-
-    return decorate
-
-
 def _register_family(names: str, family: Callable[[Any], Rule]) -> None:
     RULES.update({func: family(func) for func in _functions(names)})
 
@@ -46,48 +37,68 @@ def _functions(names: str) -> Iterator[Any]:
     return (getattr(owner, name) for name in names.split() for owner in _OWNERS if hasattr(owner, name))
 
 
-# --- linear in all their dual arguments together ------------------------------------------------------------------
+# --- linear in the first argument ---------------------------------------------------------------------------------
 
 
 def linear(func: Any, of_tangents: Any = None) -> Rule:
-    """f(v_1, .., v_K): the function itself, or the one named for it, applied to the tangents."""
+    """f(v_1, .., v_K) for an f that is linear in its first argument, a tensor or a list of tensors.
+
+    All other arguments choose (an index, a mask, a size, a tensor whose shape or dtype counts): their values are used.
+
+    Args:
+        func: the function.
+        of_tangents: what is applied to the tangents, if not the function itself.
+    """
     of_tangents = of_tangents or func
 
     def rule(*args: Any, **kwargs: Any) -> Any:
-        leaves, spec = tree_flatten((args, kwargs))
-        sources = [leaf for leaf in leaves if isinstance(leaf, Dual)]
-        values = [primal_of(leaf) for leaf in leaves]
-        positional, keywords = tree_unflatten(values, spec)
-        primal = func(*positional, **keywords)
-        is_dual = [isinstance(leaf, Dual) for leaf in leaves]
-        constant = [None if dual else _derivative_of_constant(v) for v, dual in zip(values, is_dual, strict=True)]
+        if not args:
+            args = (kwargs.pop(next(name for name in ("input", "tensors") if name in kwargs)),)
+        first, *rest = args
+        rest = [x.primal if isinstance(x, Dual) else x for x in rest]
+        if kwargs:
+            kwargs = {name: x.primal if isinstance(x, Dual) else x for name, x in kwargs.items()}
+        if isinstance(first, Tensor):
+            primal = func(primal_of(first), *rest, **kwargs)
+            if not isinstance(first, Dual):
+                return primal
+            return _zip_duals(primal, map_directions(lambda v: of_tangents(v, *rest, **kwargs), [first]), [first])
+        sources = [x for x in first if isinstance(x, Dual)]
+        primals = [primal_of(x) for x in first]
+        primal = func(primals, *rest, **kwargs)
+        if not sources:
+            return primal
+        moves = [isinstance(x, Dual) for x in first]
+        still = [None if move else torch.zeros_like(x) for move, x in zip(moves, primals, strict=True)]
 
         def along(*tangents: Tensor) -> Any:
             moving = iter(tangents)
-            moved = [next(moving) if dual else c for dual, c in zip(is_dual, constant, strict=True)]
-            positional, keywords = tree_unflatten(moved, spec)
-            return of_tangents(*positional, **keywords)
+            return of_tangents(
+                [next(moving) if move else zero for move, zero in zip(moves, still, strict=True)], *rest, **kwargs
+            )
 
-        return _zip_duals(primal, _map_directions(along, sources), sources)
+        return _zip_duals(primal, map_directions(along, sources), sources)
 
     return rule
 
 
-def _derivative_of_constant(value: Any) -> Any:
-    """Tensors that are values have the derivative 0; masks, indices and sizes choose, and stay."""
-    return torch.zeros_like(value) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-
-def _map_directions(along: Any, sources: list[Dual]) -> Any:
-    """along(v_1, v_2, ..) for every direction; views stay views."""
+def map_directions(along: Any, sources: list[Dual]) -> Any:
+    """along(v_1, v_2, ..) for every direction, the results stacked; views stay views."""
     tangents = [tangent_of(source) for source in sources]
-    if tangents[0].shape[0] == 1:
+    num = tangents[0].shape[0]
+    if num == 1:
         return tree_map(lambda out: out.unsqueeze(0), along(*(t[0] for t in tangents)))
-    return torch.vmap(along)(*tangents)
+    try:
+        return torch.vmap(along)(*tangents)
+    except RuntimeError:  # vmap knows only a part of what PyTorch can do
+        results = [along(*(t[k] for t in tangents)) for k in range(num)]
+        return tree_map(lambda *outs: torch.stack(outs), *results)
 
 
 def _zip_duals(primals: Any, tangents: Any, sources: list[Dual]) -> Any:
     """One dual per output."""
+    if isinstance(primals, Tensor):
+        return dual(primals, tangents, *sources)
     values, spec = tree_flatten(primals)
     moved, _ = tree_flatten(tangents)
     return tree_unflatten([dual(p, t, *sources) for p, t in zip(values, moved, strict=True)], spec)
@@ -97,7 +108,7 @@ _register_family(
     """
     reshape flatten unflatten permute transpose swapaxes swapdims movedim t unsqueeze squeeze expand expand_as
     reshape_as ravel
-    contiguous clone narrow select unbind chunk split split_with_sizes tensor_split flip roll rot90 repeat tile
+    contiguous clone narrow select unbind chunk split split_with_sizes tensor_split flip rot90 repeat tile
     repeat_interleave broadcast_to index_select gather take take_along_dim masked_select diagonal diag diag_embed tril
     triu unfold fold __getitem__ cat concat stack hstack vstack dstack sum mean cumsum trace neg
     pixel_shuffle pixel_unshuffle channel_shuffle to float double half bfloat16 type
@@ -105,6 +116,17 @@ _register_family(
     """,
     linear,
 )
+
+
+@register("roll")
+def _roll(x: Dual, *args: Any, **kwargs: Any) -> Any:
+    if x.dim() == 0:  # over which vmap rolls the directions
+        return x
+    return _ROLL(x, *args, **kwargs)
+
+
+_ROLL = linear(torch.roll)
+RULES[torch.constant_pad_nd] = linear(torch.constant_pad_nd, lambda v, pad, *_: torch.constant_pad_nd(v, pad))
 RULES[torch.Tensor.view] = linear(torch.Tensor.view, torch.Tensor.reshape)  # tangents may be laid out otherwise
 RULES[torch.Tensor.view_as] = linear(torch.Tensor.view_as, torch.Tensor.reshape_as)
 for _name in ("T", "mT"):
@@ -136,27 +158,45 @@ _register_family(
 )
 
 
+@register("grid_sampler grid_sampler_2d grid_sampler_3d")
+def _grid_sampler(x: Any, grid: Any, *options: Any) -> Any:
+    """At places that stay it is linear in the image: K directions are K times as many channels."""
+    if isinstance(grid, Dual):
+        return NotImplemented
+    primal, tangent = primal_of(x), tangent_of(x)
+    moved = torch.grid_sampler(tangent.transpose(0, 1).flatten(1, 2), grid, *options)  # (N, K C, ..)
+    return dual(torch.grid_sampler(primal, grid, *options), moved.unflatten(1, (len(tangent), -1)).transpose(0, 1))
+
+
 @register("masked_fill")
 def _masked_fill(x: Any, mask: Tensor, value: Any) -> Any:
     if isinstance(value, Tensor) or not isinstance(x, Dual):
         return NotImplemented
-    primal, tangent = primal_of(x), tangent_of(x)
-    return dual(primal.masked_fill(mask, value), tangent.masked_fill(aligned(mask[None], primal.dim()), 0))
+    primal = torch.masked_fill(primal_of(x), mask, value)
+    return dual(primal, torch.masked_fill(aligned(tangent_of(x), primal.dim()), mask, 0))
 
 
-@register("where")
-def _where(condition: Tensor, x: Any, y: Any) -> Any:
+def _where(condition: Any, x: Any, y: Any) -> Any:
+    condition = primal_of(condition)
     primal = torch.where(condition, primal_of(x), primal_of(y))
     xt, yt = (0 if t is None else aligned(t, primal.dim()) for t in (tangent_of(x), tangent_of(y)))
     return dual(primal, torch.where(condition, xt, yt))
 
 
-@register("pad constant_pad_nd")
+def _where_method(x: Any, condition: Any, y: Any) -> Any:
+    return _where(condition, x, y)
+
+
+RULES[torch.where] = _where
+RULES[torch.Tensor.where] = _where_method
+
+
+@register("pad")
 def _pad(x: Any, pad: Any, mode: str = "constant", value: float | None = None) -> Any:
     def along(tangent: Tensor) -> Tensor:
         return F.pad(tangent, pad, mode)
 
-    return dual(F.pad(primal_of(x), pad, mode, value), _map_directions(along, [x]))
+    return dual(F.pad(primal_of(x), pad, mode, value), map_directions(along, [x]))
 
 
 # --- linear in each dual argument by itself -----------------------------------------------------------------------
@@ -177,7 +217,7 @@ def multilinear(func: Any) -> Rule:
                     positional, keywords = tree_unflatten([*values[:i], tangent, *values[i + 1 :]], spec)
                     return func(*positional, **keywords)
 
-                term = _map_directions(along, [leaf])
+                term = map_directions(along, [leaf])
                 total = term if total is None else total + term
         return dual(primal, total)
 
@@ -201,7 +241,7 @@ def elementwise(func: Any) -> Rule:
         if x.is_complex():  # |z| has no derivative to multiply with
             return NotImplemented
         with fwAD.dual_level():
-            primal = primal_of(x)
+            primal = laid_out(primal_of(x))
             positional, keywords = tree_unflatten([fwAD.make_dual(primal, torch.ones_like(primal)), *others], spec)
             value, slope = fwAD.unpack_dual(func(*positional, **keywords))
         return dual(value, None if slope is None else tangent_of(x) * slope)
@@ -286,9 +326,11 @@ def _div(x: Any, y: Any, *, rounding_mode: str | None = None) -> Any:
 _PER_DIRECTION_MATMUL = per_direction(torch.matmul)
 
 
-@register("matmul __matmul__ __rmatmul__ mm bmm")
+@register("matmul __matmul__ mm bmm spmm")
 def _matmul(x: Any, y: Any) -> Any:
     px, py = primal_of(x), primal_of(y)
+    if px.layout != torch.strided or py.layout != torch.strided:
+        return _with_sparse(torch.matmul, x, y)
     if px.dim() < 2 or py.dim() < 2:
         return _PER_DIRECTION_MATMUL(x, y)
     primal = torch.matmul(px, py)
@@ -299,6 +341,27 @@ def _matmul(x: Any, y: Any) -> Any:
         term = _times_matrix(px, y, primal.dim())
         total = term if total is None else total + term
     return dual(primal, total)
+
+
+RULES[torch.Tensor.__rmatmul__] = lambda y, x: _matmul(x, y)
+
+
+def _with_sparse(func: Any, x: Any, y: Any, *options: Any) -> Any:
+    """One of two matrices is sparse and a constant: K directions are K times as many columns or rows of the other."""
+    px, py = primal_of(x), primal_of(y)
+    if px.dim() != 2 or py.dim() != 2 or options:
+        return NotImplemented
+    primal = func(px, py)
+    if isinstance(y, Dual):
+        tangent = tangent_of(y)
+        moved = func(px, tangent.transpose(0, 1).flatten(1)).unflatten(1, (len(tangent), py.shape[1])).transpose(0, 1)
+    else:
+        tangent = tangent_of(x)
+        moved = func(tangent.flatten(0, 1), py).unflatten(0, (len(tangent), px.shape[0]))
+    return dual(primal, moved)
+
+
+RULES[torch.sparse.mm] = partial(_with_sparse, torch.sparse.mm)
 
 
 def _times_matrix(x: Tensor, y: Dual, ndim: int) -> Tensor:

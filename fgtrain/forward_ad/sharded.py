@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fgtrain.directions import LowRankTangent, Tangent
 from fgtrain.errors import LossError, UnsupportedOperation
-from fgtrain.forward_ad.dual import Dual, primal_of, tangent_of
+from fgtrain.forward_ad.dual import Dual, primal_of, running_pass, tangent_of
 from fgtrain.forward_ad.native import NO_TANGENT, eager_functions, named_errors
 from fgtrain.forward_ad.passes import NotIntercepted, check_losses
 from fgtrain.sharding import is_sharded
@@ -32,11 +32,12 @@ def jvp(model: nn.Module, loss_fn: Callable[[Any], Tensor], tangents: Mapping[st
                 "rank; use tangents=low_rank"
             )
     try:
-        with named_errors(model), eager_functions(), _DualsInForward(model, tangents), torch.enable_grad():
-            found = loss_fn(model)
+        with running_pass(), named_errors(model), eager_functions():
+            with _DualsInForward(model, tangents), torch.enable_grad():
+                found = loss_fn(model)
+            values, derivatives = check_losses(primal_of(found)), tangent_of(found)
     except NotIntercepted as reason:
         raise UnsupportedOperation(f"sharded parameters need the stacked engine, which stops here: {reason}") from None
-    values, derivatives = check_losses(primal_of(found)), tangent_of(found)
     if derivatives is None:
         raise LossError(NO_TANGENT)
     return values, derivatives

@@ -1,8 +1,10 @@
 """The fast engine: one pass of stacked dual numbers for the value and all K directions."""
 
+import sys
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -10,12 +12,15 @@ from torch import Tensor, nn
 import fgtrain.forward_ad.layers
 import fgtrain.forward_ad.losses
 import fgtrain.forward_ad.products
-import fgtrain.forward_ad.sequence  # noqa: F401 - these four register their rules
+import fgtrain.forward_ad.sampling
+import fgtrain.forward_ad.sequence  # noqa: F401 - these five register their rules and bodies
 from fgtrain.directions import Tangent
 from fgtrain.errors import LossError
-from fgtrain.forward_ad.dual import Dual, primal_of, tangent_of
+from fgtrain.forward_ad.adopted import Adopting
+from fgtrain.forward_ad.dual import Dual, primal_of, running_pass, tangent_of
+from fgtrain.forward_ad.kept import marked, release
 from fgtrain.forward_ad.native import NO_TANGENT, eager_functions, named_errors
-from fgtrain.forward_ad.passes import check_losses
+from fgtrain.forward_ad.passes import WritesIntoPlain, check_losses
 from fgtrain.parameters import ParameterSlots, slots_of
 
 
@@ -23,6 +28,7 @@ def jvp(model: nn.Module, loss_fn: Callable[[Any], Tensor], tangents: Mapping[st
     """Losses (B,) or () and their derivatives (K, B) or (K,), as `fgtrain.forward_ad.jvp`.
 
     Raises:
+        WritesIntoPlain: the model does, which is known from here on: the next pass follows it.
         NotIntercepted: the model does what stacked duals cannot follow.
     """
     values, derivatives = evaluate(model, loss_fn, tangents)
@@ -32,20 +38,55 @@ def jvp(model: nn.Module, loss_fn: Callable[[Any], Tensor], tangents: Mapping[st
 
 
 def evaluate(
-    model: nn.Module, loss_fn: Callable[[Any], Tensor], tangents: Mapping[str, Any]
+    model: nn.Module, loss_fn: Callable[[Any], Tensor], tangents: Mapping[str, Any], *, follows: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """As `jvp`; None for the derivatives where the loss carries none."""
+    """As `jvp`; None for the derivatives where the loss carries none.
+
+    Args:
+        model: as in `jvp`.
+        loss_fn: as in `jvp`.
+        tangents: as in `jvp`, or what a rule knows to do something with.
+        follows: as in `running_pass`.
+    """
     slots = slots_of(model)
-    duals = _parameter_duals(slots, tangents)
-    try:
-        with named_errors(model), eager_functions(), slots.exchanged(duals), torch.enable_grad():
-            # Gradients are enabled so that a custom autograd.Function leaves its mark, see `primal_of`.
-            found = loss_fn(model)
-        with torch._C.DisableTorchFunctionSubclass():
-            return check_losses(primal_of(found)), tangent_of(found)
-    finally:
-        for dual in duals.values():
-            dual.tangent = None  # the duals are kept, the directions are not
+    adopting = Adopting() if slots in _writing else None
+    with running_pass(follows=follows, adopting=adopting) as running:
+        duals = _parameter_duals(slots, tangents)
+        references = sys.getrefcount(running)
+        try:
+            with (
+                named_errors(model),
+                eager_functions(),
+                slots.exchanged(duals),
+                torch.enable_grad(),  # so that a custom autograd.Function leaves its mark, see `primal_of`
+                adopting or nullcontext(),
+            ):
+                found = loss_fn(model)
+            found = found if adopting is None else adopting.dual_of(found)
+            with torch._C.DisableTorchFunctionSubclass():
+                losses, derivatives = check_losses(primal_of(found)), tangent_of(found)
+            del found
+        except WritesIntoPlain:
+            _writing.add(slots)
+            raise
+        finally:
+            if sys.getrefcount(running) > references:  # duals of this pass live on
+                _release(model, slots, duals)
+            for dual in duals.values():
+                dual.tangent = None  # the duals are kept, the directions are not
+    return losses, derivatives
+
+
+def _release(model: nn.Module, slots: ParameterSlots, duals: Mapping[str, Dual]) -> None:
+    """The model keeps no dual: its parameters for theirs, marked values for others."""
+    names = {id(dual): name for name, dual in duals.items()}
+
+    def value_of(x: Tensor) -> Tensor | None:
+        if not isinstance(x, Dual):
+            return None
+        return slots.params[names[id(x)]] if id(x) in names else marked(x.primal)
+
+    release(model, value_of)
 
 
 def _parameter_duals(slots: ParameterSlots, tangents: Mapping[str, Any]) -> dict[str, Dual]:
@@ -55,8 +96,11 @@ def _parameter_duals(slots: ParameterSlots, tangents: Mapping[str, Any]) -> dict
         p, dual = slots.params[name], kept.get(name)
         if dual is None or dual.primal.data_ptr() != p.data_ptr():
             kept[name] = dual = Dual(p.detach(), tangent)
-        dual.tangent, dual.aliased = tangent, False
+        dual.renew(tangent)
     return {name: kept[name] for name in tangents}
 
+
+_writing: WeakSet[ParameterSlots] = WeakSet()
+"""Of models that write duals into plain tensors."""
 
 _duals: WeakKeyDictionary[ParameterSlots, dict[str, Dual]] = WeakKeyDictionary()

@@ -8,16 +8,36 @@ right. tests/test_second_order.py holds every one of them to backpropagation twi
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+import fgtrain.forward_ad.sampling
+import fgtrain.forward_ad.sequence  # noqa: F401 - these two register their bodies
+from fgtrain.forward_ad.opened import opened
+from fgtrain.forward_ad.written_out import IN_OTHERS
+
 
 class WrittenOut(TorchFunctionMode):
-    """A context in which these functions run as elementary operations. Running statistics are not updated."""
+    """A context in which functions without a right second derivative run as elementary operations.
+
+    Running statistics are not updated.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return _WRITTEN_OUT.get(func, func)(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in _FIRST_ORDER:
+            raise NotImplementedError(f"forward AD with {func.__name__} that is right for first derivatives alone")
+        if func in _WRITTEN_OUT:
+            return _WRITTEN_OUT[func](*args, **kwargs)
+        for body in (IN_OTHERS.get(func), opened(func)):
+            if body is not None:
+                with self:
+                    result = body(*args, **kwargs)
+                if result is not NotImplemented:
+                    return result
+        return func(*args, **kwargs)
 
 
 def _normalized(x: Tensor, dims: Sequence[int], eps: float) -> Tensor:
@@ -78,6 +98,8 @@ def _instance_norm(
         return _batch_norm(x, running_mean, running_var, weight, bias, eps=eps)
     return _affine(_normalized(x, range(2, x.dim()), eps), _per_channel(weight, x), _per_channel(bias, x))
 
+
+_FIRST_ORDER = {torch.scatter_reduce, torch.Tensor.scatter_reduce}
 
 _WRITTEN_OUT = {
     F.layer_norm: _layer_norm,

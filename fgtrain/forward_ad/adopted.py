@@ -1,0 +1,46 @@
+"""Plain tensors that duals are written into: from then on they, and all that share their memory, are duals.
+
+`out = torch.zeros(n, d); out.index_add_(0, index, h)` makes a tensor that moves of one that did not, and Python still
+holds the plain one. A mode looks at every call of the pass for it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+from fgtrain.forward_ad.dual import Dual, is_differentiable
+
+
+class Adopting(TorchFunctionMode):
+    """A mode in which adopted tensors are taken for duals."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._tangents: dict[int, tuple[Tensor, Tensor]] = {}  # {memory: (a tensor that keeps it, its tangents)}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if self._tangents:
+            args, kwargs = tree_map_only(Tensor, self.dual_of, (args, kwargs))
+        return func(*args, **kwargs)
+
+    def adopt(self, x: Tensor, num_directions: int) -> Dual:
+        """The dual that `x`, a plain tensor of real or complex numbers, is from here on; its tangents are 0."""
+        memory = x.untyped_storage()
+        if memory._cdata not in self._tangents:
+            size = memory.nbytes() // x.element_size()
+            self._tangents[memory._cdata] = (x, x.new_zeros(num_directions, size))
+        return self.dual_of(x)
+
+    def dual_of(self, x: Any) -> Any:
+        """`x`, or its dual if its memory is adopted."""
+        if isinstance(x, Dual) or not is_differentiable(x) or x.layout != torch.strided:
+            return x
+        _, tangents = self._tangents.get(x.untyped_storage()._cdata, (None, None))
+        if tangents is None:
+            return x
+        num, size = tangents.shape
+        return Dual(x, tangents.as_strided((num, *x.shape), (size, *x.stride()), x.storage_offset()))

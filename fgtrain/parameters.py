@@ -40,8 +40,18 @@ class ParameterSlots:
         ]
         self._fingerprint = self._take_fingerprint()
 
-    def _take_fingerprint(self) -> list[int]:
-        return [id(part) for held, children in self._parts for parts in (held, children) for part in parts.values()]
+    def _take_fingerprint(self) -> list[str | int]:
+        """What is where: taken at every step, so names and ids in one flat list."""
+        found: list[str | int] = []
+        for held, children in self._parts:
+            if held:
+                found += held
+                found += map(id, held.values())
+            if children:
+                found += children
+                # A module is known by its dictionary, which is kept here: the id of one that is gone may come again.
+                found += [id(child if child is None else child._parameters) for child in children.values()]
+        return found
 
     def is_current(self) -> bool:
         """Whether the model still has the same parameters in the same places."""

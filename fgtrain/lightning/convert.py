@@ -39,8 +39,9 @@ def convert(
     they always do, and with `Backprop()` the weights are those of plain Lightning, bit for bit.
 
     `training_step` is called as the loss function: once per batch by most estimators, several times by those that
-    compare losses. `self.log` and torchmetrics inside it count once; what it logs is the value, without the derivative
-    it may carry. It must return a loss (or a dict with "loss", or None to skip the batch) and never call `.backward()`.
+    compare losses. What it logs counts once, and so do torchmetrics, attributes it sets and what it appends to lists of
+    the module; all of these keep values, without the derivatives they may carry. A metric may be the loss. It must
+    return a loss (or a dict with "loss", or None to skip the batch) and never call `.backward()`.
     A batch whose loss, derivative or gradient is not finite is skipped, as if training_step had returned None, and too
     many in a row end the run, see `Divergence`. Several optimizers, which Lightning refuses under automatic
     optimization, all step on the same gradient.
@@ -61,6 +62,12 @@ def convert(
     """
     if isinstance(module, OptimizedModule):
         raise ConfigError("convert takes the module as it was written; compile what it returns")
+    if any(base.__module__.startswith("pytorch_lightning.") for base in type(module).__mro__):
+        raise ConfigError(
+            f"{type(module).__name__} is a LightningModule of pytorch_lightning, and convert takes those of "
+            "lightning.pytorch; write `import lightning.pytorch as pl` where it says `import pytorch_lightning as pl`, "
+            "for the Trainer and callbacks too"
+        )
     if not isinstance(module, L.LightningModule):
         raise ConfigError(
             f"convert takes a LightningModule, got a {type(module).__name__}; in a training loop of your own, call the "

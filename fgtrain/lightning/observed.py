@@ -1,6 +1,6 @@
 """A user's training_step as a loss function: however often it is run, what it logs and measures counts once."""
 
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from torchmetrics import Metric
+from torchmetrics.wrappers.abstract import WrapperMetric
 
 from fgtrain.distributed import Ranks, TangentsOver
 from fgtrain.errors import LossError
@@ -53,7 +54,7 @@ class ObservedStep:
         self.user_step = user_step
         self.divergence = divergence or Divergence()
         self._grads: dict[str, Tensor] = {}
-        self._logs: list[tuple[str, Any, tuple[Any, ...], dict[str, Any]]] = []
+        self._logs: list[_Log] = []
         self._running = False
 
     def run(
@@ -67,9 +68,9 @@ class ObservedStep:
 
         None, which skips the batch, if the user's does or the estimate is not sound.
         """
-        found, output = self._observe(module, args, estimate, _metrics_of(module))
-        for name, value, positional, keywords in self._logs:
-            module.log(name, value, *positional, **keywords)
+        found, output = self._observe(module, args, estimate, self._keep(module))
+        for log in self._logs:
+            log.replay(module)
         self._logs.clear()
         if found is None or not is_sound(found):
             return None
@@ -81,20 +82,19 @@ class ObservedStep:
 
     def look(self, module: Any, args: tuple[Any, ...], estimate: Callable[[LossFn], Estimate]) -> Estimate | None:
         """The estimate alone: nothing is logged, and metrics stay as they were; None where training_step skips."""
-        metrics = _metrics_of(module)
+        kept = self._keep(module)
         try:
-            return self._observe(module, args, estimate, metrics)[0]
+            return self._observe(module, args, estimate, kept)[0]
         finally:
             self._logs.clear()
-            for metric in metrics:
-                metric.restore()
+            kept.restore()
 
     def _observe(
         self,
         module: Any,
         args: tuple[Any, ...],
         estimate: Callable[[LossFn], Estimate],
-        metrics: "list[_MetricState]",
+        kept: "_Kept",
     ) -> tuple[Estimate | None, Any]:
         """An estimate, None if the batch is skipped, and what training_step returned."""
         output: Any = None
@@ -102,9 +102,8 @@ class ObservedStep:
         def loss_fn(model: nn.Module) -> Tensor:
             nonlocal output
             self._logs.clear()
-            for metric in metrics:
-                metric.restore()
-            with _backward_refused(), _values_only(metrics):
+            kept.restore()
+            with _backward_refused(), kept.metrics_noticed():
                 output = self.user_step(module, *args)
             return _loss_of(output)
 
@@ -115,7 +114,11 @@ class ObservedStep:
             pass
         finally:
             self._running = False
+            kept.drop_tangents()
         return found, output
+
+    def _keep(self, module: Any) -> "_Kept":
+        return _Kept(module, is_compiled=hasattr(self.user_step, "_torchdynamo_orig_callable"))
 
     def take_grads(self) -> dict[str, Tensor]:
         """The gradients of the last batch, once."""
@@ -125,8 +128,32 @@ class ObservedStep:
     def keep_log(self, name: str, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Take a value to log while the loss function runs; False at any other time."""
         if self._running:
-            self._logs.append((name, without_tangents(value), args, kwargs))
+            self._logs.append(_Log(name, without_tangents(value), args, kwargs))
         return self._running
+
+
+class _Log:
+    """A call of `log`, to be made after the step.
+
+    Args:
+        name: of what is logged.
+        value: a number, a tensor or a metric; of a metric, its last result is logged, and that may change by then.
+        args: what follows.
+        kwargs: by name.
+    """
+
+    def __init__(self, name: str, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._call = name, value, args, kwargs
+        self._result = without_tangents(value._forward_cache) if isinstance(value, Metric) else None
+
+    def replay(self, module: Any) -> None:
+        name, value, args, kwargs = self._call
+        if not isinstance(value, Metric):
+            module.log(name, value, *args, **kwargs)
+            return
+        result, value._forward_cache = value._forward_cache, self._result
+        module.log(name, value, *args, **kwargs)
+        value._forward_cache = result
 
 
 def _loss_of(output: Any) -> Tensor:
@@ -150,41 +177,116 @@ def without_tangents(tree: Any) -> Any:
     return tree_map(value, tree)
 
 
-class _MetricState:
-    """What a torchmetric has seen so far."""
+class _Kept:
+    """What a training step changes besides the loss, to be put back: attributes of the module, its lists, metrics.
 
-    def __init__(self, metric: Metric) -> None:
-        self.metric = metric
-        self._seen = metric._copy_state_dict()
-        self._count = metric._update_count
+    Metrics are found where they are used, so they may be held anywhere, and unused ones cost nothing.
+
+    Args:
+        module: of the step.
+        is_compiled: the step is, and finds nothing: the metrics among the module's parts are taken instead.
+    """
+
+    def __init__(self, module: nn.Module, *, is_compiled: bool) -> None:
+        self._module = module
+        self._attributes = dict(vars(module))
+        self._lengths = [(x, len(x)) for x in self._attributes.values() if isinstance(x, list)]  # they grow
+        self._metrics: dict[int, tuple[Metric, dict[str, Any]]] = {}  # by id: a metric's hash is that of its state
+        for part in module.modules():
+            if isinstance(part, Metric if is_compiled else WrapperMetric):  # wrappers change before they can be noticed
+                self._notice(part)
+
+    @contextmanager
+    def metrics_noticed(self) -> Generator[None]:
+        """A context in which a metric is remembered before it changes: it drops its result or its count first."""
+        try:
+            for noticed in _NOTICED:
+                noticed.notice = self._notice
+                setattr(Metric, noticed.name, noticed)
+            yield
+        finally:
+            for noticed in _NOTICED:
+                delattr(Metric, noticed.name)
+
+    def _notice(self, metric: Metric) -> None:
+        if id(metric) not in self._metrics:
+            self._metrics[id(metric)] = metric, {name: _copied(value) for name, value in _attributes_of(metric)}
 
     def restore(self) -> None:
-        if self.metric._update_count != self._count:
-            for name, value in self._seen.items():
-                setattr(self.metric, name, value.clone() if isinstance(value, Tensor) else list(value))
-            self.metric._update_count = self._count
-            self.metric._computed = None
+        """Put everything back to where it was before the step."""
+        kept = vars(self._module)
+        for name in kept.keys() - self._attributes.keys():
+            del kept[name]
+        kept.update(self._attributes)
+        for x, length in self._lengths:
+            del x[length:]
+        for metric, before in self._metrics.values():
+            for name, _ in _attributes_of(metric):
+                del vars(metric)[name]
+            vars(metric).update({name: _copied(value) for name, value in before.items()})
+
+    def drop_tangents(self) -> None:
+        """Leave values alone: a tangent or a graph would outlive its step."""
+        kept = vars(self._module)
+        for name in [name for name, value in kept.items() if value is not self._attributes.get(name)]:
+            kept[name] = _value_of(kept[name])
+        for x, length in self._lengths:
+            x[length:] = map(_value_of, x[length:])
+        for part in self._module.modules():  # a pruned layer keeps its masked weight
+            for name in [name for name, value in vars(part).items() if isinstance(value, Dual)]:
+                vars(part)[name] = _value_of(vars(part)[name])
+        for metric, _ in self._metrics.values():
+            vars(metric).update({name: _value_of(value) for name, value in _attributes_of(metric)})
 
 
-def _metrics_of(module: nn.Module) -> list[_MetricState]:
-    return [_MetricState(m) for m in module.modules() if isinstance(m, Metric)]
+class _Noticed:
+    """An attribute of metrics whose change is noticed before it is made."""
+
+    notice: Callable[[Metric], None]
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, metric: Metric, owner: type) -> Any:
+        return vars(metric)[self.name]
+
+    def __set__(self, metric: Metric, value: Any) -> None:
+        if not torch.compiler.is_compiling() and self.name in vars(metric):  # else the metric is being made
+            self.notice(metric)
+        vars(metric)[self.name] = value
 
 
-@contextmanager
-def _values_only(states: Iterable[_MetricState]) -> Generator[None]:
-    """Metrics measure values; a tangent they kept would outlive its pass."""
-    updates = [(state.metric, state.metric.update) for state in states]
+_NOTICED = (_Noticed("_computed"), _Noticed("_update_count"))  # made once: compiled code looks whether they changed
+_OF_MODULES = frozenset(vars(nn.Module()))
 
-    def on_values(update: Callable[..., None]) -> Callable[..., None]:
-        return lambda *args, **kwargs: update(*without_tangents(args), **without_tangents(kwargs))
 
-    try:
-        for metric, update in updates:
-            metric.update = on_values(update)
-        yield
-    finally:
-        for metric, update in updates:
-            metric.update = update
+def _attributes_of(metric: Metric) -> list[tuple[str, Any]]:
+    """Its states among them, but no parameters, buffers and other modules."""
+    return [(name, value) for name, value in vars(metric).items() if name not in _OF_MODULES]
+
+
+def _copied(x: Any) -> Any:
+    """As copy.deepcopy of tensors, lists and dicts; anything else is the same object."""
+    if isinstance(x, Tensor):
+        return x.clone()
+    if isinstance(x, list):
+        return [_copied(value) for value in x]
+    if type(x) is dict:
+        return {key: _copied(value) for key, value in x.items()}
+    return x
+
+
+def _value_of(x: Any) -> Any:
+    """What is kept after the step: the same lists and dicts, with values alone in them."""
+    if isinstance(x, Tensor):
+        return without_tangents(x) if isinstance(x, Dual) or x.grad_fn is not None else x
+    if isinstance(x, list):
+        x[:] = map(_value_of, x)
+    elif isinstance(x, dict):
+        x.update({key: _value_of(value) for key, value in x.items()})
+    elif isinstance(x, tuple):
+        return tree_map(_value_of, x)
+    return x
 
 
 @contextmanager

@@ -81,6 +81,23 @@ def test_reduce_sees_the_derivatives_and_shapes_the_estimate():
     torch.testing.assert_close(flat(doubled.grads), 2 * flat(plain.grads))
 
 
+def test_reduce_sees_the_exact_gradient_of_the_last_layer_too():
+    """So its derivatives and seeds alone do not make the estimate of the whole batch."""
+    estimator, seen = ForwardGradient(num_tangents=3, exact_head=True), []
+
+    def double(tensor):
+        seen.append(tensor.numel())
+        return 2 * tensor
+
+    plain, doubled = (
+        estimator(CASES[0].build(), CASES[0].loss, generator=torch.Generator().manual_seed(0), reduce=reduce).grads
+        for reduce in (None, double)
+    )
+    assert sorted(seen) == [3, 4 * 3 + 3]
+    properties.assert_is(doubled, properties.scaled(plain, 2))
+    assert not estimator.scalar_reducible
+
+
 def test_frozen_parameters_are_left_out():
     model = CASES[0].build()
     model[0].requires_grad_(False)

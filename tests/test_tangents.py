@@ -178,6 +178,16 @@ def test_dtype_is_that_of_the_parameter(dtype):
         assert dense(sample["b"]).dtype == torch.float32
 
 
+@pytest.mark.parametrize("names", ["ab", "ba"])
+def test_directions_are_drawn_in_the_widest_dtype_and_padded(names):
+    """Rows of a multiple of 16 numbers: matrix kernels want aligned addresses."""
+    params = {"a": torch.zeros(3, dtype=torch.float16), "b": torch.zeros(10, dtype=torch.float32)}
+    for law in LAWS:
+        buffer = law.sample({name: params[name] for name in names}, [0]).buffer
+        assert buffer.dtype == torch.float32
+        assert buffer.shape == (1, 16)
+
+
 def test_parameters_on_two_devices_are_refused():
     params = {"a": torch.zeros(2), "b": torch.zeros(2, device="meta")}
     with pytest.raises(ValueError, match=r"must be on one device, got cpu and meta; move the model"):

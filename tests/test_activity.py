@@ -1,6 +1,7 @@
 """Activity perturbation against backprop in float64, with variances from closed forms."""
 
 import math
+from itertools import combinations, product
 
 import pytest
 import torch
@@ -15,10 +16,11 @@ from fgtrain.forward_ad.perturbation import LayerNoise, PerturbedPass
 from fgtrain.forward_ad.perturbed_layers import run_perturbed
 from fgtrain.random import keyed_generator
 from tests import properties
+from tests.basis import Basis, complete_noise, noise_of, signs, sizes_of, walsh
 from tests.cases import CASES, IMAGES, INPUTS, LABELS, Case
 from tests.properties import estimated_grads, exact_grads, flat
 
-MLP, _, CONV, MIXING, TIED, BARE = CASES
+MLP, SCALAR, CONV, MIXING, TIED, BARE = CASES
 OPTIONS = [
     {},
     {"num_tangents": 3},
@@ -36,75 +38,138 @@ TOKENS = Case(
 )
 
 
-def relative_variance(case, noise, num_tangents):
-    """Of the estimated MLP's gradients: units a ReLU cuts off neither count nor disturb.
+def estimate_with_complete_noise(case, **options):
+    """With a direction for every number of noise of the whole batch and of the parameters of other layers."""
+    sizes = sizes_of(case)
+    estimator = ActivityPerturbation(sum(sizes), "normal", tangents=Basis(sizes.noise), **options)
+    with complete_noise(sizes):
+        return estimated_grads(estimator, case)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"exact_head": True}, {"memory": "replay"}, {"examples": "mixed"}, {"positions": "independent"}],
+    ids=str,
+)
+@pytest.mark.parametrize("case", [MLP, CONV, TOKENS], ids=lambda case: case.name)
+def test_complete_noise_gives_the_gradient(case, options):
+    properties.assert_is(estimate_with_complete_noise(case, **options), exact_grads(case))
+
+
+@pytest.mark.parametrize("memory", ["keep", "replay"])
+@pytest.mark.parametrize("case", [SCALAR, MIXING], ids=lambda case: case.name)
+def test_complete_noise_where_one_loss_sees_all_examples(case, memory):
+    options = {"examples": "mixed", "memory": memory}
+    properties.assert_is(estimate_with_complete_noise(case, **options), exact_grads(case))
+
+
+SMALL_MLP = Case(
+    "small mlp",
+    lambda: nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 2)),
+    lambda m: F.cross_entropy(m(INPUTS[:2]), LABELS[:2].clamp(max=1), reduction="none"),
+)
+SMALL_MAP = Case(
+    "small map",
+    lambda: nn.Sequential(nn.Conv2d(2, 2, 4), nn.ReLU(), nn.Flatten(), nn.Linear(18, 3)),
+    lambda m: F.cross_entropy(m(IMAGES[:2]), LABELS[:2], reduction="none"),
+)
+
+
+@pytest.mark.parametrize("options", [{"memory": "keep"}, {"memory": "replay"}, {"exact_head": True}], ids=str)
+@pytest.mark.parametrize("noise", ["balanced", "rademacher"])
+@pytest.mark.parametrize("num_tangents", [1, 3])
+@pytest.mark.parametrize("case", [SMALL_MLP, SMALL_MAP], ids=lambda case: case.name)
+def test_the_mean_over_uncorrelated_signs_is_the_gradient(case, num_tangents, noise, options):
+    """The signs are rows of a Hadamard matrix, in which the numbers of a direction are uncorrelated columns."""
+    numbers = sizes_of(case).noise * (num_tangents if noise == "rademacher" else 1)
+    rows = 2 ** (numbers - 1).bit_length()
+    model, estimator, found = case.build(), ActivityPerturbation(num_tangents, noise, **options), []
+    for row in range(rows):
+        with signs(lambda first, count, row=row: walsh(row, first % numbers, count)):
+            found.append(flat(estimator(model, case.loss).grads))
+    torch.testing.assert_close(torch.stack(found).mean(0), flat(exact_grads(case)), rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("noise", ["balanced", "rademacher", "normal"])
+def test_noise_has_the_variance_1(noise):
+    """Signs, those of a balanced direction sqrt(K) long; of normal numbers E u^4 = 3."""
+    num, output = 4, torch.zeros(500, 6, dtype=torch.float64)
+    drawn, pattern = PerturbedPass(num, seed=0, noise=noise).draw(output, -1)
+    if noise == "normal":
+        assert abs(drawn.square().mean() - 1) <= 5 * math.sqrt(2 / drawn.numel())
+        assert abs(drawn.mean()) <= 5 / math.sqrt(drawn.numel())
+        return
+    assert torch.equal(drawn.abs(), torch.ones_like(drawn))
+    assert abs(drawn.mean()) <= 5 / math.sqrt(drawn.numel())
+    if pattern is not None:
+        assert noise == "balanced"
+        owners = torch.arange(6) % num
+        assert torch.equal(pattern, torch.where(owners == torch.arange(num)[:, None], 2.0, 0.0).double())
+
+
+def test_every_layer_and_every_seed_has_noise_of_its_own():
+    """Of n products of unrelated signs the mean has the deviation 1 / sqrt(n)."""
+    output = torch.zeros(100, 50, dtype=torch.float64)
+    first = PerturbedPass(1, seed=0, noise="rademacher")
+    drawn = [first.draw(output, -1)[0] for _ in range(2)] + [PerturbedPass(1, 1, "rademacher").draw(output, -1)[0]]
+    for a, b in combinations(drawn, 2):
+        assert abs((a * b).mean()) <= 5 / math.sqrt(output.numel())
+
+
+def relative_variance(case, inputs, labels, noise, num_tangents):
+    """Of the estimated gradients of a network with one ReLU: units it cuts off neither count nor disturb.
 
     With g_i the gradient in the N_i living units of example i, E ||estimate - g_i||^2 = c_i ||g_i||^2, and a layer's
     weight and bias gradient is the mean over examples of g_i (x_i, 1)^T.
     """
     model = case.build().requires_grad_(False)
-    first = model[0](INPUTS)
+    first = model[0](inputs)
     hidden = first.clamp(min=0)
     second = model[2](hidden)
-    grad_second = second.softmax(1) - F.one_hot(LABELS, 3)
+    grad_second = second.softmax(1) - F.one_hot(labels, second.shape[1])
     grad_first = (grad_second @ model[2].weight) * (first > 0)
-    squares = [(grad_first.square(), INPUTS), (grad_second.square(), hidden)]
-    units = (first > 0).sum(1) + second.shape[1]
+    layers = [(grad_first.square(), inputs, (first > 0).sum(1)), (grad_second.square(), hidden, second.shape[1])]
     excess = {"normal": 1, "rademacher": -1}[noise]
     # Error of unit j: (N - 1) / K parts of the others' squares and its own kurtosis, summed over layers per example.
-    total = sum(square.sum(1) for square, _ in squares)
+    total = sum(square.sum(1) for square, *_ in layers)
     variance = 0.0
-    for square, x in squares:
-        width = (first > 0).sum(1) if square is squares[0][0] else torch.full_like(units, square.shape[1])
-        own = square.sum(1)
-        error = width * total + excess * own  # sum over units j of (sum_l g_l^2 + excess g_j^2)
-        variance += float((error / num_tangents * (x.square().sum(1) + 1)).sum()) / len(INPUTS) ** 2
+    for square, x, width in layers:
+        error = width * total + excess * square.sum(1)  # sum over units j of (sum_l g_l^2 + excess g_j^2)
+        variance += float((error / num_tangents * (x.square().sum(1) + 1)).sum()) / len(inputs) ** 2
     return variance / float(flat(exact_grads(case)).square().sum())
 
 
-@pytest.mark.parametrize("noise", ["normal", "rademacher"])
-def test_variance_is_the_closed_form(noise):
-    """Mean and mean square over draws are those of the formula, to five standard errors."""
-    draws, gradient = 500, flat(exact_grads(MLP))
-    estimates = many_estimates(ActivityPerturbation(2, noise), MLP, draws)
-    expected = relative_variance(MLP, noise, 2)
-    properties.assert_mean_is(gradient, estimates, expected * gradient.square().sum())
-    squares = (estimates - gradient).square().sum(1) / gradient.square().sum()
-    assert abs(squares.mean() - expected) <= 5 * squares.std() / math.sqrt(draws)
+NODES = {
+    "rademacher": ([-1.0, 1.0], [1 / 2, 1 / 2]),
+    "normal": ([-math.sqrt(3), 0.0, math.sqrt(3)], [1 / 6, 2 / 3, 1 / 6]),  # has the moments of up to the fifth order
+}
 
 
 @pytest.mark.parametrize(
-    ("options", "draws"),
-    [
-        ({"num_tangents": 16}, 320),  # balanced: more directions than channels tell no more
-        ({"num_tangents": 100, "noise": "normal"}, 60),
-        ({"num_tangents": 100, "noise": "rademacher"}, 60),
-        ({"num_tangents": 100, "noise": "rademacher", "exact_head": True}, 60),
-        ({"num_tangents": 100, "noise": "rademacher", "memory": "replay"}, 60),
-    ],
-    ids=str,
+    ("noise", "examples", "num_tangents", "width"),
+    [("rademacher", 1, 1, 3), ("rademacher", 2, 1, 2), ("rademacher", 1, 2, 2), ("normal", 1, 1, 3)],
 )
-@pytest.mark.parametrize("case", [MLP, CONV, TOKENS], ids=lambda case: case.name)
-def test_unbiased(case, options, draws):
-    assert_mean_is(ActivityPerturbation(**options), case, exact_grads(case), draws)
-
-
-def test_unbiased_where_examples_are_mixed():
-    assert_mean_is(ActivityPerturbation(200, "normal", examples="mixed"), MIXING, exact_grads(MIXING))
-
-
-def many_estimates(estimator, case, draws, seed=3):
-    model, estimates = case.build(), []
-    with torch.random.fork_rng():
-        for draw in range(draws):
-            torch.manual_seed(seed)  # of Dropout
-            estimates.append(flat(estimator(model, case.loss, generator=torch.Generator().manual_seed(draw)).grads))
-    return torch.stack(estimates)
-
-
-def assert_mean_is(estimator, case, gradient, draws=60):
-    estimates = many_estimates(estimator, case, draws)
-    properties.assert_mean_is(flat(gradient), estimates, estimates.var(0).sum())
+def test_variance_is_the_closed_form(noise, examples, num_tangents, width):
+    """Summed over every sign vector, or by a quadrature that is exact, as the error is of the fourth degree."""
+    inputs, labels = INPUTS[2 : 2 + examples], LABELS[:examples].clamp(max=1)
+    case = Case(
+        "small",
+        lambda: nn.Sequential(nn.Linear(3, width), nn.ReLU(), nn.Linear(width, 2)),
+        lambda m: F.cross_entropy(m(inputs), labels, reduction="none"),
+    )
+    size = sizes_of(case).noise
+    nodes, weights = (
+        torch.tensor(list(product(values, repeat=num_tangents * size)), dtype=torch.float64) for values in NODES[noise]
+    )
+    model, estimator = case.build(), ActivityPerturbation(num_tangents, noise)
+    g, mean, variance = flat(exact_grads(case)), 0.0, 0.0
+    for numbers, weight in zip(nodes, weights.prod(1), strict=True):
+        with noise_of(numbers.view(num_tangents, size)):
+            estimate = flat(estimator(model, case.loss).grads)
+        mean = mean + weight * estimate
+        variance += float(weight * (estimate - g).square().sum() / g.square().sum())
+    torch.testing.assert_close(mean, g, rtol=1e-10, atol=1e-13)
+    assert variance == pytest.approx(relative_variance(case, inputs, labels, noise, num_tangents), rel=1e-10)
 
 
 SEQUENCES = torch.randn(4, 4, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
@@ -141,8 +206,8 @@ def towers(model):
     ],
     ids=["T x B, T = B", "T x B", "B x T, T = B", "TB", "BT", "two towers"],
 )
-@pytest.mark.parametrize("memory", ["keep", pytest.param("replay", marks=pytest.mark.slow)])
-def test_unbiased_wherever_the_examples_are(model, steps, rows, memory):
+@pytest.mark.parametrize("memory", ["keep", "replay"])
+def test_complete_noise_wherever_the_examples_are(model, steps, rows, memory):
     inputs = SEQUENCES[:steps]
     loss = (lambda m: F.cross_entropy(m(inputs), LABELS, reduction="none")) if steps else towers
     case = Case("rows", model, loss)
@@ -153,7 +218,7 @@ def test_unbiased_wherever_the_examples_are(model, steps, rows, memory):
         losses, _ = run_perturbed(built, loss, {name: LayerNoise(name, perturbed) for name in weights})
         found = rows_of_examples(examined, perturbed.calls, losses)
     assert set(found.values()) == {rows}
-    assert_mean_is(ActivityPerturbation(200, "normal", memory=memory), case, exact_grads(case))
+    properties.assert_is(estimate_with_complete_noise(case, memory=memory), exact_grads(case))
 
 
 def test_rows_that_are_nobodys_share_one_direction():
@@ -165,7 +230,7 @@ def test_rows_that_are_nobodys_share_one_direction():
         return torch.stack([first.sum() * second.sum(), (first * second).sum()])
 
     case = Case("mixing", lambda: OfSequences(0, flat=True), losses)
-    assert_mean_is(ActivityPerturbation(200, "normal"), case, exact_grads(case))
+    properties.assert_is(estimate_with_complete_noise(case), exact_grads(case))
 
 
 @pytest.mark.parametrize("estimator", [ActivityPerturbation(exact_head=True), ForwardGradient(exact_head=True), FDFA()])
@@ -200,8 +265,7 @@ def test_exact_head_refuses_a_pass_without_the_last_layer(estimator):
 @pytest.mark.parametrize("options", [{}, {"memory": "replay"}, {"exact_head": True}], ids=str)
 def test_as_many_directions_as_units_give_the_gradient(options):
     """Each unit has a direction of its own: K = 4 + 3, the complete basis."""
-    estimate = estimated_grads(ActivityPerturbation(7, **options), MLP)
-    torch.testing.assert_close(flat(estimate), flat(exact_grads(MLP)))
+    properties.assert_is(estimated_grads(ActivityPerturbation(7, **options), MLP), exact_grads(MLP))
 
 
 def test_exact_head_is_exact_whatever_the_directions():
@@ -250,7 +314,7 @@ def test_gradient_of_padded_strided_and_grouped_convolutions(padding, kernel):
     stride = 1 if padding == "same" else 2
     conv = nn.Conv2d(2, 4, kernel, stride=stride, padding=padding, groups=2).double()
     case = Case("conv", lambda: conv, lambda m: m(IMAGES)[:, :, 1, 1].square().sum(1))
-    assert_mean_is(ActivityPerturbation(100, "normal"), case, exact_grads(case))
+    properties.assert_is(estimate_with_complete_noise(case), exact_grads(case))
 
 
 def test_weights_used_outside_their_layer_get_directions_of_their_own():
@@ -291,7 +355,7 @@ def test_inputs_changed_in_place_are_refused():
         Changes,
         lambda m: F.cross_entropy(m.second(m.first(INPUTS)) + m.first(INPUTS) + 1, LABELS, reduction="none"),
     )
-    assert_mean_is(ActivityPerturbation(100, "normal", memory="replay"), case, exact_grads(outside))
+    properties.assert_is(estimate_with_complete_noise(case, memory="replay"), exact_grads(outside))
 
 
 def test_exact_head_needs_losses_per_example():

@@ -1,7 +1,9 @@
-"""scripts/bench.py as a user runs it; what it times is not tested, that it adds up is."""
+"""scripts/bench.py as a user runs it, by a clock that goes on by 10 ms whenever somebody looks."""
 
 import json
 import sys
+from itertools import count
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,12 +19,22 @@ def test_rows_and_table(tmp_path, monkeypatch, capsys):
     options = "--models digits_mlp --batch-sizes 8 16 --num-tangents 1 2 --rounds 2"
     monkeypatch.setattr(sys, "argv", ["bench.py", *options.split(), "--threads", str(torch.get_num_threads())])
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--json", str(rows_file)])
+    clock = SimpleNamespace(perf_counter=(0.01 * i for i in count()).__next__)
+    monkeypatch.setattr("fgtrain.benchmarks.steps.time", clock)
     load_script("bench").main()
     rows = json.loads(rows_file.read_text())
     listed = [(row["batch_size"], row["method"], row["num_tangents"]) for row in rows]
     each = [("forward", 0), ("backprop", 0), ("fwdgrad", 1), ("fwdgrad", 2)]
     assert listed == [(batch_size, *row) for batch_size in (8, 16) for row in each]
-    assert all(row["step_ms"] > 0 for row in rows)
+    for row in rows:  # 0.03 seconds are three steps, between two looks at the clock
+        assert row["step_ms"] == pytest.approx(10 / 3)
+        assert row["ratio_to_backprop"] == pytest.approx(1)
+        assert row["ratio_to_forward"] == pytest.approx(1)
+        assert row["step_ms_quartiles"] == pytest.approx([10 / 3] * 2)
+    for forward, backprop, *others in (rows[:4], rows[4:]):
+        for row in (forward, backprop, *others):
+            assert row["peak_to_backprop"] == row["peak_mib"] / backprop["peak_mib"]
+            assert row["peak_to_forward"] == row["peak_mib"] / forward["peak_mib"]
     assert "fwdgrad" in capsys.readouterr().out
 
 

@@ -54,3 +54,13 @@ def test_rows_are_combined_on_their_own(combine):
         one = Directions(tangents.buffer[:, i], [Piece("points", params["points"][i], 3)])
         row = one.weighted_sum(coefficients(combine, derivatives[:, i], one.gram))["points"]
         torch.testing.assert_close(rows[i], row)
+
+
+@pytest.mark.parametrize("law", LAWS, ids=repr)
+@pytest.mark.parametrize("num", [1, 4])
+def test_a_sum_leaves_the_directions_as_they_are(law, num):
+    tangents, v, _ = setup(law, num)
+    before, weights = tangents.buffer.clone(), torch.arange(2.0, 2.0 + num, dtype=torch.float64)
+    for _ in range(2):
+        torch.testing.assert_close(flat(tangents.weighted_sum(weights)), v @ weights)
+    assert torch.equal(tangents.buffer, before)

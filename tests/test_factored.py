@@ -26,6 +26,17 @@ def test_added_to_a_parameter(rank):
     torch.testing.assert_close(param, expected)
 
 
+@pytest.mark.parametrize("rank", [1, 3])
+@pytest.mark.parametrize(
+    "param",
+    [torch.ones(2, 3, 4).permute(2, 1, 0), torch.ones(4, 3, 2, dtype=torch.float64)],
+    ids=["strided", "float64"],
+)
+def test_added_to_a_parameter_of_another_layout_or_dtype(rank, param):
+    factored, dense = pair(rank)
+    torch.testing.assert_close(param.clone().add_(factored, alpha=-0.5), param - 0.5 * dense)
+
+
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.9}, {"weight_decay": 0.1}], ids=str)
 @pytest.mark.parametrize("law", [torch.optim.SGD, torch.optim.Adam])
 def test_every_optimizer_steps_as_with_the_plain_gradient(law, options):

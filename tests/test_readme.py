@@ -1,6 +1,7 @@
 """Every block of the README runs as it stands."""
 
 import os
+import pydoc
 import re
 import shlex
 import subprocess
@@ -73,5 +74,11 @@ def test_tables_list_every_choice(group):
 
 
 def test_public_names_exist():
-    for name in set(re.findall(r"fgtrain\.([A-Za-z_]+)", README)) - {"tasks", "lightning", "quality"}:
-        assert hasattr(fgtrain, name), name
+    """What the README calls is public after its own imports, and every name that it has for something exists."""
+    called, named = (set(re.findall(rf"(?<![\w/.])fgtrain(?:\.\w+)+{end}", README)) for end in (r"(?=\()", r"(?!\w)"))
+    assert {"fgtrain.ForwardGradient", "fgtrain.directional_derivatives"} <= called
+    assert "fgtrain.quality" in named
+    imported = re.findall(r"^import fgtrain\.(\w+)", README, flags=re.MULTILINE)
+    assert {name.split(".")[1] for name in called} <= {*fgtrain.__all__, *imported}
+    for name in named:
+        assert pydoc.locate(name), name

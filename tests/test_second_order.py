@@ -9,8 +9,10 @@ from fgtrain.errors import UnsupportedOperation
 from fgtrain.estimators.second_order import curvature_in_span
 from fgtrain.random import draw_seeds
 from fgtrain.tasks import Points, Rosenbrock
+from tests import properties
+from tests.basis import Basis
 from tests.cases import CASES, Case
-from tests.properties import exact_grads, flat
+from tests.properties import estimated_grads, exact_grads, flat
 
 
 def sampled(model, num_tangents, draw=0):
@@ -140,6 +142,14 @@ def test_bias_a_step_stays_in_the_plane_and_solves_it(law):
     gradient = torch.autograd.functional.jacobian(lambda x: task.value(x).sum(), model().detach()).flatten()
     torch.testing.assert_close(v.T @ hessian @ g, v.T @ gradient)
     torch.testing.assert_close(v @ torch.linalg.lstsq(v, g[:, None]).solution.squeeze(1), g)
+
+
+def test_directions_given_twice_change_nothing():
+    """Only their span matters; a basis goes round once for K = n and twice for K = 2 n."""
+    case = CASES[0]
+    n = flat(exact_grads(case)).numel()
+    once, twice = (estimated_grads(SecondOrder(Basis(), num), case) for num in (n, 2 * n))
+    properties.assert_is(twice, once, rounding=1e-9)  # times the condition of |H|, 1e3
 
 
 def test_length_of_the_directions_does_not_matter():

@@ -70,35 +70,32 @@ def marked(value: Tensor) -> Tensor:
 
 
 class Attributes:
-    """The attributes of a model's modules as they stand, those in lists and dictionaries included."""
+    """The attributes of a model's modules as they stand, with what their lists, dictionaries and tensors hold."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
         self._before = [
-            (
-                attributes,
-                {name: value for name, value in attributes.items() if name not in _OWN},
-                [
-                    (value, value.copy())
-                    for name, value in attributes.items()
-                    if name not in _OWN and type(value) in (dict, list)
-                ],
-            )
+            (attributes, {name: value for name, value in attributes.items() if name not in _OWN})
             for attributes in _attributes_of(model)
         ]
+        values = [value for _, before in self._before for value in before.values()]
+        self._containers = [(x, x.copy()) for x in values if type(x) in (dict, list)]
+        self._tensors = [(x, x._version, x.detach().clone()) for x in values if type(x) is Tensor and x.grad_fn is None]
 
     def restore(self) -> None:
         """Put back what has changed."""
-        for attributes, before, containers in self._before:
+        for attributes, before in self._before:
             for name in [name for name in attributes if name not in _OWN and name not in before]:
                 del attributes[name]
             for name, value in before.items():
                 if attributes.get(name, attributes) is not value:
                     attributes[name] = value
-            for container, content in containers:
-                if not _same(container, content):
-                    container.clear()
-                    container.update(content) if isinstance(container, dict) else container.extend(content)
+        for container, content in self._containers:
+            if not _same(container, content):
+                container.clear()
+                container.update(content) if isinstance(container, dict) else container.extend(content)
+        for x, version, value in self._tensors:
+            if x._version != version:
+                x.data.copy_(value)
 
 
 def _same(now: Any, before: Any) -> bool:

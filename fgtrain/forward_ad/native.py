@@ -75,7 +75,7 @@ def _require_repetition(before: Tensor | None, now: Tensor) -> None:
     if before.shape != now.shape or not torch.allclose(before, now, rtol=tolerance, equal_nan=True):
         raise UnsupportedOperation(
             "the loss changes when its pass is repeated: the model or loss_fn changes its inputs or a state of its own; "
-            "take one direction a step (num_tangents=1)"
+            "take one direction (num_tangents=1)"
         )
 
 
@@ -199,10 +199,22 @@ class named_errors:  # noqa: N801 - a context manager used like a function
         operation = _refused_operation(str(error))
         if operation is None:
             return
+        instead = next((hint for part, hint in _INSTEAD.items() if part in operation), _OTHERWISE)
         raise UnsupportedOperation(
-            f"{_where(self._model, error)} uses {operation}, which has no forward-mode derivative; replace that "
-            "module, define jvp for it, or train with method=backprop"
+            f"{_where(self._model, error)} uses {operation}, which has no forward-mode derivative; {instead}, or train "
+            "with method=backprop"
         ) from error
+
+
+_OTHERWISE = "replace that module, define jvp for it"
+_INSTEAD = {
+    "grouped_mm": "call the experts one by one or batched (in transformers: experts_implementation='eager')",
+    "segment_reduce": "use torch.index_add, torch.scatter_reduce or F.embedding_bag",
+    "ormqr": "multiply by torch.linalg.householder_product",
+    "_scaled_dot_product": "call F.scaled_dot_product_attention",
+    "sparse": "multiply by a sparse matrix that is a constant",
+}
+"""{part of an operation's name: what has a derivative}."""
 
 
 _REFUSALS = {

@@ -226,15 +226,7 @@ class _Kept:
             vars(metric).update({name: _copied(value) for name, value in before.items()})
 
     def drop_tangents(self) -> None:
-        """Leave values alone: a tangent or a graph would outlive its step."""
-        kept = vars(self._module)
-        for name in [name for name, value in kept.items() if value is not self._attributes.get(name)]:
-            kept[name] = _value_of(kept[name])
-        for x, length in self._lengths:
-            x[length:] = map(_value_of, x[length:])
-        for part in self._module.modules():  # a pruned layer keeps its masked weight
-            for name in [name for name, value in vars(part).items() if isinstance(value, Dual)]:
-                vars(part)[name] = _value_of(vars(part)[name])
+        """Metrics go on with values alone; what other parts keep is the engine's to mark, see `forward_ad.kept`."""
         for metric, _ in self._metrics.values():
             vars(metric).update({name: _value_of(value) for name, value in _attributes_of(metric)})
 
@@ -277,9 +269,9 @@ def _copied(x: Any) -> Any:
 
 
 def _value_of(x: Any) -> Any:
-    """What is kept after the step: the same lists and dicts, with values alone in them."""
+    """What a metric keeps after the step: the same lists and dicts, with values alone in them."""
     if isinstance(x, Tensor):
-        return without_tangents(x) if isinstance(x, Dual) or x.grad_fn is not None else x
+        return without_tangents(x) if isinstance(x, Dual) or x.requires_grad else x
     if isinstance(x, list):
         x[:] = map(_value_of, x)
     elif isinstance(x, dict):

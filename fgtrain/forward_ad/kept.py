@@ -36,11 +36,10 @@ def release(model: nn.Module, value_of: Callable[[Tensor], Tensor | None]) -> No
         value_of: what is to stand for a tensor that has a derivative; None for others, which stay.
     """
     for attributes in _attributes_of(model):
-        for name, value in list(attributes.items()):
-            if name not in _OWN:
-                released = _released(value, value_of)
-                if released is not value:
-                    attributes[name] = released
+        for name in attributes.keys() - _OWN:
+            released = _released(attributes[name], value_of)
+            if released is not attributes[name]:
+                attributes[name] = released
 
 
 def _released(held: Any, value_of: Callable[[Tensor], Tensor | None], depth: int = 4) -> Any:
@@ -74,7 +73,7 @@ class Attributes:
 
     def __init__(self, model: nn.Module) -> None:
         self._before = [
-            (attributes, {name: value for name, value in attributes.items() if name not in _OWN})
+            (attributes, {name: attributes[name] for name in attributes.keys() - _OWN})
             for attributes in _attributes_of(model)
         ]
         values = [value for _, before in self._before for value in before.values()]
@@ -84,7 +83,7 @@ class Attributes:
     def restore(self) -> None:
         """Put back what has changed."""
         for attributes, before in self._before:
-            for name in [name for name in attributes if name not in _OWN and name not in before]:
+            for name in attributes.keys() - _OWN - before.keys():
                 del attributes[name]
             for name, value in before.items():
                 if attributes.get(name, attributes) is not value:

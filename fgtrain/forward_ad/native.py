@@ -74,8 +74,8 @@ def _require_repetition(before: Tensor | None, now: Tensor) -> None:
     tolerance = torch.finfo(now.dtype).eps ** 0.5
     if before.shape != now.shape or not torch.allclose(before, now, rtol=tolerance, equal_nan=True):
         raise UnsupportedOperation(
-            "the loss changes when its pass is repeated: the model or loss_fn changes its inputs or a state of its own; "
-            "take one direction (num_tangents=1)"
+            "the loss changes when its pass is repeated: the model or loss_fn changes its inputs or a state; "
+            "use num_tangents=1"
         )
 
 

@@ -14,8 +14,8 @@ PARTS = 12
 DIRECTIONS = [(Normal(), 1), (Normal(), 3), (LowRank(1), 1), (LowRank(1), 3)]
 
 REFUSED = {
-    "bernoulli": "a constant: its gradient is 0 in backpropagation",
-    "bernoulli method": "a constant: its gradient is 0 in backpropagation",
+    "nn.CTCLoss train": "as nn.functional.ctc_loss",
+    "nn.CTCLoss eval": "as nn.functional.ctc_loss",
     "native_dropout_backward": "PyTorch has no rule; nobody calls it but dropout's backward pass",
     "nn.functional.ctc_loss": "PyTorch has no rule; its recursion over alignments is no composition of others",
     "ormqr": "PyTorch has no rule; torch.linalg.householder_product(a, tau) @ c has one",
@@ -28,7 +28,7 @@ REFUSED = {
     "to_sparse method": "the result is a sparse tensor that moves",
     "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu": "F.scaled_dot_product_attention is followed",
 }
-"""{operation: why}. All samples of an operation or some."""
+"""{operation or module: why}. All of its samples or some."""
 
 BACKWARD_IS_WRONG = {
     "as_strided_scatter": "places that src covers keep their gradient",
@@ -135,5 +135,5 @@ def test_right_or_refused(kind, part, databases):
 
 @pytest.mark.slow
 def test_the_tables_name_what_exists(databases):
-    names = {name for name, _ in databases.operations()}
+    names = {name for name, _ in (*databases.operations(), *databases.modules())}
     assert names >= {*REFUSED, *BACKWARD_IS_WRONG}

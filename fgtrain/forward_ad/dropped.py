@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from fgtrain.random import preserved_random_state
+from fgtrain.forward_ad.passes import RandomState
 
 READS_THE_VALUE = frozenset(
     """
@@ -64,7 +64,8 @@ def refuse_if_lost(
     moving = [isinstance(x, Tensor) and moves(x) for x in leaves]
     if not any(moving):
         return
-    with preserved_random_state(), torch.enable_grad():
+    random_state = RandomState({x.device for x in leaves if isinstance(x, Tensor)})
+    with torch.enable_grad():
         copies = [
             value_of(x).detach().clone().requires_grad_(move).clone() if is_differentiable(x) else x
             for x, move in zip(leaves, moving, strict=True)
@@ -74,5 +75,7 @@ def refuse_if_lost(
             recorded = [out for out in tree_leaves(func(*positional, **keywords)) if isinstance(out, Tensor)]
         except RuntimeError:  # backpropagation does not follow these arguments either
             return
+        finally:
+            random_state.restore()
     if any(recorded[i].requires_grad for i in lost):
         raise NotImplementedError(f"forward AD with {getattr(func, '__name__', func)} that loses its derivative")

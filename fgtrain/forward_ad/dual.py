@@ -177,6 +177,8 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     result = _on_values(RULES[func], args, kwargs) if func in RULES else NotImplemented
     if result is NotImplemented and func in IN_OTHERS:
         result = _as_user_code(IN_OTHERS[func], args, kwargs)
+        if result is not NotImplemented:
+            return result
     if result is NotImplemented:
         if func not in FALLBACKS:
             FALLBACKS[func] = _find_fallback(func)
@@ -184,7 +186,7 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if kwargs.get("out") is not None:
             raise NotIntercepted(f"{getattr(func, '__name__', func)} writes into its argument out")
         result = (_as_user_code if fallback.is_opened else _on_values)(fallback.rule, args, kwargs)
-        if fallback.reads:
+        if fallback.reads or fallback.is_opened:  # the calls in it have been looked at
             return result
     if not isinstance(result, Dual) and isinstance(result, (Tensor, tuple, list)) and running.follows:
         _on_values(refuse_if_lost, (func, args, kwargs, result, _is_dual, _value_of), {})

@@ -102,6 +102,14 @@ def _embedding_bag(
     return sums, *plain[1:]
 
 
+@written_out("broadcast_tensors")
+def _broadcast_tensors(*tensors: Any) -> list[Any]:
+    """The tensors as views of one shape."""
+    tensors = tensors[0] if len(tensors) == 1 and not isinstance(tensors[0], Tensor) else tensors
+    shape = torch.broadcast_shapes(*(x.shape for x in tensors))
+    return [x.expand(shape) for x in tensors]
+
+
 # --- random numbers -----------------------------------------------------------------------------------------------
 
 

@@ -4,12 +4,14 @@ import errno
 import os
 import sys
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from lightning import Callback
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import nn
 from torch.optim import Optimizer
@@ -208,6 +210,46 @@ def refuse_foreign(checkpoint: Mapping[str, Any], module: nn.Module) -> None:
         if getattr(saved[name], "shape", None) != getattr(own[name], "shape", None):
             shapes = f"{tuple(saved[name].shape)} in the checkpoint and {tuple(own[name].shape)} in this run"
             raise CheckpointError(f"the checkpoint is of another run: {name} is {shapes}")
+
+
+def refuse_unclaimed(checkpoint: Mapping[str, Any], callbacks: Iterable[Callback]) -> None:
+    """Raise if a checkpoint holds the state of a callback that the run has not: best scores, patience, a log.
+
+    Raises:
+        CheckpointError: names it.
+    """
+    own = {callback.state_key for callback in callbacks} | {"Timer"}  # that of trainer.max_time, which is a length
+    left = sorted(checkpoint.get("callbacks", {}).keys() - own)
+    if left:
+        raise CheckpointError(
+            f"the checkpoint holds the state of {', '.join(left)}, which this run has not; give it the callbacks it "
+            "began with (callbacks=...)"
+        )
+
+
+def take_along(checkpoint: Mapping[str, Any], callbacks: Iterable[Callback], origin: Path, writes: bool) -> None:
+    """Let a run that goes on in another folder have the best checkpoints so far, with their scores.
+
+    Args:
+        checkpoint: whose ModelCheckpoint states are changed to the paths of this run.
+        callbacks: of the run.
+        origin: where the checkpoint is; the best ones are looked for beside it, wherever they were written.
+        writes: whether this process copies them.
+    """
+    for callback in callbacks:
+        state = checkpoint.get("callbacks", {}).get(callback.state_key)
+        if state is None or not isinstance(callback, ModelCheckpoint) or state["dirpath"] == callback.dirpath:
+            continue
+
+        def moved(path: str, folder: Path = Path(callback.dirpath or ".")) -> str:
+            source, target = origin.parent / Path(path).name, folder / Path(path).name
+            if path and writes and source.is_file() and source.resolve() != target.resolve():
+                _atomically(target, lambda file: file.write(source.read_bytes()))
+            return str(target) if path else path
+
+        state |= {name: moved(state[name]) for name in ("best_model_path", "kth_best_model_path", "last_model_path")}
+        state["best_k_models"] = {moved(path): score for path, score in state["best_k_models"].items()}
+        state["dirpath"] = callback.dirpath
 
 
 def refuse_other_optimizer(saved: Mapping[str, Any], own: Optimizer) -> None:

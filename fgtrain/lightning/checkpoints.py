@@ -1,5 +1,6 @@
 """Checkpoints on disk: written whole or not at all, read without running code, refused when damaged."""
 
+import contextlib
 import errno
 import os
 import sys
@@ -11,7 +12,7 @@ from typing import IO, Any
 import torch
 from lightning import Callback
 from lightning.fabric.plugins import TorchCheckpointIO
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import nn
 from torch.optim import Optimizer
@@ -21,7 +22,10 @@ from fgtrain.estimators import GradientEstimator
 
 NAMES = ("last.ckpt", "previous.ckpt")
 PARTS = ("state_dict", "optimizer_states", "loops", "pytorch-lightning_version")  # what a run goes on from
-_DISK_ERRORS = {
+_DISK_ERRORS = {  # or of the network behind it, or of a pipe
+    errno.ENOENT,
+    errno.ESTALE,
+    errno.EPIPE,
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EROFS,
@@ -36,10 +40,19 @@ _DISK_ERRORS = {
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's reader and writer of checkpoints, made safe against a crash at any moment.
 
-    A checkpoint is written beside its place, flushed to the disk and renamed: its name always means a whole file.
+    A checkpoint is written beside its place, flushed to the disk and renamed: its name always means a whole file. Its
+    folder is made once: one that is moved away in the middle of a run is not made again.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._folders: set[Path] = set()
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        folder = Path(path).parent
+        if folder not in self._folders:
+            make_folder(folder)
+            self._folders.add(folder)
         save_atomically(checkpoint, Path(path))
 
     def load_checkpoint(
@@ -75,9 +88,8 @@ def write_atomically(text: str, path: Path) -> None:
 
 
 def _atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    beside = path.with_name(path.name + ".tmp")
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with beside.open("wb") as file:
             write(file)
             file.flush()
@@ -87,14 +99,30 @@ def _atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         reason = disk_error(error)
         if reason is None:
             raise
+        with contextlib.suppress(OSError):
+            beside.unlink()
         raise StorageError(f"cannot write {path}: {reason.strerror}; what was saved before is intact") from error
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, with those above it.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}") from error
 
 
 def disk_error(error: BaseException | None) -> OSError | None:
     """The error of the disk that `error` is, or came from."""
-    while error is not None:
+    seen: set[int] = set()  # what two threads raise to each other may be a circle
+    while error is not None and id(error) not in seen:
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
             return error
+        seen.add(id(error))
         error = error.__cause__ or error.__context__
     return None
 
@@ -128,12 +156,13 @@ def checkpoint_to_resume(resume: str | None, run_dir: Path) -> Path | None:
         ConfigError: there is none, or `run_dir` holds a run that would be written over.
         CheckpointError: what there is cannot be used.
     """
+    inside = resume is not None and run_dir.absolute() in (Path(resume).absolute(), *Path(resume).absolute().parents)
+    if resume != "auto" and not inside and list_checkpoints(run_dir):
+        raise ConfigError(
+            f"run_dir={run_dir} holds a run that has not finished; continue it with resume=auto, or name another "
+            "folder with hydra.run.dir=..."
+        )
     if resume is None:
-        if list_checkpoints(run_dir):
-            raise ConfigError(
-                f"run_dir={run_dir} holds a run that has not finished; continue it with resume=auto, or name another "
-                "folder with hydra.run.dir=..."
-            )
         return None
     if resume == "auto":
         found = list_checkpoints(run_dir)
@@ -228,7 +257,7 @@ def refuse_unclaimed(checkpoint: Mapping[str, Any], callbacks: Iterable[Callback
 
 
 def take_along(checkpoint: Mapping[str, Any], callbacks: Iterable[Callback], origin: Path, writes: bool) -> None:
-    """Let a run that goes on in another folder have the best checkpoints so far, with their scores.
+    """Let a resumed run have the best checkpoints so far, with their scores, in its own folder, and its own patience.
 
     Args:
         checkpoint: whose ModelCheckpoint states are changed to the paths of this run.
@@ -238,6 +267,8 @@ def take_along(checkpoint: Mapping[str, Any], callbacks: Iterable[Callback], ori
     """
     for callback in callbacks:
         state = checkpoint.get("callbacks", {}).get(callback.state_key)
+        if state is not None and isinstance(callback, EarlyStopping):
+            state["patience"] = callback.patience
         if state is None or not isinstance(callback, ModelCheckpoint) or state["dirpath"] == callback.dirpath:
             continue
 

@@ -85,7 +85,7 @@ class Recovery(Checkpoint):
 
     def _save(self, trainer: L.Trainer) -> None:
         last, previous = (self.dirpath / name for name in NAMES)
-        fresh = self.dirpath / "next.ckpt"
+        fresh = self.dirpath / f"next.{os.getpid()}.ckpt.tmp"
         trainer.save_checkpoint(fresh)
         if trainer.is_global_zero:
             if last.exists():
@@ -98,7 +98,7 @@ def _keep_as(previous: Path, last: Path) -> None:
     """Give the checkpoint `last` the name `previous` too, so that at no moment there is none of its own name."""
     if previous.is_dir():  # of a sharded strategy
         shutil.rmtree(previous)
-    beside = previous.with_name(previous.name + ".tmp")
+    beside = previous.with_name(f"{previous.name}.{os.getpid()}.tmp")
     beside.unlink(missing_ok=True)
     try:
         os.link(last, beside)

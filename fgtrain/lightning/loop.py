@@ -88,11 +88,15 @@ class EpochLoop(_FitLoop):
     A checkpoint holds where the run stands, whichever hook it is written in: whole epochs, and batches of the one under
     way. What is still to be done there (the validation that falls on a step, the hooks of an epoch's end) comes first
     when the run is resumed, even if no step is left. So a resumed run does what the undisturbed one does.
+
+    Attributes:
+        keeps_stop: a run that was stopped before its length (by early stopping) stays so when it is resumed.
     """
 
     def __init__(self, trainer: L.Trainer, min_epochs: int | None = 0, max_epochs: int | None = None) -> None:
         super().__init__(trainer, min_epochs, max_epochs)
         self.trainer: Any = trainer
+        self.keeps_stop = True
         self._is_inside = False  # the next epoch to enter is one that was left in the middle
         self._owes_end = False  # and what comes after its last step so far has not been done
 
@@ -119,7 +123,7 @@ class EpochLoop(_FitLoop):
     def on_load_checkpoint(self, state_dict: dict[str, Any]) -> None:
         super().on_load_checkpoint(state_dict)
         self.trainer.callback_metrics.update(state_dict.get("callback_metrics", {}))
-        self.trainer.should_stop |= state_dict.get("should_stop", False)
+        self.trainer.should_stop |= self.keeps_stop and state_dict.get("should_stop", False)
 
     def load_state_dict(self, state_dict: dict[str, Any], prefix: str = "") -> None:
         super().load_state_dict(state_dict, prefix)

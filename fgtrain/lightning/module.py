@@ -1,6 +1,7 @@
 """The one LightningModule: manual optimization with whatever estimator it is given."""
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from fgtrain.distributed import Ranks, TangentsOver
 from fgtrain.errors import ConfigError
@@ -88,6 +89,35 @@ class EstimatorModule(L.LightningModule):
         while self._saved_grads:
             name, grad = self._saved_grads.popitem()
             params[name].grad = like_parameter(grad, params[name])
+        length = total_steps(self.trainer, self.accumulate_grad_batches)
+        is_over = self.trainer.should_stop or (length is not None and self.trainer.global_step >= length)
+        if self.trainer.ckpt_path is not None and not is_over:
+            self._meet_schedule(length)
+
+    def _meet_schedule(self, length: int | None) -> None:
+        """Take the learning rate of this run's schedule; say so where it is not that of the checkpoint.
+
+        Raises:
+            ConfigError: it is 0, so that nothing would be trained.
+        """
+        step, groups = self.trainer.global_step, self.trainer.optimizers[0].param_groups
+        for config in self.trainer.lr_scheduler_configs:
+            if not isinstance(schedule := config.scheduler, LambdaLR):
+                continue  # goes on from the rate there is
+            for group, base, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+                planned = base * factor(schedule.last_epoch)
+                if planned != group["lr"] and self.trainer.is_global_zero:
+                    print(
+                        f"fgtrain: the learning rate jumps from {group['lr']:.3g} to {planned:.3g} at step {step}, "
+                        f"since its schedule is one of {length} steps now",
+                        file=sys.stderr,
+                    )
+                group["lr"] = planned
+        if not any(group["lr"] for group in groups):
+            raise ConfigError(
+                f"the learning rate is 0 at step {step}, where the run goes on: its schedule ends there; give it a "
+                "longer one, or start another run from its weights"
+            )
 
     def configure_callbacks(self) -> list[L.Callback]:
         return [self.divergence]

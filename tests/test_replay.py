@@ -132,3 +132,26 @@ def test_saved_configuration_runs_again(tmp_path):
     assert torch.__version__.startswith(provenance["packages"]["torch"])
     assert "hydra.run.dir=run" in provenance["command"]
     assert provenance["git"] is None or len(provenance["git"]["commit"]) == 40
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("derivatives", [1.0]),
+        ("derivatives", torch.zeros(30, 0)),
+        ("derivatives", torch.zeros(30, 1, dtype=torch.complex64)),
+        ("derivatives", torch.zeros(30)),
+        ("steps", "30"),
+        ("steps", -1),
+        ("batches_per_epoch", 0),
+        ("batches_per_epoch", 2.5),
+        ("initial", 3),
+        ("final", None),
+    ],
+    ids=str,
+)
+def test_log_of_a_stranger_is_one_line(part, value, tmp_path):
+    log = {"format": 1, "initial": "a", "final": "b", "steps": 30, "batches_per_epoch": 5}
+    save_atomically(log | {"derivatives": torch.zeros(30, 1), part: value}, tmp_path / "replay.pt")
+    with pytest.raises(CheckpointError, match=rf"replay.pt is damaged: {part} cannot be those of a run"):
+        replay(tmp_path)

@@ -221,6 +221,18 @@ def test_state_that_nobody_loads_is_refused(tmp_path):
         attempt(Plan(EPOCHS), tmp_path, saved, KillLast(0), data=Hasty)
 
 
+def test_another_number_of_threads_is_told(tmp_path, capsys):
+    saved = cut(Plan(EPOCHS), tmp_path)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        attempt(Plan(EPOCHS), tmp_path, saved, KillLast(0))
+    finally:
+        torch.set_num_threads(threads)
+    expected = f"written with threads {threads}, not {threads + 1}: the last bits may differ\n"
+    assert capsys.readouterr().err.endswith(expected)
+
+
 @pytest.mark.parametrize("options", [{"max_epochs": 2, "max_steps": -1}, {"max_epochs": -1, "max_steps": 6}], ids=str)
 def test_length_is_known_without_a_loader_of_the_run(options, tmp_path):
     class Counted(Small):

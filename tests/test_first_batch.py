@@ -6,7 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from fgtrain import ForwardGradient
 from fgtrain.data import InMemoryDataModule
+from fgtrain.errors import ConfigError
+from fgtrain.lightning.callbacks.first_batch import refuse_too_many_directions
 from tests.test_script import results_under, train
 
 QUICK = ("trainer.max_steps=6", "trainer.val_check_interval=3", "method=backprop", "hydra.run.dir=run")
@@ -90,6 +93,20 @@ def test_model_that_takes_other_shapes_is_one_line(tmp_path):
     status, _, err = run(tmp_path, "", "model._target_=tests.test_first_batch.Large")
     assert (status, err.count("\n")) == (2, 1), err
     assert "cannot take two examples of the data, (2, 1, 2, 2) float32, (2,) int64: mat1 and mat2 shapes" in err
+
+
+@pytest.mark.parametrize("tangents", ["normal", "low_rank"])
+def test_directions_larger_than_the_memory_are_one_line(tangents, tmp_path):
+    options = ("method=fwdgrad", f"tangents={tangents}", "hydra.run.dir=run")
+    status, _, err = train(tmp_path, *options, "method.num_tangents=1000000000")
+    assert (status, err.count("\n")) == (2, 1), err
+    chunk = int(err.partition("method.chunk_size=")[2].partition(" ")[0])
+    assert chunk < 10**9
+    refuse_too_many_directions(ForwardGradient(num_tangents=10**9, chunk_size=100), nn.Linear(64, 10), 2**26)
+    with pytest.raises(
+        ConfigError, match=r"100000 directions of 0.00248 MiB each do not fit into the 0.0625 GiB of free"
+    ):
+        refuse_too_many_directions(ForwardGradient(num_tangents=100_000), nn.Linear(64, 10), 2**26)
 
 
 def test_data_without_num_classes_is_one_line(tmp_path):

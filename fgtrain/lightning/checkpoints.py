@@ -256,6 +256,20 @@ def refuse_unclaimed(checkpoint: Mapping[str, Any], callbacks: Iterable[Callback
         )
 
 
+def machine(device: torch.device) -> dict[str, str]:
+    """What the last bits of a run depend on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"torch": str(torch.__version__), "device": name, "threads": str(torch.get_num_threads())}
+
+
+def name_other_machine(checkpoint: Mapping[str, Any], device: torch.device) -> None:
+    """Say on stderr where a checkpoint was written on other hardware or by another version, which may change bits."""
+    own, saved = machine(device), checkpoint.get("machine", {})
+    other = [f"{name} {saved[name]}, not {own[name]}" for name in own if saved.get(name, own[name]) != own[name]]
+    if other:
+        print(f"fgtrain: the checkpoint was written with {'; '.join(other)}: the last bits may differ", file=sys.stderr)
+
+
 def take_along(checkpoint: Mapping[str, Any], callbacks: Iterable[Callback], origin: Path, writes: bool) -> None:
     """Let a resumed run have the best checkpoints so far, with their scores, in its own folder, and its own patience.
 
@@ -275,6 +289,7 @@ def take_along(checkpoint: Mapping[str, Any], callbacks: Iterable[Callback], ori
         def moved(path: str, folder: Path = Path(callback.dirpath or ".")) -> str:
             source, target = origin.parent / Path(path).name, folder / Path(path).name
             if path and writes and source.is_file() and source.resolve() != target.resolve():
+                make_folder(folder)
                 _atomically(target, lambda file: file.write(source.read_bytes()))
             return str(target) if path else path
 

@@ -17,7 +17,14 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from fgtrain.distributed import Ranks, TangentsOver
 from fgtrain.errors import ConfigError
 from fgtrain.estimators import Estimate, GradientEstimator, write_grads
-from fgtrain.lightning.checkpoints import refuse_foreign, refuse_other_optimizer, refuse_unclaimed, take_along
+from fgtrain.lightning.checkpoints import (
+    machine,
+    name_other_machine,
+    refuse_foreign,
+    refuse_other_optimizer,
+    refuse_unclaimed,
+    take_along,
+)
 from fgtrain.lightning.divergence import Divergence
 from fgtrain.lightning.loop import total_steps
 from fgtrain.lightning.step import StepEstimates, estimate_for_step
@@ -127,6 +134,7 @@ class EstimatorModule(L.LightningModule):
             super().on_validation_model_zero_grad()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["machine"] = machine(self.device)
         if self._is_accumulating:
             grads = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
             checkpoint["accumulated_grads"] = {name: whole(grad).cpu() for name, grad in grads.items()}
@@ -135,6 +143,8 @@ class EstimatorModule(L.LightningModule):
         refuse_foreign(checkpoint, self)
         trainer: Any = self.trainer  # which Lightning gives its callbacks where no checker sees them
         refuse_unclaimed(checkpoint, trainer.callbacks)
+        if trainer.is_global_zero:
+            name_other_machine(checkpoint, trainer.strategy.root_device)
         if trainer.ckpt_path is not None:
             take_along(checkpoint, trainer.callbacks, Path(trainer.ckpt_path), trainer.is_global_zero)
         self._saved_grads = dict(checkpoint.get("accumulated_grads", {}))

@@ -1,8 +1,10 @@
 """The first batch, looked at before anything is trained on it."""
 
 import math
+import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -12,10 +14,13 @@ from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from fgtrain.errors import DataError, ModelError
+from fgtrain.errors import ConfigError, DataError, ModelError
+from fgtrain.estimators import ForwardGradient, GradientEstimator
 from fgtrain.forward_ad.passes import RepeatedPass
 from fgtrain.lightning.module import EstimatorModule
+from fgtrain.parameters import trainable_params
 from fgtrain.random import preserved_random_state
+from fgtrain.tangents import LowRank
 from fgtrain.tasks import Classification
 
 
@@ -27,6 +32,7 @@ class FirstBatch(L.Callback):
     Raises:
         DataError: there is no batch, or one of the wrong types, shapes or labels.
         ModelError: the model cannot take it.
+        ConfigError: the directions of a pass alone do not fit into memory.
     """
 
     def setup(self, trainer: Any, pl_module: L.LightningModule, stage: str) -> None:
@@ -34,6 +40,7 @@ class FirstBatch(L.Callback):
             return
         assert isinstance(pl_module, EstimatorModule)
         data, model = trainer.datamodule, pl_module.model
+        refuse_too_many_directions(pl_module.estimator, model, free_memory(trainer.strategy.root_device))
         with preserved_random_state():
             batch = next(iter(data.train_dataloader()), None)
             if batch is None:
@@ -99,6 +106,38 @@ def look_at_examples(batch: Any, num_classes: int | None, input_shape: Any) -> N
             f"inputs of the first batch have the shape {tuple(inputs.shape[1:])}, and input_shape of the data says "
             f"{tuple(input_shape)}"
         )
+
+
+def refuse_too_many_directions(estimator: GradientEstimator, model: nn.Module, available: int | None) -> None:
+    """Raise if the directions that exist at a time are larger than so many bytes.
+
+    Raises:
+        ConfigError: says how many of them would fit.
+    """
+    if available is None or not isinstance(estimator, ForwardGradient):
+        return
+    params = trainable_params(model).values()
+    if isinstance(law := estimator.tangents, LowRank):
+        one = sum(min(p.numel(), law.rank * (len(p) + p[0].numel())) if p.dim() else 1 for p in params if p.numel()) * 4
+    else:
+        one = sum(p.numel() * p.element_size() for p in params)
+    at_a_time = min(estimator.num_tangents, estimator.chunk_size or estimator.num_tangents)
+    if one * at_a_time > available:
+        raise ConfigError(
+            f"{at_a_time} directions of {one / 2**20:.3g} MiB each do not fit into the {available / 2**30:.3g} GiB of "
+            f"free memory; method.chunk_size={max(1, available // (4 * one))} takes them in parts"
+        )
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can be had on a device; None where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    table = Path("/proc/meminfo")
+    found = (
+        re.search(r"MemAvailable:\s+(\d+) kB", table.read_text()) if device.type == "cpu" and table.exists() else None
+    )
+    return None if found is None else int(found[1]) * 2**10
 
 
 def _refuse_other_precision(batch: Any, model: nn.Module) -> None:

@@ -2,9 +2,11 @@
 
 import math
 
+import lightning as L
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from fgtrain import ForwardGradient
 from fgtrain.data import InMemoryDataModule
@@ -53,6 +55,22 @@ class Unnumbered(Given):
         if name == "num_classes":
             raise AttributeError(name)
         return super().__getattribute__(name)
+
+
+class OnlyTraining(L.LightningDataModule):
+    """Has one split, in a DataLoader that shuffles."""
+
+    input_shape = (1, 2, 2)
+    num_classes = 3
+
+    def __init__(self, batch_size: int = 8):
+        super().__init__()
+        self.batch_size = batch_size
+
+    def train_dataloader(self):
+        generator = torch.Generator().manual_seed(0)
+        x, y = torch.randn(32, 1, 2, 2, generator=generator), torch.randint(3, (32,), generator=generator)
+        return DataLoader(TensorDataset(x, y), self.batch_size, shuffle=True)
 
 
 class Large(nn.Module):
@@ -122,6 +140,17 @@ def test_empty_split_is_told(split, tmp_path):
     assert err.count("\n") == 1
     assert f"the {'validation' if split == 'val' else 'test'} split of Given is empty" in err
     assert not any(name.startswith(split) for name in results_under(tmp_path)[0]["metrics"])
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+def test_data_without_other_splits_is_trained_on(tmp_path):
+    options = ("data._target_=tests.test_first_batch.OnlyTraining", *QUICK, "quiet=true", "callbacks=none")
+    status, _, err = train(tmp_path, *options)
+    assert status == 0, err
+    assert err.splitlines()[-1] == (
+        "fgtrain: the test split of OnlyTraining is missing (no test_dataloader): no test/... in the results"
+    )
+    assert results_under(tmp_path)[0]["steps"] == 6
 
 
 @pytest.mark.parametrize("options", ["trainer.max_steps=0", "trainer.limit_train_batches=0"])

@@ -168,6 +168,8 @@ class EpochLoop(_FitLoop):
         super().reset()
 
     def on_run_start(self) -> None:
+        if isinstance(self.epoch_loop, StepLoop):
+            self.epoch_loop.validates = self.trainer.enable_validation
         super().on_run_start()
         if isinstance(self.epoch_loop, StepLoop) and self._data_fetcher is not None:
             self.epoch_loop.shorten(self._data_fetcher)
@@ -220,6 +222,7 @@ class StepLoop(_TrainingEpochLoop):
     Attributes:
         hooks: those of the callbacks, where the short way is the same as the long one.
         has_fetched: whether a batch was asked for since the epoch was entered.
+        validates: whether the run has something to validate on.
     """
 
     def __init__(self, trainer: L.Trainer, min_steps: int | None = None, max_steps: int = -1) -> None:
@@ -227,7 +230,7 @@ class StepLoop(_TrainingEpochLoop):
         self.trainer: Any = trainer  # which Lightning gives its attributes where no checker sees them
         self.hooks: Hooks | None = None
         self.has_fetched = False
-        self._validates = True
+        self.validates = True
         self._is_inside = False  # an epoch that was left in the middle is entered
         self._owes_end = False  # and what comes after its last step has not been done
 
@@ -262,7 +265,6 @@ class StepLoop(_TrainingEpochLoop):
     def shorten(self, data_fetcher: _DataFetcher) -> None:
         """Take the short way from here to the end of the run, if it is the same as the long one."""
         trainer = self.trainer
-        self._validates = trainer.enable_validation
         if self.hooks is None and _is_short(trainer, data_fetcher):
             self.hooks = Hooks(trainer)
             # on this instance alone: the plugin belongs to this trainer
@@ -335,7 +337,7 @@ class StepLoop(_TrainingEpochLoop):
 
     def _should_check_val_epoch(self) -> bool:
         every = self.trainer.check_val_every_n_epoch
-        return self._validates and (every is None or (self.trainer.current_epoch + 1) % every == 0)
+        return self.validates and (every is None or (self.trainer.current_epoch + 1) % every == 0)
 
 
 class Hooks:

@@ -235,13 +235,11 @@ def _train(parts: Run, cfg: DictConfig, choices: Mapping[str, str]) -> dict[str,
 
 def _tested(module: EstimatorModule, data: L.LightningDataModule, trainer: L.Trainer) -> dict[str, float]:
     """The metrics on the test split; none, said on stderr, where there is none."""
-    found = []
-    if is_overridden("test_dataloader", data):
-        found = trainer.test(module, data, verbose=False)
+    has_split = is_overridden("test_dataloader", data)
+    found = trainer.test(module, data, verbose=False) if has_split else []
     if not any(found) and trainer.limit_test_batches != 0 and trainer.is_global_zero:
-        print(
-            f"fgtrain: the test split of {type(data).__name__} is empty: the results have no test/...", file=sys.stderr
-        )
+        what = "is empty" if has_split else "is missing (no test_dataloader)"
+        print(f"fgtrain: the test split of {type(data).__name__} {what}: no test/... in the results", file=sys.stderr)
     return dict(found[0]) if found else {}
 
 

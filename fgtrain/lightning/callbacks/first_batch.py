@@ -11,6 +11,7 @@ import lightning as L
 import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -45,7 +46,8 @@ class FirstBatch(L.Callback):
             batch = next(iter(data.train_dataloader()), None)
             if batch is None:
                 raise DataError(f"the training set of {type(data).__name__} is empty: its loader gives no batch")
-            if trainer.enable_validation and trainer.is_global_zero and sized_len(data.val_dataloader()) == 0:
+            validates = trainer.limit_val_batches != 0 and is_overridden("val_dataloader", data)
+            if validates and trainer.is_global_zero and sized_len(data.val_dataloader()) == 0:
                 print(f"fgtrain: the validation split of {type(data).__name__} is empty", file=sys.stderr)
             if isinstance(pl_module.task, Classification):
                 look_at_examples(batch, getattr(data, "num_classes", None), getattr(data, "input_shape", None))

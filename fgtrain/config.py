@@ -160,6 +160,9 @@ def drop_arguments_of_replaced_targets(cfg: DictConfig, overrides: Sequence[str]
     Args:
         cfg: changed in place.
         overrides: of the command line; what it sets itself stays, and is checked.
+
+    Raises:
+        ConfigError: a method of the user's own would be trained with the learning rate of the chosen file.
     """
     given = {override.lstrip("+").partition("=")[0] for override in overrides}
     for path in sorted(key.removesuffix("._target_") for key in given if key.endswith("._target_")):
@@ -168,6 +171,11 @@ def drop_arguments_of_replaced_targets(cfg: DictConfig, overrides: Sequence[str]
             takes = signature_of(node._target_)
         except ConfigError:
             continue  # `check` says so
+        if path == "method" and not given & {"lr", "optimizer", "optimizer.lr", "task", "experiment"}:
+            raise ConfigError(
+                f"method._target_={node._target_} needs a learning rate of its own, not that of the chosen preset "
+                f"(lr={cfg.get('lr')}); give it with lr=..."
+            )
         with open_dict(node):
             for name in set(node) - set(takes):
                 if not str(name).startswith("_") and f"{path}.{name}" not in given:

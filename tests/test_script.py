@@ -185,6 +185,10 @@ BAD = [
     ("method.combine=sum", r"method.combine must be 'mean' or 'projection', got 'sum'"),
     ("method._target_=fgtrain.Nope", r"method: _target_ 'fgtrain.Nope' cannot be imported"),
     (
+        "method._target_=fgtrain.Backprop",
+        r"method._target_=fgtrain.Backprop needs a learning rate of its own, not that of .* \(lr=30.0\); give it with",
+    ),
+    (
         "method=backprop +method.num_tangents=3",
         r"method.num_tangents: fgtrain.Backprop takes no argument 'num_tangents'",
     ),

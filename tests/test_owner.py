@@ -102,14 +102,16 @@ def test_of_two_runs_of_two_processes_one_trains(tmp_path):
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), "trainer=ddp", "trainer.devices=2"]
     command += ["trainer.accelerator=cpu", "hydra.run.dir=run", "resume=auto", "trainer.max_steps=100000"]
     command += ["callbacks.recovery.every_n_steps=5"]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as first:
+    first = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    try:
         wait_for(tmp_path / "run" / "checkpoints" / "last.ckpt", first)
         second = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-        assert second.returncode == 2
-        assert second.stderr.count("\n") == 1, second.stderr
-        assert "belongs to a run that is going on" in second.stderr
+    finally:
         first.kill()
         first.wait()
+    assert second.returncode == 2
+    assert second.stderr.count("\n") == 1, second.stderr
+    assert "belongs to a run that is going on" in second.stderr
     command += ["trainer.devices=1", "trainer=default", "trainer.max_steps=20", "callbacks.recovery.every_n_steps=100"]
     deadline = time.monotonic() + 60
     while True:  # the ranks of the killed launcher save and end

@@ -368,7 +368,7 @@ def test_folder_that_goes_away_ends_the_run(how, tmp_path):
 
 def wait_for(path, process):
     while not path.exists():
-        assert process.poll() is None, process.stderr.read()
+        assert process.poll() is None, f"ended with {process.returncode} without {path}"
         time.sleep(0.01)
 
 

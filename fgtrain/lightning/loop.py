@@ -151,7 +151,7 @@ class EpochLoop(_FitLoop):
                 f"the checkpoint holds the positions of {len(states)} training loaders, and {len(able)} of this run's "
                 "can take one up, so it would train on other batches; use the data the run began with"
             )
-        if self._is_inside and len(able) < len(loaders):
+        if self._is_inside and not self.epoch_loop.batch_progress.is_last_batch and len(able) < len(loaders):
             rank_zero_warn(
                 "the run goes on in the middle of an epoch, but its training loader has no state_dict and "
                 "load_state_dict: it begins anew, so that some examples come twice and others not at all"

@@ -33,6 +33,7 @@ _CHATTER = (
     ".*torch.jit.script.*",
     "The number of training batches",
     "Using ModelCheckpoint",
+    "Total length of .* is zero",  # which FirstBatch tells
     "The dirpath has changed",  # a run resumed in another folder
     "Checkpoint directory .* exists",  # or in its own
 )

@@ -6,6 +6,7 @@ name, its signature says which arguments exist and of which type they are, for f
 
 import difflib
 import inspect
+import secrets
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -46,7 +47,9 @@ class TrainConfig:
             tuned on one model serves others, see fgtrain.combine.Shrinkage.
         rowwise: example i of the loss depends on row i of every parameter alone (the starting points of a function).
         max_skipped_steps: so many batches in a row whose loss, derivative or gradient is not finite end the run.
-        detect_divergence: a loss above this multiple of the first one, for as many steps, ends it too; null for none.
+        max_skipped_share: a larger part of all batches ends it too; null for none.
+        detect_divergence: a loss above this multiple of its lowest value so far, for as many steps, ends it too; null
+            for none.
         compile: pass the model through torch.compile, see fgtrain.compilation.
         self_check: try the method on the first batch before training, see fgtrain.self_check.
         resume: what to continue from: a checkpoint, the folder of a run, or auto for the run in run_dir, if any.
@@ -62,6 +65,7 @@ class TrainConfig:
     shrinkage: bool = True
     rowwise: bool = False
     max_skipped_steps: int = 10
+    max_skipped_share: float | None = 0.1
     detect_divergence: float | None = None
     compile: bool = False
     self_check: bool = True
@@ -81,6 +85,7 @@ class TrainConfig:
 
 
 ConfigStore.instance().store(name="schema", node=TrainConfig)
+OmegaConf.register_new_resolver("unique", lambda: secrets.token_hex(3), use_cache=True)  # runs that start together
 OmegaConf.register_new_resolver("file_name", lambda text: text.replace("/", "-")[:200])  # of a run in a sweep
 
 
@@ -103,6 +108,8 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError("lr is not set; give the learning rate with lr=...")
     if cfg.detect_divergence is not None and not cfg.detect_divergence > 1:
         raise ConfigError(f"detect_divergence must be a factor above 1 or null, got {cfg.detect_divergence}")
+    if cfg.max_skipped_share is not None and not 0 <= cfg.max_skipped_share <= 1:
+        raise ConfigError(f"max_skipped_share must be between 0 and 1 or null, got {cfg.max_skipped_share}")
     for key in ("lr", "clip_grad_norm"):
         if cfg[key] is not None and not cfg[key] > 0:
             raise ConfigError(f"{key} must be positive, got {cfg[key]}")
@@ -153,6 +160,9 @@ def drop_arguments_of_replaced_targets(cfg: DictConfig, overrides: Sequence[str]
     Args:
         cfg: changed in place.
         overrides: of the command line; what it sets itself stays, and is checked.
+
+    Raises:
+        ConfigError: a method of the user's own would be trained with the learning rate of the chosen file.
     """
     given = {override.lstrip("+").partition("=")[0] for override in overrides}
     for path in sorted(key.removesuffix("._target_") for key in given if key.endswith("._target_")):
@@ -161,6 +171,11 @@ def drop_arguments_of_replaced_targets(cfg: DictConfig, overrides: Sequence[str]
             takes = signature_of(node._target_)
         except ConfigError:
             continue  # `check` says so
+        if path == "method" and not given & {"lr", "optimizer", "optimizer.lr", "task", "experiment"}:
+            raise ConfigError(
+                f"method._target_={node._target_} needs a learning rate of its own, not that of the chosen preset "
+                f"(lr={cfg.get('lr')}); give it with lr=..."
+            )
         with open_dict(node):
             for name in set(node) - set(takes):
                 if not str(name).startswith("_") and f"{path}.{name}" not in given:

@@ -129,6 +129,15 @@ class Ranks:
         return own._replace(grads=grads, directional_derivatives=torch.cat(derivatives))
 
 
+def of_all_ranks(value: Any) -> list[Any]:
+    """What every process has in place of `value`, in the order of the ranks; all of them call it together."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return [value]
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
 @contextmanager
 def lost_ranks_named(rank: int) -> Generator[None]:
     """Raise RankFailed for what torch.distributed raises when a connection is closed or a deadline is over."""

@@ -38,6 +38,17 @@ def from_own_rows(rows: Tensor, p: Any) -> Tensor:
     )
 
 
+def whole(tensor: Any) -> Tensor:
+    """A tensor with the rows of all ranks, which ask for it together; one that is not sharded as it is."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
+def like_parameter(tensor: Tensor, p: Any) -> Tensor:
+    """A whole tensor on the device of p, sharded as p is."""
+    tensor = tensor.to(p.device)
+    return from_own_rows(tensor[own_rows(p)], p) if is_sharded(p) else tensor
+
+
 def shard(model: nn.Module, mesh: Any) -> None:
     """Spread the rows of every parameter over the ranks of `mesh`, which must start from equal parameters.
 

@@ -15,7 +15,7 @@ from fgtrain.lightning.evaluate import SPLITS, evaluate
 def main() -> None:
     """Evaluate, write, print."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint", type=Path, help="a .ckpt file in the folder of its run")
+    parser.add_argument("checkpoint", type=Path, help="a .ckpt file in the folder of its run, or the folder")
     parser.add_argument("--split", default="test", help=", ".join(SPLITS))
     parser.add_argument("--out", type=Path, help="file for the results")
     args = parser.parse_args()

@@ -6,8 +6,7 @@ The run must have been trained with callbacks=replay_log. Needs its config.yaml 
 import argparse
 from pathlib import Path
 
-from fgtrain.cli import fail, silence_libraries
-from fgtrain.errors import UserError
+from fgtrain.cli import USER_ERRORS, fail, silence_libraries
 from fgtrain.lightning.checkpoints import save_atomically
 from fgtrain.lightning.replay import replay
 
@@ -22,7 +21,7 @@ def main() -> None:
     try:
         module, steps = replay(arguments.run)
         save_atomically(module.model.state_dict(), arguments.weights)
-    except UserError as error:
+    except USER_ERRORS as error:
         fail(error)
     print(f"{steps} steps replayed: bit for bit the weights of the run, written to {arguments.weights}")
 

@@ -252,15 +252,13 @@ def test_torchrun(tmp_path):
 def test_torchrun_resumes_by_the_same_command(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", SCRIPT, "hydra.run.dir=run"]
     command += ["trainer=ddp", "resume=auto", "distributed.timeout_seconds=20", "trainer.val_check_interval=5"]
-    for steps, expected in ((10, 10), (20, 10), (20, 20)):  # begins, shows what is finished, goes on
+    for steps in (10, 10, 20):  # begins, shows what is finished, goes on
         done = subprocess.run(
             [*command, f"trainer.max_steps={steps}"], cwd=tmp_path, capture_output=True, text=True, check=False
         )
         assert done.returncode == 0, done.stderr
         (results,) = results_under(tmp_path)
-        assert results["steps"] == expected
-        if steps == 20:
-            (tmp_path / "run" / "results.json").unlink()
+        assert results["steps"] == steps
 
 
 def descendants(pid):

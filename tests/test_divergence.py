@@ -1,6 +1,7 @@
 """Numbers that are no numbers never reach the weights."""
 
 import math
+from collections import deque
 from typing import Any, cast
 
 import pytest
@@ -127,11 +128,43 @@ def test_loss_far_above_its_start_stops_the_run(tmp_path):
         trainer(tmp_path, max_steps=50).fit(module, Small())
 
 
+def test_loss_that_grows_slowly_from_its_best_stops_the_run():
+    """It never is ten times the first one."""
+
+    class OneRank:
+        world_size = 1
+        loggers = optimizers = ()
+        global_step = 0
+
+    judge, alone = Divergence(3, detect_divergence=10.0), cast(Any, OneRank())
+    alone.optimizers = [torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)]
+    losses = [2.0] + [2.0 * 0.9**k for k in range(60)] + [0.05 * 1.1**k for k in range(60)]
+    estimates = [Estimate(torch.tensor(value), {"w": torch.ones(2)}, None) for value in losses]
+    with pytest.raises(DivergenceError, match=r"the loss is [\d.]+, it has been down to [\d.]+ and has been above"):
+        deque(judge.inspect(estimate, alone) for estimate in estimates)
+
+
+def test_skipped_share():
+    class OneRank:
+        world_size = 1
+        is_global_zero = True
+        loggers = ()
+        global_step = 0
+
+    judge, alone = Divergence(100, max_skipped_share=0.1), cast(Any, OneRank())
+    bad = Estimate(torch.tensor(math.nan), {"w": torch.ones(2)}, None)
+    for _ in range(10):
+        assert not judge.inspect(bad, alone)
+    with pytest.raises(DivergenceError, match=r"11 of 11 batches were skipped, more than max_skipped_share=0.1"):
+        judge.inspect(bad, alone)
+
+
 def test_of_several_ranks_the_gradients_are_judged():
     """The loss and, with some methods, the derivatives are those of a rank's own shard."""
 
     class TwoRanks:
         world_size = 2
+        is_global_zero = True
         loggers = ()
         global_step = 0
 
@@ -148,7 +181,7 @@ def test_counts_survive_in_the_checkpoint():
     assert after.state_dict() == before.state_dict()
 
 
-@pytest.mark.parametrize("options", [{"max_skipped_steps": 0}, {"detect_divergence": 1.0}])
+@pytest.mark.parametrize("options", [{"max_skipped_steps": 0}, {"detect_divergence": 1.0}, {"max_skipped_share": 2.0}])
 def test_bad_arguments(options):
     with pytest.raises(ValueError, match="must be"):
         Divergence(**options)

@@ -1,6 +1,8 @@
 """scripts/evaluate.py gives what the run said of itself."""
 
 import json
+import os
+import pickle
 import shutil
 import sys
 
@@ -8,6 +10,7 @@ import pytest
 import torch
 
 from fgtrain.cli import USER_ERRORS
+from fgtrain.errors import CheckpointError
 from fgtrain.lightning.evaluate import evaluate
 
 from .test_script import load_script, train
@@ -59,3 +62,65 @@ def test_mistakes(folder, tmp_path):
     torch.save({"state_dict": {"other": torch.zeros(1)}, "global_step": 1}, lone)
     with pytest.raises(USER_ERRORS, match=r"lone.ckpt does not fit the run of .*config.yaml"):
         evaluate(lone, "test")
+
+
+def test_folder_stands_for_its_last_checkpoint(folder, tmp_path):
+    found = evaluate(folder, "test", tmp_path / "found.json")
+    assert (found["checkpoint"], found["steps"]) == ("last.ckpt", 40)
+
+
+@pytest.fixture
+def foreign(folder, tmp_path):
+    """A run's folder that a stranger may change."""
+    return shutil.copytree(folder, tmp_path / "foreign")
+
+
+class Payload:
+    def __reduce__(self):
+        return os.system, ("touch ran",)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        lambda path: path.write_bytes(pickle.dumps({"state_dict": Payload()})),
+        lambda path: torch.save({"state_dict": Payload()}, path),
+        lambda path: torch.save({"state_dict": {}}, path, _use_new_zipfile_serialization=False),
+        lambda path: path.write_bytes(b""),
+    ],
+    ids=["pickle", "code", "legacy", "empty"],
+)
+def test_checkpoint_of_a_stranger_is_one_line(content, foreign, monkeypatch):
+    monkeypatch.chdir(foreign)
+    content(foreign / "checkpoints" / "best.ckpt")
+    with pytest.raises(CheckpointError, match=r"best.ckpt is damaged or no checkpoint"):
+        evaluate(foreign / "checkpoints" / "best.ckpt", "test")
+    assert not (foreign / "ran").exists()
+
+
+@pytest.mark.parametrize("parts", [{}, {"state_dict": 3}, {"state_dict": {"model.1.weight": "text"}}], ids=str)
+def test_parts_of_another_kind_are_one_line(parts, foreign):
+    torch.save(parts, foreign / "checkpoints" / "best.ckpt")
+    with pytest.raises(USER_ERRORS, match=r"does not fit the run of"):
+        evaluate(foreign / "checkpoints" / "best.ckpt", "test")
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("config.yaml", "a: [1"),
+        ("config.yaml", "- 1"),
+        ("config.yaml", "\x00"),
+        ("config.yaml", "nope: 1"),
+        ("config.yaml", "seed: !!python/object/apply:os.system ['touch ran']"),
+        ("results.json", "{"),
+        ("results.json", "[]"),
+    ],
+)
+def test_malformed_files_are_one_line(name, text, foreign, monkeypatch):
+    monkeypatch.chdir(foreign)
+    (foreign / name).write_text(text)
+    with pytest.raises(USER_ERRORS) as caught:
+        evaluate(foreign / "checkpoints" / "best.ckpt", "test")
+    assert name in str(caught.value) or "nope" in str(caught.value)
+    assert not (foreign / "ran").exists()

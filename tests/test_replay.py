@@ -99,7 +99,7 @@ def test_altered_logs_are_refused(tmp_path):
         altered(initial="0")
     with pytest.raises(CheckpointError, match="is no replay log of format 1"):
         altered(format=2)
-    with pytest.raises(CheckpointError, match="is no replay log of format 1"):
+    with pytest.raises(CheckpointError, match="derivatives cannot be those of a run"):
         altered(derivatives=good["derivatives"][:0])
     save_atomically({name: value for name, value in good.items() if name != "final"}, path)
     with pytest.raises(CheckpointError, match="is no replay log of format 1"):
@@ -137,3 +137,26 @@ def test_saved_configuration_runs_again(tmp_path):
     git = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     assert (provenance["git"] or {"commit": ""})["commit"] == commit  # none outside a checkout
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("derivatives", [1.0]),
+        ("derivatives", torch.zeros(30, 0)),
+        ("derivatives", torch.zeros(30, 1, dtype=torch.complex64)),
+        ("derivatives", torch.zeros(30)),
+        ("steps", "30"),
+        ("steps", -1),
+        ("batches_per_epoch", 0),
+        ("batches_per_epoch", 2.5),
+        ("initial", 3),
+        ("final", None),
+    ],
+    ids=str,
+)
+def test_log_of_a_stranger_is_one_line(part, value, tmp_path):
+    log = {"format": 1, "initial": "a", "final": "b", "steps": 30, "batches_per_epoch": 5}
+    save_atomically(log | {"derivatives": torch.zeros(30, 1), part: value}, tmp_path / "replay.pt")
+    with pytest.raises(CheckpointError, match=rf"replay.pt is damaged: {part} cannot be those of a run"):
+        replay(tmp_path)

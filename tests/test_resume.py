@@ -1,7 +1,9 @@
 """A run is never lost: cut anywhere, by anything, it continues to the same weights, bit for bit."""
 
+import errno
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -17,7 +19,13 @@ from torch import nn
 
 from fgtrain.errors import CheckpointError, ConfigError, Interrupted, StorageError
 from fgtrain.lightning.callbacks import RandomState, Recovery, Trajectory
-from fgtrain.lightning.checkpoints import AtomicCheckpointIO, checkpoint_to_resume, read_checked, save_atomically
+from fgtrain.lightning.checkpoints import (
+    AtomicCheckpointIO,
+    checkpoint_to_resume,
+    disk_error,
+    read_checked,
+    save_atomically,
+)
 from fgtrain.random import random_state, set_random_state
 from fgtrain.schedulers import cosine
 from tests.test_methods import METHODS
@@ -142,12 +150,22 @@ def test_random_states_come_back():
     assert draw() == drawn
 
 
-def test_signal_handlers_are_put_back(tmp_path):
-    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_signal_handlers_are_put_back(number, tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
     with pytest.raises(Interrupted) as stopped:
-        fit(noisy_module("backprop"), tmp_path, SignalAt(2, signal.SIGINT))
-    assert stopped.value.exit_status == 130
-    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+        fit(noisy_module("backprop"), tmp_path, SignalAt(2, number))
+    assert stopped.value.exit_status == 128 + number
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)] == before
+
+
+def test_a_signal_to_be_ignored_is(tmp_path):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        fit(noisy_module("backprop"), tmp_path, SignalAt(2, signal.SIGHUP))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert read_checked(tmp_path / "last.ckpt")["global_step"] == 13
 
 
 def test_trajectory_is_whole_after_resuming(tmp_path):
@@ -163,6 +181,7 @@ def test_trajectory_is_whole_after_resuming(tmp_path):
 def saved(tmp_path):
     """A run's folder with a last and a previous checkpoint."""
     folder = tmp_path / "run"
+    (folder / "checkpoints").mkdir(parents=True)
     for step in (1, 2):
         name = folder / "checkpoints" / ("previous.ckpt" if step == 1 else "last.ckpt")
         save_atomically({"global_step": step, "state_dict": {"w": torch.arange(1000.0)}}, name)
@@ -212,7 +231,7 @@ def test_code_in_a_checkpoint_is_not_run(saved):
 
 def test_full_disk_leaves_the_last_good_checkpoint(saved):
     last = saved / "checkpoints" / "last.ckpt"
-    (saved / "checkpoints" / "last.ckpt.tmp").symlink_to("/dev/full")
+    (saved / "checkpoints" / f"last.ckpt.{os.getpid()}.tmp").symlink_to("/dev/full")
     with pytest.raises(StorageError, match=r"cannot write .*last.ckpt: No space left on device; what was saved before"):
         save_atomically({"state_dict": {"w": torch.zeros(100_000)}}, last)
     assert read_checked(last)["global_step"] == 2
@@ -251,7 +270,9 @@ def test_run_directory_is_kept(tmp_path):
 
 
 def test_foreign_checkpoint_is_one_line(tmp_path):
+    """One that lies in no run's folder, so that no configuration tells what it is of."""
     assert train(tmp_path, *STEPS)[0] == 0
+    (tmp_path / "run" / "checkpoints" / "last.ckpt").rename(tmp_path / "lone.ckpt")
     for change, message in (
         ("model.hidden=[32]", r"model.1.bias is (64,) in the checkpoint and (32,) in this run"),
         ("model=logistic", r"model.1.bias is (64,) in the checkpoint and (10,) in this run"),
@@ -259,8 +280,9 @@ def test_foreign_checkpoint_is_one_line(tmp_path):
         ("optimizer=adam", r"of another run: its optimizer was not Adam"),
         ("optimizer.momentum=0.5", r"momentum of its optimizer is 0.0, and that of this run 0.5"),
         ("lr=0.1", r"lr of its optimizer is 30.0, and that of this run 0.1"),
+        ("callbacks=none", r"holds the state of ModelCheckpoint"),
     ):
-        status, _, err = train(tmp_path, change, "resume=run", "trainer.max_steps=70")
+        status, _, err = train(tmp_path, change, "resume=lone.ckpt", "trainer.max_steps=70")
         assert (status, err.count("\n")) == (2, 1), err
         assert message in err
 
@@ -288,14 +310,14 @@ def test_ctrl_c_without_checkpoints_is_one_line(tmp_path, monkeypatch):
     assert not results_under(tmp_path)
 
 
-def test_results_are_written_whole_or_not_at_all(tmp_path):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "results.json.tmp").symlink_to("/dev/full")
-    status, _, err = train(tmp_path, *STEPS)
+def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    fills = tmp_path / "run" / f"results.json.{os.getpid()}.tmp"
+    with monkeypatch.context() as patch:
+        patch.setattr("fgtrain.lightning.run.StepProgress", lambda: Full(fills))
+        status, _, err = train(tmp_path, *STEPS)
     assert status == 2
     assert "results.json: No space left on device" in err.splitlines()[-1]
     assert not (tmp_path / "run" / "results.json").exists()
-    (tmp_path / "run" / "results.json.tmp").unlink()
     status, _, err = train(tmp_path, *STEPS, "resume=auto")
     assert status == 0, err
     assert results_under(tmp_path)[0]["steps"] == 60
@@ -308,23 +330,64 @@ def test_folder_that_cannot_be_written_is_one_line(run_dir, tmp_path):
     assert f"cannot write {run_dir}" in err
 
 
-def test_disk_that_fills_up_is_one_line(tmp_path):
-    checkpoints = tmp_path / "run" / "checkpoints"
-    checkpoints.mkdir(parents=True)
-    (checkpoints / "next.ckpt.tmp").symlink_to("/dev/full")
+class Full(L.Callback):
+    """Lets the disk be full for one file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_start(self, trainer, pl_module):
+        self.path.parent.mkdir(exist_ok=True)
+        self.path.symlink_to("/dev/full")
+
+
+def test_disk_that_fills_up_is_one_line(tmp_path, monkeypatch):
+    name = f"next.{os.getpid()}.ckpt.tmp.{os.getpid()}.tmp"
+    monkeypatch.setattr("fgtrain.lightning.run.StepProgress", lambda: Full(tmp_path / "run" / "checkpoints" / name))
     status, _, err = train(tmp_path, *STEPS)
     assert status == 2
-    assert "cannot write run/checkpoints/next.ckpt: No space left on device" in err.splitlines()[-1].replace(
-        str(tmp_path) + "/", ""
-    )
+    assert re.search(r"cannot write .*run/checkpoints/next.*: No space left on device", err.splitlines()[-1])
     assert "Traceback" not in err
 
 
+def test_the_error_of_a_disk_is_found_in_a_circle():
+    a, b = RuntimeError("a"), ValueError("b")
+    a.__context__, b.__context__ = b, a
+    assert disk_error(a) is None
+    b.__cause__ = OSError(errno.ESTALE, "Stale file handle")
+    assert disk_error(a) is b.__cause__
+    for number in (errno.ENOENT, errno.ESTALE, errno.EROFS, errno.ENOSPC, errno.EPIPE):
+        assert disk_error(OSError(number, "")) is not None
+
+
 @pytest.mark.slow
-def test_killed_twenty_times(tmp_path):
+@pytest.mark.parametrize("how", ["moved", "removed"])
+def test_folder_that_goes_away_ends_the_run(how, tmp_path):
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "hydra.run.dir=run", "trainer.max_steps=1000000"]
+    command += ["callbacks.recovery.every_n_steps=100", "self_check=false"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(tmp_path / "run" / "checkpoints" / "last.ckpt", process)
+        (tmp_path / "run").rename(tmp_path / "away")
+        if how == "removed":
+            shutil.rmtree(tmp_path / "away")
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 2, err
+    assert re.match(r"fgtrain: .*No such file or directory", err.splitlines()[-1]), err
+    assert not (tmp_path / "run").exists()
+
+
+def wait_for(path, process):
+    while not path.exists():
+        assert process.poll() is None, f"ended with {process.returncode} without {path}"
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("length", ["trainer.max_steps=3000", "trainer.max_steps=-1 trainer.max_epochs=600"])
+def test_killed_twenty_times(length, tmp_path):
     """kill -9 at random moments; the same command, again and again, ends where an undisturbed run ends."""
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), "hydra.run.dir=run", "resume=auto"]
-    command += ["model.hidden=[16]", "method=fwdgrad", "trainer.max_steps=3000", "trainer.val_check_interval=100"]
+    command += ["model.hidden=[16]", "method=fwdgrad", *length.split(), "trainer.val_check_interval=100"]
     command += ["callbacks.recovery.every_n_steps=10"]
     undisturbed = tmp_path / "undisturbed"
     undisturbed.mkdir()
@@ -350,5 +413,9 @@ def test_killed_twenty_times(tmp_path):
     subprocess.run(command, cwd=killed, check=True, capture_output=True)
     assert_equal_weights(final_weights(killed), final_weights(undisturbed))
     (one,), (other,) = results_under(killed), results_under(undisturbed)
-    assert one["metrics"]["test/acc"] == other["metrics"]["test/acc"]
+    for results in (one, other):
+        for name in ("train_seconds", "step_ms_median", "peak_memory_mib"):
+            del results[name]
+        del results["metrics"]["train/step_ms"]
+    assert one == other
     shutil.rmtree(tmp_path)

@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -185,6 +186,10 @@ BAD = [
     ("method.combine=sum", r"method.combine must be 'mean' or 'projection', got 'sum'"),
     ("method._target_=fgtrain.Nope", r"method: _target_ 'fgtrain.Nope' cannot be imported"),
     (
+        "method._target_=fgtrain.Backprop",
+        r"method._target_=fgtrain.Backprop needs a learning rate of its own, not that of .* \(lr=30.0\); give it with",
+    ),
+    (
         "method=backprop +method.num_tangents=3",
         r"method.num_tangents: fgtrain.Backprop takes no argument 'num_tangents'",
     ),
@@ -240,6 +245,16 @@ def test_bad_input_is_one_line(arguments, message, tmp_path):
     assert re.match(rf"fgtrain: .*{message}", err)
     assert out == ""
     assert not list(tmp_path.rglob("events*"))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts what /proc/self shows")
+def test_runs_of_one_process_leave_nothing_open(tmp_path):
+    counts = []
+    for i in range(5):
+        status, _, err = train(tmp_path, f"hydra.run.dir={i}", "trainer.max_steps=3", "method=backprop")
+        assert status == 0, err
+        counts.append([len(os.listdir(f"/proc/self/{what}")) for what in ("fd", "task")])
+    assert counts[-1] == counts[1]
 
 
 def test_warnings_are_shown_once_on_stderr(tmp_path, monkeypatch):

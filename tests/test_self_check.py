@@ -5,11 +5,14 @@ import re
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from fgtrain import SPSA, Backprop, ForwardGradient, MeZO
+from fgtrain.data import Digits
 from fgtrain.errors import AssumptionError
 from fgtrain.lightning.callbacks import SelfCheck
+from fgtrain.models import torchvision_model
 from fgtrain.self_check import self_check
 from tests.cases import INPUTS
 from tests.test_methods import make as make_estimator
@@ -163,6 +166,41 @@ def test_what_may_be_meant_is_reported(layer, message, estimator):
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+class Cut(nn.Module):
+    def forward(self, x):
+        return x.detach()
+
+
+class Adapter(nn.Module):
+    """A low-rank addition that is 0 at first, as LoRA begins: its first factor has no gradient yet."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Parameter(torch.randn(3, 1))
+        self.b = nn.Parameter(torch.zeros(1, 3))
+
+    def forward(self, x):
+        return x + x @ self.a @ self.b
+
+
+@pytest.mark.parametrize("estimator", [Backprop(), ForwardGradient()], ids=str)
+def test_parameters_without_a_gradient_are_named(estimator):
+    (noticed,) = self_check(of(Cut()), loss, estimator)
+    assert re.match(r"no gradient reaches '0.weight', '0.bias': .*\.detach\(\)", noticed)
+    assert self_check(of(Adapter()), loss, estimator) == []
+
+
+@pytest.mark.parametrize("name", ["resnet18", pytest.param("mobilenet_v2", marks=pytest.mark.slow)])
+def test_curvature_is_no_accusation(name):
+    torch.manual_seed(0)
+    model = torchvision_model(name, 10)
+    data = Digits(16)
+    data.setup("fit")
+    inputs, labels = next(iter(data.train_dataloader()))
+    noticed = self_check(model, lambda net: F.cross_entropy(net(inputs), labels, reduction="none"), Backprop())
+    assert [sentence for sentence in noticed if "hidden from" in sentence] == []
+
+
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed", "bf16-true"])
 def test_changes_nothing_of_a_run(precision, tmp_path):
     checked, alone = make(ForwardGradient()), make(ForwardGradient())
@@ -189,6 +227,7 @@ def test_a_loss_that_takes_derivatives_in_its_input(estimator):
         at = x.clone().requires_grad_()
         return torch.autograd.grad(m(at).sum(), at, create_graph=True)[0].square().sum(1)
 
-    assert self_check(model, loss, estimator) == []
+    (noticed,) = self_check(model, loss, estimator)
+    assert noticed.startswith("no gradient reaches '2.bias': the loss does not depend on it")
     found = estimator(model, loss).loss
     torch.testing.assert_close(found, loss(model).mean().detach(), rtol=1e-4, atol=0)

@@ -23,13 +23,26 @@ class Steps(L.LightningDataModule):
 
 
 class _Clock:
-    """Yields an empty tensor so many times."""
+    """Yields an empty tensor so many times; its position can be saved."""
 
     def __init__(self, ticks: int) -> None:
         self.ticks = ticks
+        self._tick = 0
+        self._resumed = False
 
     def __len__(self) -> int:
         return self.ticks
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        return iter([torch.empty(0)] * self.ticks)
+        if not (self._resumed and self._tick < self.ticks):
+            self._tick = 0
+        self._resumed = False
+        while self._tick < self.ticks:
+            self._tick += 1
+            yield torch.empty(0)
+
+    def state_dict(self) -> dict[str, int]:
+        return {"tick": self._tick}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        self._tick, self._resumed = state["tick"], True

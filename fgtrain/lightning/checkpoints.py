@@ -1,15 +1,18 @@
 """Checkpoints on disk: written whole or not at all, read without running code, refused when damaged."""
 
+import contextlib
 import errno
 import os
 import sys
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import torch
+from lightning import Callback
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import nn
 from torch.optim import Optimizer
@@ -19,7 +22,10 @@ from fgtrain.estimators import GradientEstimator
 
 NAMES = ("last.ckpt", "previous.ckpt")
 PARTS = ("state_dict", "optimizer_states", "loops", "pytorch-lightning_version")  # what a run goes on from
-_DISK_ERRORS = {
+_DISK_ERRORS = {  # or of the network behind it, or of a pipe
+    errno.ENOENT,
+    errno.ESTALE,
+    errno.EPIPE,
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EROFS,
@@ -34,10 +40,19 @@ _DISK_ERRORS = {
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's reader and writer of checkpoints, made safe against a crash at any moment.
 
-    A checkpoint is written beside its place, flushed to the disk and renamed: its name always means a whole file.
+    A checkpoint is written beside its place, flushed to the disk and renamed: its name always means a whole file. Its
+    folder is made once: one that is moved away in the middle of a run is not made again.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._folders: set[Path] = set()
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        folder = Path(path).parent
+        if folder not in self._folders:
+            make_folder(folder)
+            self._folders.add(folder)
         save_atomically(checkpoint, Path(path))
 
     def load_checkpoint(
@@ -73,9 +88,8 @@ def write_atomically(text: str, path: Path) -> None:
 
 
 def _atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    beside = path.with_name(path.name + ".tmp")
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with beside.open("wb") as file:
             write(file)
             file.flush()
@@ -85,14 +99,30 @@ def _atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         reason = disk_error(error)
         if reason is None:
             raise
+        with contextlib.suppress(OSError):
+            beside.unlink()
         raise StorageError(f"cannot write {path}: {reason.strerror}; what was saved before is intact") from error
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder, with those above it.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}") from error
 
 
 def disk_error(error: BaseException | None) -> OSError | None:
     """The error of the disk that `error` is, or came from."""
-    while error is not None:
+    seen: set[int] = set()  # what two threads raise to each other may be a circle
+    while error is not None and id(error) not in seen:
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
             return error
+        seen.add(id(error))
         error = error.__cause__ or error.__context__
     return None
 
@@ -126,12 +156,13 @@ def checkpoint_to_resume(resume: str | None, run_dir: Path) -> Path | None:
         ConfigError: there is none, or `run_dir` holds a run that would be written over.
         CheckpointError: what there is cannot be used.
     """
+    inside = resume is not None and run_dir.absolute() in (Path(resume).absolute(), *Path(resume).absolute().parents)
+    if resume != "auto" and not inside and list_checkpoints(run_dir):
+        raise ConfigError(
+            f"run_dir={run_dir} holds a run that has not finished; continue it with resume=auto, or name another "
+            "folder with hydra.run.dir=..."
+        )
     if resume is None:
-        if list_checkpoints(run_dir):
-            raise ConfigError(
-                f"run_dir={run_dir} holds a run that has not finished; continue it with resume=auto, or name another "
-                "folder with hydra.run.dir=..."
-            )
         return None
     if resume == "auto":
         found = list_checkpoints(run_dir)
@@ -208,6 +239,63 @@ def refuse_foreign(checkpoint: Mapping[str, Any], module: nn.Module) -> None:
         if getattr(saved[name], "shape", None) != getattr(own[name], "shape", None):
             shapes = f"{tuple(saved[name].shape)} in the checkpoint and {tuple(own[name].shape)} in this run"
             raise CheckpointError(f"the checkpoint is of another run: {name} is {shapes}")
+
+
+def refuse_unclaimed(checkpoint: Mapping[str, Any], callbacks: Iterable[Callback]) -> None:
+    """Raise if a checkpoint holds the state of a callback that the run has not: best scores, patience, a log.
+
+    Raises:
+        CheckpointError: names it.
+    """
+    own = {callback.state_key for callback in callbacks} | {"Timer"}  # that of trainer.max_time, which is a length
+    left = sorted(checkpoint.get("callbacks", {}).keys() - own)
+    if left:
+        raise CheckpointError(
+            f"the checkpoint holds the state of {', '.join(left)}, which this run has not; give it the callbacks it "
+            "began with (callbacks=...)"
+        )
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    """What the last bits of a run depend on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return {"torch": str(torch.__version__), "device": name, "threads": str(torch.get_num_threads())}
+
+
+def name_other_machine(checkpoint: Mapping[str, Any], device: torch.device) -> None:
+    """Say on stderr where a checkpoint was written on other hardware or by another version, which may change bits."""
+    own, saved = machine(device), checkpoint.get("machine", {})
+    other = [f"{name} {saved[name]}, not {own[name]}" for name in own if saved.get(name, own[name]) != own[name]]
+    if other:
+        print(f"fgtrain: the checkpoint was written with {'; '.join(other)}: the last bits may differ", file=sys.stderr)
+
+
+def take_along(checkpoint: Mapping[str, Any], callbacks: Iterable[Callback], origin: Path, writes: bool) -> None:
+    """Let a resumed run have the best checkpoints so far, with their scores, in its own folder, and its own patience.
+
+    Args:
+        checkpoint: whose ModelCheckpoint states are changed to the paths of this run.
+        callbacks: of the run.
+        origin: where the checkpoint is; the best ones are looked for beside it, wherever they were written.
+        writes: whether this process copies them.
+    """
+    for callback in callbacks:
+        state = checkpoint.get("callbacks", {}).get(callback.state_key)
+        if state is not None and isinstance(callback, EarlyStopping):
+            state["patience"] = callback.patience
+        if state is None or not isinstance(callback, ModelCheckpoint) or state["dirpath"] == callback.dirpath:
+            continue
+
+        def moved(path: str, folder: Path = Path(callback.dirpath or ".")) -> str:
+            source, target = origin.parent / Path(path).name, folder / Path(path).name
+            if path and writes and source.is_file() and source.resolve() != target.resolve():
+                make_folder(folder)
+                _atomically(target, lambda file: file.write(source.read_bytes()))
+            return str(target) if path else path
+
+        state |= {name: moved(state[name]) for name in ("best_model_path", "kth_best_model_path", "last_model_path")}
+        state["best_k_models"] = {moved(path): score for path, score in state["best_k_models"].items()}
+        state["dirpath"] = callback.dirpath
 
 
 def refuse_other_optimizer(saved: Mapping[str, Any], own: Optimizer) -> None:

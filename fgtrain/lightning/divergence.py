@@ -1,6 +1,7 @@
 """Numbers that are no longer usable never reach the weights, and a run that has blown up ends with advice."""
 
 import math
+import sys
 from typing import Any
 
 import lightning as L
@@ -22,13 +23,15 @@ class Divergence(L.Callback):
     """Judges every estimate before it becomes a step.
 
     A step with a non-finite loss, derivative or gradient is skipped and counted, and buffers (BatchNorm statistics) are
-    put back to where they were before it. On several processes only what all of them share is judged, so that they
-    agree.
+    put back to where they were before it. The first one and their number are told on stderr. On several processes only
+    what all of them share is judged, so that they agree.
 
     Args:
         max_skipped_steps: so many in a row end the run.
-        detect_divergence: a loss above this multiple of the first one, for as many steps in a row, ends the run; None
-            looks at no multiple.
+        detect_divergence: a loss above this multiple of its lowest smoothed value so far (or of a thousandth of the
+            first one, if that is more), for as many steps in a row, ends the run; None looks at no multiple.
+        max_skipped_share: a larger part of all batches skipped ends the run, once there are a hundred of them or
+            training is over; None for none.
 
     Attributes:
         skipped_steps: so far.
@@ -37,16 +40,26 @@ class Divergence(L.Callback):
         ValueError: an argument out of its range.
     """
 
-    def __init__(self, max_skipped_steps: int = 10, detect_divergence: float | None = None) -> None:
+    def __init__(
+        self,
+        max_skipped_steps: int = 10,
+        detect_divergence: float | None = None,
+        max_skipped_share: float | None = None,
+    ) -> None:
         if max_skipped_steps < 1:
             raise ValueError(f"max_skipped_steps must be at least 1, got {max_skipped_steps}")
         if detect_divergence is not None and not detect_divergence > 1:
             raise ValueError(f"detect_divergence must be a factor above 1, got {detect_divergence}")
+        if max_skipped_share is not None and not 0 <= max_skipped_share <= 1:
+            raise ValueError(f"max_skipped_share must be between 0 and 1, got {max_skipped_share}")
         self.max_skipped_steps = max_skipped_steps
+        self.max_skipped_share = max_skipped_share
         self.detect_divergence = detect_divergence
         self.skipped_steps = 0
         self._in_a_row = self._above_in_a_row = 0
+        self._batches = 0
         self._first_loss: float | None = None
+        self._smoothed = self._lowest = math.inf
         self._sound = True
         self._buffers: list[Tensor] = []
         self._copies: list[Tensor] = []
@@ -58,12 +71,18 @@ class Divergence(L.Callback):
             "above_in_a_row": self._above_in_a_row,
             "first_loss": self._first_loss,
             "sound": self._sound,
+            "batches": self._batches,
+            "smoothed_loss": self._smoothed,
+            "lowest_loss": self._lowest,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.skipped_steps = state_dict["skipped_steps"]
         self._in_a_row, self._above_in_a_row = state_dict["in_a_row"], state_dict["above_in_a_row"]
         self._first_loss, self._sound = state_dict["first_loss"], state_dict["sound"]
+        self._batches = state_dict.get("batches", 0)
+        self._smoothed = state_dict.get("smoothed_loss", math.inf)
+        self._lowest = state_dict.get("lowest_loss", math.inf)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._buffers = list(pl_module.buffers())
@@ -81,6 +100,7 @@ class Divergence(L.Callback):
         Raises:
             DivergenceError: it is one too many.
         """
+        self._batches += 1
         alone = trainer.world_size == 1
         loss, *sizes = _sizes(estimate, alone)
         shared = [loss, *sizes] if alone else sizes  # the loss of a rank is that of its shard
@@ -95,8 +115,11 @@ class Divergence(L.Callback):
             torch._foreach_copy_(self._buffers, self._copies)
         for logger in trainer.loggers:
             logger.log_metrics({"train/skipped_steps": self.skipped_steps}, step=trainer.global_step)
+        what = f"the loss is {loss}" if not math.isfinite(loss) else "a derivative or the gradient is not finite"
+        if self.skipped_steps == 1 and trainer.is_global_zero:
+            print(f"fgtrain: step {trainer.global_step}: {what}; this batch is skipped", file=sys.stderr)
+        self._refuse_too_many(100)
         if self._in_a_row == self.max_skipped_steps:
-            what = f"the loss is {loss}" if not math.isfinite(loss) else "a derivative or the gradient is not finite"
             raise DivergenceError(
                 f"step {trainer.global_step}: {what}, for {self._in_a_row} batches in a row (skipped, the weights are "
                 f"those of the last good step); {ADVICE}; lr is {_lr(trainer):.3g}"
@@ -112,15 +135,34 @@ class Divergence(L.Callback):
         if self.detect_divergence is None:
             return
         if self._first_loss is None:
-            self._first_loss = loss
-        above = 0 < self.detect_divergence * self._first_loss < loss
+            self._first_loss = self._smoothed = loss
+        self._smoothed += 0.1 * (loss - self._smoothed)
+        self._lowest = min(self._lowest, self._smoothed)
+        reference = max(self._lowest, 1e-3 * self._first_loss)
+        above = 0 < self.detect_divergence * reference < loss
         self._above_in_a_row = self._above_in_a_row + 1 if above else 0
         if self._above_in_a_row == self.max_skipped_steps:
             raise DivergenceError(
-                f"step {trainer.global_step}: the loss is {loss:.4g}, it began at {self._first_loss:.4g} and has been "
+                f"step {trainer.global_step}: the loss is {loss:.4g}, it has been down to {reference:.4g} and has been "
                 f"above detect_divergence={self.detect_divergence:g} times that for {self._above_in_a_row} steps; "
                 f"{ADVICE}; lr is {_lr(trainer):.3g}"
             )
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._refuse_too_many(1)
+        if self.skipped_steps and trainer.is_global_zero:
+            print(f"fgtrain: {self._share()} were skipped, since their numbers were not finite", file=sys.stderr)
+
+    def _refuse_too_many(self, at_least: int) -> None:
+        share = self.max_skipped_share
+        if share is not None and self.skipped_steps > share * max(self._batches, at_least):
+            raise DivergenceError(
+                f"{self._share()} were skipped, more than max_skipped_share={share:g}: their loss, a derivative or the "
+                f"gradient was not finite; look for what is not finite in the data, or {ADVICE}"
+            )
+
+    def _share(self) -> str:
+        return f"{self.skipped_steps} of {self._batches} batches"
 
 
 def _sizes(estimate: Estimate, alone: bool) -> list[float]:

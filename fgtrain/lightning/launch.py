@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fgtrain.config import check, to_plain
 from fgtrain.errors import ConfigError, Interrupted, RankFailed, UserError
+from fgtrain.lightning.owner import owned
 from fgtrain.lightning.strategy import Replicas, Sharded
 
 START_METHODS = {
@@ -140,12 +141,15 @@ def launch(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
         RankFailed: a rank was ended by a signal; the others are ended too.
         RuntimeError: a rank ended with another error; holds its traceback.
     """
-    from fgtrain.lightning.run import run  # which asks this module for the trainer's options
+    from fgtrain.lightning.run import read_results, run  # which asks this module for the trainer's options
 
     check(cfg)
     world = plan(to_plain(cfg)["trainer"])
     if world.started or world.size == 1 or world.strategy not in START_METHODS:
         return run(cfg, choices)
+    if read_results(run_dir := Path(cfg.run_dir)) is None:
+        with owned(run_dir):
+            pass  # rank 0 holds it; a second comer is told before its ranks are started
     if multiprocessing.get_start_method() not in multiprocessing.get_all_start_methods():
         multiprocessing.set_start_method(None, force=True)  # joblib's workers have one that children do not know
     multiprocessing.set_forkserver_preload(["fgtrain.lightning.run"])

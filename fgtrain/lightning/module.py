@@ -1,24 +1,35 @@
 """The one LightningModule: manual optimization with whatever estimator it is given."""
 
 import inspect
+import sys
 from collections.abc import Callable, Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from fgtrain.distributed import Ranks, TangentsOver
 from fgtrain.errors import ConfigError
 from fgtrain.estimators import Estimate, GradientEstimator, write_grads
-from fgtrain.lightning.checkpoints import refuse_foreign, refuse_other_optimizer
+from fgtrain.lightning.checkpoints import (
+    machine,
+    name_other_machine,
+    refuse_foreign,
+    refuse_other_optimizer,
+    refuse_unclaimed,
+    take_along,
+)
 from fgtrain.lightning.divergence import Divergence
+from fgtrain.lightning.loop import total_steps
 from fgtrain.lightning.step import StepEstimates, estimate_for_step
 from fgtrain.lightning.strategy import shard_model
+from fgtrain.sharding import like_parameter, whole
 from fgtrain.tasks import Task
 
 
@@ -72,6 +83,8 @@ class EstimatorModule(L.LightningModule):
         self.distributed_timeout = distributed_timeout
         self.ranks = Ranks()
         self._gathered_bytes = 0
+        self._is_accumulating = False  # in the middle of an optimizer step
+        self._saved_grads: dict[str, Tensor] = {}
 
     def setup(self, stage: str) -> None:
         if self.ranks.size != self.trainer.world_size:
@@ -79,12 +92,62 @@ class EstimatorModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         self.ranks.end_startup()
+        params, self._is_accumulating = dict(self.named_parameters()), bool(self._saved_grads)
+        while self._saved_grads:
+            name, grad = self._saved_grads.popitem()
+            params[name].grad = like_parameter(grad, params[name])
+        length = total_steps(self.trainer, self.accumulate_grad_batches)
+        is_over = self.trainer.should_stop or (length is not None and self.trainer.global_step >= length)
+        if self.trainer.ckpt_path is not None and not is_over:
+            self._meet_schedule(length)
+
+    def _meet_schedule(self, length: int | None) -> None:
+        """Take the learning rate of this run's schedule; say so where it is not that of the checkpoint.
+
+        Raises:
+            ConfigError: it is 0, so that nothing would be trained.
+        """
+        step, groups = self.trainer.global_step, self.trainer.optimizers[0].param_groups
+        for config in self.trainer.lr_scheduler_configs:
+            if not isinstance(schedule := config.scheduler, LambdaLR):
+                continue  # goes on from the rate there is
+            for group, base, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
+                planned = base * factor(schedule.last_epoch)
+                if planned != group["lr"] and self.trainer.is_global_zero:
+                    print(
+                        f"fgtrain: the learning rate jumps from {group['lr']:.3g} to {planned:.3g} at step {step}, "
+                        f"since its schedule is one of {length} steps now",
+                        file=sys.stderr,
+                    )
+                group["lr"] = planned
+        if not any(group["lr"] for group in groups):
+            raise ConfigError(
+                f"the learning rate is 0 at step {step}, where the run goes on: its schedule ends there; give it a "
+                "longer one, or start another run from its weights"
+            )
 
     def configure_callbacks(self) -> list[L.Callback]:
         return [self.divergence]
 
+    def on_validation_model_zero_grad(self) -> None:
+        if not self._is_accumulating:
+            super().on_validation_model_zero_grad()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["machine"] = machine(self.device)
+        if self._is_accumulating:
+            grads = {name: p.grad for name, p in self.named_parameters() if p.grad is not None}
+            checkpoint["accumulated_grads"] = {name: whole(grad).cpu() for name, grad in grads.items()}
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         refuse_foreign(checkpoint, self)
+        trainer: Any = self.trainer  # which Lightning gives its callbacks where no checker sees them
+        refuse_unclaimed(checkpoint, trainer.callbacks)
+        if trainer.is_global_zero:
+            name_other_machine(checkpoint, trainer.strategy.root_device)
+        if trainer.ckpt_path is not None:
+            take_along(checkpoint, trainer.callbacks, Path(trainer.ckpt_path), trainer.is_global_zero)
+        self._saved_grads = dict(checkpoint.get("accumulated_grads", {}))
         for saved in checkpoint.get("optimizer_states", []):
             refuse_other_optimizer(saved, self._optimizer())
 
@@ -127,6 +190,7 @@ class EstimatorModule(L.LightningModule):
         self.ranks.bytes_sent += self._gathered_bytes
         write_grads(self.model, estimate.grads, accumulate=micro_batch > 0, check_finite=False)  # judged above
         due = micro_batch + 1 == self.accumulate_grad_batches or trainer.is_last_batch
+        self._is_accumulating = not due
         if due and self.divergence.step_is_sound():
             self._optimizer_step()
         return {
@@ -167,19 +231,11 @@ class EstimatorModule(L.LightningModule):
             return optimizer
         options = {}
         if "total_steps" in inspect.signature(self.make_scheduler).parameters:
-            options["total_steps"] = self._total_steps()
+            total = total_steps(self.trainer, self.accumulate_grad_batches)
+            if total is None:
+                raise ConfigError("the scheduler needs the run's length: set trainer.max_steps or trainer.max_epochs")
+            options["total_steps"] = total
         return [optimizer], [self.make_scheduler(optimizer, **options)]
 
     def _optimizer(self) -> Optimizer:
         return self.make_optimizer(p for p in self.model.parameters() if p.requires_grad)
-
-    def _total_steps(self) -> int:
-        """Optimizer steps of the whole run; Lightning's own estimate knows nothing of manual accumulation."""
-        trainer = self.trainer
-        limits = [trainer.max_steps] if trainer.max_steps >= 0 else []
-        if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-            trainer.fit_loop.setup_data()
-            limits.append(trainer.max_epochs * -(-int(trainer.num_training_batches) // self.accumulate_grad_batches))
-        if not limits:
-            raise ConfigError("the scheduler needs the run's length: set trainer.max_steps or trainer.max_epochs")
-        return min(limits)

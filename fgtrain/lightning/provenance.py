@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from fgtrain.config import TrainConfig, to_plain
 from fgtrain.errors import ConfigError
@@ -31,7 +33,7 @@ def save_provenance(cfg: DictConfig, choices: Mapping[str, str]) -> None:
     plain = _replaced(to_plain(movable), _RUN_DIR, "${run_dir}")
     plain |= {"run_dir": "${hydra:runtime.output_dir}", "resume": None}
     hydra = {
-        "run": {"dir": "runs/${now:%Y-%m-%d}/${now:%H-%M-%S}_" + str(choices.get("method"))},
+        "run": {"dir": "runs/${now:%Y-%m-%d}/${now:%H-%M-%S}_" + str(choices.get("method")) + "_${unique:}"},
         "output_subdir": None,
         "runtime": {"choices": {name: choices.get(name) for name in ("method", "task", "data", "model")}},
     }
@@ -57,13 +59,17 @@ def load_config(run_dir: Path) -> DictConfig:
     """The configuration of a run, as `fgtrain.lightning.run.build` takes it.
 
     Raises:
-        ConfigError: the folder has none.
+        ConfigError: the folder has none, or it is malformed.
     """
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"{path} is missing; give the folder of a run")
-    saved = OmegaConf.to_container(OmegaConf.load(path))
-    assert isinstance(saved, dict)
+    try:
+        saved = OmegaConf.to_container(OmegaConf.load(path))
+    except (YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+    if not isinstance(saved, dict):
+        raise ConfigError(f"{path} is no configuration of a run: it holds a {type(saved).__name__}")
     own = {name: value for name, value in saved.items() if name not in ("defaults", "hydra")}
     return OmegaConf.merge(OmegaConf.structured(TrainConfig), own, {"run_dir": str(run_dir)})  # ty: ignore
 

@@ -78,9 +78,7 @@ def replay(run_dir: Path) -> tuple[EstimatorModule, int]:
         ConfigError: the folder is not that of a run.
     """
     path = run_dir / "replay.pt"
-    log = read_checked(path)
-    if log.get("format") != FORMAT or not log.keys() >= PARTS or not len(log["derivatives"]):
-        raise CheckpointError(f"{path} is no replay log of format {FORMAT}; it was written by callbacks=replay_log")
+    log = _read_log(path)
     cfg = load_config(run_dir)
     cfg.callbacks, cfg.detect_divergence, cfg.self_check, cfg.resume, cfg.quiet = {}, None, False, None, True
     limits = {"limit_train_batches": None, "limit_val_batches": 0, "overfit_batches": 0.0, "max_time": None}
@@ -94,3 +92,21 @@ def replay(run_dir: Path) -> tuple[EstimatorModule, int]:
     if trainer.global_step != log["steps"] or digest(module) != log["final"]:
         raise CheckpointError(f"{path} leads to other weights than the run had after {log['steps']} steps")
     return module, log["steps"]
+
+
+def _read_log(path: Path) -> dict[str, Any]:
+    log = read_checked(path)
+    if log.get("format") != FORMAT or not log.keys() >= PARTS:
+        raise CheckpointError(f"{path} is no replay log of format {FORMAT}; it was written by callbacks=replay_log")
+    rows = log["derivatives"]
+    sound = {
+        "derivatives": isinstance(rows, Tensor) and rows.dim() == 2 and rows.numel() > 0 and rows.is_floating_point(),
+        "initial": isinstance(log["initial"], str),
+        "final": isinstance(log["final"], str),
+        "steps": type(log["steps"]) is int and log["steps"] >= 0,
+        "batches_per_epoch": type(log["batches_per_epoch"]) is int and log["batches_per_epoch"] > 0,
+    }
+    bad = [name for name, is_sound in sound.items() if not is_sound]
+    if bad:
+        raise CheckpointError(f"{path} is damaged: {', '.join(bad)} cannot be those of a run")
+    return log

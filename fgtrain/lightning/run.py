@@ -3,8 +3,10 @@
 import json
 import logging
 import signal
+import sys
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from inspect import Parameter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +16,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
@@ -25,6 +28,7 @@ from fgtrain.distributed import lost_ranks_named
 from fgtrain.errors import ConfigError, Interrupted
 from fgtrain.lightning.callbacks import (
     Dashboard,
+    FirstBatch,
     Monitor,
     RandomState,
     RankCheck,
@@ -33,14 +37,17 @@ from fgtrain.lightning.callbacks import (
     Summary,
 )
 from fgtrain.lightning.callbacks.dashboard import log_final
+from fgtrain.lightning.changes import is_extended, stop_holds
 from fgtrain.lightning.checkpoints import checkpoint_to_resume, make_atomic, write_atomically
 from fgtrain.lightning.divergence import Divergence
-from fgtrain.lightning.launch import plan
-from fgtrain.lightning.loop import use_step_loop
+from fgtrain.lightning.launch import is_follower, plan
+from fgtrain.lightning.loop import EpochLoop, use_step_loop
 from fgtrain.lightning.module import EstimatorModule
+from fgtrain.lightning.owner import owned
 from fgtrain.lightning.provenance import save_provenance
 from fgtrain.tasks import Function
 
+RESULTS = "results.json"
 DATA_FACTS = ("input_shape", "num_classes", "vocab_size", "context")
 """Attributes of the data that a model is built for, where its constructor takes them."""
 
@@ -81,7 +88,7 @@ def build(cfg: DictConfig) -> Run:
         seed=cfg.seed,
         accumulate_grad_batches=cfg.accumulate_grad_batches,
         clip_grad_norm=cfg.clip_grad_norm,
-        divergence=Divergence(cfg.max_skipped_steps, cfg.detect_divergence),
+        divergence=Divergence(cfg.max_skipped_steps, cfg.detect_divergence, cfg.max_skipped_share),
         distributed_tangents=cfg.distributed.tangents,
         distributed_timeout=cfg.distributed.timeout_seconds,
     )
@@ -126,6 +133,12 @@ def _model(node: DictConfig, known: Mapping[str, Any]) -> torch.nn.Module:
 def _instantiate_with(node: DictConfig, known: Mapping[str, Any]) -> Any:
     """Instantiate `node` with those of the `known` arguments that it takes and does not set itself."""
     takes = signature_of(node._target_)
+    for name in DATA_FACTS:
+        if name in takes and takes[name].default is Parameter.empty and name not in known and name not in node:
+            raise ConfigError(
+                f"model: {node._target_} needs {name}, which the data has not; give the datamodule an attribute of "
+                f"that name, or set +model.{name}=..."
+            )
     return instantiate(node, **{k: v for k, v in known.items() if k in takes and k not in node}, _convert_="all")
 
 
@@ -137,19 +150,71 @@ def run(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
         choices: the chosen method, task, data and model by name.
     """
     keep_freed_memory()
+    if (results := _results_so_far(cfg)) is not None:
+        return results
+    parts = build(cfg)
+    with nullcontext() if is_follower() else owned(Path(cfg.run_dir)):
+        results = _results_so_far(cfg)  # of whoever had the folder until now
+        return _train(parts, cfg, choices) if results is None else results
+
+
+def _results_so_far(cfg: DictConfig) -> dict[str, Any] | None:
+    """Those of a finished run that `resume=auto` need not go on with."""
     run_dir = Path(cfg.run_dir)
-    finished = run_dir / "results.json"
-    if finished.exists():
-        if cfg.resume == "auto":
-            return json.loads(finished.read_text())
+    if not (run_dir / RESULTS).exists():
+        return None
+    if cfg.resume != "auto":
         raise ConfigError(f"run_dir={run_dir} holds a finished run; name another folder with hydra.run.dir=...")
+    return None if is_extended(cfg, run_dir) else read_results(run_dir)
+
+
+def read_results(run_dir: Path) -> dict[str, Any] | None:
+    """Those of a finished run; None of one that is not.
+
+    Raises:
+        ConfigError: they cannot be read.
+    """
+    path = run_dir / RESULTS
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not (isinstance(found, dict) and isinstance(found.get("metrics"), dict)):
+        raise ConfigError(f"{path} holds no results of a run")
+    return found
+
+
+class _Beginning(L.Callback):
+    """Writes down what the run is, once all its processes have looked at what was in its folder."""
+
+    def __init__(self, cfg: DictConfig, choices: Mapping[str, str]) -> None:
+        self.cfg = cfg
+        self.choices = choices
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit" and trainer.is_global_zero:
+            (Path(self.cfg.run_dir) / RESULTS).unlink(missing_ok=True)  # of the shorter run that this one extends
+            save_provenance(self.cfg, self.choices)
+
+
+def _train(parts: Run, cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
+    module, data, trainer, monitor = parts
+    run_dir = Path(cfg.run_dir)
     checkpoint = checkpoint_to_resume(cfg.resume, run_dir)
-    module, data, trainer, monitor = build(cfg)
-    if trainer.is_global_zero:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        save_provenance(cfg, choices)
+    if checkpoint is None and (run_dir / RESULTS).exists():
+        raise ConfigError(f"run_dir={run_dir} holds a finished run without a checkpoint from which it could go on")
+    assert isinstance(trainer.fit_loop, EpochLoop)
+    trainer.fit_loop.keeps_stop = checkpoint is None or stop_holds(cfg, checkpoint)
+    trainer.callbacks[:0] = [FirstBatch(), _Beginning(cfg, choices)]  # ty: ignore[missing-attribute]
     with lost_ranks_named(trainer.global_rank), _ctrl_c_named(trainer):
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    if trainer.global_step == 0:
+        raise ConfigError(
+            f"nothing was trained: trainer.max_steps={trainer.max_steps}, trainer.max_epochs={trainer.max_epochs}, "
+            f"{trainer.num_training_batches} batches an epoch, {module.divergence.skipped_steps} batches skipped"
+        )
     results: dict[str, Any] = {name: choices.get(name) for name in ("method", "task", "data", "model")}
     results |= {"seed": cfg.seed, "steps": trainer.global_step, **monitor.summary()}
     results["skipped_steps"] = module.divergence.skipped_steps
@@ -161,12 +226,21 @@ def run(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
         results |= _function_results(module)
     else:
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
-        (tested,) = trainer.test(module, data, verbose=False)
-        results["metrics"] = metrics | dict(tested)
+        results["metrics"] = metrics | _tested(module, data, trainer)
     log_final(trainer, to_plain(cfg), results)
     if trainer.is_global_zero:
-        write_atomically(json.dumps(results, indent=2) + "\n", finished)
+        write_atomically(json.dumps(results, indent=2) + "\n", run_dir / RESULTS)
     return results
+
+
+def _tested(module: EstimatorModule, data: L.LightningDataModule, trainer: L.Trainer) -> dict[str, float]:
+    """The metrics on the test split; none, said on stderr, where there is none."""
+    has_split = is_overridden("test_dataloader", data)
+    found = trainer.test(module, data, verbose=False) if has_split else []
+    if not any(found) and trainer.limit_test_batches != 0 and trainer.is_global_zero:
+        what = "is empty" if has_split else "is missing (no test_dataloader)"
+        print(f"fgtrain: the test split of {type(data).__name__} {what}: no test/... in the results", file=sys.stderr)
+    return dict(found[0]) if found else {}
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Callbacks of a training run; none of them changes what is trained."""
 
 from fgtrain.lightning.callbacks.dashboard import Dashboard
+from fgtrain.lightning.callbacks.first_batch import FirstBatch
 from fgtrain.lightning.callbacks.monitor import Monitor
 from fgtrain.lightning.callbacks.progress import StepProgress
 from fgtrain.lightning.callbacks.quality import GradientQuality
@@ -14,6 +15,7 @@ from fgtrain.lightning.callbacks.trajectory import Trajectory
 
 __all__ = [
     "Dashboard",
+    "FirstBatch",
     "GradientQuality",
     "Monitor",
     "RandomState",

@@ -18,7 +18,8 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from fgtrain.allocator import return_freed_memory
-from fgtrain.sharding import is_sharded
+from fgtrain.distributed import of_all_ranks
+from fgtrain.sharding import whole
 
 
 class Monitor(L.Callback):
@@ -45,10 +46,26 @@ class Monitor(L.Callback):
         self._resumed_at = self._last_end = 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        return {"train_seconds": self.train_seconds + time.perf_counter() - self._resumed_at}
+        return {
+            "train_seconds": self.train_seconds + time.perf_counter() - self._resumed_at,
+            "step_seconds": torch.tensor(self.step_seconds, dtype=torch.float32),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.train_seconds = state_dict["train_seconds"]
+        self.step_seconds = array("d", state_dict.get("step_seconds", torch.empty(0)).tolist())
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        losses = torch.stack(self._losses).cpu() if self._losses else torch.empty(0)
+        derivatives = [torch.cat(self._derivatives).cpu()] if self._derivatives else []
+        checkpoint["not_yet_logged"] = of_all_ranks({"losses": losses, "derivatives": derivatives})
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        saved = checkpoint.get("not_yet_logged", [])
+        if trainer.global_rank < len(saved):
+            own, device = saved[trainer.global_rank], trainer.strategy.root_device
+            self._losses = list(own["losses"].to(device))
+            self._derivatives = [values.to(device) for values in own["derivatives"]]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         forget_peak_memory()
@@ -57,8 +74,7 @@ class Monitor(L.Callback):
     def on_before_optimizer_step(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
         if self._due(trainer, after=1):
             grads = [p.grad for p in pl_module.parameters() if p.grad is not None]
-            norm: Any = get_total_norm(grads)
-            self._grad_norm = norm.full_tensor() if is_sharded(norm) else norm
+            self._grad_norm = whole(get_total_norm(grads))
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -75,7 +91,8 @@ class Monitor(L.Callback):
             self._write(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.train_seconds += time.perf_counter() - self._resumed_at
+        now = time.perf_counter()
+        self.train_seconds, self._resumed_at = self.train_seconds + now - self._resumed_at, now
         if self._losses:
             self._write(trainer, pl_module)
 

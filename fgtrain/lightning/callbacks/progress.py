@@ -8,6 +8,8 @@ import lightning as L
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
+from fgtrain.lightning.loop import total_steps
+
 
 class StepProgress(L.Callback):
     """Loss, validation accuracy and steps per second, refreshed a few times a second.
@@ -28,10 +30,7 @@ class StepProgress(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._started = time.monotonic()
         self._first_step = trainer.global_step
-        limits = [trainer.max_steps] if trainer.max_steps >= 0 else []
-        if trainer.max_epochs is not None and trainer.max_epochs >= 0:
-            limits.append(trainer.max_epochs * int(trainer.num_training_batches))
-        self._total = min(limits, default=0)
+        self._total = total_steps(trainer, getattr(pl_module, "accumulate_grad_batches", 1)) or 0
         self._next_line = self._first_step + self._line_every() if trainer.is_global_zero else math.inf
         if trainer.is_global_zero and self.console.is_terminal:
             columns = (

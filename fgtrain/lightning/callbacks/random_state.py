@@ -3,8 +3,8 @@
 from typing import Any
 
 import lightning as L
-import torch
 
+from fgtrain.distributed import of_all_ranks
 from fgtrain.random import random_state, set_random_state
 
 
@@ -26,11 +26,7 @@ class RandomState(L.Callback):
         set_random_state(self._before_validation)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        states = [random_state()]
-        if trainer.world_size > 1:
-            states = [{}] * trainer.world_size
-            torch.distributed.all_gather_object(states, random_state())
-        checkpoint["random_state"] = states
+        checkpoint["random_state"] = of_all_ranks(random_state())
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         # This early, since the first iterator of a shuffling loader is made before any hook of training.

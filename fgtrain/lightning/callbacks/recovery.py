@@ -12,7 +12,11 @@ from lightning.pytorch.callbacks import Checkpoint
 from fgtrain.errors import Interrupted
 from fgtrain.lightning.checkpoints import NAMES
 
-_SIGNALS: dict[int, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+_SIGNALS: dict[int, Any] = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGTERM: signal.SIG_DFL,
+    signal.SIGHUP: signal.SIG_DFL,  # the terminal is gone
+}
 
 
 class Recovery(Checkpoint):
@@ -20,7 +24,8 @@ class Recovery(Checkpoint):
 
     As a `Checkpoint` it comes after all other callbacks, whose state of the step it saves.
 
-    A first Ctrl-C or SIGTERM saves after the step in progress and ends the run; a second one ends it at once.
+    A first Ctrl-C, SIGTERM or SIGHUP saves after the step in progress and ends the run; a second one ends it at once.
+    One that was to be ignored when the run began (nohup) still is.
 
     Args:
         dirpath: folder of the checkpoints.
@@ -40,14 +45,15 @@ class Recovery(Checkpoint):
         self._saved_at = trainer.global_step
         self._signal = None
         try:
-            self._handlers = {number: signal.signal(number, self._remember) for number in _SIGNALS}
+            heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+            self._handlers = {number: signal.signal(number, self._remember) for number in heard}
         except ValueError:  # not in the main thread, where signals arrive
             self._handlers = {}
 
     def _remember(self, number: int, frame: Any) -> None:
         self._signal = number
-        for each, at_once in _SIGNALS.items():  # not Lightning's handler, which waits for all ranks in mid-step
-            signal.signal(each, at_once)
+        for each in self._handlers:  # not Lightning's handler, which waits for all ranks in mid-step
+            signal.signal(each, _SIGNALS[each])
 
     def _release_signals(self) -> None:
         while self._handlers:
@@ -85,7 +91,7 @@ class Recovery(Checkpoint):
 
     def _save(self, trainer: L.Trainer) -> None:
         last, previous = (self.dirpath / name for name in NAMES)
-        fresh = self.dirpath / "next.ckpt"
+        fresh = self.dirpath / f"next.{os.getpid()}.ckpt.tmp"
         trainer.save_checkpoint(fresh)
         if trainer.is_global_zero:
             if last.exists():
@@ -98,7 +104,7 @@ def _keep_as(previous: Path, last: Path) -> None:
     """Give the checkpoint `last` the name `previous` too, so that at no moment there is none of its own name."""
     if previous.is_dir():  # of a sharded strategy
         shutil.rmtree(previous)
-    beside = previous.with_name(previous.name + ".tmp")
+    beside = previous.with_name(f"{previous.name}.{os.getpid()}.tmp")
     beside.unlink(missing_ok=True)
     try:
         os.link(last, beside)

@@ -1,0 +1,166 @@
+"""The first batch, looked at before anything is trained on it."""
+
+import math
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.data import sized_len
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map
+
+from fgtrain.errors import ConfigError, DataError, ModelError
+from fgtrain.estimators import ForwardGradient, GradientEstimator
+from fgtrain.forward_ad.passes import RepeatedPass
+from fgtrain.lightning.module import EstimatorModule
+from fgtrain.parameters import trainable_params
+from fgtrain.random import preserved_random_state
+from fgtrain.tangents import LowRank
+from fgtrain.tasks import Classification
+
+
+class FirstBatch(L.Callback):
+    """Refuses data that the model cannot be trained on, in one line, and tells of numbers that are not finite.
+
+    Changes nothing: the batch is from a loader of its own, and two of its examples go through the model once.
+
+    Raises:
+        DataError: there is no batch, or one of the wrong types, shapes or labels.
+        ModelError: the model cannot take it.
+        ConfigError: the directions of a pass alone do not fit into memory.
+    """
+
+    def setup(self, trainer: Any, pl_module: L.LightningModule, stage: str) -> None:
+        if stage != "fit" or trainer.datamodule is None:
+            return
+        assert isinstance(pl_module, EstimatorModule)
+        data, model = trainer.datamodule, pl_module.model
+        refuse_too_many_directions(pl_module.estimator, model, free_memory(trainer.strategy.root_device))
+        with preserved_random_state():
+            batch = next(iter(data.train_dataloader()), None)
+            if batch is None:
+                raise DataError(f"the training set of {type(data).__name__} is empty: its loader gives no batch")
+            validates = trainer.limit_val_batches != 0 and is_overridden("val_dataloader", data)
+            if validates and trainer.is_global_zero and sized_len(data.val_dataloader()) == 0:
+                print(f"fgtrain: the validation split of {type(data).__name__} is empty", file=sys.stderr)
+            if isinstance(pl_module.task, Classification):
+                look_at_examples(batch, getattr(data, "num_classes", None), getattr(data, "input_shape", None))
+            if type(trainer.precision_plugin) is Precision:
+                _refuse_other_precision(batch, model)
+            bad = [
+                i for i, leaf in enumerate(_tensors(batch)) if leaf.is_floating_point() and not leaf.isfinite().all()
+            ]
+            if bad and trainer.is_global_zero:
+                print(f"fgtrain: part {bad[0]} of the first batch holds nan or infinity", file=sys.stderr)
+            if model._compiled_call_impl is None:  # two examples would be compiled for, too
+                self._try(batch, pl_module, trainer)
+
+    def _try(self, batch: Any, module: EstimatorModule, trainer: Any) -> None:
+        few = tree_map(lambda leaf: leaf[:2] if isinstance(leaf, Tensor) and leaf.dim() else leaf, batch)
+        dtype = next((p.dtype for p in module.model.parameters() if p.is_floating_point()), torch.float32)
+        if type(trainer.precision_plugin) is not Precision:  # which converts the batch, and the model a little later
+            few = tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, few)
+        before = RepeatedPass(module.model)
+        try:
+            with torch.no_grad():
+                module.task.losses(module.model, few)
+        except Exception as error:
+            shapes = ", ".join(f"{tuple(leaf.shape)} {_name(leaf)}" for leaf in _tensors(few))
+            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+            raise ModelError(
+                f"the model and its loss cannot take two examples of the data, {shapes}: {reason}; HYDRA_FULL_ERROR=1 "
+                "shows where"
+            ) from error
+        finally:
+            before.rewind()
+
+
+def look_at_examples(batch: Any, num_classes: int | None, input_shape: Any) -> None:
+    """Refuse a batch of classification that is not (inputs, labels) of the right types, shapes and classes.
+
+    Raises:
+        DataError: says what it is and what it should be.
+    """
+    if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(x, Tensor) for x in batch)):
+        raise DataError(
+            f"a batch of classification is (inputs, labels), two tensors; the data gives {_describe(batch)}"
+        )
+    inputs, labels = batch
+    if labels.dtype not in (torch.int64, torch.uint8) or labels.dim() != 1:
+        raise DataError(
+            f"labels are {_name(labels)} of shape {tuple(labels.shape)}; classification takes the numbers of classes, "
+            "int64 of shape (B,): labels.long()"
+        )
+    if len(inputs) != len(labels):
+        raise DataError(f"the first batch has {len(inputs)} inputs and {len(labels)} labels")
+    lowest, highest = int(labels.min()), int(labels.max())
+    if lowest < 0 or (num_classes is not None and highest >= num_classes):
+        classes = "" if num_classes is None else f" to {num_classes - 1}, for num_classes={num_classes}"
+        raise DataError(f"labels of the first batch run from {lowest} to {highest}; they must be from 0{classes}")
+    if input_shape is not None and math.prod(inputs.shape[1:]) != math.prod(input_shape):
+        raise DataError(
+            f"inputs of the first batch have the shape {tuple(inputs.shape[1:])}, and input_shape of the data says "
+            f"{tuple(input_shape)}"
+        )
+
+
+def refuse_too_many_directions(estimator: GradientEstimator, model: nn.Module, available: int | None) -> None:
+    """Raise if the directions that exist at a time are larger than so many bytes.
+
+    Raises:
+        ConfigError: says how many of them would fit.
+    """
+    if available is None or not isinstance(estimator, ForwardGradient):
+        return
+    params = trainable_params(model).values()
+    if isinstance(law := estimator.tangents, LowRank):
+        one = sum(min(p.numel(), law.rank * (len(p) + p[0].numel())) if p.dim() else 1 for p in params if p.numel()) * 4
+    else:
+        one = sum(p.numel() * p.element_size() for p in params)
+    at_a_time = min(estimator.num_tangents, estimator.chunk_size or estimator.num_tangents)
+    if one * at_a_time > available:
+        raise ConfigError(
+            f"{at_a_time} directions of {one / 2**20:.3g} MiB each do not fit into the {available / 2**30:.3g} GiB of "
+            f"free memory; method.chunk_size={max(1, available // (4 * one))} takes them in parts"
+        )
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can be had on a device; None where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    table = Path("/proc/meminfo")
+    found = (
+        re.search(r"MemAvailable:\s+(\d+) kB", table.read_text()) if device.type == "cpu" and table.exists() else None
+    )
+    return None if found is None else int(found[1]) * 2**10
+
+
+def _refuse_other_precision(batch: Any, model: nn.Module) -> None:
+    own = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    for leaf in _tensors(batch):
+        if leaf.is_floating_point() and own and leaf.dtype not in own:
+            raise DataError(
+                f"the data gives {_name(leaf)}, and the model has {_name(next(iter(own)))} parameters; convert it "
+                "(inputs.float()), or train in its precision (trainer.precision=64-true)"
+            )
+
+
+def _tensors(batch: Any) -> Iterator[Tensor]:
+    return (leaf for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor))
+
+
+def _describe(batch: Any) -> str:
+    if isinstance(batch, (tuple, list)):
+        return f"{len(batch)} parts ({', '.join(type(part).__name__ for part in batch)})"
+    return type(batch).__name__
+
+
+def _name(value: Tensor | Any) -> str:
+    return str(getattr(value, "dtype", value)).removeprefix("torch.")

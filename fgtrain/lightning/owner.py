@@ -1,0 +1,76 @@
+"""A folder belongs to one run at a time."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fgtrain.errors import ConfigError, StorageError
+from fgtrain.lightning.checkpoints import make_folder
+
+LOCK = ".lock"
+_held: set[int] = set()
+
+
+@contextmanager
+def owned(run_dir: Path) -> Generator[None]:
+    """Hold the folder of a run, which is made, until the run or its process ends, however it ends.
+
+    What an owner that was killed left half written is removed. A file system that cannot lock is told of, and the run
+    goes on.
+
+    Raises:
+        ConfigError: another process holds it.
+        StorageError: it cannot be written.
+    """
+    make_folder(run_dir)
+    try:
+        file = os.open(run_dir / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+    except OSError as error:
+        raise StorageError(f"cannot write {run_dir}: {error.strerror}") from error
+    try:
+        if _is_locked(file, run_dir):
+            os.truncate(file, 0)
+            os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
+            for left in (*run_dir.glob("*.tmp"), *run_dir.glob("checkpoints/*.tmp")):
+                left.unlink(missing_ok=True)
+        _held.add(file)
+        yield
+    finally:
+        _held.discard(file)
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_UN)  # a child that was just forked may still have the file open
+        os.close(file)
+
+
+def _is_locked(file: int, run_dir: Path) -> bool:
+    """Lock an open file; False where that cannot be done."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            owner = os.read(file, 200).decode(errors="replace") or "another process"
+            raise ConfigError(
+                f"run_dir={run_dir} belongs to a run that is going on ({owner}); wait for its end, or name another "
+                "folder with hydra.run.dir=..."
+            ) from None
+        print(
+            f"fgtrain: the file system of {run_dir} cannot lock ({error.strerror}): start no second run in this folder",
+            file=sys.stderr,
+        )
+        return False
+    return True
+
+
+def _forget() -> None:
+    """A child that was forked does not hold what its parent does: it may outlive it."""
+    while _held:
+        os.close(_held.pop())
+
+
+os.register_at_fork(after_in_child=_forget)

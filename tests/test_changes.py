@@ -1,0 +1,141 @@
+"""A command that goes on with a run says what may change and what may not."""
+
+import json
+
+import pytest
+
+from tests.test_exact_resume import Killed, KillLast
+from tests.test_resume import STEPS, final_weights
+from tests.test_script import results_under, train
+
+CONSTANT = (*STEPS, "scheduler=constant")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    assert train(folder, *CONSTANT)[0] == 0
+    return folder
+
+
+@pytest.mark.parametrize("resume", ["resume=auto", "resume=run"])
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            "method=backprop",
+            "method._target_ is fgtrain.ForwardGradient in the run of run and fgtrain.Backprop in this",
+        ),
+        ("lr=0.1", "lr is 30.0 in the run of run and 0.1 in this command"),
+        ("model.hidden=[32]", "model.hidden is [64] in the run of run and [32] in this command"),
+        ("data.batch_size=64", "data.batch_size is 256 in the run of run and 64 in this command"),
+        ("seed=1", "seed is 42 in the run of run and 1 in this command"),
+        ("scheduler=cosine", "scheduler._target_ is not set in the run of run and fgtrain.schedulers.cosine in this"),
+        ("trainer.max_steps=30", "trainer.max_steps=30: the run of run has done 60 already; raise it to go on"),
+    ],
+)
+def test_what_may_not_change_is_refused(change, message, resume, finished):
+    where = "run" if resume == "resume=auto" else "other"
+    before = {path: path.read_bytes() for path in (finished / "run").rglob("*") if path.is_file()}
+    status, _, err = train(finished, *CONSTANT, change, resume, f"hydra.run.dir={where}")
+    assert (status, err.count("\n")) == (2, 1), err
+    assert message in err.replace(f"{finished}/", "")
+    after = {path: path.read_bytes() for path in (finished / "run").rglob("*") if path.is_file()}
+    assert {path for path in after if path.name != ".lock" and after[path] != before.get(path)} == set()
+
+
+def test_what_is_looked_at_may_change(finished):
+    options = (
+        "trainer.val_check_interval=10",
+        "quiet=true",
+        "callbacks=gradient_quality",
+        "trainer.log_every_n_steps=7",
+    )
+    status, out, err = train(finished, *CONSTANT, "resume=auto", *options)
+    assert (status, out, err) == (0, "", "")
+
+
+def test_finished_run_is_extended(tmp_path):
+    assert train(tmp_path, *CONSTANT)[0] == 0
+    longer = ("trainer.max_steps=80", "resume=auto")
+    status, out, err = train(tmp_path, *CONSTANT, *longer)
+    assert status == 0, err
+    assert "80" in out
+    (tmp_path / "straight").mkdir()
+    assert train(tmp_path / "straight", *CONSTANT, "trainer.max_steps=80")[0] == 0
+    extended, straight = final_weights(tmp_path), final_weights(tmp_path / "straight")
+    assert all(extended[name].equal(value) for name, value in straight.items())
+    found, expected = results_under(tmp_path / "run")[0], results_under(tmp_path / "straight")[0]
+    assert found["metrics"]["test/loss"] == expected["metrics"]["test/loss"]
+    assert found["steps"] == 80
+    status, _, err = train(tmp_path, *CONSTANT, *longer)
+    assert status == 0, err
+
+
+def test_extension_that_is_cut_goes_on(tmp_path, monkeypatch):
+    assert train(tmp_path, *CONSTANT)[0] == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("fgtrain.lightning.run.StepProgress", lambda: KillLast(10))
+        with pytest.raises(Killed):
+            train(tmp_path, *CONSTANT, "trainer.max_steps=80", "resume=auto")
+    assert train(tmp_path, *CONSTANT, "trainer.max_steps=80", "resume=auto")[0] == 0
+    assert json.loads((tmp_path / "run" / "results.json").read_text())["steps"] == 80
+
+
+def test_function_is_extended(tmp_path):
+    beale = ("task=beale", "method=backprop", "hydra.run.dir=run", "resume=auto")
+    assert train(tmp_path, *beale, "trainer.max_steps=20")[0] == 0
+    status, _, err = train(tmp_path, *beale, "trainer.max_steps=30")
+    assert status == 0, err
+    (tmp_path / "straight").mkdir()
+    assert train(tmp_path / "straight", *beale, "trainer.max_steps=30")[0] == 0
+    found, expected = results_under(tmp_path / "run")[0], results_under(tmp_path / "straight")[0]
+    assert (found["solution"], found["steps"]) == (expected["solution"], 30)
+
+
+def test_a_rate_that_jumps_is_named(tmp_path):
+    assert train(tmp_path, *STEPS)[0] == 0
+    status, _, err = train(tmp_path, *STEPS, "trainer.max_steps=80", "resume=auto")
+    assert status == 0, err
+    assert "the learning rate jumps from 0 to 4.39 at step 60, since its schedule is one of 80 steps now" in err
+
+
+def test_a_schedule_that_is_over_is_refused(tmp_path):
+    linear = ("scheduler._target_=torch.optim.lr_scheduler.LinearLR", "+scheduler.start_factor=1.0")
+    linear += ("+scheduler.end_factor=0.0", "+scheduler.total_iters=60", "~scheduler.warmup_steps")
+    status, _, err = train(tmp_path, *STEPS, *linear)
+    assert status == 0, err
+    status, _, err = train(tmp_path, *STEPS, *linear, "trainer.max_steps=80", "resume=auto")
+    assert status == 2
+    assert "the learning rate is 0 at step 60, where the run goes on" in err.splitlines()[-1]
+
+
+def test_early_stop_is_kept_and_can_be_lifted(tmp_path):
+    stopping = (*CONSTANT, "callbacks=early_stopping", "trainer.val_check_interval=5", "resume=auto")
+    stopping += ("callbacks.early_stopping.monitor=val/acc", "callbacks.early_stopping.patience=0")
+    assert train(tmp_path, *stopping)[0] == 0
+    steps = results_under(tmp_path)[0]["steps"]
+    assert steps < 60
+    status, _, err = train(tmp_path, *stopping, "trainer.max_steps=80")
+    assert (status, err.count("\n")) == (2, 1), err
+    assert "was not ended by its length but by early stopping" in err
+    status, _, err = train(tmp_path, *stopping, "callbacks.early_stopping.patience=100")
+    assert status == 0, err
+    assert results_under(tmp_path)[0]["steps"] == 60
+
+
+def test_finished_run_without_checkpoints(tmp_path):
+    assert train(tmp_path, *CONSTANT, "callbacks=none")[0] == 0
+    status, _, err = train(tmp_path, *CONSTANT, "callbacks=none", "trainer.max_steps=80", "resume=auto")
+    assert (status, err.count("\n")) == (2, 1), err
+    assert "holds a finished run without a checkpoint from which it could go on" in err
+    assert results_under(tmp_path)
+
+
+def test_a_folder_of_another_run_is_not_written_over(tmp_path):
+    assert train(tmp_path, *CONSTANT)[0] == 0
+    assert train(tmp_path, *CONSTANT, "hydra.run.dir=other", "seed=1")[0] == 0
+    (tmp_path / "other" / "results.json").unlink()
+    status, _, err = train(tmp_path, *CONSTANT, "hydra.run.dir=other", "resume=run", "trainer.max_steps=80")
+    assert (status, err.count("\n")) == (2, 1), err
+    assert "holds a run that has not finished" in err

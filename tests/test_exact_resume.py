@@ -1,0 +1,271 @@
+"""A run that is cut at any hook, once or often, ends as the undisturbed one: weights, best checkpoint and results."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+
+import lightning as L
+import pytest
+import torch
+from hypothesis import Phase, example, given, settings
+from hypothesis import strategies as st
+from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
+
+from fgtrain import ForwardGradient
+from fgtrain.errors import CheckpointError
+from fgtrain.lightning.callbacks import Monitor, RandomState, Recovery
+from fgtrain.lightning.checkpoints import AtomicCheckpointIO, checkpoint_to_resume, read_checked
+from fgtrain.schedulers import cosine
+from tests.test_module import Small, make, trainer
+from tests.test_resume import Noisy
+from tests.test_script import results_under, train
+
+pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists", "ignore:the run goes on in the middle")
+
+SCHEDULERS = {
+    "constant": None,
+    "cosine": cosine,
+    "exponential": lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9),
+}
+TIMES = ("train/step_ms",)
+
+
+HOOKS = ["on_train_start", "on_train_epoch_start", "on_train_batch_start", "on_train_batch_end", "on_train_epoch_end"]
+HOOKS += ["on_validation_start", "on_validation_end", "on_train_end"]
+
+
+class Killed(BaseException):
+    """Ends a run on the spot: nothing is saved."""
+
+
+class KillFirst(L.Callback):
+    """Raises `Killed` at the n-th event, before other callbacks see it."""
+
+    def __init__(self, at):
+        self.left = at
+        for hook in HOOKS:
+            setattr(self, hook, self._event)
+
+    def _event(self, *_):
+        self.left -= 1
+        if self.left == 0:
+            raise Killed
+
+
+class KillLast(KillFirst, Checkpoint):
+    """After all others: Lightning puts checkpoint callbacks last."""
+
+
+class Plan(NamedTuple):
+    """What is trained, and where it is cut: (event, after the other callbacks or before them) of each attempt."""
+
+    length: dict[str, Any]
+    scheduler: str = "cosine"
+    save_every: int = 4
+    validate: dict[str, Any] = {"val_check_interval": 4, "check_val_every_n_epoch": None}  # noqa: RUF012
+    accumulate: int = 1
+    patience: int = 100
+    cuts: tuple[tuple[int, bool], ...] = ()
+
+
+def attempt(plan, folder, checkpoint, kill, *, early_stopping=True, data=Small):
+    torch.manual_seed(0)
+    module = make(
+        ForwardGradient(),
+        model=Noisy(),
+        optimizer=lambda params: torch.optim.SGD(params, lr=0.1, momentum=0.9),
+        scheduler=SCHEDULERS[plan.scheduler],
+        accumulate_grad_batches=plan.accumulate,
+    )
+    monitor = Monitor(3)
+    watching = [
+        *([] if isinstance(kill, KillLast) else [kill]),
+        monitor,
+        RandomState(),
+        *([EarlyStopping("val/loss", patience=plan.patience, strict=False)] if early_stopping else []),
+        ModelCheckpoint(folder, "best", monitor="val/acc", mode="max", enable_version_counter=False),
+        Recovery(str(folder), plan.save_every),
+        *([kill] if isinstance(kill, KillLast) else []),
+    ]
+    L.seed_everything(1, verbose=False)
+    options = plan.length | plan.validate | {"plugins": [AtomicCheckpointIO()]}
+    run = trainer(folder, *watching, **options)
+    run.fit(module, data(), ckpt_path=checkpoint, weights_only=True)
+    found = {
+        "steps": run.global_step,
+        "lr": run.optimizers[0].param_groups[0]["lr"],
+        "train_batches": len(monitor.step_seconds),
+        "weights": module.state_dict(),
+        "metrics": {name: v.item() for name, v in run.callback_metrics.items() if name not in TIMES},
+        "skipped": module.divergence.skipped_steps,
+    }
+    best = folder / "best.ckpt"
+    if best.exists():
+        content = read_checked(best)
+        found["best"] = content["state_dict"] | {"step": content["global_step"]}
+    found["test"] = run.test(module, Small(), verbose=False)
+    return found
+
+
+def outcome(plan):
+    with TemporaryDirectory() as name:
+        folder, cuts = Path(name), list(plan.cuts)
+        while True:
+            saved = checkpoint_to_resume("auto", folder)
+            at, last = cuts.pop(0) if cuts else (0, True)
+            try:
+                return attempt(plan, folder, saved, KillLast(at) if last else KillFirst(at))
+            except Killed:
+                pass
+
+
+def assert_same(found, expected):
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def assert_exact(plan):
+    assert_same(outcome(plan), outcome(plan._replace(cuts=())))
+
+
+EPOCHS = {"max_epochs": 3}  # of five batches
+STEPS = {"max_steps": 12, "max_epochs": -1}
+BOTH = {"max_steps": 12, "max_epochs": 4}
+EVENTS = 60
+EVERY_EPOCH = {"check_val_every_n_epoch": 1}
+
+
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize(
+    "plan",
+    [
+        Plan(EPOCHS),
+        Plan(EPOCHS, save_every=5, validate=EVERY_EPOCH),
+        Plan(STEPS, scheduler="exponential", save_every=5),
+        Plan(BOTH, scheduler="constant", save_every=1),
+    ],
+    ids=["epochs", "ends of epochs", "steps", "both"],
+)
+def test_cut_at_any_event(plan, last):
+    undisturbed = outcome(plan)
+    for event in range(1, EVENTS, 3 if plan.save_every > 1 else 7):
+        assert_same(outcome(plan._replace(cuts=((event, last),))), undisturbed)
+
+
+PLANS = st.builds(
+    Plan,
+    length=st.sampled_from([EPOCHS, STEPS, BOTH, {"max_steps": 9, "max_epochs": 2}]),
+    scheduler=st.sampled_from(sorted(SCHEDULERS)),
+    save_every=st.sampled_from([1, 2, 3, 4, 5, 100]),
+    validate=st.sampled_from(
+        [{"val_check_interval": n, "check_val_every_n_epoch": None} for n in (2, 3, 4, 5, 7)]
+        + [EVERY_EPOCH, {"check_val_every_n_epoch": 2}]
+    ),
+    accumulate=st.sampled_from([1, 1, 2]),
+    patience=st.sampled_from([0, 1, 100]),
+    cuts=st.lists(st.tuples(st.integers(1, EVENTS), st.booleans()), min_size=1, max_size=3).map(tuple),
+)
+
+
+@given(plan=PLANS)
+@settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
+@example(plan=Plan(EPOCHS, save_every=5, cuts=((18, True), (12, True))))
+def test_any_run_cut_up_to_three_times(plan):
+    assert_exact(plan)
+
+
+def cut(plan, folder, event=20):
+    with pytest.raises(Killed):
+        attempt(plan, folder, None, KillLast(event))
+    return checkpoint_to_resume("auto", folder)
+
+
+@pytest.mark.parametrize("plan", [Plan(EPOCHS), Plan(STEPS)], ids=["epochs", "steps"])
+@pytest.mark.parametrize("name", ["last.ckpt", "best.ckpt"])
+def test_in_another_folder(plan, name, tmp_path):
+    cut(plan, tmp_path / "first", event=30)
+    (tmp_path / "first").rename(tmp_path / "moved")
+    found = attempt(plan, tmp_path / "second", tmp_path / "moved" / name, KillLast(0))
+    assert_same(found, outcome(plan))
+
+
+@pytest.mark.parametrize("long", [{"max_steps": 12}, {"max_steps": 18}, {"max_steps": -1, "max_epochs": 4}], ids=str)
+@pytest.mark.parametrize("short", [{"max_steps": 7}, {"max_steps": 10}, {"max_steps": -1, "max_epochs": 2}], ids=str)
+def test_longer_run(short, long, tmp_path):
+    plan = Plan({"max_epochs": -1} | short, scheduler="constant")
+    attempt(plan, tmp_path, None, KillLast(0))
+    plan = plan._replace(length={"max_epochs": -1} | long)
+    found, expected = attempt(plan, tmp_path, tmp_path / "last.ckpt", KillLast(0)), outcome(plan)
+    assert_same(found["weights"], expected["weights"])
+    assert found["steps"] == expected["steps"]
+
+
+def test_state_that_nobody_loads_is_refused(tmp_path):
+    saved = cut(Plan(EPOCHS), tmp_path)
+    with pytest.raises(CheckpointError, match=r"holds the state of EarlyStopping.*, which this run has not; give it"):
+        attempt(Plan(EPOCHS), tmp_path, saved, KillLast(0), early_stopping=False)
+
+    class Forgetful(Small):
+        def train_dataloader(self):
+            return list(super().train_dataloader())
+
+    with pytest.raises(CheckpointError, match=r"positions of 1 training loaders, and 0 of this run's can take one up"):
+        attempt(Plan(EPOCHS), tmp_path, saved, KillLast(0), data=Forgetful)
+
+    class Hasty(Small):
+        def setup(self, stage):
+            super().setup(stage)
+            assert self.trainer is not None
+            self.trainer.fit_loop.setup_data()
+
+    with pytest.raises(CheckpointError, match="something asked for the training loader before its position was read"):
+        attempt(Plan(EPOCHS), tmp_path, saved, KillLast(0), data=Hasty)
+
+
+def test_another_number_of_threads_is_told(tmp_path, capsys):
+    saved = cut(Plan(EPOCHS), tmp_path)
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads + 1)
+        attempt(Plan(EPOCHS), tmp_path, saved, KillLast(0))
+    finally:
+        torch.set_num_threads(threads)
+    expected = f"written with threads {threads}, not {threads + 1}: the last bits may differ\n"
+    assert capsys.readouterr().err.endswith(expected)
+
+
+@pytest.mark.parametrize("options", [{"max_epochs": 2, "max_steps": -1}, {"max_epochs": -1, "max_steps": 6}], ids=str)
+def test_length_is_known_without_a_loader_of_the_run(options, tmp_path):
+    class Counted(Small):
+        def train_dataloader(self):
+            loader = super().train_dataloader()
+            loaders.append(loader)
+            return loader
+
+    loaders = []
+    run = trainer(tmp_path, **options)
+    run.fit(make(ForwardGradient(), scheduler=cosine), Counted())
+    assert [loader._epoch >= 0 for loader in loaders] == [False] * (len(loaders) - 1) + [True]
+
+
+def test_results_of_a_run_cut_twice(tmp_path, monkeypatch):
+    """Through the script, with a validation on the step of a checkpoint, and a cut before results.json is written."""
+    options = ("trainer.max_steps=-1", "trainer.max_epochs=4", "trainer.val_check_interval=8", "hydra.run.dir=run")
+    options += ("callbacks.recovery.every_n_steps=8", "callbacks=early_stopping", "resume=auto")
+    for folder, cuts in (("cut", [12, 30]), ("straight", [])):
+        (tmp_path / folder).mkdir()
+        for event in [*cuts, 0]:
+            with monkeypatch.context() as patch:
+                patch.setattr("fgtrain.lightning.run.StepProgress", lambda event=event: KillFirst(event))
+                if event:
+                    with pytest.raises(Killed):
+                        train(tmp_path / folder, *options)
+                else:
+                    status, _, err = train(tmp_path / folder, *options)
+                    assert status == 0, err
+    (found,), (expected,) = results_under(tmp_path / "cut"), results_under(tmp_path / "straight")
+    for results in (found, expected):
+        for name in ("train_seconds", "step_ms_median", "peak_memory_mib"):
+            del results[name]
+        del results["metrics"]["train/step_ms"]
+    assert found == expected
+    assert {"val/loss", "train/loss", "test/acc"} <= found["metrics"].keys()

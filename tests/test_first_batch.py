@@ -1,0 +1,183 @@
+"""Data that cannot be trained on, and training that did not take place, end in one line."""
+
+import math
+
+import lightning as L
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from fgtrain import ForwardGradient
+from fgtrain.data import InMemoryDataModule
+from fgtrain.errors import ConfigError
+from fgtrain.lightning.callbacks.first_batch import refuse_too_many_directions
+from tests.test_script import results_under, train
+
+QUICK = ("trainer.max_steps=6", "trainer.val_check_interval=3", "method=backprop", "hydra.run.dir=run")
+
+
+class Given(InMemoryDataModule):
+    """Thirty-two images of 2 x 2 in three classes, but for what `how` changes."""
+
+    input_shape = (1, 2, 2)
+    num_classes = 3
+
+    def __init__(self, batch_size: int = 8, how: str = ""):
+        super().__init__(batch_size)
+        self.how = how
+
+    def load(self):
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(32, 1, 2, 2, generator=generator)
+        y = torch.randint(3, (32,), generator=generator)
+        transform = torch.Tensor.double if self.how == "float64" else torch.Tensor.float
+        if self.how == "shape":
+            x = x.repeat(1, 3, 1, 1)
+        elif self.how == "nan rows":
+            x[::8] = math.nan
+        elif self.how == "one nan row":
+            x[3] = math.nan
+        elif self.how == "one-based":
+            y = y + 1
+        elif self.how in ("int32", "float32"):
+            y = y.to(getattr(torch, self.how))
+        splits = {name: (x.clone(), y.clone()) for name in ("train", "val", "test")}
+        if self.how.startswith("empty"):
+            splits[self.how.split()[1]] = (x[:0], y[:0])
+        return splits, transform
+
+
+class Unnumbered(Given):
+    """Does not say how many classes there are."""
+
+    def __getattribute__(self, name):
+        if name == "num_classes":
+            raise AttributeError(name)
+        return super().__getattribute__(name)
+
+
+class OnlyTraining(L.LightningDataModule):
+    """Has one split, in a DataLoader that shuffles."""
+
+    input_shape = (1, 2, 2)
+    num_classes = 3
+
+    def __init__(self, batch_size: int = 8):
+        super().__init__()
+        self.batch_size = batch_size
+
+    def train_dataloader(self):
+        generator = torch.Generator().manual_seed(0)
+        x, y = torch.randn(32, 1, 2, 2, generator=generator), torch.randint(3, (32,), generator=generator)
+        return DataLoader(TensorDataset(x, y), self.batch_size, shuffle=True)
+
+
+class Large(nn.Module):
+    """Takes images of 224 x 224 only."""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.linear = nn.Linear(224 * 224, num_classes)
+
+    def forward(self, x):
+        return self.linear(x.flatten(1))
+
+
+def run(folder, how, *options):
+    return train(
+        folder, "data._target_=tests.test_first_batch.Given", f"+data.how={how}", "data.batch_size=8", *QUICK, *options
+    )
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("one-based", "labels of the first batch run from 1 to 3; they must be from 0 to 2, for num_classes=3"),
+        ("int32", "labels are int32 of shape (8,); classification takes the numbers of classes, int64 of shape (B,)"),
+        ("float32", "labels are float32 of shape (8,); classification takes the numbers of classes"),
+        ("float64", "the data gives float64, and the model has float32 parameters; convert it"),
+        ("shape", "inputs of the first batch have the shape (3, 2, 2), and input_shape of the data says (1, 2, 2)"),
+        ("empty train", "the training set of Given is empty: its loader gives no batch"),
+    ],
+)
+def test_bad_data_is_one_line(how, message, tmp_path):
+    status, out, err = run(tmp_path, f"'{how}'")
+    assert (status, out, err.count("\n")) == (2, "", 1), err
+    assert message in err
+
+
+def test_model_that_takes_other_shapes_is_one_line(tmp_path):
+    status, _, err = run(tmp_path, "", "model._target_=tests.test_first_batch.Large")
+    assert (status, err.count("\n")) == (2, 1), err
+    assert "cannot take two examples of the data, (2, 1, 2, 2) float32, (2,) int64: mat1 and mat2 shapes" in err
+
+
+@pytest.mark.parametrize("tangents", ["normal", "low_rank"])
+def test_directions_larger_than_the_memory_are_one_line(tangents, tmp_path):
+    options = ("method=fwdgrad", f"tangents={tangents}", "hydra.run.dir=run")
+    status, _, err = train(tmp_path, *options, "method.num_tangents=1000000000")
+    assert (status, err.count("\n")) == (2, 1), err
+    chunk = int(err.partition("method.chunk_size=")[2].partition(" ")[0])
+    assert chunk < 10**9
+    refuse_too_many_directions(ForwardGradient(num_tangents=10**9, chunk_size=100), nn.Linear(64, 10), 2**26)
+    with pytest.raises(
+        ConfigError, match=r"100000 directions of 0.00248 MiB each do not fit into the 0.0625 GiB of free"
+    ):
+        refuse_too_many_directions(ForwardGradient(num_tangents=100_000), nn.Linear(64, 10), 2**26)
+
+
+def test_data_without_num_classes_is_one_line(tmp_path):
+    status, _, err = run(tmp_path, "", "data._target_=tests.test_first_batch.Unnumbered")
+    assert (status, err.count("\n")) == (2, 1), err
+    assert "model: fgtrain.models.MLP needs num_classes, which the data has not; give the datamodule" in err
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_empty_split_is_told(split, tmp_path):
+    status, _, err = run(tmp_path, f"'empty {split}'", "quiet=true")
+    assert status == 0, err
+    assert err.count("\n") == 1
+    assert f"the {'validation' if split == 'val' else 'test'} split of Given is empty" in err
+    assert not any(name.startswith(split) for name in results_under(tmp_path)[0]["metrics"])
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+def test_data_without_other_splits_is_trained_on(tmp_path):
+    options = ("data._target_=tests.test_first_batch.OnlyTraining", *QUICK, "quiet=true", "callbacks=none")
+    status, _, err = train(tmp_path, *options)
+    assert status == 0, err
+    assert err.splitlines()[-1] == (
+        "fgtrain: the test split of OnlyTraining is missing (no test_dataloader): no test/... in the results"
+    )
+    assert results_under(tmp_path)[0]["steps"] == 6
+
+
+@pytest.mark.parametrize("options", ["trainer.max_steps=0", "trainer.limit_train_batches=0"])
+def test_nothing_trained_is_no_success(options, tmp_path):
+    status, _, err = run(tmp_path, "", options)
+    assert status == 2
+    assert "nothing was trained" in err.splitlines()[-1]
+    assert not results_under(tmp_path)
+
+
+def test_lost_batches_are_told(tmp_path):
+    status, _, err = run(tmp_path, "'one nan row'", "quiet=true", "max_skipped_share=null", "trainer.max_epochs=3")
+    assert status == 0, err
+    lines = err.splitlines()
+    assert any("the loss is nan; this batch is skipped" in line for line in lines)
+    assert lines[-1].endswith("of 8 batches were skipped, since their numbers were not finite")
+
+
+def test_too_many_lost_batches_end_the_run(tmp_path):
+    status, _, err = run(tmp_path, "'one nan row'", "quiet=true")
+    assert status == 2
+    assert "of 8 batches were skipped, more than max_skipped_share=0.1" in err.splitlines()[-1]
+    assert not results_under(tmp_path)
+
+
+def test_all_batches_lost(tmp_path):
+    status, _, err = run(tmp_path, "'nan rows'", "max_skipped_steps=5")
+    assert status == 2
+    assert "the loss is nan, for 5 batches in a row" in err.splitlines()[-1]
+    assert "the first batch holds nan or infinity" in err

@@ -3,7 +3,9 @@
 Three engines answer the same call. `stacked` carries the value and all K directions through one pass, with rules for
 the layers networks are made of. `compiled` makes one compiled function of that pass, for models that were compiled.
 `native` is PyTorch's own forward mode, one pass per direction: slower, and the reference the others are tested against.
-What cannot be compiled is stacked; what stacked duals cannot follow runs through the reference engine.
+Each pass runs through the fastest engine that can follow it. Where an engine fails, the next one takes the pass, which
+starts from the same buffers and random numbers; the log says so once. A derivative that no engine can be sure of is
+refused by name.
 """
 
 import logging
@@ -75,12 +77,12 @@ def jvp(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> t
 
 @dataclass
 class _Plan:
-    """Which engine is tried first, where the same was met before.
+    """Which engine a pass starts with.
 
     Args:
-        first: its number.
-        left: so many passes more, before the fastest is tried again.
-        wait: how many they will be after its next failure.
+        first: its place in the list of engines.
+        left: how many more passes start with it before the fastest engine is tried again.
+        wait: what `left` becomes at the next failure.
     """
 
     first: int = 0
@@ -108,8 +110,8 @@ class _Engines:
         met = self._met(model, tangents)
         engines, plan = self._all(compiled=met[-1]), self._plans.get(met)
         first = plan.first if plan is not None and plan.left else 0
-        # A pass that is likely to be run again is prepared for it with all that it can change; that takes longer than a
-        # small model.
+        # Where an engine is likely to fail, everything that a pass can change is kept; that takes longer than a step of
+        # a small model.
         before = RepeatedPass(model) if plan is None or first < plan.first else LightPass(slots_of(model))
         for i in range(first, len(engines)):
             engine, otherwise = engines[i]
@@ -154,7 +156,7 @@ class _Engines:
     def _run_compiled(
         self, model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent], before: Before
     ) -> tuple[Tensor, Tensor]:
-        """What has just been compiled is held to the stacked engine."""
+        """The compiled engine; what it has just compiled is compared with the stacked engine."""
         known = self._compiled.num_compilations
         found = self._compiled(model, loss_fn, tangents)
         if self._compiled.num_compilations == known:
@@ -162,7 +164,7 @@ class _Engines:
         before.rewind()
         expected = _stacked(model, loss_fn, tangents, before)
         if not all(map(_agree, found, expected)):
-            raise NotIntercepted("compiled, they are others")
+            raise NotIntercepted("the compiled ones differ")
         return expected
 
     def _tell(self, message: str, *parts: str) -> None:

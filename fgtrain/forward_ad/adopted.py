@@ -15,7 +15,10 @@ from fgtrain.forward_ad.dual import Dual, is_differentiable
 
 
 class Adopting(TorchFunctionMode):
-    """A mode in which adopted tensors are taken for duals."""
+    """A mode in which calls see the duals of adopted tensors.
+
+    Adopted is memory, not a tensor: views made before and after the write are followed too.
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -73,8 +73,8 @@ class running_pass:  # noqa: N801 - a context manager used like a function
     """A context in which the duals made in it carry derivatives.
 
     Args:
-        follows: whether a result without tangents is suspected of having lost them.
-        adopting: takes plain tensors that duals are written into; None if none are.
+        follows: whether to check that results without tangents have not lost them.
+        adopting: follows plain tensors that duals are written into; None where the model writes into none.
 
     Attributes:
         width: the number of directions, if duals that were made before have fewer: see `widen`.
@@ -103,7 +103,7 @@ _running = _Running()
 
 
 def widen(num: int) -> None:
-    """From here on a pass carries `num` directions: duals that have fewer get further ones, which are 0."""
+    """Carry `num` directions from here on: a dual of the pass that has fewer gets zeros for the others."""
     assert _running.one is not None
     _running.one.width = num
 

@@ -263,6 +263,14 @@ def test_an_operation_that_loses_its_derivative_is_named(derivatives_of, num_tan
         derivatives_of(model, lambda m: (lambda h: (doubled(h) + h).sum(1))(m(ROWS)), tangents)
 
 
+def test_what_is_refused_says_what_to_use_instead():
+    case = linear("segments", lambda h: torch.segment_reduce(h, "sum", lengths=torch.tensor([2, 3])).repeat(3, 1)[:5])
+    model = case.build()
+    tangents = Normal().sample(dict(model.named_parameters()), [0])
+    with pytest.raises(UnsupportedOperation, match=r"segment_reduce, .*; use torch.index_add, .*, or train with"):
+        jvp(model, case.loss, tangents)
+
+
 def test_what_is_a_constant_to_backpropagation_is_one_here():
     case = linear("rounded", lambda h: h * (h.round() + h.sign() + h.floor() + h.detach()))
     assert_derivatives(case, [(Normal(), 1), (Normal(), 3)])

@@ -383,7 +383,7 @@ def wait_for(path, process):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("length", ["trainer.max_steps=3000"])  # epochs: tests/test_exact_resume.py cuts in process
+@pytest.mark.parametrize("length", ["trainer.max_steps=3000", "trainer.max_steps=-1 trainer.max_epochs=600"])
 def test_killed_twenty_times(length, tmp_path):
     """kill -9 at random moments; the same command, again and again, ends where an undisturbed run ends."""
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), "hydra.run.dir=run", "resume=auto"]

@@ -72,7 +72,7 @@ def jvp(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> t
         engines = _engines.get(slots)
         if engines is None:
             engines = _engines[slots] = _Engines(slots)
-        return engines.run(model, loss_fn, tangents)
+        return engines.run(model, slots, loss_fn, tangents)
 
 
 @dataclass
@@ -105,14 +105,16 @@ class _Engines:
         self._compiled: Any = None
         self._told: set[str] = set()
 
-    def run(self, model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> tuple[Tensor, Tensor]:
-        """As `jvp`."""
+    def run(
+        self, model: nn.Module, slots: ParameterSlots, loss_fn: LossFn, tangents: Mapping[str, Tangent]
+    ) -> tuple[Tensor, Tensor]:
+        """As `jvp`, of a model with these slots."""
         met = self._met(model, tangents)
         engines, plan = self._all(compiled=met[-1]), self._plans.get(met)
         first = plan.first if plan is not None and plan.left else 0
         # Where an engine is likely to fail, everything that a pass can change is kept; that takes longer than a step of
         # a small model.
-        before = RepeatedPass(model) if plan is None or first < plan.first else LightPass(slots_of(model))
+        before = RepeatedPass(model) if plan is None or first < plan.first else LightPass(slots)
         for i in range(first, len(engines)):
             engine, otherwise = engines[i]
             try:

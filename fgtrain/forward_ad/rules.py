@@ -3,7 +3,7 @@
 Each family knows one way to push (K, *shape) tangents through a function, whatever the function is.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,26 +15,21 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from fgtrain.directions import LowRankTangent
 from fgtrain.forward_ad.dual import RULES, Dual, Rule, dual, laid_out, per_direction, primal_of, tangent_of
-
-_OWNERS = (torch, torch.Tensor, torch._C._nn)  # torch.nn.functional's own are written in Python and opened
+from fgtrain.forward_ad.written_out import functions_named
 
 
 def register(names: str) -> Callable[[Rule], Rule]:
     """Make the decorated function the rule of every function of PyTorch with one of these names."""
 
     def decorate(rule: Rule) -> Rule:
-        RULES.update(dict.fromkeys(_functions(names), rule))
+        RULES.update(dict.fromkeys(functions_named(names), rule))
         return rule
 
     return decorate
 
 
 def _register_family(names: str, family: Callable[[Any], Rule]) -> None:
-    RULES.update({func: family(func) for func in _functions(names)})
-
-
-def _functions(names: str) -> Iterator[Any]:
-    return (getattr(owner, name) for name in names.split() for owner in _OWNERS if hasattr(owner, name))
+    RULES.update({func: family(func) for func in functions_named(names)})
 
 
 # --- linear in the first argument ---------------------------------------------------------------------------------

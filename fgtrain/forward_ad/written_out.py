@@ -19,15 +19,19 @@ IN_OTHERS: dict[Any, Callable[..., Any]] = {}
 REQUIRES_GRAD: Any = vars(torch._C.TensorBase)["requires_grad"].__get__
 """How `x.requires_grad` is read."""
 
-_OWNERS = (torch, torch.Tensor, torch._C._nn)
+_OWNERS = (torch, torch.Tensor, torch._C._nn)  # torch.nn.functional's own are written in Python and opened
+
+
+def functions_named(names: str) -> list[Any]:
+    """Every function of PyTorch that has one of these names."""
+    return [getattr(owner, name) for name in names.split() for owner in _OWNERS if hasattr(owner, name)]
 
 
 def written_out(names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Make the decorated function stand for every function of PyTorch with one of these names."""
 
     def decorate(body: Callable[..., Any]) -> Callable[..., Any]:
-        functions = [getattr(owner, name) for name in names.split() for owner in _OWNERS if hasattr(owner, name)]
-        IN_OTHERS.update(dict.fromkeys(functions, body))
+        IN_OTHERS.update(dict.fromkeys(functions_named(names), body))
         return body
 
     return decorate

@@ -4,14 +4,20 @@ Walking a model's modules costs more than a small layer's arithmetic, so what wa
 is built the same way.
 """
 
-from collections.abc import Mapping
-from typing import Any
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fgtrain.errors import ModelError
+
+T = TypeVar("T")
+
+one_at_a_time = threading.RLock()
+"""Held during an estimate: levels of forward mode and random numbers belong to the process, not to a thread."""
 
 
 class ParameterSlots:
@@ -39,6 +45,7 @@ class ParameterSlots:
             (held, key, names[id(p)]) for held, _ in self._parts for key, p in held.items() if p is not None
         ]
         self._fingerprint = self._take_fingerprint()
+        self._kept: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
     def _take_fingerprint(self) -> list[str | int]:
         """What is where: taken at every step, so names and ids in one flat list."""
@@ -60,6 +67,17 @@ class ParameterSlots:
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters with requires_grad=True."""
         return {name: p for name, p in self.params.items() if p.requires_grad}
+
+    def kept(self, owner: Any, make: Callable[[], T]) -> T:
+        """What `owner` knows about this model: made at the first call, forgotten when the model changes.
+
+        Args:
+            owner: a function, class or estimator.
+            make: called once for it.
+        """
+        if owner not in self._kept:
+            self._kept[owner] = make()
+        return self._kept[owner]
 
     def exchanged(self, values: Mapping[str, Tensor]) -> "_Exchanged":
         """A context in which the model has `values` for parameters; those left out are detached."""

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from fgtrain import ForwardGradient, LowRank, Normal
 from fgtrain.compilation import compile_model
 from fgtrain.errors import ConfigError, LossError
-from fgtrain.forward_ad import _engines, jvp, stacked
+from fgtrain.forward_ad import _Engines, jvp, stacked
 from fgtrain.forward_ad.compiled import CompiledPass
 from fgtrain.forward_ad.passes import NotIntercepted
 from fgtrain.parameters import slots_of
@@ -147,7 +147,7 @@ def test_a_compiled_model_has_compiled_derivatives(fresh, caplog):
         estimate = ForwardGradient(LowRank(1))(each, lambda m: m(x).square().sum(1), generator=generator)
         found.append((estimate.loss, dict(estimate.grads)))
     torch.testing.assert_close(*found)
-    assert [plan.first for plan in _engines[slots_of(model)]._plans.values()] == [0]
+    assert [plan.first for plan in slots_of(model).kept(_Engines, dict)._plans.values()] == [0]
     assert not [record for record in caplog.records if record.name.startswith("fgtrain")]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fgtrain.errors import DivergenceError
-from fgtrain.parameters import slots_of
+from fgtrain.parameters import one_at_a_time, slots_of
 
 Reduce = Callable[[Tensor], Tensor]
 Claim = Literal["exact", "unbiased", "descent"]
@@ -56,6 +56,10 @@ class GradientEstimator(nn.Module, ABC):
         super().__init__()
         self._generator: torch.Generator | None = None
         self.register_load_state_dict_pre_hook(_make_room)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        with one_at_a_time:
+            return super().__call__(*args, **kwargs)
 
     def own_generator(self) -> torch.Generator:
         """Where directions come from when the caller names no generator."""

@@ -6,7 +6,6 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import takewhile
 from typing import Any
-from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +17,7 @@ from fgtrain.errors import UnsupportedOperation
 from fgtrain.estimators.backprop import Backprop
 from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce
 from fgtrain.forward_ad.native import eager_functions
+from fgtrain.parameters import slots_of
 
 _log = logging.getLogger(__name__)
 
@@ -64,9 +64,6 @@ class CheckpointedBackprop(GradientEstimator):
             return Backprop()(model, loss_fn, reduce=reduce)
 
 
-_told: WeakSet[nn.Module] = WeakSet()
-
-
 @contextmanager
 def _in_segments(model: nn.Module) -> Generator[None]:
     """Let the chains and lists of modules in `model` store no more than what enters their segments."""
@@ -80,8 +77,9 @@ def _in_segments(model: nn.Module) -> Generator[None]:
                 ahead, segments = _segments(container)
                 anew = [_stored_by_input(partial(_run, part), part) for part in segments]
                 stack.enter_context(_forward_replaced(container, partial(_run, [*ahead, *anew])))
-        if not containers and model not in _told:
-            _told.add(model)
+        told = slots_of(model).kept(_in_segments, set)
+        if not containers and not told:
+            told.add(model.__class__)
             _log.warning(
                 "%s has no nn.Sequential or nn.ModuleList to checkpoint: memory is that of method=backprop",
                 type(model).__name__,

@@ -116,7 +116,7 @@ class FDFA(GradientEstimator):
 
     def _learn(self, hidden: list[LayerCall], tangent: Tensor, reduce: Reduce | None) -> None:
         """Move every feedback matrix towards the mean of the output's tangents times the layer's noise."""
-        self.num_updates += 1
+        self.num_updates = self.num_updates + 1  # in place it would fail on one made in inference mode
         rate = max(self.feedback_lr, 1 / int(self.num_updates))
         # Half precision has too few bits for a running mean: (K B, C) in single at least.
         rows = tangent.flatten(0, 1).to(torch.promote_types(tangent.dtype, torch.float32))

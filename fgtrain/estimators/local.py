@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce
 from fgtrain.estimators.local_heads import WHOLE, LocalHeads, Part, joined, run
 from fgtrain.forward_ad.dual import Dual
 from fgtrain.forward_ad.passes import check_losses
-from fgtrain.parameters import trainable_params
+from fgtrain.parameters import slots_of, trainable_params
 
 
 class LocalLosses(LocalHeads):
@@ -59,7 +58,6 @@ class LocalLosses(LocalHeads):
         self.estimator = estimator or ActivityPerturbation(exact_head=True, shrinkage=True)
         self.backpropagates = self.estimator.backpropagates
         self.loss_at_parameters = self.estimator.loss_at_parameters
-        self._kept: WeakKeyDictionary[nn.Module, list[list[LocalBlock]]] = WeakKeyDictionary()
 
     def forward(
         self,
@@ -105,9 +103,9 @@ class LocalLosses(LocalHeads):
     def _nets(self, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> "list[list[LocalBlock]]":
         """Every part of every block as a model; the same ones for the same parts, since engines remember models."""
         blocks = self.blocks_with_heads(model, loss_fn)
-        kept = self._kept.get(model, [])
+        kept = slots_of(model).kept(self, list)
         if [[net.part for net in nets] for nets in kept] != blocks:
-            kept = self._kept[model] = [[LocalBlock(part, self.features) for part in parts] for parts in blocks]
+            kept[:] = [[LocalBlock(part, self.features) for part in parts] for parts in blocks]
         return kept
 
     def extra_repr(self) -> str:

@@ -12,7 +12,6 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from fgtrain.errors import LossError
 from fgtrain.forward_ad import native, sharded, stacked
 from fgtrain.forward_ad.native import NO_TANGENT, LossFn
 from fgtrain.forward_ad.passes import LightPass, NotIntercepted, RepeatedPass, WritesIntoPlain
-from fgtrain.parameters import ParameterSlots, slots_of
+from fgtrain.parameters import ParameterSlots, one_at_a_time, slots_of
 from fgtrain.sharding import is_sharded
 
 __all__ = ["directional_derivatives", "jvp"]
@@ -68,11 +67,8 @@ def jvp(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> t
         raise ValueError(f"tangents for {', '.join(sorted(unknown))}, which the model's named_parameters() do not list")
     if not tangents:
         raise LossError(NO_TANGENT)
-    with torch.inference_mode(False), torch.no_grad():
-        engines = _engines.get(slots)
-        if engines is None:
-            engines = _engines[slots] = _Engines(slots)
-        return engines.run(model, slots, loss_fn, tangents)
+    with one_at_a_time, torch.inference_mode(False), torch.no_grad():
+        return slots.kept(_Engines, lambda: _Engines(slots)).run(model, slots, loss_fn, tangents)
 
 
 @dataclass
@@ -191,9 +187,6 @@ def _native(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent], 
 
 def _sharded(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent], _: Before) -> tuple[Tensor, Tensor]:
     return sharded.jvp(model, loss_fn, tangents)
-
-
-_engines: WeakKeyDictionary[ParameterSlots, _Engines] = WeakKeyDictionary()
 
 
 def _agree(found: Tensor, expected: Tensor) -> bool:

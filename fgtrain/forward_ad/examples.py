@@ -6,7 +6,6 @@ row but those of the first example is marked; they are the other examples' where
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from fgtrain.forward_ad.dual import Dual, primal_of, tangent_of
 from fgtrain.forward_ad.passes import RepeatedPass
 from fgtrain.forward_ad.perturbation import WITHOUT_HEAD, LayerCall, LayerNoise, LocalGrads
 from fgtrain.forward_ad.perturbed_layers import run_perturbed
-from fgtrain.parameters import ParameterSlots, slots_of
+from fgtrain.parameters import slots_of
 
 
 class Rows(NamedTuple):
@@ -82,16 +81,13 @@ def rows_of_examples(examined: ExaminedPass, calls: Sequence[LayerCall], losses:
         calls: of the pass.
         losses: of the pass.
     """
-    kept, names = _found.setdefault(slots_of(examined.model), {}), frozenset(call.name for call in calls)
+    kept, names = slots_of(examined.model).kept(rows_of_examples, dict), frozenset(call.name for call in calls)
     if names in kept:
         return kept[names]
     if losses.numel() == 1 or not losses.isfinite().all():
         return {}
     kept[names] = _find_rows(examined, calls, losses.numel())
     return kept[names]
-
-
-_found: WeakKeyDictionary[ParameterSlots, dict[frozenset[str], dict[str, Rows]]] = WeakKeyDictionary()
 
 
 def _find_rows(examined: ExaminedPass, calls: Sequence[LayerCall], num_examples: int) -> dict[str, Rows]:
@@ -162,15 +158,12 @@ def gradient_of_head(examined: ExaminedPass, calls: Sequence[LayerCall], name: s
             f"the exact gradient of the last layer needs one loss for each of the {head.shape[0]} rows of {layer}, got "
             f"losses of shape {tuple(unit_derivatives.shape[1:])}; use reduction='none', or {WITHOUT_HEAD}"
         )
-    num_examples, slots = head.shape[0], slots_of(examined.model)
-    if num_examples > 1 and name not in _separate_heads.setdefault(slots, set()) and unit_derivatives.isfinite().all():
+    num_examples, separate = head.shape[0], slots_of(examined.model).kept(gradient_of_head, set)
+    if num_examples > 1 and name not in separate and unit_derivatives.isfinite().all():
         if not examined.separates({name: Rows()}, num_examples):
             raise UnsupportedOperation(
                 f"the exact gradient of the last layer needs losses that depend on one row of {layer} each, here "
                 f"examples are mixed behind it (BatchNorm in training mode, a contrastive loss); {WITHOUT_HEAD}"
             )
-        _separate_heads[slots].add(name)
+        separate.add(name)
     return unit_derivatives.T / num_examples
-
-
-_separate_heads: WeakKeyDictionary[ParameterSlots, set[str]] = WeakKeyDictionary()

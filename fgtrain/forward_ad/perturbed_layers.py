@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 
@@ -34,13 +33,10 @@ def perturbed_layers(model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> Pert
         UnsupportedOperation: there is none.
     """
     slots = slots_of(model)
-    kept, trained = _found.setdefault(slots, {}), frozenset(slots.trainable())
+    kept, trained = slots.kept(perturbed_layers, dict), frozenset(slots.trainable())
     if trained not in kept:
         kept[trained] = _find_layers(model, loss_fn, slots)
     return kept[trained]
-
-
-_found: WeakKeyDictionary[ParameterSlots, dict[frozenset[str], PerturbedLayers]] = WeakKeyDictionary()
 
 
 def _find_layers(model: nn.Module, loss_fn: Callable[[Any], Tensor], slots: ParameterSlots) -> PerturbedLayers:

@@ -3,8 +3,8 @@
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +22,19 @@ from fgtrain.forward_ad.kept import marked, release
 from fgtrain.forward_ad.native import NO_TANGENT, eager_functions, named_errors
 from fgtrain.forward_ad.passes import WritesIntoPlain, check_losses
 from fgtrain.parameters import ParameterSlots, slots_of
+
+
+@dataclass
+class _Known:
+    """What is known of a model from its earlier passes.
+
+    Args:
+        duals: {name: parameter as a dual}.
+        writes_into_plain: the model writes duals into plain tensors.
+    """
+
+    duals: dict[str, Dual] = field(default_factory=dict)
+    writes_into_plain: bool = False
 
 
 def jvp(model: nn.Module, loss_fn: Callable[[Any], Tensor], tangents: Mapping[str, Tangent]) -> tuple[Tensor, Tensor]:
@@ -49,9 +62,10 @@ def evaluate(
         follows: as in `running_pass`.
     """
     slots = slots_of(model)
-    adopting = Adopting() if slots in _writing else None
+    known = slots.kept(_Known, _Known)
+    adopting = Adopting() if known.writes_into_plain else None
     with running_pass(follows=follows, adopting=adopting) as running:
-        duals = _parameter_duals(slots, tangents)
+        duals = _parameter_duals(slots, known.duals, tangents)
         references = sys.getrefcount(running)
         try:
             with (
@@ -67,7 +81,7 @@ def evaluate(
                 losses, derivatives = check_losses(primal_of(found)), tangent_of(found)
             del found
         except WritesIntoPlain:
-            _writing.add(slots)
+            known.writes_into_plain = True
             raise
         finally:
             if sys.getrefcount(running) > references:  # duals of this pass live on
@@ -89,18 +103,11 @@ def _release(model: nn.Module, slots: ParameterSlots, duals: Mapping[str, Dual])
     release(model, value_of)
 
 
-def _parameter_duals(slots: ParameterSlots, tangents: Mapping[str, Any]) -> dict[str, Dual]:
+def _parameter_duals(slots: ParameterSlots, kept: dict[str, Dual], tangents: Mapping[str, Any]) -> dict[str, Dual]:
     """The parameters as duals; made anew only for those that have moved in memory."""
-    kept = _duals.setdefault(slots, {})
     for name, tangent in tangents.items():
         p, dual = slots.params[name], kept.get(name)
         if dual is None or dual.primal.data_ptr() != p.data_ptr():
             kept[name] = dual = Dual(p.detach(), tangent)
         dual.renew(tangent)
     return {name: kept[name] for name in tangents}
-
-
-_writing: WeakSet[ParameterSlots] = WeakSet()
-"""Of models that write duals into plain tensors."""
-
-_duals: WeakKeyDictionary[ParameterSlots, dict[str, Dual]] = WeakKeyDictionary()

@@ -10,9 +10,11 @@ times. Where two recordings differ, the command lists the runs and ends with sta
 
 import hashlib
 import json
-import subprocess
+import runpy
 import sys
 from collections.abc import Iterator
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -64,9 +66,7 @@ def trained(command: str, folder: Path) -> dict[str, Any]:
     """What a run of scripts/train.py leaves."""
     length = [] if "trainer.max" in command else ["trainer.max_steps=50"]
     options = [*length, "trainer.log_every_n_steps=1", "quiet=true", f"hydra.run.dir={folder}", *command.split()]
-    done = subprocess.run([sys.executable, ROOT / "scripts" / "train.py", *options], capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(f"{command}: {done.stderr}")
+    run_script("train.py", *options)
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     losses = [event.value.hex() for event in events.Scalars("train/loss")]
     saved = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
@@ -79,6 +79,16 @@ def trained(command: str, folder: Path) -> dict[str, Any]:
         "checkpoint": sorted(saved),
         "results": json.loads(json.dumps(kept).replace(str(folder), "")),
     }
+
+
+def run_script(name: str, *arguments: str) -> None:
+    """Run a script as its command line does, without a process of its own."""
+    before, sys.argv = sys.argv, [name, *arguments]
+    try:
+        with redirect_stdout(StringIO()):
+            runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+    finally:
+        sys.argv = before
 
 
 def digest(state: dict[str, Tensor]) -> str:
@@ -114,8 +124,15 @@ def converted(seed: int, folder: Path) -> dict[str, Any]:
     L.seed_everything(seed, verbose=False)
     data = TensorDataset(torch.randn(80, 8), torch.randint(3, (80,)))
     module = convert(Own(), ForwardGradient(num_tangents=2, shrinkage=True))
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-    trainer = L.Trainer(max_steps=50, accelerator="cpu", default_root_dir=folder, enable_checkpointing=False, **quiet)
+    trainer = L.Trainer(
+        max_steps=50,
+        accelerator="cpu",
+        default_root_dir=folder,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
     trainer.fit(module, DataLoader(data, batch_size=16, shuffle=True))
     return {"losses": module.losses, "weights": digest(module.state_dict())}
 

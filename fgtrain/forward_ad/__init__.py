@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fgtrain.directions import Tangent
 from fgtrain.errors import LossError
 from fgtrain.forward_ad import native, sharded, stacked
 from fgtrain.forward_ad.native import NO_TANGENT, LossFn
 from fgtrain.forward_ad.passes import LightPass, NotIntercepted, RepeatedPass, WritesIntoPlain
-from fgtrain.parameters import ParameterSlots, one_at_a_time, slots_of
-from fgtrain.sharding import is_sharded
+from fgtrain.network.parameters import ParameterSlots, one_at_a_time, slots_of
+from fgtrain.network.sharding import is_sharded
+from fgtrain.tangents.directions import Tangent
 
 __all__ = ["directional_derivatives", "jvp"]
 

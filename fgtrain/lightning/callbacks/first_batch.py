@@ -19,7 +19,7 @@ from fgtrain.errors import ConfigError, DataError, ModelError
 from fgtrain.estimators import ForwardGradient, GradientEstimator
 from fgtrain.forward_ad.passes import RepeatedPass
 from fgtrain.lightning.module import EstimatorModule
-from fgtrain.parameters import trainable_params
+from fgtrain.network.parameters import trainable_params
 from fgtrain.random import preserved_random_state
 from fgtrain.tangents import LowRank
 from fgtrain.tasks import Classification

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fgtrain.errors import LossError
-from fgtrain.estimators.backprop import average_grads
-from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce
+from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, average_grads
 from fgtrain.forward_ad.native import NO_TANGENT
 from fgtrain.forward_ad.passes import RepeatedPass
 from fgtrain.layer_noise.layers import perturbed_layers, run_perturbed

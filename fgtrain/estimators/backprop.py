@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fgtrain.errors import LossError
-from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce
+from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce, average_grads
 from fgtrain.forward_ad.passes import check_losses
 from fgtrain.network.parameters import trainable_params
 
@@ -52,12 +52,3 @@ class Backprop(GradientEstimator):
             found = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
         grads = {name: g for name, g in zip(params, found, strict=True) if g is not None}
         return Estimate(loss.detach(), average_grads(grads, reduce))
-
-
-def average_grads(grads: dict[str, Tensor], reduce: Reduce | None) -> dict[str, Tensor]:
-    """The mean over ranks of all gradients, sent as one flat bucket."""
-    if reduce is None or not grads:
-        return grads
-    flat = reduce(torch.cat([g.flatten() for g in grads.values()]))
-    pieces = flat.split([g.numel() for g in grads.values()])
-    return {name: piece.view_as(g).to(g.dtype) for (name, g), piece in zip(grads.items(), pieces, strict=True)}

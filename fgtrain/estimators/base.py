@@ -127,6 +127,15 @@ def _make_room(estimator: GradientEstimator, state: Mapping[str, Tensor], prefix
     estimator.make_room({name.removeprefix(prefix): saved for name, saved in state.items() if name.startswith(prefix)})
 
 
+def average_grads(grads: dict[str, Tensor], reduce: Reduce | None) -> dict[str, Tensor]:
+    """The mean over ranks of all gradients, sent as one flat bucket."""
+    if reduce is None or not grads:
+        return grads
+    flat = reduce(torch.cat([g.flatten() for g in grads.values()]))
+    pieces = flat.split([g.numel() for g in grads.values()])
+    return {name: piece.view_as(g).to(g.dtype) for (name, g), piece in zip(grads.items(), pieces, strict=True)}
+
+
 def write_grads(
     model: nn.Module, grads: Mapping[str, Tensor], *, accumulate: bool = False, check_finite: bool = True
 ) -> None:

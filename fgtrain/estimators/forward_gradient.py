@@ -6,21 +6,15 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from fgtrain.errors import LossError
-from fgtrain.estimators.backprop import average_grads
 from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce
+from fgtrain.estimators.exact_head import Jvp, with_exact_head
 from fgtrain.forward_ad import jvp
-from fgtrain.forward_ad.native import NO_TANGENT
 from fgtrain.forward_ad.passes import RepeatedPass
-from fgtrain.layer_noise.layers import perturbed_layers, run_perturbed
-from fgtrain.layer_noise.noise import LayerNoise, PerturbedPass
-from fgtrain.layer_noise.rows import ExaminedPass, gradient_of_head
-from fgtrain.network.parameters import slots_of, trainable_params
+from fgtrain.network.parameters import trainable_params
 from fgtrain.random import draw_seeds
 from fgtrain.tangents import Normal, Sphere, Tangents, law_or
 from fgtrain.tangents.chunks import Chunks
 from fgtrain.tangents.combine import Combine, Shrinkage, coefficients
-from fgtrain.tangents.directions import Tangent
 
 
 class ForwardGradient(GradientEstimator):
@@ -139,52 +133,28 @@ class ForwardGradient(GradientEstimator):
         reduce: Reduce | None = None,
     ) -> Estimate:
         params = trainable_params(model)
-        with torch.inference_mode(False), torch.no_grad():
-            head = self._find_head(model, loss_fn)
-            tail = {name: p for name, p in params.items() if name not in head}
-            if not tail:
-                losses, _, grads = _pass_with_head(model, loss_fn, {}, 0, head)
-                return Estimate(losses.mean(), average_grads(grads, reduce))
-            chunks = self._chunks(tail, draw_seeds(generator or self.own_generator(), self.num_tangents))
-            losses, derivatives, grads = self._passes(model, loss_fn, chunks, head)
+        generator = generator or self.own_generator()
+
+        def estimate(params: Mapping[str, Tensor], jvp: Jvp) -> Estimate:
+            chunks = self._chunks(params, draw_seeds(generator, self.num_tangents))
+            losses, derivatives = _along(chunks, jvp, model, loss_fn)
             if self.rowwise:
                 derivatives = derivatives / losses.numel()  # of the mean loss, like every gradient here
             elif losses.dim():
                 derivatives = derivatives.mean(1)
             if reduce is not None:
-                derivatives, grads = reduce(derivatives), average_grads(grads, reduce)
+                derivatives = reduce(derivatives)
             if self.clip_derivative is not None:
                 derivatives = derivatives.clamp(-self.clip_derivative, self.clip_derivative)
-            grads |= self._combined(derivatives, chunks, tail)
-        return Estimate(losses.mean(), grads, derivatives.flatten())
+            return Estimate(losses.mean(), self._combined(derivatives, chunks, params), derivatives.flatten())
 
-    def _find_head(self, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> tuple[str, ...]:
-        """Names of the last layer's weight and bias, if its gradient is taken exactly."""
-        if not self.exact_head:
-            return ()
-        layers = perturbed_layers(model, loss_fn)
-        bias = layers.biases[layers.last]
-        return (layers.last,) if bias is None else (layers.last, bias)
+        with torch.inference_mode(False), torch.no_grad():
+            if self.exact_head:
+                return with_exact_head(estimate, model, loss_fn, params, reduce)
+            return estimate(params, jvp)
 
     def _chunks(self, params: Mapping[str, Tensor], seeds: list[int]) -> Chunks:
         return Chunks(self.tangents, params, seeds, self.chunk_size or self.num_tangents, rowwise=self.rowwise)
-
-    def _passes(
-        self, model: nn.Module, loss_fn: Callable[[Any], Tensor], chunks: Chunks, head: tuple[str, ...]
-    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Losses, their derivatives along all directions, and the last layer's exact gradients."""
-        repeated = RepeatedPass(model) if len(chunks) > 1 else None
-        losses, found, grads = None, [], {}
-        for i, directions in enumerate(chunks):
-            if repeated is not None and i:
-                repeated.rewind()
-            if head:
-                losses, derivatives, grads = _pass_with_head(model, loss_fn, directions, chunks.num(i), head)
-            else:
-                losses, derivatives = jvp(model, loss_fn, directions)
-            found.append(derivatives)
-        assert losses is not None
-        return losses, found[0] if len(found) == 1 else torch.cat(found), grads
 
     def replay(self, model: nn.Module, derivatives: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
         params = trainable_params(model)
@@ -202,22 +172,14 @@ class ForwardGradient(GradientEstimator):
         return f"tangents={self.tangents}, num_tangents={self.num_tangents}, combine={self.combine!r}{shrinkage}"
 
 
-def _pass_with_head(
-    model: nn.Module,
-    loss_fn: Callable[[Any], Tensor],
-    directions: Mapping[str, Tangent],
-    num: int,
-    head: tuple[str, ...],
-) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """Losses (B,), derivatives (K, B) along the directions and the gradients of the parameters `head`."""
-    perturbed = PerturbedPass(num, seed=0, head=head[0])
-    examined = ExaminedPass(model, loss_fn)
-    losses, found = run_perturbed(model, loss_fn, {**directions, head[0]: LayerNoise(head[0], perturbed)})
-    if found is None:
-        raise LossError(NO_TANGENT)
-    grad_output = gradient_of_head(examined, perturbed.calls, head[0], found[num:])
-    local_grads = perturbed.calls[0].local_grads
-    assert local_grads is not None
-    grads = local_grads(grad_output)
-    params = slots_of(model).params
-    return losses, found[:num], {name: g.to(params[name].dtype) for name, g in zip(head, grads, strict=False)}
+def _along(chunks: Chunks, jvp: Jvp, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> tuple[Tensor, Tensor]:
+    """Losses, and their derivatives along all directions."""
+    repeated = RepeatedPass(model) if len(chunks) > 1 else None
+    losses, found = None, []
+    for i, directions in enumerate(chunks):
+        if repeated is not None and i:
+            repeated.rewind()
+        losses, derivatives = jvp(model, loss_fn, directions)
+        found.append(derivatives)
+    assert losses is not None
+    return losses, found[0] if len(found) == 1 else torch.cat(found)

@@ -9,8 +9,7 @@ from torch.autograd import forward_ad
 
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.estimators.activity import ActivityPerturbation
-from fgtrain.estimators.backprop import average_grads
-from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce
+from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, average_grads
 from fgtrain.estimators.local_heads import WHOLE, LocalHeads, Part, joined, run
 from fgtrain.forward_ad.dual import Dual
 from fgtrain.forward_ad.passes import check_losses

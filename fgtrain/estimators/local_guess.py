@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fgtrain.estimators.backprop import average_grads
-from fgtrain.estimators.base import Claim, Estimate, Reduce
+from fgtrain.estimators.base import Claim, Estimate, Reduce, average_grads
 from fgtrain.estimators.local_heads import LocalHeads, Part, Stage
 from fgtrain.forward_ad import jvp
 from fgtrain.forward_ad.passes import RepeatedPass, check_losses

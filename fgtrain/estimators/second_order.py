@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fgtrain.estimators.backprop import average_grads
-from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce
+from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce, average_grads
 from fgtrain.forward_ad.native import named_errors, no_fast_paths
 from fgtrain.forward_ad.passes import RepeatedPass, check_losses
 from fgtrain.forward_ad.second_derivatives import WrittenOut

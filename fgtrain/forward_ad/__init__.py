@@ -22,7 +22,7 @@ from fgtrain.forward_ad.native import NO_TANGENT, LossFn
 from fgtrain.forward_ad.passes import LightPass, NotIntercepted, RepeatedPass, WritesIntoPlain
 from fgtrain.network.parameters import ParameterSlots, one_at_a_time, slots_of
 from fgtrain.network.sharding import is_sharded
-from fgtrain.tangents.directions import Tangent
+from fgtrain.tangents.directions import Tangent, num_of
 
 __all__ = ["directional_derivatives", "jvp"]
 
@@ -134,9 +134,8 @@ class _Engines:
     def _met(self, model: nn.Module, tangents: Mapping[str, Tangent]) -> tuple[Any, ...]:
         """What decides which engines can run, as far as it can be seen beforehand."""
         first, p = next(iter(tangents.values())), self._one
-        num = len(first) if isinstance(first, Tensor) else first.num
         compiled = model._compiled_call_impl is not None or hasattr(model, "_orig_mod")  # as the user asked for
-        return type(first), num, model.training, p.dtype, p.stride(), compiled
+        return type(first), num_of(tangents), model.training, p.dtype, p.stride(), compiled
 
     def _all(self, *, compiled: bool) -> list[tuple[Engine, str]]:
         """(engine, what is said where it fails)."""

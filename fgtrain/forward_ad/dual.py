@@ -18,6 +18,7 @@ pass: in a later one it is refused, and between passes it is its value.
 """
 
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
@@ -35,6 +36,7 @@ from fgtrain.forward_ad.rules.written_out import IN_OTHERS
 from fgtrain.tangents.directions import LowRankTangent, Tangent
 
 Rule = Callable[..., Any]
+LocalGrads = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 RULES: dict[Any, Rule] = {}
 """Rules that work on values and tangents; they may answer NotImplemented."""
@@ -54,8 +56,17 @@ class Fallback(NamedTuple):
     reads: bool = False
 
 
-FALLBACKS: dict[Any, Fallback] = {}
-"""Decided at the first call."""
+class _Fallbacks(dict[Any, Fallback]):
+    """{function: what is done with it}, decided at its first call by `find`, which `rules.fallbacks` brings."""
+
+    find: Callable[[Any], Fallback]
+
+    def __missing__(self, func: Any) -> Fallback:
+        self[func] = found = self.find(func)
+        return found
+
+
+FALLBACKS = _Fallbacks()
 
 
 @contextmanager
@@ -113,6 +124,30 @@ def _widened(args: Any, kwargs: Any, width: int) -> None:
         if isinstance(x, Dual) and isinstance(x.tangent, (Tensor, LowRankTangent)) and num_directions(x) < width:
             tangent = tangent_of(x)
             x.tangent = torch.cat([tangent, tangent.new_zeros(width - len(tangent), *tangent.shape[1:])])
+
+
+class OutputTangent(ABC):
+    """The tangent of a weight that acts at its layer's output: the rule of the layer hands the output over."""
+
+    @property
+    @abstractmethod
+    def num(self) -> int:
+        """K."""
+
+    @abstractmethod
+    def perturb(self, inputs: Tensor, output: Tensor, local_grads: LocalGrads, channels: int) -> Tensor:
+        """What takes the place of the output.
+
+        Args:
+            inputs: of the layer, its value.
+            output: what the layer gives with the weight as it is.
+            local_grads: maps the gradient of the output to those of weight and bias.
+            channels: dimension of the output's channels.
+        """
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """Raises: the weight is used by something that is not its layer."""
 
 
 class Dual(Tensor):
@@ -180,8 +215,6 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if result is not NotImplemented:
             return result
     if result is NotImplemented:
-        if func not in FALLBACKS:
-            FALLBACKS[func] = _find_fallback(func)
         fallback = FALLBACKS[func]
         if kwargs.get("out") is not None:
             raise NotIntercepted(f"{getattr(func, '__name__', func)} writes into its argument out")
@@ -365,9 +398,3 @@ def per_direction(func: Any) -> Rule:
 def laid_out(primal: Tensor) -> Tensor:
     """An expanded tensor in memory of its own: forward mode wants the tangent in the layout of the value."""
     return primal.contiguous() if 0 in primal.stride() else primal
-
-
-def _find_fallback(func: Any) -> Fallback:
-    from fgtrain.forward_ad.rules.fallbacks import find_fallback  # it builds on what stands here
-
-    return find_fallback(func)

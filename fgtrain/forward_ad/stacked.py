@@ -9,11 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import fgtrain.forward_ad.rules.fallbacks
 import fgtrain.forward_ad.rules.layers
 import fgtrain.forward_ad.rules.losses
 import fgtrain.forward_ad.rules.matrix_products
 import fgtrain.forward_ad.rules.sampling
-import fgtrain.forward_ad.rules.sequence  # noqa: F401 - these five register their rules and bodies
+import fgtrain.forward_ad.rules.sequence  # noqa: F401 - these register their rules and bodies
 from fgtrain.errors import LossError
 from fgtrain.forward_ad.adopted import Adopting
 from fgtrain.forward_ad.dual import Dual, primal_of, running_pass, tangent_of

@@ -7,7 +7,6 @@ the layer adds noise u_k to the tangents of its output and notes down what the l
 Shapes: K directions, B examples, q channels of a layer's output z (B, .., q), or (B, q, ..) of a convolution.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -18,12 +17,11 @@ from torch.utils._pytree import tree_leaves
 
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.forward_ad.dropped import only_reads
-from fgtrain.forward_ad.dual import Dual, call, primal_of, tangent_of, widen
+from fgtrain.forward_ad.dual import Dual, LocalGrads, OutputTangent, call, primal_of, tangent_of, widen
 from fgtrain.random import fold_in
 from fgtrain.tangents import Rademacher
 
 Noise = Literal["balanced", "rademacher", "normal"]
-LocalGrads = Callable[[Tensor], tuple[Tensor, Tensor]]  # gradient of the output -> of weight and bias
 
 WITHOUT_HEAD = "train without it (method=activity with exact_head=false)"
 
@@ -259,7 +257,7 @@ class Owner(Protocol):
         ...
 
 
-class LayerNoise:
+class LayerNoise(OutputTangent):
     """The tangent of a weight whose layer is perturbed at its output.
 
     Args:
@@ -280,5 +278,4 @@ class LayerNoise:
         raise UsedElsewhere(self.name)
 
     def perturb(self, inputs: Tensor, output: Tensor, local_grads: LocalGrads, channels: int) -> Tensor:
-        """Called by the layer's rule with what the layer gives without noise."""
         return self.owner.perturb(self.name, inputs, output, local_grads, channels)

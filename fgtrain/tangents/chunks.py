@@ -34,10 +34,6 @@ class Chunks:
     def __iter__(self) -> Iterator[Directions]:
         return (self._draw(seeds) for seeds in self._seeds) if self._only is None else iter([self._only])
 
-    def num(self, i: int) -> int:
-        """How many directions chunk i has."""
-        return len(self._seeds[i])
-
     def weighted_sum(self, weights: Tensor) -> dict[str, Tensor]:
         """As `Directions.weighted_sum` of all of them, which ends their use."""
         if self._only is not None:

@@ -54,6 +54,12 @@ def dense(tangent: Tangent) -> Tensor:
     return tangent if isinstance(tangent, Tensor) else tangent.dense()
 
 
+def num_of(tangents: Mapping[str, Tangent]) -> int:
+    """K; 0 of none."""
+    first = next(iter(tangents.values()), None)
+    return 0 if first is None else len(first) if isinstance(first, Tensor) else first.num
+
+
 class Piece(NamedTuple):
     """Numbers of the buffer that belong to one parameter.
 

@@ -8,6 +8,7 @@ from torch.utils._pytree import tree_leaves
 
 from fgtrain.forward_ad.dropped import is_differentiable, only_reads
 from fgtrain.forward_ad.dual import (
+    FALLBACKS,
     Dual,
     Fallback,
     Rule,
@@ -41,6 +42,9 @@ def find_fallback(func: Any) -> Fallback:
         return Fallback(_in_place(f"{name[3:-2]}_"))
     body = opened(func)
     return Fallback(per_direction(func)) if body is None else Fallback(body, is_opened=True)
+
+
+FALLBACKS.find = find_fallback
 
 
 def _requires_grad(x: Any, requires_grad: bool = True) -> Any:

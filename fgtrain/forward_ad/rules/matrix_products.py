@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fgtrain.forward_ad.dual import Dual, dual, joint_of, num_directions, primal_of, tangent_of
+from fgtrain.forward_ad.dual import Dual, OutputTangent, dual, joint_of, num_directions, primal_of, tangent_of
 from fgtrain.forward_ad.rules.operations import register
-from fgtrain.layer_noise.noise import LayerNoise
 from fgtrain.tangents.directions import LowRankTangent
 
 aten = torch.ops.aten
@@ -23,7 +22,7 @@ aten = torch.ops.aten
 @register("linear")
 def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
     px, pw = primal_of(x), primal_of(weight)
-    if isinstance(weight, Dual) and isinstance(weight.tangent, LayerNoise):
+    if isinstance(weight, Dual) and isinstance(weight.tangent, OutputTangent):
         output = _linear(x, pw, bias) if isinstance(x, Dual) else F.linear(x, pw, bias)
         return weight.tangent.perturb(px, output, partial(_linear_grads, px), -1)
     jointly = _goes_jointly(px, weight, bias)
@@ -139,7 +138,7 @@ def _conv(
     def convolve(inputs: Tensor, filters: Tensor, bias: Tensor | None = None, groups: int = groups) -> Tensor:
         return conv(inputs, filters, bias, stride, padding, dilation, groups)
 
-    if isinstance(weight, Dual) and isinstance(weight.tangent, LayerNoise):
+    if isinstance(weight, Dual) and isinstance(weight.tangent, OutputTangent):
         options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
         output = _conv(x, pw, bias, **options) if isinstance(x, Dual) else convolve(px, pw, bias)
         return weight.tangent.perturb(px, output, partial(_conv_grads, px, pw, options), 1)

@@ -1,0 +1,60 @@
+"""The exact gradient of the last layer beside an estimate for the other parameters, by one pass for both."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from fgtrain.errors import LossError
+from fgtrain.estimators.base import Estimate, Reduce, average_grads
+from fgtrain.forward_ad.native import NO_TANGENT
+from fgtrain.layer_noise.layers import perturbed_layers, run_perturbed
+from fgtrain.layer_noise.noise import LayerNoise, PerturbedPass
+from fgtrain.layer_noise.rows import ExaminedPass, gradient_of_head
+from fgtrain.network.parameters import slots_of
+from fgtrain.tangents.directions import Tangent, num_of
+
+Jvp = Callable[[nn.Module, Callable[[Any], Tensor], Mapping[str, Tangent]], tuple[Tensor, Tensor]]
+
+
+def with_exact_head(
+    estimate: Callable[[Mapping[str, Tensor], Jvp], Estimate],
+    model: nn.Module,
+    loss_fn: Callable[[Any], Tensor],
+    params: Mapping[str, Tensor],
+    reduce: Reduce | None,
+) -> Estimate:
+    """The estimate for all parameters but those of the last layer, and the exact gradient of these.
+
+    C unit directions of the last layer's outputs go through the loss, in the pass that carries the estimate's own.
+
+    Args:
+        estimate: maps parameters, and a function that takes derivatives as `fgtrain.forward_ad.jvp` does, to theirs.
+        model: has a Linear layer last.
+        loss_fn: maps the model to losses (B,), each of one row of the last layer.
+        params: that are trained.
+        reduce: mean over ranks.
+    """
+    layers = perturbed_layers(model, loss_fn)
+    bias = layers.biases[layers.last]
+    head = [layers.last] if bias is None else [layers.last, bias]
+    grads: dict[str, Tensor] = {}
+
+    def jvp(
+        model: nn.Module, loss_fn: Callable[[Any], Tensor], directions: Mapping[str, Tangent]
+    ) -> tuple[Tensor, Tensor]:
+        num = num_of(directions)
+        perturbed, examined = PerturbedPass(num, seed=0, head=head[0]), ExaminedPass(model, loss_fn)
+        losses, found = run_perturbed(model, loss_fn, {**directions, head[0]: LayerNoise(head[0], perturbed)})
+        if found is None:
+            raise LossError(NO_TANGENT)
+        grad_output = gradient_of_head(examined, perturbed.calls, head[0], found[num:])
+        local_grads = perturbed.calls[0].local_grads
+        assert local_grads is not None
+        found_grads, dtypes = local_grads(grad_output), slots_of(model).params
+        grads.update({name: g.to(dtypes[name].dtype) for name, g in zip(head, found_grads, strict=False)})
+        return losses, found[:num]
+
+    others = {name: p for name, p in params.items() if name not in head}
+    found = estimate(others, jvp) if others else Estimate(jvp(model, loss_fn, {})[0].mean(), {})
+    return found._replace(grads=found.grads | average_grads(grads, reduce))

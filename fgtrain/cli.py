@@ -21,6 +21,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from fgtrain.allocator import is_out_of_memory
 from fgtrain.config import drop_arguments_of_replaced_targets
 from fgtrain.errors import Interrupted, JobFailed, StorageError, UserError
 from fgtrain.lightning.checkpoints import disk_error
@@ -95,6 +96,8 @@ def run_app(task: Callable[[DictConfig], Any], config_name: str) -> None:
             raise
         fail(StorageError(f"cannot write {error.filename or 'to the disk'}: {error.strerror}"))
     except Exception as error:
+        if is_out_of_memory(error):
+            fail(f"not enough memory ({str(error)[-200:] or 'MemoryError'}); take a smaller data.batch_size or model")
         if composed:
             raise
         # Of YAML's parser, or an assertion of Hydra's: there is no program of ours yet.

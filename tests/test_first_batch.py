@@ -93,11 +93,11 @@ def run(folder, how, *options):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("one-based", "labels of the first batch run from 1 to 3; they must be from 0 to 2, for num_classes=3"),
+        ("one-based", "labels of the train split run from 1 to 3; they must be from 0 to 2, for num_classes=3"),
         ("int32", "labels are int32 of shape (8,); classification takes the numbers of classes, int64 of shape (B,)"),
         ("float32", "labels are float32 of shape (8,); classification takes the numbers of classes"),
         ("float64", "the data gives float64, and the model has float32 parameters; convert it"),
-        ("shape", "inputs of the first batch have the shape (3, 2, 2), and input_shape of the data says (1, 2, 2)"),
+        ("shape", "inputs of the train split have the shape (3, 2, 2), and input_shape of the data says (1, 2, 2)"),
         ("empty train", "the training set of Given is empty: its loader gives no batch"),
     ],
 )

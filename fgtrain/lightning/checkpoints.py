@@ -135,6 +135,8 @@ def read_checked(path: Path) -> dict[str, Any]:
     """
     try:
         with zipfile.ZipFile(path) as archive:
+            if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
+                raise CheckpointError(f"{path} is no checkpoint: it unpacks to more bytes than it has")
             damaged = archive.testzip()
         if damaged is not None:
             raise CheckpointError(f"checkpoint {path} is damaged: {damaged} has another checksum")

@@ -1,10 +1,7 @@
 """The first batch, looked at before anything is trained on it."""
 
-import math
-import re
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -15,6 +12,8 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
+from fgtrain.allocator import free_memory
+from fgtrain.data.in_memory import refuse_other_examples
 from fgtrain.errors import ConfigError, DataError, ModelError
 from fgtrain.estimators import ForwardGradient, GradientEstimator
 from fgtrain.forward_ad.passes import RepeatedPass
@@ -97,17 +96,9 @@ def look_at_examples(batch: Any, num_classes: int | None, input_shape: Any) -> N
             f"labels are {_name(labels)} of shape {tuple(labels.shape)}; classification takes the numbers of classes, "
             "int64 of shape (B,): labels.long()"
         )
-    if len(inputs) != len(labels):
-        raise DataError(f"the first batch has {len(inputs)} inputs and {len(labels)} labels")
-    lowest, highest = int(labels.min()), int(labels.max())
-    if lowest < 0 or (num_classes is not None and highest >= num_classes):
-        classes = "" if num_classes is None else f" to {num_classes - 1}, for num_classes={num_classes}"
-        raise DataError(f"labels of the first batch run from {lowest} to {highest}; they must be from 0{classes}")
-    if input_shape is not None and math.prod(inputs.shape[1:]) != math.prod(input_shape):
-        raise DataError(
-            f"inputs of the first batch have the shape {tuple(inputs.shape[1:])}, and input_shape of the data says "
-            f"{tuple(input_shape)}"
-        )
+    refuse_other_examples("the first batch", inputs, labels, num_classes, input_shape)
+    if int(labels.min()) < 0:
+        raise DataError(f"labels of the first batch begin at {int(labels.min())}; they must be from 0")
 
 
 def refuse_too_many_directions(estimator: GradientEstimator, model: nn.Module, available: int | None) -> None:
@@ -129,17 +120,6 @@ def refuse_too_many_directions(estimator: GradientEstimator, model: nn.Module, a
             f"{at_a_time} directions of {one / 2**20:.3g} MiB each do not fit into the {available / 2**30:.3g} GiB of "
             f"free memory; method.chunk_size={max(1, available // (4 * one))} takes them in parts"
         )
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that can be had on a device; None where nobody says."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    table = Path("/proc/meminfo")
-    found = (
-        re.search(r"MemAvailable:\s+(\d+) kB", table.read_text()) if device.type == "cpu" and table.exists() else None
-    )
-    return None if found is None else int(found[1]) * 2**10
 
 
 def _refuse_other_precision(batch: Any, model: nn.Module) -> None:

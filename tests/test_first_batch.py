@@ -181,3 +181,37 @@ def test_all_batches_lost(tmp_path):
     assert status == 2
     assert "the loss is nan, for 5 batches in a row" in err.splitlines()[-1]
     assert "the first batch holds nan or infinity" in err
+
+
+@pytest.mark.parametrize("method", ["backprop", "fwdgrad"])
+def test_training_loss_is_there_for_early_stopping_and_checkpoints(method, tmp_path):
+    looked = ["callbacks.early_stopping.patience=0", "callbacks.early_stopping.min_delta=100"]
+    for callback in ("early_stopping", "checkpoint"):
+        looked += [f"callbacks.{callback}.monitor=train/loss", f"callbacks.{callback}.mode=min"]
+    looked = [f"+{text}" if "min_delta" in text else text for text in looked]
+    status, _, err = train(
+        tmp_path, *QUICK, f"method={method}", "callbacks=early_stopping", "trainer.max_steps=30", *looked
+    )
+    assert status == 0, err
+    (results,) = results_under(tmp_path)
+    assert results["steps"] == 6  # the second look
+    assert (tmp_path / "run" / "checkpoints" / "best.ckpt").exists()
+
+
+@pytest.mark.parametrize("callback", ["early_stopping", "checkpoint"])
+@pytest.mark.parametrize("name", ["val/los", "train/los", "accuracy", "test/acc"])
+def test_a_metric_that_there_is_not_is_told_before_training(callback, name, tmp_path):
+    status, out, err = train(
+        tmp_path, *QUICK, "quiet=true", "callbacks=early_stopping", f"callbacks.{callback}.monitor={name}"
+    )
+    assert (status, out, err.count("\n")) == (2, "", 1), err
+    assert f"monitor={name} is no metric; there are train/directional_derivative, " in err
+    assert "train/loss, train/lr, train/step_ms, val/acc, val/loss" in err
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_metric_that_is_not_there_yet_is_told(tmp_path):
+    monitor = "callbacks.early_stopping.monitor=train/grad_norm"
+    status, _, err = train(tmp_path, *QUICK, "quiet=true", "callbacks=early_stopping", monitor)
+    assert (status, err.count("\n")) == (2, 1), err
+    assert "trainer.log_every_n_steps" in err

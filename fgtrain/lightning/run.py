@@ -208,7 +208,7 @@ def _train(parts: Run, cfg: DictConfig, choices: Mapping[str, str]) -> dict[str,
     assert isinstance(trainer.fit_loop, EpochLoop)
     trainer.fit_loop.keeps_stop = checkpoint is None or stop_holds(cfg, checkpoint)
     trainer.callbacks[:0] = [FirstBatch(), _Beginning(cfg, choices)]  # ty: ignore[missing-attribute]
-    with lost_ranks_named(trainer.global_rank), _ctrl_c_named(trainer):
+    with lost_ranks_named(trainer.global_rank), _ctrl_c_named(trainer), _monitor_named():
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     if trainer.global_step == 0:
         raise ConfigError(
@@ -253,6 +253,17 @@ def _ctrl_c_named(trainer: L.Trainer) -> Generator[None]:
             raise
         step = trainer.global_step
         raise Interrupted(f"interrupted after step {step}, which was not saved", signal.SIGINT) from end
+
+
+@contextmanager
+def _monitor_named() -> Generator[None]:
+    """A metric that has not been logged when early stopping first looks is a mistake of the configuration."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("Early stopping conditioned on"):
+            raise
+        raise ConfigError(f"{error}; trainer.log_every_n_steps is how often train/... is logged") from error
 
 
 def _function_results(module: EstimatorModule) -> dict[str, Any]:

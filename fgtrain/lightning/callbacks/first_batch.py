@@ -1,12 +1,13 @@
 """The first batch, looked at before anything is trained on it."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.fabric.utilities.data import sized_len
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from fgtrain.data.in_memory import refuse_other_examples
 from fgtrain.errors import ConfigError, DataError, ModelError
 from fgtrain.estimators import ForwardGradient, GradientEstimator
 from fgtrain.forward_ad.passes import RepeatedPass
+from fgtrain.lightning.callbacks.monitor import LOGGED
 from fgtrain.lightning.module import EstimatorModule
 from fgtrain.parameters import trainable_params
 from fgtrain.random import preserved_random_state
@@ -32,7 +34,8 @@ class FirstBatch(L.Callback):
     Raises:
         DataError: there is no batch, or one of the wrong types, shapes or labels.
         ModelError: the model cannot take it.
-        ConfigError: the directions of a pass alone do not fit into memory.
+        ConfigError: the directions of a pass alone do not fit into memory, or a callback waits for a metric that there is
+            not.
     """
 
     def setup(self, trainer: Any, pl_module: L.LightningModule, stage: str) -> None:
@@ -58,9 +61,11 @@ class FirstBatch(L.Callback):
             if bad and trainer.is_global_zero:
                 print(f"fgtrain: part {bad[0]} of the first batch holds nan or infinity", file=sys.stderr)
             if model._compiled_call_impl is None:  # two examples would be compiled for, too
-                self._try(batch, pl_module, trainer)
+                metrics = self._try(batch, pl_module, trainer)
+                refuse_unknown_monitors(trainer, {f"val/{name}" for name in metrics})
 
-    def _try(self, batch: Any, module: EstimatorModule, trainer: Any) -> None:
+    def _try(self, batch: Any, module: EstimatorModule, trainer: Any) -> list[str]:
+        """Two examples through the model, its loss and its metrics; the names of these."""
         few = tree_map(lambda leaf: leaf[:2] if isinstance(leaf, Tensor) and leaf.dim() else leaf, batch)
         dtype = next((p.dtype for p in module.model.parameters() if p.is_floating_point()), torch.float32)
         if type(trainer.precision_plugin) is not Precision:  # which converts the batch, and the model a little later
@@ -69,6 +74,7 @@ class FirstBatch(L.Callback):
         try:
             with torch.no_grad():
                 module.task.losses(module.model, few)
+                return list(module.task.metrics(module.model, few))
         except Exception as error:
             shapes = ", ".join(f"{tuple(leaf.shape)} {_name(leaf)}" for leaf in _tensors(few))
             reason = next(iter(str(error).splitlines()), "") or type(error).__name__
@@ -99,6 +105,26 @@ def look_at_examples(batch: Any, num_classes: int | None, input_shape: Any) -> N
     refuse_other_examples("the first batch", inputs, labels, num_classes, input_shape)
     if int(labels.min()) < 0:
         raise DataError(f"labels of the first batch begin at {int(labels.min())}; they must be from 0")
+
+
+def refuse_unknown_monitors(trainer: Any, validated: Set[str]) -> None:
+    """Raise if early stopping or a checkpoint waits for a metric that a run will not have.
+
+    Callbacks of the user's own may log anything; where there is one, nothing is refused.
+
+    Raises:
+        ConfigError: names the metrics there are.
+    """
+    if any(not type(callback).__module__.startswith(("fgtrain.", "lightning.")) for callback in trainer.callbacks):
+        return
+    known = sorted({*validated, *LOGGED})
+    for callback in trainer.callbacks:
+        if isinstance(callback, (EarlyStopping, ModelCheckpoint)):
+            name = callback.monitor
+            if name is not None and name not in known and not name.startswith("quality/"):
+                raise ConfigError(
+                    f"{type(callback).__name__}: monitor={name} is no metric; there are {', '.join(known)}"
+                )
 
 
 def refuse_too_many_directions(estimator: GradientEstimator, model: nn.Module, available: int | None) -> None:

@@ -9,12 +9,14 @@ import inspect
 import secrets
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from hydra.utils import get_object
 from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
+from omegaconf.resolvers import oc
 
 from fgtrain.errors import ConfigError
 
@@ -86,7 +88,7 @@ class TrainConfig:
 
 ConfigStore.instance().store(name="schema", node=TrainConfig)
 OmegaConf.register_new_resolver("unique", lambda: secrets.token_hex(3), use_cache=True)  # runs that start together
-OmegaConf.register_new_resolver("file_name", lambda text: text.replace("/", "-")[:200])  # of a run in a sweep
+OmegaConf.register_new_resolver("file_name", lambda _root_: _file_name(_root_))  # of a run in a sweep
 
 
 def check(cfg: DictConfig) -> None:
@@ -134,6 +136,42 @@ def to_plain(cfg: DictConfig) -> dict[str, Any]:
     plain = OmegaConf.to_container(cfg, resolve=True)
     assert isinstance(plain, dict)
     return {str(key): value for key, value in plain.items()}
+
+
+def to_saved(cfg: DictConfig) -> dict[str, Any]:
+    """`to_plain` for what is written down: what the environment gives, and may be secret, stays ${oc.env:...}."""
+    raw = OmegaConf.to_container(cfg, resolve=False)
+    token = _is_hidden.set(True)
+    try:
+        hidden = OmegaConf.to_container(OmegaConf.create(raw), resolve=True)
+    finally:
+        _is_hidden.reset(token)
+    return _where_equal(to_plain(cfg), hidden, raw)
+
+
+def _file_name(root: DictConfig) -> str:
+    """What is varied, as it was typed: what the environment gives is no part of a folder's name."""
+    job = OmegaConf.to_container(root.hydra.job, resolve=False)
+    assert isinstance(job, dict)
+    return job["override_dirname"].replace("/", "-").replace("$", "")[:200]  # Hydra looks ${...} up
+
+
+def _where_equal(tree: Any, other: Any, instead: Any) -> Any:
+    """`tree`, with what stands in `instead` wherever `other` is not the same."""
+    if isinstance(tree, dict) and isinstance(instead, dict):
+        return {key: _where_equal(tree[key], other[key], instead[key]) for key in tree}
+    if isinstance(tree, list) and isinstance(instead, list):
+        return [_where_equal(*items) for items in zip(tree, other, instead, strict=True)]
+    return tree if tree == other else instead
+
+
+def _of_environment(*arguments: Any) -> str | None:
+    """OmegaConf's own oc.env, except in `to_saved`."""
+    return "hidden" if _is_hidden.get() else oc.env(*arguments)
+
+
+_is_hidden = ContextVar("_is_hidden", default=False)
+OmegaConf.register_new_resolver("oc.env", _of_environment, replace=True)
 
 
 def signature_of(target: str) -> Mapping[str, inspect.Parameter]:

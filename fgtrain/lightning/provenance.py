@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
-from fgtrain.config import TrainConfig, to_plain
+from fgtrain.config import TrainConfig, to_saved
 from fgtrain.errors import ConfigError
 
 PACKAGES = ("fgtrain", "torch", "torchvision", "lightning", "hydra-core", "numpy", "scikit-learn", "tensorboard")
@@ -24,13 +24,13 @@ _RUN_DIR = "<run_dir>"
 def save_provenance(cfg: DictConfig, choices: Mapping[str, str]) -> None:
     """Write config.yaml and provenance.json into the run's folder.
 
-    config.yaml is resolved, but for the folder itself, and a configuration of Hydra's:
+    config.yaml is resolved, but for the folder itself and what the environment gives, and a configuration of Hydra's:
     `scripts/train.py --config-dir RUN --config-name config` runs it again, in a new folder.
     """
     run_dir = Path(cfg.run_dir)
     movable = cfg.copy()
     movable.run_dir = _RUN_DIR
-    plain = _replaced(to_plain(movable), _RUN_DIR, "${run_dir}")
+    plain = _replaced(to_saved(movable), _RUN_DIR, "${run_dir}")
     plain |= {"run_dir": "${hydra:runtime.output_dir}", "resume": None}
     hydra = {
         "run": {"dir": "runs/${now:%Y-%m-%d}/${now:%H-%M-%S}_" + str(choices.get("method")) + "_${unique:}"},

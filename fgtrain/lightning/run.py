@@ -23,7 +23,7 @@ from rich.table import Table
 
 from fgtrain.allocator import keep_freed_memory
 from fgtrain.compilation import compile_model
-from fgtrain.config import check, signature_of, to_plain
+from fgtrain.config import check, signature_of, to_plain, to_saved
 from fgtrain.distributed import lost_ranks_named
 from fgtrain.errors import ConfigError, Interrupted
 from fgtrain.lightning.callbacks import (
@@ -98,7 +98,7 @@ def build(cfg: DictConfig) -> Run:
     checks = [SelfCheck()] if cfg.self_check else []
     chosen = [instantiate(node) for node in (cfg.callbacks or {}).values()]
     console = [] if cfg.quiet else [Summary(), StepProgress()]  # the summary takes no part in the time of training
-    callbacks = [*console, monitor, *several, RandomState(), *checks, Dashboard(to_plain(cfg)), *chosen]
+    callbacks = [*console, monitor, *several, RandomState(), *checks, Dashboard(to_saved(cfg)), *chosen]
     for library in ("lightning.pytorch", "lightning.fabric"):  # no device lists and tips
         logging.getLogger(library).setLevel(logging.WARNING)
     trainer = instantiate(
@@ -227,7 +227,7 @@ def _train(parts: Run, cfg: DictConfig, choices: Mapping[str, str]) -> dict[str,
     else:
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
         results["metrics"] = metrics | _tested(module, data, trainer)
-    log_final(trainer, to_plain(cfg), results)
+    log_final(trainer, to_saved(cfg), results)
     if trainer.is_global_zero:
         write_atomically(json.dumps(results, indent=2) + "\n", run_dir / RESULTS)
     return results

@@ -34,7 +34,7 @@ class FirstBatch(L.Callback):
     Raises:
         DataError: there is no batch, or one of the wrong types, shapes or labels.
         ModelError: the model cannot take it.
-        ConfigError: the directions of a pass alone do not fit into memory, or a callback waits for a metric that there is
+        ConfigError: the directions alone do not fit into memory, or a callback waits for a metric that there is
             not.
     """
 

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from fgtrain.allocator import is_out_of_memory
-from fgtrain.config import drop_arguments_of_replaced_targets
+from fgtrain.config import drop_arguments_of_replaced_targets, name_targets
 from fgtrain.errors import Interrupted, JobFailed, StorageError, UserError
 from fgtrain.lightning.checkpoints import disk_error
 from fgtrain.lightning.launch import is_follower
@@ -35,6 +35,7 @@ _CHATTER = (
     "The number of training batches",
     "Using ModelCheckpoint",
     "Total length of .* is zero",  # which FirstBatch tells
+    "You defined a `validation_step` but have no `val_dataloader`",  # and that
     "The dirpath has changed",  # a run resumed in another folder
     "Checkpoint directory .* exists",  # or in its own
 )
@@ -159,7 +160,10 @@ def _overrides() -> list[str]:
 
 def _hydra_main(task: Callable[[DictConfig], Any], config_name: str) -> None:
     def job(cfg: DictConfig) -> Any:
-        drop_arguments_of_replaced_targets(cfg, _overrides())
+        lent = drop_arguments_of_replaced_targets(cfg, _overrides())
+        if lent and not is_follower():
+            said = f"{', '.join(lent)} of the chosen file, since what _target_ names has no default for it"
+            print(f"fgtrain: {said}", file=sys.stderr)
         return task(cfg)
 
     hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")(job)()
@@ -167,12 +171,7 @@ def _hydra_main(task: Callable[[DictConfig], Any], config_name: str) -> None:
 
 def choices() -> dict[str, str]:
     """The chosen file of every group; a `_target_` given on the command line stands for itself."""
-    found = {str(group): choice for group, choice in HydraConfig.get().runtime.choices.items()}
-    for override in _overrides():
-        key, _, value = override.partition("=")
-        if key.removesuffix("._target_") in found and key.endswith("._target_"):
-            found[key.removesuffix("._target_")] = value
-    return found
+    return name_targets(HydraConfig.get().runtime.choices, _overrides())
 
 
 def fail(error: BaseException | str) -> NoReturn:

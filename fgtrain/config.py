@@ -6,6 +6,7 @@ name, its signature says which arguments exist and of which type they are, for f
 
 import difflib
 import inspect
+import re
 import secrets
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -88,6 +89,7 @@ class TrainConfig:
 
 ConfigStore.instance().store(name="schema", node=TrainConfig)
 OmegaConf.register_new_resolver("unique", lambda: secrets.token_hex(3), use_cache=True)  # runs that start together
+OmegaConf.register_new_resolver("method_name", lambda _root_: _method_name(_root_))
 OmegaConf.register_new_resolver("file_name", lambda _root_: _file_name(_root_))  # of a run in a sweep
 
 
@@ -192,17 +194,24 @@ def signature_of(target: str) -> Mapping[str, inspect.Parameter]:
         raise ConfigError(f"_target_ {target!r} is built in and does not say what it takes; name a class") from error
 
 
-def drop_arguments_of_replaced_targets(cfg: DictConfig, overrides: Sequence[str]) -> None:
-    """Let `model._target_=mine.Net` stand alone: what the chosen file set for another target goes, unless it fits.
+def drop_arguments_of_replaced_targets(cfg: DictConfig, overrides: Sequence[str]) -> list[str]:
+    """Let `model._target_=mine.Net` stand alone: what the chosen file set for another target goes.
+
+    What stays is what the new target has to be given, and what is the run's (`${seed}`). Outside of data, method and
+    model, and beside an experiment, which may have meant it, all stays that the new target takes.
 
     Args:
         cfg: changed in place.
         overrides: of the command line; what it sets itself stays, and is checked.
 
+    Returns:
+        What the new targets have to be given and have from the chosen files, as key=value.
+
     Raises:
         ConfigError: a method of the user's own would be trained with the learning rate of the chosen file.
     """
     given = {override.lstrip("+").partition("=")[0] for override in overrides}
+    lent = []
     for path in sorted(key.removesuffix("._target_") for key in given if key.endswith("._target_")):
         node = OmegaConf.select(cfg, path)
         try:
@@ -214,10 +223,37 @@ def drop_arguments_of_replaced_targets(cfg: DictConfig, overrides: Sequence[str]
                 f"method._target_={node._target_} needs a learning rate of its own, not that of the chosen preset "
                 f"(lr={cfg.get('lr')}); give it with lr=..."
             )
+        has_own_values = path in ("data", "method", "model") and "experiment" not in given
         with open_dict(node):
-            for name in set(node) - set(takes):
-                if not str(name).startswith("_") and f"{path}.{name}" not in given:
+            for name in map(str, list(node)):
+                if name.startswith("_") or any(
+                    key == f"{path}.{name}" or key.startswith(f"{path}.{name}.") for key in given
+                ):
+                    continue
+                is_own = has_own_values and not OmegaConf.is_interpolation(node, name)
+                if name not in takes or (is_own and takes[name].default is not inspect.Parameter.empty):
                     del node[name]
+                elif is_own:
+                    lent.append(f"{path}.{name}={node[name]}")
+    return lent
+
+
+def name_targets(choices: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The chosen file of every group; a `_target_` among overrides stands for itself."""
+    found = {str(group): choice for group, choice in choices.items()}
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key.removesuffix("._target_") in found and key.endswith("._target_"):
+            found[key.removesuffix("._target_")] = value
+    return found
+
+
+def _method_name(root: DictConfig) -> str:
+    """The method for the name of a folder."""
+    overrides = OmegaConf.to_container(root.hydra.overrides.task, resolve=False)
+    assert isinstance(overrides, list)
+    method = name_targets(root.hydra.runtime.choices, [str(text) for text in overrides]).get("method")
+    return re.sub(r"[^\w.-]", "-", str(method).rpartition(".")[2])
 
 
 def _nodes(tree: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:

@@ -142,14 +142,14 @@ def test_empty_split_is_told(split, tmp_path):
     assert not any(name.startswith(split) for name in results_under(tmp_path)[0]["metrics"])
 
 
-@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
 def test_data_without_other_splits_is_trained_on(tmp_path):
     options = ("data._target_=tests.test_first_batch.OnlyTraining", *QUICK, "quiet=true", "callbacks=none")
     status, _, err = train(tmp_path, *options)
     assert status == 0, err
-    assert err.splitlines()[-1] == (
-        "fgtrain: the test split of OnlyTraining is missing (no test_dataloader): no test/... in the results"
-    )
+    assert err.splitlines() == [
+        "fgtrain: the validation split of OnlyTraining is missing (no val_dataloader)",
+        "fgtrain: the test split of OnlyTraining is missing (no test_dataloader): no test/... in the results",
+    ]
     assert results_under(tmp_path)[0]["steps"] == 6
 
 

@@ -33,7 +33,7 @@ def save_provenance(cfg: DictConfig, choices: Mapping[str, str]) -> None:
     plain = _replaced(to_saved(movable), _RUN_DIR, "${run_dir}")
     plain |= {"run_dir": "${hydra:runtime.output_dir}", "resume": None}
     hydra = {
-        "run": {"dir": "runs/${now:%Y-%m-%d}/${now:%H-%M-%S}_" + str(choices.get("method")) + "_${unique:}"},
+        "run": {"dir": "runs/${now:%Y-%m-%d}/${now:%H-%M-%S}_${method_name:}_${unique:}"},
         "output_subdir": None,
         "runtime": {"choices": {name: choices.get(name) for name in ("method", "task", "data", "model")}},
     }

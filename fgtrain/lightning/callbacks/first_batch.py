@@ -48,9 +48,11 @@ class FirstBatch(L.Callback):
             batch = next(iter(data.train_dataloader()), None)
             if batch is None:
                 raise DataError(f"the training set of {type(data).__name__} is empty: its loader gives no batch")
-            validates = trainer.limit_val_batches != 0 and is_overridden("val_dataloader", data)
-            if validates and trainer.is_global_zero and sized_len(data.val_dataloader()) == 0:
-                print(f"fgtrain: the validation split of {type(data).__name__} is empty", file=sys.stderr)
+            if trainer.limit_val_batches != 0 and trainer.is_global_zero:
+                is_missing = not is_overridden("val_dataloader", data)
+                if is_missing or sized_len(data.val_dataloader()) == 0:
+                    what = "missing (no val_dataloader)" if is_missing else "empty"
+                    print(f"fgtrain: the validation split of {type(data).__name__} is {what}", file=sys.stderr)
             if isinstance(pl_module.task, Classification):
                 look_at_examples(batch, getattr(data, "num_classes", None), getattr(data, "input_shape", None))
             if type(trainer.precision_plugin) is Precision:

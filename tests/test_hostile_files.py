@@ -11,8 +11,10 @@ import torch
 from torch import nn
 
 from fgtrain.data import InMemoryDataModule, Text, TorchvisionImages
-from fgtrain.errors import CheckpointError, DataError
-from fgtrain.lightning.checkpoints import read_checked
+from fgtrain.errors import CheckpointError, ConfigError, DataError, StorageError
+from fgtrain.lightning.checkpoints import read_checked, write_atomically
+from fgtrain.lightning.provenance import load_config
+from fgtrain.lightning.run import read_results
 from fgtrain.models import FineTuned
 from tests.test_data import write_idx
 from tests.test_script import results_under, train
@@ -201,3 +203,26 @@ def test_a_checkpoint_that_unpacks_to_more_than_it_has(tmp_path):
         archive.writestr("archive/data.pkl", bytes(2**24))
     with pytest.raises(CheckpointError, match=r"unpacks to more bytes than it has"):
         read_checked(tmp_path / "bomb.ckpt")
+
+
+def test_a_checkpoint_that_is_a_pipe(tmp_path):
+    os.mkfifo(tmp_path / "last.ckpt")
+    with pytest.raises(CheckpointError, match=r"is no checkpoint but a pipe or a device"):
+        read_checked(tmp_path / "last.ckpt")
+
+
+def test_configuration_and_results_that_grow_when_read(tmp_path):
+    (tmp_path / "config.yaml").write_text("a: &a [1, 1]\nb: &b [*a, *a]\n")
+    with pytest.raises(ConfigError, match=r"it has YAML aliases"):
+        load_config(tmp_path)
+    (tmp_path / "results.json").write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match=r"results.json cannot be read"):
+        read_results(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "x" * 300])
+def test_a_place_that_cannot_be_a_folder(place, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "cannot write" in refusal(tmp_path, f"hydra.run.dir={place}")
+    with pytest.raises(StorageError, match=r"cannot write"):
+        write_atomically("text", tmp_path)

@@ -12,7 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import AliasToken, YAMLError, scan
 
 from fgtrain.config import TrainConfig, to_saved
 from fgtrain.errors import ConfigError
@@ -65,6 +65,10 @@ def load_config(run_dir: Path) -> DictConfig:
     if not path.is_file():
         raise ConfigError(f"{path} is missing; give the folder of a run")
     try:
+        if any(
+            isinstance(token, AliasToken) for token in scan(path.read_text())
+        ):  # a few lines of them fill the memory
+            raise ValueError("it has YAML aliases, which no run writes; write them out")
         saved = OmegaConf.to_container(OmegaConf.load(path))
     except (YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error

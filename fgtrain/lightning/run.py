@@ -179,7 +179,7 @@ def read_results(run_dir: Path) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     if not (isinstance(found, dict) and isinstance(found.get("metrics"), dict)):
         raise ConfigError(f"{path} holds no results of a run")

@@ -11,7 +11,7 @@ from fgtrain.errors import AssumptionError, UserError
 from fgtrain.estimators import Backprop, Estimate, GradientEstimator
 from fgtrain.forward_ad import directional_derivatives
 from fgtrain.forward_ad.passes import RepeatedPass, plain_losses
-from fgtrain.parameters import trainable_params
+from fgtrain.network.parameters import trainable_params
 from fgtrain.random import keyed_generator
 
 LossFn = Callable[[Any], Tensor]

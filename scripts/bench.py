@@ -16,12 +16,12 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from fgtrain.allocator import keep_freed_memory
-from fgtrain.benchmarks.loop import loop_overhead
-from fgtrain.benchmarks.methods import methods_of
-from fgtrain.benchmarks.scaling import Link, measure_compute, rows_of, scaling_table
-from fgtrain.benchmarks.steps import REFERENCES, Row, measure
-from fgtrain.cli import USER_ERRORS, fail, silence_libraries
+from fgtrain.memory import keep_freed_memory
+from fgtrain.runs.cli import USER_ERRORS, fail, silence_libraries
+from fgtrain.studies.benchmarks.loop import loop_overhead
+from fgtrain.studies.benchmarks.methods import methods_of
+from fgtrain.studies.benchmarks.scaling import Link, measure_compute, rows_of, scaling_table
+from fgtrain.studies.benchmarks.steps import REFERENCES, Row, measure
 
 
 def parse() -> argparse.Namespace:

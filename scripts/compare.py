@@ -15,11 +15,11 @@ os.environ |= {"KINETO_LOG_LEVEL": "9", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # befor
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fgtrain.allocator import keep_freed_memory
-from fgtrain.cli import USER_ERRORS, fail, silence_libraries
-from fgtrain.compare import compare, parse, write_report
-from fgtrain.compare.report import statement, table_of
 from fgtrain.errors import Interrupted
+from fgtrain.memory import keep_freed_memory
+from fgtrain.runs.cli import USER_ERRORS, fail, silence_libraries
+from fgtrain.studies.compare import compare, parse, write_report
+from fgtrain.studies.compare.report import statement, table_of
 
 
 def main(arguments: list[str]) -> None:

@@ -6,9 +6,9 @@ The run must have been trained with callbacks=replay_log. Needs its config.yaml 
 import argparse
 from pathlib import Path
 
-from fgtrain.cli import USER_ERRORS, fail, silence_libraries
 from fgtrain.lightning.checkpoints import save_atomically
-from fgtrain.lightning.replay import replay
+from fgtrain.runs.cli import USER_ERRORS, fail, silence_libraries
+from fgtrain.runs.replay import replay
 
 
 def main() -> None:

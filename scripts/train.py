@@ -11,10 +11,10 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # before torch: its profiler tal
 
 from omegaconf import DictConfig
 
-from fgtrain.cli import choices, run_app
-from fgtrain.lightning.launch import launch
-from fgtrain.lightning.run import print_results
-from fgtrain.sweeps import objective
+from fgtrain.runs.cli import choices, run_app
+from fgtrain.runs.launch import launch
+from fgtrain.runs.run import print_results
+from fgtrain.runs.sweeps import objective
 
 
 def main(cfg: DictConfig) -> float:

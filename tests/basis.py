@@ -14,11 +14,11 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from fgtrain.directions import Directions, Piece
-from fgtrain.forward_ad.perturbation import LayerNoise, PerturbedPass
-from fgtrain.forward_ad.perturbed_layers import perturbed_layers, run_perturbed
+from fgtrain.layer_noise.layers import perturbed_layers, run_perturbed
+from fgtrain.layer_noise.noise import LayerNoise, PerturbedPass
 from fgtrain.random import draw_seeds, fold_in
 from fgtrain.tangents import Tangents
+from fgtrain.tangents.directions import Directions, Piece
 from tests.cases import Case
 
 
@@ -146,7 +146,7 @@ def signs(sign: Callable[[int, int], Tensor]) -> Generator[None]:
         drawn += count
         return sign(drawn - count, count).to(like.dtype).view(shape)
 
-    with mock.patch("fgtrain.forward_ad.perturbation._signs", given):
+    with mock.patch("fgtrain.layer_noise.noise._signs", given):
         yield
 
 

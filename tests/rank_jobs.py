@@ -33,9 +33,9 @@ from fgtrain.estimators import (
 from fgtrain.lightning import EstimatorModule, convert
 from fgtrain.lightning.callbacks import RankCheck
 from fgtrain.lightning.divergence import Divergence
-from fgtrain.lightning.launch import _free_port
 from fgtrain.lightning.strategy import Replicas
 from fgtrain.models import MLP
+from fgtrain.runs.launch import _free_port
 from fgtrain.tasks import Classification
 
 STEPS = 6

@@ -11,9 +11,9 @@ from torch.nn.grad import conv2d_weight
 
 from fgtrain import FDFA, ActivityPerturbation, Backprop, ForwardGradient
 from fgtrain.errors import LossError, UnsupportedOperation
-from fgtrain.forward_ad.examples import ExaminedPass, Rows, rows_of_examples
-from fgtrain.forward_ad.perturbation import LayerNoise, PerturbedPass
-from fgtrain.forward_ad.perturbed_layers import run_perturbed
+from fgtrain.layer_noise.layers import run_perturbed
+from fgtrain.layer_noise.noise import LayerNoise, PerturbedPass
+from fgtrain.layer_noise.rows import ExaminedPass, Rows, rows_of_examples
 from fgtrain.random import keyed_generator
 from tests import properties
 from tests.basis import Basis, complete_noise, noise_of, signs, sizes_of, walsh

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fgtrain import ForwardGradient
-from fgtrain.benchmarks.methods import methods_of
-from fgtrain.benchmarks.steps import make_problem, measure
+from fgtrain.studies.benchmarks.methods import methods_of
+from fgtrain.studies.benchmarks.steps import make_problem, measure
 from tests.test_script import load_script
 
 
@@ -20,7 +20,7 @@ def test_rows_and_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench.py", *options.split(), "--threads", str(torch.get_num_threads())])
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--json", str(rows_file)])
     clock = SimpleNamespace(perf_counter=(0.01 * i for i in count()).__next__)
-    monkeypatch.setattr("fgtrain.benchmarks.steps.time", clock)
+    monkeypatch.setattr("fgtrain.studies.benchmarks.steps.time", clock)
     load_script("bench").main()
     rows = json.loads(rows_file.read_text())
     listed = [(row["batch_size"], row["method"], row["num_tangents"]) for row in rows]

@@ -75,7 +75,7 @@ def test_finished_run_is_extended(tmp_path):
 def test_extension_that_is_cut_goes_on(tmp_path, monkeypatch):
     assert train(tmp_path, *CONSTANT)[0] == 0
     with monkeypatch.context() as patch:
-        patch.setattr("fgtrain.lightning.run.StepProgress", lambda: KillLast(10))
+        patch.setattr("fgtrain.runs.run.StepProgress", lambda: KillLast(10))
         with pytest.raises(Killed):
             train(tmp_path, *CONSTANT, "trainer.max_steps=80", "resume=auto")
     assert train(tmp_path, *CONSTANT, "trainer.max_steps=80", "resume=auto")[0] == 0

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from fgtrain import Backprop, CheckpointedBackprop
-from fgtrain.benchmarks.methods import methods_of
-from fgtrain.benchmarks.steps import measure
 from fgtrain.errors import UnsupportedOperation
+from fgtrain.studies.benchmarks.methods import methods_of
+from fgtrain.studies.benchmarks.steps import measure
 
 
 class Residual(nn.Module):

@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from fgtrain import LowRank, Normal
-from fgtrain.combine import coefficients
-from fgtrain.directions import Directions, Piece, dense
+from fgtrain.tangents.combine import coefficients
+from fgtrain.tangents.directions import Directions, Piece, dense
 from tests.properties import flat
 
 PARAMS = {"weight": torch.zeros(3, 4, dtype=torch.float64), "bias": torch.zeros(3, dtype=torch.float64)}

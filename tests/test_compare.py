@@ -9,13 +9,13 @@ from contextlib import redirect_stderr, redirect_stdout
 import pytest
 import torch
 
-from fgtrain.cli import USER_ERRORS
-from fgtrain.compare import compare, parse, write_report
-from fgtrain.compare.plan import compose_run
-from fgtrain.compare.report import seconds_to_target
-from fgtrain.compare.runs import Finished
 from fgtrain.errors import ConfigError
-from fgtrain.lightning.run import build
+from fgtrain.runs.cli import USER_ERRORS
+from fgtrain.runs.run import build
+from fgtrain.studies.compare import compare, parse, write_report
+from fgtrain.studies.compare.plan import compose_run
+from fgtrain.studies.compare.report import seconds_to_target
+from fgtrain.studies.compare.runs import Finished
 
 from .test_script import composed, load_script, options, results_under
 

@@ -14,12 +14,12 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fgtrain import ForwardGradient, LowRank, Normal
-from fgtrain.compilation import compile_model
 from fgtrain.errors import ConfigError, LossError
 from fgtrain.forward_ad import _engines, jvp, stacked
 from fgtrain.forward_ad.compiled import CompiledPass
 from fgtrain.forward_ad.passes import NotIntercepted
-from fgtrain.parameters import slots_of
+from fgtrain.network.compilation import compile_model
+from fgtrain.network.parameters import slots_of
 from tests.cases import CASES
 from tests.coverage_layers import PENALTIES, chain, named
 from tests.test_coverage import COVERAGE, assert_derivatives

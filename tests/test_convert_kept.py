@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from fgtrain import SPSA, Backprop, ForwardGradient
 from fgtrain.forward_ad.dual import Dual
 from fgtrain.lightning import convert
-from fgtrain.parameters import slots_of
+from fgtrain.network.parameters import slots_of
 
 
 class Regression(L.LightningModule):

@@ -10,10 +10,10 @@ from torch import nn
 from torchvision import models
 
 from fgtrain import ForwardGradient, LowRank, Normal
-from fgtrain.directions import dense
 from fgtrain.errors import LossError, UnsupportedOperation
 from fgtrain.forward_ad import directional_derivatives, native
 from fgtrain.forward_ad.dual import without_rules
+from fgtrain.tangents.directions import dense
 from tests.cases import Case, Custom
 from tests.coverage_layers import IMAGES, LAYERS, PENALTIES, ROWS, SEQUENCES, probe
 from tests.coverage_operations import OPERATIONS

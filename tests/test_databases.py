@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from fgtrain import LowRank, Normal, directional_derivatives
-from fgtrain.directions import dense
 from fgtrain.errors import UserError
+from fgtrain.tangents.directions import dense
 
 PARTS = 12
 DIRECTIONS = [(Normal(), 1), (Normal(), 3), (LowRank(1), 1), (LowRank(1), 3)]

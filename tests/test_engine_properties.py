@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fgtrain import Coordinate, LowRank, Normal, Rademacher, Sphere, directional_derivatives
-from fgtrain.directions import dense
-from fgtrain.parameters import trainable_params
+from fgtrain.network.parameters import trainable_params
+from fgtrain.tangents.directions import dense
 
 ACTIVATIONS = [nn.ReLU, nn.Tanh, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Softplus, nn.LeakyReLU, nn.ELU]
 LAWS = st.one_of(

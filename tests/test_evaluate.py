@@ -9,9 +9,9 @@ import sys
 import pytest
 import torch
 
-from fgtrain.cli import USER_ERRORS
 from fgtrain.errors import CheckpointError
-from fgtrain.lightning.evaluate import evaluate
+from fgtrain.runs.cli import USER_ERRORS
+from fgtrain.runs.evaluate import evaluate
 
 from .test_script import load_script, train
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import fgtrain
-from fgtrain.factored import FactoredGrad
+from fgtrain.tangents.factored import FactoredGrad
 
 
 def pair(rank=2, shape=(4, 3, 2)):

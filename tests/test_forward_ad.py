@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from fgtrain import LowRank, Normal, directional_derivatives
-from fgtrain.directions import dense
 from fgtrain.errors import LossError, UnsupportedOperation
 from fgtrain.forward_ad import jvp
+from fgtrain.tangents.directions import dense
 from tests.cases import CASES, INPUTS, Custom
 from tests.properties import exact_grads
 

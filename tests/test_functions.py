@@ -3,7 +3,7 @@ import torch
 
 from fgtrain import Backprop, ForwardGradient, write_grads
 from fgtrain.lightning.callbacks.trajectory import draw_trajectories
-from fgtrain.profiles import problems
+from fgtrain.studies.profiles import problems
 from fgtrain.tasks import Beale, CataloguedFunction, Himmelblau, Matyas, Points, Rosenbrock, Sphere, StyblinskiTang
 
 KINKED = {"ackley", "salomon"}  # square roots of zero at the minimum: no slope there

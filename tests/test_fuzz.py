@@ -8,9 +8,9 @@ from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 
-from fgtrain.cli import run_app
-from fgtrain.config import check, to_plain
-from fgtrain.lightning.launch import plan
+from fgtrain.runs.cli import run_app
+from fgtrain.runs.config import check, to_plain
+from fgtrain.runs.launch import plan
 from tests.test_script import CONF, options
 
 GROUPS = sorted(group.name for group in CONF.iterdir() if group.is_dir() and options(group.name))

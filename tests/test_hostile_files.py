@@ -13,9 +13,9 @@ from torch import nn
 from fgtrain.data import InMemoryDataModule, Text, TorchvisionImages
 from fgtrain.errors import CheckpointError, ConfigError, DataError, StorageError
 from fgtrain.lightning.checkpoints import read_checked, write_atomically
-from fgtrain.lightning.provenance import load_config
-from fgtrain.lightning.run import read_results
 from fgtrain.models import FineTuned
+from fgtrain.runs.provenance import load_config
+from fgtrain.runs.run import read_results
 from tests.test_data import write_idx
 from tests.test_script import results_under, train
 

@@ -110,5 +110,5 @@ def test_the_link_carries_what_is_counted(hosts, tmp_path):
             assert rank.returncode == 0, err
         sent[method] = sent_bytes(hosts[1]) - before
     gradient, ranks = 4 * 1_126_410, len(hosts)
-    of_a_ring = 2 * (ranks - 1) / ranks * gradient  # what one rank sends, as in fgtrain.benchmarks.scaling
+    of_a_ring = 2 * (ranks - 1) / ranks * gradient  # what one rank sends, as in fgtrain.studies.benchmarks.scaling
     assert sent["backprop"] - sent["fwdgrad"] == pytest.approx(steps * of_a_ring, rel=0.1)

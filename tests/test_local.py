@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from fgtrain import ActivityPerturbation, Backprop, LocalGuess, LocalLosses
-from fgtrain.chains import SideBySide
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.models import LocalMixer
+from fgtrain.network.chains import SideBySide
 from fgtrain.random import keyed_generator
 from tests import properties
 from tests.cases import IMAGES, INPUTS, LABELS

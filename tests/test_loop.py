@@ -9,8 +9,8 @@ import pytest
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 
 from fgtrain import Backprop
-from fgtrain.benchmarks.loop import loop_overhead
 from fgtrain.lightning.loop import StepLoop, use_step_loop
+from fgtrain.studies.benchmarks.loop import loop_overhead
 
 from .test_module import Small, assert_equal_weights, make
 
@@ -110,6 +110,6 @@ def test_the_precision_plugin_is_given_back(tmp_path):
 def test_measurement_of_the_loop(monkeypatch):
     """By a clock that shows 0, 1, 4, 9, .. seconds: 1 - 0 for the warm-up, 9 - 4 for the bare loop, 25 - 16."""
     clock = SimpleNamespace(process_time=(float(i**2) for i in count()).__next__)
-    monkeypatch.setattr("fgtrain.benchmarks.loop.time", clock)
+    monkeypatch.setattr("fgtrain.studies.benchmarks.loop.time", clock)
     measured = loop_overhead("backprop", num_steps=20, repeats=1)
     assert measured == pytest.approx({"bare_us": 5e6 / 20, "trained_us": 9e6 / 20, "overhead_us": 4e6 / 20})

@@ -11,13 +11,13 @@ import time
 import pytest
 
 from fgtrain.errors import ConfigError
-from fgtrain.lightning.owner import owned
+from fgtrain.runs.owner import owned
 from tests.test_resume import wait_for
 from tests.test_script import ROOT, results_under, train
 
 HOLD = """
 import sys, time, pathlib
-from fgtrain.lightning.owner import owned
+from fgtrain.runs.owner import owned
 with owned(pathlib.Path(sys.argv[1])):
     print("mine", flush=True)
     time.sleep(600)

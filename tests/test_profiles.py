@@ -6,8 +6,8 @@ import sys
 import torch
 
 from fgtrain import SPSA, Backprop, ForwardGradient
-from fgtrain.profiles import Solved, evaluations_of, problems, scale_of, share_solved, solve
 from fgtrain.random import keyed_generator
+from fgtrain.studies.profiles import Solved, evaluations_of, problems, scale_of, share_solved, solve
 from fgtrain.tasks import Points, Sphere
 
 from .test_script import load_script

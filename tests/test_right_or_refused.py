@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from fgtrain import FDFA, ActivityPerturbation, Backprop, ForwardGradient, LowRank, Normal, directional_derivatives
-from fgtrain.directions import dense
 from fgtrain.errors import LossError, UnsupportedOperation
 from fgtrain.forward_ad import jvp, native
 from fgtrain.forward_ad.dual import Dual
-from fgtrain.parameters import slots_of
+from fgtrain.network.parameters import slots_of
+from fgtrain.tangents.directions import dense
 from tests.cases import Case
 from tests.coverage_layers import probe
 from tests.properties import flat

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from fgtrain.benchmarks.scaling import Compute, Link, seconds_per_progress, step_seconds, winning_bandwidth
+from fgtrain.studies.benchmarks.scaling import Compute, Link, seconds_per_progress, step_seconds, winning_bandwidth
 from tests.test_script import load_script
 
 COMPUTE = Compute("m", 1_000_000, 8, 0.030, 0.025, 0.001, 999.0)

@@ -17,8 +17,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fgtrain.cli import run_app
-from fgtrain.lightning.run import build
+from fgtrain.runs.cli import run_app
+from fgtrain.runs.run import build
 
 ROOT = Path(__file__).resolve().parents[1]
 CONF = ROOT / "conf"

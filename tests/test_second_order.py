@@ -4,10 +4,10 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fgtrain import Normal, Rademacher, SecondOrder
-from fgtrain.directions import dense
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.estimators.second_order import curvature_in_span
 from fgtrain.random import draw_seeds
+from fgtrain.tangents.directions import dense
 from fgtrain.tasks import Points, Rosenbrock
 from tests import properties
 from tests.basis import Basis

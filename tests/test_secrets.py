@@ -4,7 +4,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from fgtrain.config import to_plain, to_saved
+from fgtrain.runs.config import to_plain, to_saved
 from tests.test_script import results_under, train
 
 SECRET = "hunter2"

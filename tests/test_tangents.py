@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fgtrain import Coordinate, LowRank, Normal, Rademacher, Sphere
-from fgtrain.directions import LowRankTangent, dense
+from fgtrain.tangents.directions import LowRankTangent, dense
 from tests.properties import flat
 
 LAWS = [

@@ -4,8 +4,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from fgtrain import SPSA, Backprop, ForwardGradient, LowRank, MeZO, Normal, Rademacher, write_grads
-from fgtrain.benchmarks.steps import Method, measure
 from fgtrain.random import keyed_generator
+from fgtrain.studies.benchmarks.steps import Method, measure
 from tests.cases import CASES, INPUTS, LABELS, Case
 from tests.properties import estimated_grads, exact_grads, flat
 

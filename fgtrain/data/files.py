@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from fgtrain.allocator import free_memory
 from fgtrain.errors import DataError
+from fgtrain.memory import free_memory
 
 
 def refuse_unreadable(path: Path, factor: int) -> int:

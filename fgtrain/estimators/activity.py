@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from fgtrain.errors import LossError
 from fgtrain.estimators.backprop import average_grads
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce
-from fgtrain.forward_ad.examples import ExaminedPass, Rows, gradient_of_head, rows_of_examples
 from fgtrain.forward_ad.native import NO_TANGENT
 from fgtrain.forward_ad.passes import RepeatedPass
-from fgtrain.forward_ad.perturbation import LayerCall, LayerNoise, LocalGrads, Noise, PerturbedPass
-from fgtrain.forward_ad.perturbed_layers import perturbed_layers, run_perturbed
-from fgtrain.forward_ad.replayed import ReplayedPass
-from fgtrain.parameters import trainable_params
+from fgtrain.layer_noise.layers import perturbed_layers, run_perturbed
+from fgtrain.layer_noise.noise import LayerCall, LayerNoise, LocalGrads, Noise, PerturbedPass
+from fgtrain.layer_noise.rows import ExaminedPass, Rows, gradient_of_head, rows_of_examples
+from fgtrain.layer_noise.second_pass import ReplayedPass
+from fgtrain.network.parameters import trainable_params
 from fgtrain.random import draw_seeds
 from fgtrain.tangents import Rademacher, Tangents, law_or
 

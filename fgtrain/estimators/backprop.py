@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fgtrain.errors import LossError
 from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce
 from fgtrain.forward_ad.passes import check_losses
-from fgtrain.parameters import trainable_params
+from fgtrain.network.parameters import trainable_params
 
 
 class Backprop(GradientEstimator):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fgtrain.errors import DivergenceError
-from fgtrain.parameters import slots_of
+from fgtrain.network.parameters import slots_of
 
 Reduce = Callable[[Tensor], Tensor]
 Claim = Literal["exact", "unbiased", "descent"]

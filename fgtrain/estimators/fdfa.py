@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from fgtrain.errors import LossError, UnsupportedOperation
 from fgtrain.estimators.backprop import average_grads
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce
-from fgtrain.forward_ad.examples import ExaminedPass, Rows, gradient_of_head, rows_of_examples
 from fgtrain.forward_ad.native import NO_TANGENT
-from fgtrain.forward_ad.perturbation import LayerCall, LayerNoise, PerturbedPass
-from fgtrain.forward_ad.perturbed_layers import perturbed_layers, run_perturbed
-from fgtrain.parameters import trainable_params
+from fgtrain.layer_noise.layers import perturbed_layers, run_perturbed
+from fgtrain.layer_noise.noise import LayerCall, LayerNoise, PerturbedPass
+from fgtrain.layer_noise.rows import ExaminedPass, Rows, gradient_of_head, rows_of_examples
+from fgtrain.network.parameters import trainable_params
 from fgtrain.random import draw_seeds
 from fgtrain.tangents import Rademacher
 

@@ -6,21 +6,21 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from fgtrain.chunks import Chunks
-from fgtrain.combine import Combine, Shrinkage, coefficients
-from fgtrain.directions import Tangent
 from fgtrain.errors import LossError
 from fgtrain.estimators.backprop import average_grads
 from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce
 from fgtrain.forward_ad import jvp
-from fgtrain.forward_ad.examples import ExaminedPass, gradient_of_head
 from fgtrain.forward_ad.native import NO_TANGENT
 from fgtrain.forward_ad.passes import RepeatedPass
-from fgtrain.forward_ad.perturbation import LayerNoise, PerturbedPass
-from fgtrain.forward_ad.perturbed_layers import perturbed_layers, run_perturbed
-from fgtrain.parameters import slots_of, trainable_params
+from fgtrain.layer_noise.layers import perturbed_layers, run_perturbed
+from fgtrain.layer_noise.noise import LayerNoise, PerturbedPass
+from fgtrain.layer_noise.rows import ExaminedPass, gradient_of_head
+from fgtrain.network.parameters import slots_of, trainable_params
 from fgtrain.random import draw_seeds
 from fgtrain.tangents import Normal, Sphere, Tangents, law_or
+from fgtrain.tangents.chunks import Chunks
+from fgtrain.tangents.combine import Combine, Shrinkage, coefficients
+from fgtrain.tangents.directions import Tangent
 
 
 class ForwardGradient(GradientEstimator):
@@ -49,7 +49,7 @@ class ForwardGradient(GradientEstimator):
         tangents: law of the directions.
         num_tangents: K >= 1.
         combine: "mean" or "projection" (least squares in the span of the directions).
-        shrinkage: multiply the mean by 1 / (1 + s), see `fgtrain.combine.Shrinkage`.
+        shrinkage: multiply the mean by 1 / (1 + s), see `fgtrain.tangents.combine.Shrinkage`.
         clip_derivative: cap on |grad f . v_k|, against rare large values; None for none.
         chunk_size: at most so many directions in one pass; None for all. The estimate is the same, to rounding.
         exact_head: as above; needs per-example losses (B,) and a Linear layer last, with no BatchNorm or contrastive

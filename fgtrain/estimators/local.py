@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from fgtrain.chains import SideBySide
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.estimators.activity import ActivityPerturbation
 from fgtrain.estimators.backprop import average_grads
@@ -16,7 +15,8 @@ from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce
 from fgtrain.estimators.local_heads import WHOLE, LocalHeads, Part, joined, run
 from fgtrain.forward_ad.dual import Dual
 from fgtrain.forward_ad.passes import check_losses
-from fgtrain.parameters import trainable_params
+from fgtrain.network.chains import SideBySide
+from fgtrain.network.parameters import trainable_params
 
 
 class LocalLosses(LocalHeads):

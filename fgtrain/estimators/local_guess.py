@@ -12,7 +12,7 @@ from fgtrain.estimators.base import Claim, Estimate, Reduce
 from fgtrain.estimators.local_heads import LocalHeads, Part, Stage
 from fgtrain.forward_ad import jvp
 from fgtrain.forward_ad.passes import RepeatedPass, check_losses
-from fgtrain.parameters import trainable_params
+from fgtrain.network.parameters import trainable_params
 
 
 class LocalGuess(LocalHeads):

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fgtrain.chains import is_chain, links
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.estimators.base import GradientEstimator
 from fgtrain.forward_ad.passes import RepeatedPass
+from fgtrain.network.chains import is_chain, links
 
 
 class Part(NamedTuple):

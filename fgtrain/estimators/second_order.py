@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fgtrain.directions import dense
 from fgtrain.estimators.backprop import average_grads
 from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce
 from fgtrain.forward_ad.native import named_errors, no_fast_paths
 from fgtrain.forward_ad.passes import RepeatedPass, check_losses
-from fgtrain.forward_ad.twice import WrittenOut
-from fgtrain.parameters import slots_of, trainable_params
+from fgtrain.forward_ad.second_derivatives import WrittenOut
+from fgtrain.network.parameters import slots_of, trainable_params
 from fgtrain.random import draw_seeds
 from fgtrain.tangents import Normal, Tangents, law_or
+from fgtrain.tangents.directions import dense
 
 
 class SecondOrder(GradientEstimator):

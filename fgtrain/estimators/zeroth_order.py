@@ -6,14 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fgtrain.combine import Shrinkage
-from fgtrain.directions import dense
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce
 from fgtrain.forward_ad.passes import RepeatedPass, plain_losses
-from fgtrain.parameters import trainable_params
-from fgtrain.perturbed import Perturbed
+from fgtrain.network.displaced import Perturbed
+from fgtrain.network.parameters import trainable_params
 from fgtrain.random import draw_seeds, fold_in
 from fgtrain.tangents import Normal, Rademacher, Tangents, law_or
+from fgtrain.tangents.combine import Shrinkage
+from fgtrain.tangents.directions import dense
 
 
 class SPSA(GradientEstimator):
@@ -35,7 +35,7 @@ class SPSA(GradientEstimator):
         tangents: law of the directions; signs by default, as in Spall's article.
         num_tangents: K >= 1.
         epsilon: half the distance of the two points, in units of a direction.
-        shrinkage: multiply the mean by 1 / (1 + s), see `fgtrain.combine.Shrinkage`.
+        shrinkage: multiply the mean by 1 / (1 + s), see `fgtrain.tangents.combine.Shrinkage`.
         rowwise: example i of the loss depends on row i of every parameter alone, as in `ForwardGradient`.
 
     Raises:
@@ -142,7 +142,7 @@ class MeZO(GradientEstimator):
         tangents: law of the directions, drawn parameter by parameter.
         num_tangents: K >= 1.
         epsilon: half the distance of the two points, in units of a direction.
-        shrinkage: multiply the mean by 1 / (1 + s), see `fgtrain.combine.Shrinkage`.
+        shrinkage: multiply the mean by 1 / (1 + s), see `fgtrain.tangents.combine.Shrinkage`.
 
     Raises:
         ValueError: an argument out of its range.

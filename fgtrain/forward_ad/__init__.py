@@ -17,13 +17,13 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fgtrain.directions import Tangent
 from fgtrain.errors import LossError
 from fgtrain.forward_ad import native, sharded, stacked
 from fgtrain.forward_ad.native import NO_TANGENT, LossFn
 from fgtrain.forward_ad.passes import LightPass, NotIntercepted, RepeatedPass, WritesIntoPlain
-from fgtrain.parameters import ParameterSlots, slots_of
-from fgtrain.sharding import is_sharded
+from fgtrain.network.parameters import ParameterSlots, slots_of
+from fgtrain.network.sharding import is_sharded
+from fgtrain.tangents.directions import Tangent
 
 __all__ = ["directional_derivatives", "jvp"]
 

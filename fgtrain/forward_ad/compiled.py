@@ -24,13 +24,13 @@ from torch import Tensor, fx, nn
 from torch._C import _autograd
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fgtrain.compilation import OPTIONS
-from fgtrain.directions import LowRankTangent, Tangent
 from fgtrain.errors import LossError, UserError
 from fgtrain.forward_ad.dual import Dual, running_pass
 from fgtrain.forward_ad.native import NO_TANGENT
 from fgtrain.forward_ad.passes import NotIntercepted, TakenDown, check_losses
-from fgtrain.parameters import slots_of
+from fgtrain.network.compilation import OPTIONS
+from fgtrain.network.parameters import slots_of
+from fgtrain.tangents.directions import LowRankTangent, Tangent
 
 
 def inductor(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:

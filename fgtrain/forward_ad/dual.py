@@ -7,8 +7,8 @@ reach `__torch_function__` and find a rule there; whatever would slip past it (a
 
 What is done with a call, in this order:
 
-1. a rule: of `fgtrain.forward_ad.rules`, `.products`, `.layers` or `.losses`;
-2. a function that is written out in others (`fgtrain.forward_ad.written_out`): the calls in it are looked up in turn;
+1. a rule: of `fgtrain.forward_ad.rules.operations`, `.products`, `.layers` or `.losses`;
+2. a function that is written out in others (`fgtrain.forward_ad.rules.written_out`): the calls in it are looked up in turn;
 3. what only reads the value is asked of the value; what changes its argument in place is computed anew and copied;
 4. a function that PyTorch writes in Python is opened: its body runs, and the calls in it are looked up in turn;
 5. PyTorch's own forward mode, one direction at a time.
@@ -27,12 +27,12 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
-from fgtrain.directions import LowRankTangent, Tangent
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.forward_ad.dropped import is_differentiable, refuse_if_lost
 from fgtrain.forward_ad.kept import of_earlier_pass
 from fgtrain.forward_ad.passes import NotIntercepted, RandomState, TakenDown, WritesIntoPlain
-from fgtrain.forward_ad.written_out import IN_OTHERS
+from fgtrain.forward_ad.rules.written_out import IN_OTHERS
+from fgtrain.tangents.directions import LowRankTangent, Tangent
 
 Rule = Callable[..., Any]
 
@@ -368,6 +368,6 @@ def laid_out(primal: Tensor) -> Tensor:
 
 
 def _find_fallback(func: Any) -> Fallback:
-    from fgtrain.forward_ad.fallbacks import find_fallback  # it builds on what stands here
+    from fgtrain.forward_ad.rules.fallbacks import find_fallback  # it builds on what stands here
 
     return find_fallback(func)

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fgtrain.directions import Tangent, dense
 from fgtrain.errors import LossError, UnsupportedOperation
 from fgtrain.forward_ad.dropped import refuse_if_lost
 from fgtrain.forward_ad.dual import Dual
 from fgtrain.forward_ad.kept import is_kept, marked, of_earlier_pass, release
-from fgtrain.forward_ad.opened import opened
 from fgtrain.forward_ad.passes import RepeatedPass, check_losses
-from fgtrain.forward_ad.written_out import IN_OTHERS, REQUIRES_GRAD, no_backward
-from fgtrain.parameters import slots_of
+from fgtrain.forward_ad.rules.opened import opened
+from fgtrain.forward_ad.rules.written_out import IN_OTHERS, REQUIRES_GRAD, no_backward
+from fgtrain.network.parameters import slots_of
+from fgtrain.tangents.directions import Tangent, dense
 
 LossFn = Callable[[Any], Tensor]
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fgtrain.errors import LossError
 from fgtrain.forward_ad.kept import Attributes
-from fgtrain.parameters import ParameterSlots, slots_of
+from fgtrain.network.parameters import ParameterSlots, slots_of
 from fgtrain.random import random_state, set_random_state
 
 LOSS_SHAPE = "loss_fn must return per-example losses of shape (B,) or a scalar ()"

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fgtrain.directions import LowRankTangent, Tangent
 from fgtrain.errors import LossError, UnsupportedOperation
 from fgtrain.forward_ad.dual import Dual, primal_of, running_pass, tangent_of
 from fgtrain.forward_ad.native import NO_TANGENT, eager_functions, named_errors
 from fgtrain.forward_ad.passes import NotIntercepted, check_losses
-from fgtrain.sharding import is_sharded
+from fgtrain.network.sharding import is_sharded
+from fgtrain.tangents.directions import LowRankTangent, Tangent
 
 
 def jvp(model: nn.Module, loss_fn: Callable[[Any], Tensor], tangents: Mapping[str, Tangent]) -> tuple[Tensor, Tensor]:

@@ -9,19 +9,19 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 
-import fgtrain.forward_ad.layers
-import fgtrain.forward_ad.losses
-import fgtrain.forward_ad.products
-import fgtrain.forward_ad.sampling
-import fgtrain.forward_ad.sequence  # noqa: F401 - these five register their rules and bodies
-from fgtrain.directions import Tangent
+import fgtrain.forward_ad.rules.layers
+import fgtrain.forward_ad.rules.losses
+import fgtrain.forward_ad.rules.matrix_products
+import fgtrain.forward_ad.rules.sampling
+import fgtrain.forward_ad.rules.sequence  # noqa: F401 - these five register their rules and bodies
 from fgtrain.errors import LossError
 from fgtrain.forward_ad.adopted import Adopting
 from fgtrain.forward_ad.dual import Dual, primal_of, running_pass, tangent_of
 from fgtrain.forward_ad.kept import marked, release
 from fgtrain.forward_ad.native import NO_TANGENT, eager_functions, named_errors
 from fgtrain.forward_ad.passes import WritesIntoPlain, check_losses
-from fgtrain.parameters import ParameterSlots, slots_of
+from fgtrain.network.parameters import ParameterSlots, slots_of
+from fgtrain.tangents.directions import Tangent
 
 
 def jvp(model: nn.Module, loss_fn: Callable[[Any], Tensor], tangents: Mapping[str, Tangent]) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 from fgtrain.errors import DivergenceError
 from fgtrain.estimators import Estimate
 from fgtrain.estimators.base import norms
-from fgtrain.sharding import is_sharded
+from fgtrain.network.sharding import is_sharded
 
 ADVICE = (
     "lower lr, cap the derivative (method.clip_derivative=...) or the gradient (clip_grad_norm=...), "

@@ -29,7 +29,7 @@ from fgtrain.lightning.divergence import Divergence
 from fgtrain.lightning.loop import total_steps
 from fgtrain.lightning.step import StepEstimates, estimate_for_step
 from fgtrain.lightning.strategy import shard_model
-from fgtrain.sharding import like_parameter, whole
+from fgtrain.network.sharding import like_parameter, whole
 from fgtrain.tasks import Task
 
 

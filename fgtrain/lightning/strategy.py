@@ -11,7 +11,7 @@ from torch import nn
 from fgtrain.errors import ConfigError
 from fgtrain.estimators import ForwardGradient, GradientEstimator
 from fgtrain.lightning.checkpoints import refuse_foreign, refuse_incomplete
-from fgtrain.sharding import shard
+from fgtrain.network.sharding import shard
 from fgtrain.tangents import LowRank
 
 STARTUP = timedelta(minutes=10)  # one rank may be downloading the data

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from fgtrain.chains import SideBySide
+from fgtrain.network.chains import SideBySide
 
 
 class LocalMixer(nn.Sequential):

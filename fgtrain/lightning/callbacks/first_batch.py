@@ -13,14 +13,14 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from fgtrain.allocator import free_memory
 from fgtrain.data.in_memory import refuse_other_examples
 from fgtrain.errors import ConfigError, DataError, ModelError
 from fgtrain.estimators import ForwardGradient, GradientEstimator
 from fgtrain.forward_ad.passes import RepeatedPass
 from fgtrain.lightning.callbacks.monitor import LOGGED
 from fgtrain.lightning.module import EstimatorModule
-from fgtrain.parameters import trainable_params
+from fgtrain.memory import free_memory
+from fgtrain.network.parameters import trainable_params
 from fgtrain.random import preserved_random_state
 from fgtrain.tangents import LowRank
 from fgtrain.tasks import Classification

@@ -17,9 +17,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from fgtrain.allocator import return_freed_memory
 from fgtrain.distributed import of_all_ranks
-from fgtrain.sharding import whole
+from fgtrain.memory import return_freed_memory
+from fgtrain.network.sharding import whole
 
 DERIVATIVES = "train/directional_derivative"
 LOGGED = (

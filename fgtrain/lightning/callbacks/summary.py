@@ -8,11 +8,11 @@ import lightning as L
 from rich.console import Console
 from rich.table import Table
 
-from fgtrain.benchmarks.steps import peak_mib
 from fgtrain.distributed import Ranks
 from fgtrain.forward_ad.passes import RepeatedPass
 from fgtrain.lightning.module import EstimatorModule
 from fgtrain.lightning.step import estimate_for_step
+from fgtrain.studies.benchmarks.steps import peak_mib
 
 
 class Summary(L.Callback):

@@ -1,0 +1,115 @@
+"""What is done with functions that have no rule: reading values, changes in place, functions written in Python."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from fgtrain.forward_ad.dropped import is_differentiable, only_reads
+from fgtrain.forward_ad.dual import (
+    Dual,
+    Fallback,
+    Rule,
+    adopted,
+    call,
+    num_directions,
+    per_direction,
+    primal_of,
+    tangent_of,
+    values,
+)
+from fgtrain.forward_ad.passes import NotIntercepted
+from fgtrain.forward_ad.rules.opened import opened
+from fgtrain.forward_ad.rules.written_out import REQUIRES_GRAD, no_backward
+
+_OWNERS = (torch.Tensor, torch, torch._C._nn)
+
+
+def find_fallback(func: Any) -> Fallback:
+    """What is done with a function of PyTorch that has no rule."""
+    name = getattr(func, "__name__", "")
+    if func in _OF_A_BACKWARD_PASS:
+        return Fallback(_OF_A_BACKWARD_PASS[func])
+    if only_reads(func):
+        return Fallback(_reading(func), reads=True)
+    if name == "__setitem__":
+        return Fallback(_set_item)
+    if name.endswith("_") and not name.startswith("_") and not name.endswith("__"):
+        return Fallback(_in_place(name))
+    if name.startswith("__i") and name.endswith("__") and hasattr(torch.Tensor, f"{name[3:-2]}_"):
+        return Fallback(_in_place(f"{name[3:-2]}_"))
+    body = opened(func)
+    return Fallback(per_direction(func)) if body is None else Fallback(body, is_opened=True)
+
+
+def _requires_grad(x: Any, requires_grad: bool = True) -> Any:
+    if not requires_grad:
+        raise NotIntercepted("requires_grad_(False)")
+    return x
+
+
+# Models ask these of tensors that wait for a backward pass, and are to take the way they would take with one.
+_OF_A_BACKWARD_PASS: dict[Any, Rule] = {
+    REQUIRES_GRAD: lambda _: True,
+    Tensor.requires_grad_: _requires_grad,
+    Tensor.register_hook: no_backward,
+    Tensor.retain_grad: no_backward,
+}
+
+
+def _reading(func: Any) -> Rule:
+    def rule(*args: Any, **kwargs: Any) -> Any:
+        return func(*[primal_of(x) for x in args], **{name: primal_of(x) for name, x in kwargs.items()})
+
+    return rule
+
+
+# --- changes in place ---------------------------------------------------------------------------------------------
+
+
+def _target(x: Any, name: str, *sources: Any) -> tuple[Dual, Tensor, Tensor]:
+    """The argument that is changed in place as a dual, its value and its tangents."""
+    if not isinstance(x, Dual):
+        x = adopted(primal_of(x), name, num_directions(*tree_leaves(sources)))
+    if x.aliased:
+        raise NotIntercepted(f"{name} changes memory that other tensors share")
+    tangent = tangent_of(x)
+    return x, primal_of(x), tangent
+
+
+def _in_place(name: str) -> Rule:
+    """name_ as name: the result is computed anew and copied into the argument's own memory."""
+    outside = next((getattr(owner, name[:-1]) for owner in _OWNERS if hasattr(owner, name[:-1])), None)
+
+    def rule(x: Any, *args: Any, **kwargs: Any) -> Any:
+        if not is_differentiable(x):
+            return getattr(x, name)(*values(args), **values(kwargs))
+        x, primal, tangent = _target(x, name, args, kwargs)
+        if name == "zero_":
+            result: Any = 0.0
+        elif name in ("copy_", "fill_"):
+            result = args[0] if args else kwargs.get("value", kwargs.get("src"))
+        elif outside is None:
+            raise NotIntercepted(f"{name} has no form that leaves its argument alone")
+        else:
+            with torch.enable_grad():
+                result = call(outside, (x, *args), kwargs)
+        moved = tangent_of(result)
+        tangent.zero_() if moved is None else tangent.copy_(moved)
+        value = primal_of(result)
+        primal.copy_(value) if isinstance(value, Tensor) else primal.fill_(value)
+        return x
+
+    return rule
+
+
+def _set_item(x: Any, index: Any, value: Any) -> None:
+    if not is_differentiable(x):
+        x[values(index)] = values(value)
+        return
+    _, primal, tangent = _target(x, "x[...] = y", value)
+    index, moved = values(index), tangent_of(value)
+    primal[index] = primal_of(value)
+    for k in range(tangent.shape[0]):
+        tangent[k][index] = 0 if moved is None else moved[k]

@@ -1,0 +1,162 @@
+"""Rules for the layers between the products: activations, dropout, pooling and normalisation."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fgtrain.forward_ad.dual import Dual, dual, joint_of, num_directions, primal_of, tangent_of
+from fgtrain.forward_ad.rules.operations import RULES, aligned, register
+
+aten = torch.ops.aten
+
+
+# --- activations, dropout, pooling --------------------------------------------------------------------------------
+
+
+def _relu(x: Dual, inplace: bool = False) -> Any:
+    if inplace:
+        return _relu_in_place(x)
+    primal, tangent, joint = primal_of(x), tangent_of(x), joint_of(x)
+    if joint is None:
+        primal = torch.relu(primal)
+        return dual(primal, aten.threshold_backward(tangent, primal, 0))
+    result = torch.empty_like(joint)
+    primal = torch.clamp_min(primal, 0, out=result[0])
+    return dual(primal, aten.threshold_backward.grad_input(tangent, primal, 0, grad_input=result[1:]))
+
+
+def _relu_in_place(x: Dual) -> Any:
+    if x.aliased:
+        return NotImplemented
+    primal, tangent = primal_of(x).relu_(), tangent_of(x)
+    aten.threshold_backward.grad_input(tangent, primal, 0, grad_input=tangent)
+    return x
+
+
+RULES.update(dict.fromkeys((torch.relu, torch.Tensor.relu, F.relu), _relu))
+RULES.update(dict.fromkeys((torch.relu_, torch.Tensor.relu_), _relu_in_place))
+
+
+@register("dropout")
+def _dropout(x: Dual, p: float, train: bool) -> Any:
+    if not train or p == 0:
+        return x
+    if p == 1:  # torch too draws no random number for it
+        return dual(primal_of(x) * 0, tangent_of(x) * 0)
+    primal, mask = torch.native_dropout(primal_of(x), p, train)
+    return dual(primal, tangent_of(x) * mask.to(primal.dtype).mul_(1 / (1 - p)))
+
+
+@register("feature_dropout")
+def _feature_dropout(x: Dual, p: float, train: bool) -> Any:
+    if not train:
+        return NotImplemented
+    scale = torch.feature_dropout(torch.ones_like(primal_of(x)), p, train)  # the random numbers are the same on ones
+    return dual(primal_of(x) * scale, tangent_of(x) * scale)
+
+
+def _max_pool(with_indices: Any, spatial: int) -> Any:
+    def rule(x: Dual, *args: Any, return_indices: bool = False, **kwargs: Any) -> Any:
+        px, xt = primal_of(x), tangent_of(x)
+        if return_indices or px.dim() != spatial + 2:
+            return NotImplemented
+        primal, index = with_indices(px, *args, **kwargs)
+        index = index.flatten(2).expand(len(xt), -1, -1, -1)
+        return dual(primal, xt.flatten(3).gather(3, index).view(len(xt), *primal.shape))
+
+    return rule
+
+
+for _spatial in (1, 2, 3):
+    RULES[getattr(F, f"max_pool{_spatial}d")] = _max_pool(getattr(F, f"max_pool{_spatial}d_with_indices"), _spatial)
+    _adaptive = getattr(F, f"adaptive_max_pool{_spatial}d_with_indices")
+    RULES[getattr(F, f"adaptive_max_pool{_spatial}d")] = _max_pool(_adaptive, _spatial)
+
+
+# --- normalisation: the Jacobian of x -> (x - mean) / std is symmetric, so its backward kernel pushes tangents too ---
+
+
+@register("batch_norm")
+def _batch_norm(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    running_mean: Any,
+    running_var: Any,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool = True,
+) -> Any:
+    px, xt = primal_of(x), tangent_of(x)
+    pw, wt, bt = primal_of(weight), tangent_of(weight), tangent_of(bias)
+    primal, mean, scale = torch.native_batch_norm(
+        px, pw, primal_of(bias), running_mean, running_var, training, momentum, eps
+    )
+    if not training:
+        mean, scale = running_mean, (running_var + eps).rsqrt()
+    # A tangent t becomes t * slope + x * factor + shift, channel by channel: two sums of t decide the factors.
+    slope = scale if pw is None else scale * pw
+    factor, shift = scale.new_zeros(2, num_directions(x, weight, bias), len(scale))
+    if training and xt is not None:
+        per_channel = px.numel() // px.shape[1]
+        for k, t in enumerate(xt):
+            _, with_x, alone = aten.native_batch_norm_backward(
+                t, px, None, running_mean, running_var, mean, scale, True, eps, [False, True, True]
+            )
+            factor[k], shift[k] = -slope * with_x / per_channel, -slope * alone / per_channel
+    factor = (factor if wt is None else factor + wt) * scale
+    shift = (shift if bt is None else shift + bt) - factor * mean
+
+    def channels(values: Tensor) -> Tensor:
+        return values.to(px.dtype).view(*values.shape[:-1], 1, -1, *[1] * (px.dim() - 2))
+
+    moving = 0 if xt is None else xt * channels(slope)
+    return dual(primal, moving + px * channels(factor) + channels(shift))
+
+
+@register("layer_norm")
+def _layer_norm(
+    x: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn_enable: bool = True
+) -> Any:
+    px, xt = primal_of(x), tangent_of(x)
+    if xt is None or torch.is_autocast_enabled(px.device.type):
+        return NotImplemented
+    unit, mean, scale = torch.native_layer_norm(px, shape, None, None, eps)
+    only_input = [True, False, False]
+    pushed = [aten.native_layer_norm_backward(t, px, shape, mean, scale, None, None, only_input)[0] for t in xt]
+    return _affine(unit, torch.stack(pushed), weight, bias, lambda values: aligned(values, px.dim()))
+
+
+@register("group_norm")
+def _group_norm(
+    x: Any, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn_enabled: bool = True
+) -> Any:
+    px, xt = primal_of(x), tangent_of(x)
+    if xt is None or torch.is_autocast_enabled(px.device.type):
+        return NotImplemented
+    px = px.contiguous()
+    sizes = (px.shape[0], px.shape[1], math.prod(px.shape[2:]), groups)
+    unit, mean, scale = torch.native_group_norm(px, None, None, *sizes, eps)
+    only_input = [True, False, False]
+    pushed = [aten.native_group_norm_backward(t.contiguous(), px, mean, scale, None, *sizes, only_input)[0] for t in xt]
+    spatial = [1] * (px.dim() - 2)
+    return _affine(unit, torch.stack(pushed), weight, bias, lambda values: values.view(len(values), 1, -1, *spatial))
+
+
+def _affine(unit: Tensor, tangent: Tensor, weight: Any, bias: Any, place: Any) -> Tensor:
+    """Unit * weight + bias, where `place` shapes K values per parameter to multiply (K, *unit.shape)."""
+    primal, wt, bt = unit, tangent_of(weight), tangent_of(bias)
+    if weight is not None:
+        scale = place(primal_of(weight)[None])
+        primal, tangent = primal * scale[0], tangent * scale
+    if bias is not None:
+        primal = primal + place(primal_of(bias)[None])[0]
+    if wt is not None:
+        tangent = tangent.addcmul_(unit, place(wt))
+    if bt is not None:
+        tangent = tangent.add_(place(bt))
+    return dual(primal, tangent)

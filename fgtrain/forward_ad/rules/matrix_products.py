@@ -1,0 +1,192 @@
+"""Rules for linear layers, embeddings and convolutions, where the stack of K directions pays most.
+
+Shapes: K directions, B or N examples, C channels, r the rank of a low-rank tangent. A layer linear in its input treats
+the K tangents as K times as many examples. A low-rank tangent V = sum_a u_a z_a^T of a weight costs a thin product:
+x V^T = (x z) u^T.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fgtrain.forward_ad.dual import Dual, dual, joint_of, num_directions, primal_of, tangent_of
+from fgtrain.forward_ad.rules.operations import register
+from fgtrain.layer_noise.noise import LayerNoise
+from fgtrain.tangents.directions import LowRankTangent
+
+aten = torch.ops.aten
+
+
+@register("linear")
+def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
+    px, pw = primal_of(x), primal_of(weight)
+    if isinstance(weight, Dual) and isinstance(weight.tangent, LayerNoise):
+        output = _linear(x, pw, bias) if isinstance(x, Dual) else F.linear(x, pw, bias)
+        return weight.tangent.perturb(px, output, partial(_linear_grads, px), -1)
+    jointly = _goes_jointly(px, weight, bias)
+    return dual(*(_linear_jointly if jointly else _linear_apart)(x, weight, bias))
+
+
+def _linear_apart(x: Any, weight: Any, bias: Any) -> tuple[Tensor, Tensor]:
+    """Value (.., out) and tangents (K, .., out) of a linear layer, each by products of its own."""
+    px, pw, xt, bt = primal_of(x), primal_of(weight), tangent_of(x), tangent_of(bias)
+    primal = F.linear(px, pw, primal_of(bias))
+    rows = px if px.dim() == 2 else px.reshape(-1, px.shape[-1])
+    fixed = _of_weight(rows, weight, bt).to(primal.dtype) if isinstance(weight, Dual) else None  # (K B, out)
+    if xt is None:
+        total = bt.unsqueeze(1).expand(-1, rows.shape[0], -1) if fixed is None else fixed
+    elif fixed is None:
+        total = F.linear(xt, pw)
+        if bt is not None:
+            total.view(bt.shape[0], -1, bt.shape[1]).add_(bt.unsqueeze(1))
+    else:  # the product is added to what stands there already: a sweep over the result less
+        moving = xt.reshape(-1, xt.shape[-1]).to(primal.dtype)
+        total = fixed.addmm_(moving, pw.t().to(primal.dtype))
+    return primal, total.reshape(num_directions(x, weight, bias), *primal.shape)
+
+
+def _goes_jointly(x: Tensor, weight: Any, bias: Any) -> bool:
+    """Whether `_linear_jointly` is for these: rows of one dtype, a rank-1 tangent, a bias that moves or none."""
+    if not isinstance(weight, Dual) or not isinstance(weight.tangent, LowRankTangent) or weight.tangent.rank > 1:
+        return False
+    if bias is not None and not (isinstance(bias, Dual) and bias.dtype == weight.dtype):
+        return False
+    return x.dim() == 2 and x.dtype == weight.dtype and not torch.is_autocast_enabled(x.device.type)
+
+
+def _linear_jointly(x: Any, weight: Dual, bias: Dual | None) -> tuple[Tensor, Tensor]:
+    """Value (B, out) and tangents (K, B, out), joint in memory; from a joint input by one product for both."""
+    px, transposed, tangent = primal_of(x), weight.primal.t(), weight.tangent
+    result = px.new_empty(1 + tangent.num, len(px), transposed.shape[1])
+    value, moved = result[0], result[1:]
+    left, right = tangent.left.unsqueeze(1), F.linear(px, tangent.right).t().unsqueeze(2)  # (K, 1, out), (K, B, 1)
+    if bias is None:
+        torch.mul(left, right, out=moved)
+    else:
+        torch.addcmul(tangent_of(bias).unsqueeze(1), left, right, out=moved)
+    joint = joint_of(x)
+    if joint is not None:
+        value.zero_() if bias is None else value.copy_(bias.primal)
+        result.flatten(0, 1).addmm_(joint.flatten(0, 1), transposed)
+        return value, moved
+    if bias is None:
+        torch.mm(px, transposed, out=value)
+    else:
+        torch.addmm(bias.primal, px, transposed, out=value)
+    if isinstance(x, Dual):
+        moved.flatten(0, 1).addmm_(tangent_of(x).reshape(-1, px.shape[1]), transposed)
+    return value, moved
+
+
+def _linear_grads(x: Tensor, grad_output: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and bias from that of the output."""
+    rows = grad_output.reshape(-1, grad_output.shape[-1])
+    return rows.T @ x.reshape(-1, x.shape[-1]).to(rows.dtype), rows.sum(0)
+
+
+def _of_weight(rows: Tensor, weight: Dual, bias: Tensor | None) -> Tensor:
+    """(K B, out): rows (B, in) times the tangents of the weight, plus the tangents (K, out) of the bias."""
+    tangent = weight.tangent
+    if isinstance(tangent, LowRankTangent) and tangent.rank == 1:
+        left, right = F.linear(rows, tangent.right), tangent.left  # (B, K), (K, out): outer products
+        if left.shape[1] > 1:
+            left, right = left.t().contiguous().unsqueeze(2), right.unsqueeze(1)
+            bias = None if bias is None else bias.unsqueeze(1)
+        right = right.to(left.dtype)
+        product = left * right if bias is None else torch.addcmul(bias.to(left.dtype), left, right)
+        return product.view(-1, right.shape[-1])
+    if isinstance(tangent, LowRankTangent):
+        right, left = tangent.factors
+        left = F.linear(rows, left.flatten(0, 1)).unflatten(1, left.shape[:2]).transpose(0, 1)  # (K, B, r)
+    else:
+        left, right = rows.expand(tangent.shape[0], -1, -1), tangent.mT
+    right = right.to(left.dtype)
+    product = torch.bmm(left, right) if bias is None else torch.baddbmm(bias.unsqueeze(1).to(left.dtype), left, right)
+    return product.flatten(0, 1)
+
+
+@register("embedding")
+def _embedding(
+    weight: Any, indices: Tensor, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False
+) -> Any:
+    if not isinstance(weight, Dual):
+        return NotImplemented
+    primal = torch.embedding(primal_of(weight), indices)
+    tangent = weight.tangent
+    if isinstance(tangent, LowRankTangent):
+        left, right = tangent.factors
+        moved = torch.einsum("k...a,kan->k...n", left.mT[:, indices], right)
+    else:
+        moved = tangent_of(weight)[:, indices]
+    if padding_idx >= 0:  # the padding row is not trained
+        moved = moved.masked_fill((indices == padding_idx).unsqueeze(-1), 0)
+    return dual(primal, moved)
+
+
+@register("conv1d conv2d conv3d")
+def _conv(
+    x: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+) -> Any:
+    px, pw = primal_of(x), primal_of(weight)
+    spatial = pw.dim() - 2
+    if px.dim() != spatial + 2:
+        return NotImplemented
+    conv = (torch.conv1d, torch.conv2d, torch.conv3d)[spatial - 1]
+
+    def convolve(inputs: Tensor, filters: Tensor, bias: Tensor | None = None, groups: int = groups) -> Tensor:
+        return conv(inputs, filters, bias, stride, padding, dilation, groups)
+
+    if isinstance(weight, Dual) and isinstance(weight.tangent, LayerNoise):
+        options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        output = _conv(x, pw, bias, **options) if isinstance(x, Dual) else convolve(px, pw, bias)
+        return weight.tangent.perturb(px, output, partial(_conv_grads, px, pw, options), 1)
+    primal = convolve(px, pw, primal_of(bias))
+    xt, bt = tangent_of(x), tangent_of(bias)
+    total = None if xt is None else convolve(xt.flatten(0, 1), pw).unflatten(0, xt.shape[:2])
+    if isinstance(weight, Dual):
+        term = _convolve_tangents(convolve, px, weight, groups)
+        total = term if total is None else total.add_(term)
+    if bt is not None:
+        bt = bt.view(len(bt), 1, -1, *[1] * spatial)
+        total = bt if total is None else total.add_(bt)
+    return dual(primal, total)
+
+
+def _conv_grads(x: Tensor, weight: Tensor, options: dict[str, Any], grad_output: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and bias from that of the output."""
+    spatial = weight.dim() - 2
+    stride, padding, dilation = (
+        [value] * spatial if isinstance(value, int) else value
+        for value in (options["stride"], options["padding"], options["dilation"])
+    )
+    if isinstance(padding, str):
+        total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+        if padding == "same" and any(t % 2 for t in total):
+            x = F.pad(x, [n for t in reversed(total) for n in (t // 2, t - t // 2)])
+            padding = "valid"
+        padding = [0 if padding == "valid" else t // 2 for t in total]
+    x, weight = x.to(grad_output.dtype), weight.to(grad_output.dtype)  # autocast has rounded what left the layer
+    only_weight = [False, True, False]
+    _, grad, _ = aten.convolution_backward(
+        grad_output, x, weight, None, stride, padding, dilation, False, [0] * spatial, options["groups"], only_weight
+    )
+    return grad, grad_output.transpose(0, 1).flatten(1).sum(1)
+
+
+def _convolve_tangents(convolve: Any, x: Tensor, weight: Dual, groups: int) -> Tensor:
+    """(K, N, out, ..): x convolved with the tangents of the weight."""
+    tangent = weight.tangent
+    if not isinstance(tangent, LowRankTangent):
+        return torch.stack([convolve(x, v) for v in tangent])
+    left, right = tangent.factors
+    num, rank, out = left.shape
+    filters = right.reshape(num * rank, *tangent.shape[1:])
+    maps = convolve(x, filters.repeat(groups, *[1] * (filters.dim() - 1)))  # (N, groups K r, ..)
+    maps = maps.view(len(x), groups, num, rank, 1, *maps.shape[2:])
+    left = left.reshape(num, rank, groups, out // groups).permute(2, 0, 1, 3)  # (groups, K, r, out / groups)
+    left = left.reshape(1, *left.shape, *[1] * (maps.dim() - 5)).to(maps.dtype)
+    product = maps * left if rank == 1 else (maps * left).sum(3, keepdim=True)  # (N, groups, K, 1, out / groups, ..)
+    return product.squeeze(3).transpose(1, 2).flatten(2, 3).transpose(0, 1)

@@ -1,0 +1,368 @@
+"""Rules for whole families of functions: linear, multilinear and elementwise ones.
+
+Each family knows one way to push (K, *shape) tangents through a function, whatever the function is.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as fwAD
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from fgtrain.forward_ad.dual import RULES, Dual, Rule, dual, laid_out, per_direction, primal_of, tangent_of
+from fgtrain.forward_ad.rules.written_out import functions_named
+from fgtrain.tangents.directions import LowRankTangent
+
+
+def register(names: str) -> Callable[[Rule], Rule]:
+    """Make the decorated function the rule of every function of PyTorch with one of these names."""
+
+    def decorate(rule: Rule) -> Rule:
+        RULES.update(dict.fromkeys(functions_named(names), rule))
+        return rule
+
+    return decorate
+
+
+def _register_family(names: str, family: Callable[[Any], Rule]) -> None:
+    RULES.update({func: family(func) for func in functions_named(names)})
+
+
+# --- linear in the first argument ---------------------------------------------------------------------------------
+
+
+def linear(func: Any, of_tangents: Any = None) -> Rule:
+    """f(v_1, .., v_K) for an f that is linear in its first argument, a tensor or a list of tensors.
+
+    All other arguments choose (an index, a mask, a size, a tensor whose shape or dtype counts): their values are used.
+
+    Args:
+        func: the function.
+        of_tangents: what is applied to the tangents, if not the function itself.
+    """
+    of_tangents = of_tangents or func
+
+    def rule(*args: Any, **kwargs: Any) -> Any:
+        if not args:
+            args = (kwargs.pop(next(name for name in ("input", "tensors") if name in kwargs)),)
+        first, *rest = args
+        rest = [x.primal if isinstance(x, Dual) else x for x in rest]
+        if kwargs:
+            kwargs = {name: x.primal if isinstance(x, Dual) else x for name, x in kwargs.items()}
+        if isinstance(first, Tensor):
+            primal = func(primal_of(first), *rest, **kwargs)
+            if not isinstance(first, Dual):
+                return primal
+            return _zip_duals(primal, map_directions(lambda v: of_tangents(v, *rest, **kwargs), [first]), [first])
+        sources = [x for x in first if isinstance(x, Dual)]
+        primals = [primal_of(x) for x in first]
+        primal = func(primals, *rest, **kwargs)
+        if not sources:
+            return primal
+        moves = [isinstance(x, Dual) for x in first]
+        still = [None if move else torch.zeros_like(x) for move, x in zip(moves, primals, strict=True)]
+
+        def along(*tangents: Tensor) -> Any:
+            moving = iter(tangents)
+            return of_tangents(
+                [next(moving) if move else zero for move, zero in zip(moves, still, strict=True)], *rest, **kwargs
+            )
+
+        return _zip_duals(primal, map_directions(along, sources), sources)
+
+    return rule
+
+
+def map_directions(along: Any, sources: list[Dual]) -> Any:
+    """along(v_1, v_2, ..) for every direction, the results stacked; views stay views."""
+    tangents = [tangent_of(source) for source in sources]
+    num = tangents[0].shape[0]
+    if num == 1:
+        return tree_map(lambda out: out.unsqueeze(0), along(*(t[0] for t in tangents)))
+    try:
+        return torch.vmap(along)(*tangents)
+    except RuntimeError:  # vmap knows only a part of what PyTorch can do
+        results = [along(*(t[k] for t in tangents)) for k in range(num)]
+        return tree_map(lambda *outs: torch.stack(outs), *results)
+
+
+def _zip_duals(primals: Any, tangents: Any, sources: list[Dual]) -> Any:
+    """One dual per output."""
+    if isinstance(primals, Tensor):
+        return dual(primals, tangents, *sources)
+    values, spec = tree_flatten(primals)
+    moved, _ = tree_flatten(tangents)
+    return tree_unflatten([dual(p, t, *sources) for p, t in zip(values, moved, strict=True)], spec)
+
+
+_register_family(
+    """
+    reshape flatten unflatten permute transpose swapaxes swapdims movedim t unsqueeze squeeze expand expand_as
+    reshape_as ravel
+    contiguous clone narrow select unbind chunk split split_with_sizes tensor_split flip rot90 repeat tile
+    repeat_interleave broadcast_to index_select gather take take_along_dim masked_select diagonal diag diag_embed tril
+    triu unfold fold __getitem__ cat concat stack hstack vstack dstack sum mean cumsum trace neg
+    pixel_shuffle pixel_unshuffle channel_shuffle to float double half bfloat16 type
+    type_as as_strided real
+    """,
+    linear,
+)
+
+
+@register("roll")
+def _roll(x: Dual, *args: Any, **kwargs: Any) -> Any:
+    if x.dim() == 0:  # over which vmap rolls the directions
+        return x
+    return _ROLL(x, *args, **kwargs)
+
+
+_ROLL = linear(torch.roll)
+RULES[torch.constant_pad_nd] = linear(torch.constant_pad_nd, lambda v, pad, *_: torch.constant_pad_nd(v, pad))
+RULES[torch.Tensor.view] = linear(torch.Tensor.view, torch.Tensor.reshape)  # tangents may be laid out otherwise
+RULES[torch.Tensor.view_as] = linear(torch.Tensor.view_as, torch.Tensor.reshape_as)
+for _name in ("T", "mT"):
+    _get = getattr(torch.Tensor, _name).__get__
+    RULES[_get] = linear(_get)
+
+
+def _over_examples(func: Any) -> Rule:
+    """For functions linear in (N, C, ..) that act on every example alike: K directions are K times as many examples."""
+    spatial = int(func.__name__[-2])
+
+    def rule(x: Any, *args: Any, **kwargs: Any) -> Any:
+        primal, tangent = primal_of(x), tangent_of(x)
+        if primal.dim() != spatial + 2:
+            return NotImplemented
+        return dual(
+            func(primal, *args, **kwargs), func(tangent.flatten(0, 1), *args, **kwargs).unflatten(0, tangent.shape[:2])
+        )
+
+    return rule
+
+
+_register_family(
+    """
+    avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d upsample_nearest1d
+    upsample_nearest2d upsample_nearest3d upsample_bilinear2d upsample_linear1d upsample_trilinear3d upsample_bicubic2d
+    """,
+    _over_examples,
+)
+
+
+@register("grid_sampler grid_sampler_2d grid_sampler_3d")
+def _grid_sampler(x: Any, grid: Any, *options: Any) -> Any:
+    """At places that stay it is linear in the image: K directions are K times as many channels."""
+    if isinstance(grid, Dual):
+        return NotImplemented
+    primal, tangent = primal_of(x), tangent_of(x)
+    moved = torch.grid_sampler(tangent.transpose(0, 1).flatten(1, 2), grid, *options)  # (N, K C, ..)
+    return dual(torch.grid_sampler(primal, grid, *options), moved.unflatten(1, (len(tangent), -1)).transpose(0, 1))
+
+
+@register("masked_fill")
+def _masked_fill(x: Any, mask: Tensor, value: Any) -> Any:
+    if isinstance(value, Tensor) or not isinstance(x, Dual):
+        return NotImplemented
+    primal = torch.masked_fill(primal_of(x), mask, value)
+    return dual(primal, torch.masked_fill(aligned(tangent_of(x), primal.dim()), mask, 0))
+
+
+def _where(condition: Any, x: Any, y: Any) -> Any:
+    condition = primal_of(condition)
+    primal = torch.where(condition, primal_of(x), primal_of(y))
+    xt, yt = (0 if t is None else aligned(t, primal.dim()) for t in (tangent_of(x), tangent_of(y)))
+    return dual(primal, torch.where(condition, xt, yt))
+
+
+def _where_method(x: Any, condition: Any, y: Any) -> Any:
+    return _where(condition, x, y)
+
+
+RULES[torch.where] = _where
+RULES[torch.Tensor.where] = _where_method
+
+
+@register("pad")
+def _pad(x: Any, pad: Any, mode: str = "constant", value: float | None = None) -> Any:
+    def along(tangent: Tensor) -> Tensor:
+        return F.pad(tangent, pad, mode)
+
+    return dual(F.pad(primal_of(x), pad, mode, value), map_directions(along, [x]))
+
+
+# --- linear in each dual argument by itself -----------------------------------------------------------------------
+
+
+def multilinear(func: Any) -> Rule:
+    """sum_i f(x_1, .., v_i, .., x_n): the product rule."""
+
+    def rule(*args: Any, **kwargs: Any) -> Any:
+        leaves, spec = tree_flatten((args, kwargs))
+        values = [primal_of(leaf) for leaf in leaves]
+        positional, keywords = tree_unflatten(values, spec)
+        primal, total = func(*positional, **keywords), None
+        for i, leaf in enumerate(leaves):
+            if isinstance(leaf, Dual):
+
+                def along(tangent: Tensor, i: int = i) -> Any:
+                    positional, keywords = tree_unflatten([*values[:i], tangent, *values[i + 1 :]], spec)
+                    return func(*positional, **keywords)
+
+                term = map_directions(along, [leaf])
+                total = term if total is None else total + term
+        return dual(primal, total)
+
+    return rule
+
+
+_register_family("mv dot outer inner tensordot kron vdot einsum", multilinear)
+
+
+# --- elementwise --------------------------------------------------------------------------------------------------
+
+
+def elementwise(func: Any) -> Rule:
+    """f'(x) v_k, with f'(x) from one pass of PyTorch's forward mode for all directions."""
+
+    def rule(*args: Any, **kwargs: Any) -> Any:
+        leaves, spec = tree_flatten((args, kwargs))
+        (first, *others), x = leaves, args[0] if args else None
+        if not isinstance(x, Dual) or first is not x or any(isinstance(leaf, Tensor) for leaf in others):
+            return NotImplemented
+        if x.is_complex():  # |z| has no derivative to multiply with
+            return NotImplemented
+        with fwAD.dual_level():
+            primal = laid_out(primal_of(x))
+            positional, keywords = tree_unflatten([fwAD.make_dual(primal, torch.ones_like(primal)), *others], spec)
+            value, slope = fwAD.unpack_dual(func(*positional, **keywords))
+        return dual(value, None if slope is None else tangent_of(x) * slope)
+
+    return rule
+
+
+_register_family(
+    """
+    abs exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square reciprocal sin cos tan asin acos atan sinh cosh tanh
+    asinh acosh atanh sigmoid logit erf erfc erfinv lgamma digamma clamp clip pow gelu silu mish elu selu celu
+    leaky_relu relu6 hardtanh hardswish hardsigmoid hardshrink softshrink softplus softsign logsigmoid tanhshrink
+    threshold sinc frac floor ceil round trunc sign nan_to_num
+    """,
+    elementwise,
+)
+
+
+# --- sums and products of two --------------------------------------------------------------------------------------
+
+
+def aligned(tangent: Any, ndim: int) -> Any:
+    """(K, *shape) with as many dimensions after K as the value it will be added to or multiplied with."""
+    if tangent is None or tangent.dim() == ndim + 1:
+        return tangent
+    return tangent.reshape(tangent.shape[0], *[1] * (ndim + 1 - tangent.dim()), *tangent.shape[1:])
+
+
+@register("add __add__ __radd__")
+def _add(x: Any, y: Any, *, alpha: float = 1) -> Any:
+    return _sum(torch.add(primal_of(x), primal_of(y), alpha=alpha), x, y, alpha)
+
+
+@register("sub __sub__ subtract")
+def _sub(x: Any, y: Any, *, alpha: float = 1) -> Any:
+    return _sum(torch.sub(primal_of(x), primal_of(y), alpha=alpha), x, y, -alpha)
+
+
+@register("rsub")
+def _rsub(x: Any, y: Any, *, alpha: float = 1) -> Any:
+    return _sum(torch.rsub(primal_of(x), primal_of(y), alpha=alpha), y, x, -alpha)
+
+
+def _sum(primal: Tensor, x: Any, y: Any, scale: float) -> Tensor:
+    xt, yt = aligned(tangent_of(x), primal.dim()), aligned(tangent_of(y), primal.dim())
+    if xt is None or yt is None:
+        return dual(primal, xt if yt is None else yt * scale if scale != 1 else yt)
+    return dual(primal, torch.add(xt, yt, alpha=scale))
+
+
+@register("add_ __iadd__")
+def _add_in_place(x: Any, y: Any, *, alpha: float = 1) -> Any:
+    xt, yt = tangent_of(x), tangent_of(y)
+    if xt is None or yt is None or x.aliased or yt.shape != xt.shape:
+        return NotImplemented
+    primal_of(x).add_(primal_of(y), alpha=alpha)
+    xt.add_(yt, alpha=alpha)
+    return x
+
+
+@register("mul __mul__ __rmul__ multiply")
+def _mul(x: Any, y: Any) -> Any:
+    px, py = primal_of(x), primal_of(y)
+    primal = torch.mul(px, py)
+    xt, yt = aligned(tangent_of(x), primal.dim()), aligned(tangent_of(y), primal.dim())
+    left, right = (None if xt is None else xt * py), (None if yt is None else yt * px)
+    return dual(primal, left if right is None else right if left is None else left + right)
+
+
+@register("div __truediv__ true_divide divide")
+def _div(x: Any, y: Any, *, rounding_mode: str | None = None) -> Any:
+    if rounding_mode is not None:
+        return NotImplemented
+    px, py = primal_of(x), primal_of(y)
+    primal = torch.div(px, py)
+    xt, yt = aligned(tangent_of(x), primal.dim()), aligned(tangent_of(y), primal.dim())
+    if yt is None:
+        return dual(primal, xt / py)
+    return dual(primal, ((0 if xt is None else xt) - primal * yt) / py)
+
+
+_PER_DIRECTION_MATMUL = per_direction(torch.matmul)
+
+
+@register("matmul __matmul__ mm bmm spmm")
+def _matmul(x: Any, y: Any) -> Any:
+    px, py = primal_of(x), primal_of(y)
+    if px.layout != torch.strided or py.layout != torch.strided:
+        return _with_sparse(torch.matmul, x, y)
+    if px.dim() < 2 or py.dim() < 2:
+        return _PER_DIRECTION_MATMUL(x, y)
+    primal = torch.matmul(px, py)
+    total = None
+    if isinstance(x, Dual):
+        total = torch.matmul(aligned(tangent_of(x), primal.dim()), py)
+    if isinstance(y, Dual):
+        term = _times_matrix(px, y, primal.dim())
+        total = term if total is None else total + term
+    return dual(primal, total)
+
+
+RULES[torch.Tensor.__rmatmul__] = lambda y, x: _matmul(x, y)
+
+
+def _with_sparse(func: Any, x: Any, y: Any, *options: Any) -> Any:
+    """One of two matrices is sparse and a constant: K directions are K times as many columns or rows of the other."""
+    px, py = primal_of(x), primal_of(y)
+    if px.dim() != 2 or py.dim() != 2 or options:
+        return NotImplemented
+    primal = func(px, py)
+    if isinstance(y, Dual):
+        tangent = tangent_of(y)
+        moved = func(px, tangent.transpose(0, 1).flatten(1)).unflatten(1, (len(tangent), py.shape[1])).transpose(0, 1)
+    else:
+        tangent = tangent_of(x)
+        moved = func(tangent.flatten(0, 1), py).unflatten(0, (len(tangent), px.shape[0]))
+    return dual(primal, moved)
+
+
+RULES[torch.sparse.mm] = partial(_with_sparse, torch.sparse.mm)
+
+
+def _times_matrix(x: Tensor, y: Dual, ndim: int) -> Tensor:
+    """(K, ..): x times the tangents of y."""
+    tangent = y.tangent
+    if isinstance(tangent, LowRankTangent) and len(tangent.shape) == 2:
+        left, right = (aligned(factor, ndim) for factor in tangent.factors)
+        return torch.matmul(torch.matmul(x, left.mT), right)
+    return torch.matmul(x, aligned(tangent_of(y), ndim))

@@ -1,0 +1,297 @@
+"""Functions written out in others, where PyTorch's own have no forward-mode derivative, or a wrong one.
+
+Both engines run these bodies in place of the functions: the calls in them have derivatives. A body may return
+NotImplemented where the function itself will do.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fgtrain.forward_ad.rules.opened import opened
+
+IN_OTHERS: dict[Any, Callable[..., Any]] = {}
+"""{function of PyTorch: what it does, in other functions}."""
+
+REQUIRES_GRAD: Any = vars(torch._C.TensorBase)["requires_grad"].__get__
+"""How `x.requires_grad` is read."""
+
+_OWNERS = (torch, torch.Tensor, torch._C._nn)  # torch.nn.functional's own are written in Python and opened
+
+
+def functions_named(names: str) -> list[Any]:
+    """Every function of PyTorch that has one of these names."""
+    return [getattr(owner, name) for name in names.split() for owner in _OWNERS if hasattr(owner, name)]
+
+
+def written_out(names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make the decorated function stand for every function of PyTorch with one of these names."""
+
+    def decorate(body: Callable[..., Any]) -> Callable[..., Any]:
+        IN_OTHERS.update(dict.fromkeys(functions_named(names), body))
+        return body
+
+    return decorate
+
+
+def no_backward(*_: Any, **__: Any) -> Any:
+    """Tensor.register_hook and Tensor.retain_grad, which wait for a gradient that does not come."""
+    raise NotImplementedError("forward AD with a hook on the gradient of a tensor that only a backward pass would call")
+
+
+# --- weights ------------------------------------------------------------------------------------------------------
+
+
+@written_out("_weight_norm")
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """V with its norms, all dimensions but `dim` taken together, replaced by g."""
+    others = [d for d in range(v.dim()) if d != dim] if dim != -1 else list(range(v.dim()))
+    return v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=dim != -1))
+
+
+@written_out("embedding")
+def _embedding(
+    weight: Tensor, indices: Tensor, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False
+) -> Any:
+    """Backpropagation leaves the padding row alone; PyTorch's forward mode forgets to."""
+    if padding_idx < 0:
+        return NotImplemented
+    out = torch.embedding(weight, indices)
+    return torch.where((indices == padding_idx).unsqueeze(-1), out.detach(), out)
+
+
+@written_out("embedding_bag")
+def _embedding_bag(
+    weight: Tensor,
+    indices: Tensor,
+    offsets: Tensor,
+    scale_grad_by_freq: bool = False,
+    mode: int = 0,
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Any:
+    """Sums (mode 0), means (1) or maxima (2) of the rows of each bag; (bags, bag of each index, bag sizes, maxima)."""
+    plain = torch.embedding_bag(
+        weight.detach(),
+        indices,
+        offsets,
+        scale_grad_by_freq,
+        mode,
+        sparse,
+        None if per_sample_weights is None else per_sample_weights.detach(),
+        include_last_offset,
+        padding_idx,
+    )
+    starts = offsets[:-1] if include_last_offset else offsets
+    bag = torch.searchsorted(starts.contiguous(), torch.arange(len(indices), device=indices.device), right=True) - 1
+    counts = (
+        torch.ones_like(indices) if padding_idx is None else (indices != padding_idx % len(weight)).to(indices.dtype)
+    )
+    if mode == 2:
+        best = plain[3]  # (bags, features): the index whose row is the greatest in each feature; -1 in an empty bag
+        rows = torch.gather(weight, 0, best.clamp(min=0))
+        return rows.masked_fill(best < 0, 0), *plain[1:]
+    rows = torch.embedding(weight, indices) * counts.unsqueeze(-1).to(weight.dtype)
+    if per_sample_weights is not None:
+        rows = rows * per_sample_weights.unsqueeze(-1)
+    sums = torch.index_add(rows.new_zeros(len(starts), rows.shape[1]), 0, bag, rows)
+    if mode == 1:
+        sizes = torch.zeros(len(starts), dtype=counts.dtype, device=counts.device).index_add(0, bag, counts)
+        sums = sums / sizes.clamp(min=1).unsqueeze(-1).to(sums.dtype)
+    return sums, *plain[1:]
+
+
+@written_out("broadcast_tensors")
+def _broadcast_tensors(*tensors: Any) -> list[Any]:
+    """The tensors as views of one shape."""
+    tensors = tensors[0] if len(tensors) == 1 and not isinstance(tensors[0], Tensor) else tensors
+    shape = torch.broadcast_shapes(*(x.shape for x in tensors))
+    return [x.expand(shape) for x in tensors]
+
+
+# --- random numbers -----------------------------------------------------------------------------------------------
+
+
+@written_out("normal")
+def _normal(mean: Any, std: Any, *args: Any, **kwargs: Any) -> Any:
+    """A constant, as to backpropagation; PyTorch's forward mode fails where one of the two is expanded."""
+    values = [x.detach() if isinstance(x, Tensor) else x for x in (mean, std)]
+    sample = torch.normal(*values, *args, **kwargs)
+    return sample + sum((x - x.detach()) * 0 for x in (mean, std) if isinstance(x, Tensor))
+
+
+@written_out("_standard_gamma")
+def _standard_gamma(concentration: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """A sample and its derivative at a fixed place of the distribution function, as backpropagation takes it."""
+    at = concentration.detach()
+    sample = torch._standard_gamma(at, generator)
+    return sample + torch._standard_gamma_grad(at, sample) * (concentration - at)
+
+
+# --- distances ----------------------------------------------------------------------------------------------------
+
+
+@written_out("cdist")
+def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: Any = None) -> Tensor:
+    """||x_i - y_j||_p; where it is 0 its gradient is 0."""
+    return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, -1)
+
+
+@written_out("pdist")
+def _pdist(x: Tensor, p: float = 2.0) -> Tensor:
+    """||x_i - x_j||_p for i < j."""
+    left, right = torch.triu_indices(len(x), len(x), 1, device=x.device)
+    return torch.linalg.vector_norm(x[left] - x[right], p, -1)
+
+
+# --- matrices -----------------------------------------------------------------------------------------------------
+
+
+class _SparseTimes(torch.autograd.Function):
+    """A sparse matrix that is a constant, times a dense one: PyTorch's forward mode wants a tangent of the first."""
+
+    @staticmethod
+    def forward(func: Any, x: Tensor, y: Tensor) -> Tensor:
+        return func(x, y)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ARG004 - torch calls it so
+        ctx.func, ctx.matrix, _ = inputs
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        return ctx.func(ctx.matrix, tangents[2])
+
+
+def _times(func: Any) -> Callable[..., Any]:
+    def body(x: Tensor, y: Tensor, *options: Any) -> Any:
+        return NotImplemented if x.layout == torch.strided or options else _SparseTimes.apply(func, x, y)
+
+    return body
+
+
+for _func in (torch.sparse.mm, torch.mm, torch.matmul, torch.Tensor.mm, torch.Tensor.matmul, torch.Tensor.__matmul__):
+    IN_OTHERS[_func] = _times(_func)
+
+
+@written_out("cholesky_inverse")
+def _cholesky_inverse(factor: Tensor, upper: bool = False) -> Tensor:
+    """(L L^T)^-1, or (U^T U)^-1: PyTorch's forward mode returns another derivative than backpropagation."""
+    unit = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device).expand(factor.shape)
+    inverse = torch.linalg.solve_triangular(factor, unit, upper=upper)  # of L, or of U
+    return inverse @ inverse.mH if upper else inverse.mH @ inverse
+
+
+@written_out("logcumsumexp")
+def _logcumsumexp(x: Tensor, dim: int) -> Tensor:
+    """PyTorch's forward mode adds 1e-13 to each sum, which is more than sums far below the greatest term have."""
+    if x.dim() == 0:
+        return x.clone()
+    rows = x.movedim(dim, -1)
+    later = torch.ones(rows.shape[-1], rows.shape[-1], dtype=torch.bool, device=x.device).triu(1)
+    return torch.logsumexp(rows.unsqueeze(-2).masked_fill(later, -torch.inf), -1).movedim(-1, dim)
+
+
+# --- losses of margins --------------------------------------------------------------------------------------------
+
+
+def _reduced(losses: Tensor, reduction: int) -> Tensor:
+    return (losses, losses.mean(), losses.sum())[reduction]  # torch.nn._reduction
+
+
+@written_out("multi_margin_loss")
+def _multi_margin_loss(
+    x: Tensor, target: Tensor, p: float = 1, margin: float = 1, weight: Tensor | None = None, reduction: int = 1
+) -> Tensor:
+    """(1/C) sum over i != y of max(0, margin - x_y + x_i)^p, times the weight of y."""
+    rows, labels = (x, target) if x.dim() == 2 else (x.reshape(1, -1), target.reshape(1))
+    right = rows.gather(1, labels.unsqueeze(1))
+    excess = (margin - right + rows).clamp(min=0)
+    excess = excess if p == 1 else excess * excess
+    if weight is not None:
+        excess = excess * weight[labels].unsqueeze(1)
+    others = torch.ones_like(rows.detach(), dtype=torch.bool).scatter(1, labels.unsqueeze(1), False)
+    losses = torch.where(others, excess, 0).sum(1) / rows.shape[1]
+    return _reduced(losses if x.dim() == 2 or reduction else losses.reshape(()), reduction)
+
+
+@written_out("multilabel_margin_loss")
+def _multilabel_margin_loss(x: Tensor, target: Tensor, reduction: int = 1) -> Tensor:
+    """(1/C) sum over labels y and others i of max(0, 1 - x_y + x_i); the labels of a row end with the first -1."""
+    rows, labels = (x, target) if x.dim() == 2 else (x.reshape(1, -1), target.reshape(1, -1))
+    named = (labels >= 0).cumprod(1).bool()
+    labels = labels.masked_fill(~named, 0)
+    is_label = torch.zeros_like(named, dtype=torch.int64).scatter_add(1, labels, named.long()).bool()
+    excess = (1 - rows.gather(1, labels).unsqueeze(2) + rows.unsqueeze(1)).clamp(min=0)  # (rows, labels, others)
+    losses = torch.where(named.unsqueeze(2) & ~is_label.unsqueeze(1), excess, 0).sum((1, 2)) / rows.shape[1]
+    return _reduced(losses if x.dim() == 2 or reduction else losses.reshape(()), reduction)
+
+
+def _linear_cross_entropy(*args: Any, options: Any = None, **kwargs: Any) -> Any:
+    """Cross-entropy of a linear layer, without the chunks of `options`: their kernel has a backward pass alone."""
+    body = opened(F.linear_cross_entropy)
+    assert body is not None
+    return body(*args, **kwargs)
+
+
+if hasattr(F, "linear_cross_entropy"):  # torch 2.13
+    IN_OTHERS[F.linear_cross_entropy] = _linear_cross_entropy
+
+
+# --- scatter ------------------------------------------------------------------------------------------------------
+
+
+@written_out("scatter_reduce")
+def _scatter_reduce(x: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str, *, include_self: bool = True) -> Any:
+    """The mean, product, greatest or least of what is scattered to each place."""
+    if reduce not in ("mean", "prod", "amax", "amin"):
+        return NotImplemented
+    if x.dim() == 0:
+        options = {"include_self": include_self}
+        return _scatter_reduce(x.reshape(1), 0, index.reshape(-1), src.reshape(-1), reduce, **options).reshape(())
+    src = src[tuple(slice(n) for n in index.shape)]
+    old, new = x.detach(), src.detach()
+    counts = (
+        torch.ones_like(old) if include_self else 1 - torch.zeros_like(old).scatter(dim, index, 1)
+    )  # the old number
+    if reduce == "mean":
+        return (x * counts).scatter_add(dim, index, src) / counts.scatter_add(dim, index, torch.ones_like(new))
+    result = torch.scatter_reduce(old, dim, index, new, reduce, include_self=include_self)
+    if reduce == "prod":
+        slope_old, slope_new = _products_of_others(old, dim, index, new, counts)
+    else:
+        slope_old = ((old == result) * counts).to(old.dtype)
+        slope_new = (new == result.gather(dim, index)).to(new.dtype)
+        ties = slope_old.scatter_add(dim, index, slope_new)  # they share the derivative
+        slope_old, slope_new = slope_old / ties, slope_new / ties.gather(dim, index)
+    return (result + slope_old * (x - old)).scatter_add(dim, index, slope_new * (src - new))
+
+
+def _products_of_others(x: Tensor, dim: int, index: Tensor, src: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
+    """For every factor of the products at the places of x, old or scattered there, the product of all others."""
+    factors = torch.where(counts > 0, x, 1)
+    zeros = (factors == 0).to(x.dtype).scatter_add(dim, index, (src == 0).to(x.dtype))
+    rest = torch.where(factors == 0, 1, factors)
+    rest = torch.scatter_reduce(rest, dim, index, torch.where(src == 0, 1, src), "prod")  # of all that are not 0
+
+    def of_others(x: Tensor, rest: Tensor, zeros: Tensor) -> Tensor:
+        return torch.where(x == 0, torch.where(zeros == 1, rest, 0), torch.where(zeros == 0, rest / x, 0))
+
+    return of_others(factors, rest, zeros) * counts, of_others(src, rest.gather(dim, index), zeros.gather(dim, index))
+
+
+@written_out("index_reduce")
+def _index_reduce(x: Tensor, dim: int, index: Tensor, source: Tensor, reduce: str, *, include_self: bool = True) -> Any:
+    """As scatter_reduce, with one index for a whole slice."""
+    if x.dim() == 0:
+        source = source.reshape(index.shape)
+        return torch.scatter_reduce(x.expand(1), 0, index, source, reduce, include_self=include_self).reshape(())
+    places = [1] * x.dim()
+    places[dim] = len(index)
+    index = index.view(places).expand(source.shape)
+    return torch.scatter_reduce(x, dim, index, source, reduce, include_self=include_self)

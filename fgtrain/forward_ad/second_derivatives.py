@@ -1,0 +1,108 @@
+"""Functions written out for forward mode over forward mode.
+
+Nested in itself, PyTorch's forward mode returns wrong second derivatives of batch, layer and instance norms, without a
+word: its rules take the statistics that the kernel saved for constants. Written out in elementary operations they are
+right. tests/test_second_order.py holds every one of them to backpropagation twice.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+import fgtrain.forward_ad.rules.sampling
+import fgtrain.forward_ad.rules.sequence  # noqa: F401 - these two register their bodies
+from fgtrain.forward_ad.rules.opened import opened
+from fgtrain.forward_ad.rules.written_out import IN_OTHERS
+
+
+class WrittenOut(TorchFunctionMode):
+    """A context in which functions without a right second derivative run as elementary operations.
+
+    Running statistics are not updated.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _FIRST_ORDER:
+            raise NotImplementedError(f"forward AD with {func.__name__} that is right for first derivatives alone")
+        if func in _WRITTEN_OUT:
+            return _WRITTEN_OUT[func](*args, **kwargs)
+        for body in (IN_OTHERS.get(func), opened(func)):
+            if body is not None:
+                with self:
+                    result = body(*args, **kwargs)
+                if result is not NotImplemented:
+                    return result
+        return func(*args, **kwargs)
+
+
+def _normalized(x: Tensor, dims: Sequence[int], eps: float) -> Tensor:
+    centered = x - x.mean(list(dims), keepdim=True)
+    return centered * (centered.square().mean(list(dims), keepdim=True) + eps).rsqrt()
+
+
+def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    x = x if weight is None else x * weight
+    return x if bias is None else x + bias
+
+
+def _per_channel(values: Tensor | None, x: Tensor) -> Tensor | None:
+    return None if values is None else values.view(-1, *[1] * (x.dim() - 2))
+
+
+def _layer_norm(
+    x: Tensor,
+    shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    return _affine(_normalized(x, range(-len(shape), 0), eps), weight, bias)
+
+
+def _batch_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if training:
+        unit = _normalized(x, [0, *range(2, x.dim())], eps)
+    else:
+        mean, variance = _per_channel(running_mean, x), _per_channel(running_var, x)
+        assert mean is not None
+        assert variance is not None
+        unit = (x - mean) * (variance + eps).rsqrt()
+    return _affine(unit, _per_channel(weight, x), _per_channel(bias, x))
+
+
+def _instance_norm(
+    x: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    if not use_input_stats:
+        return _batch_norm(x, running_mean, running_var, weight, bias, eps=eps)
+    return _affine(_normalized(x, range(2, x.dim()), eps), _per_channel(weight, x), _per_channel(bias, x))
+
+
+_FIRST_ORDER = {torch.scatter_reduce, torch.Tensor.scatter_reduce}
+
+_WRITTEN_OUT = {
+    F.layer_norm: _layer_norm,
+    F.batch_norm: _batch_norm,
+    F.instance_norm: _instance_norm,
+}

@@ -1,0 +1,99 @@
+"""Which layers of a model can be perturbed at their outputs, found in a trial pass."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+from fgtrain.errors import UnsupportedOperation
+from fgtrain.forward_ad import stacked
+from fgtrain.forward_ad.passes import NotIntercepted, RepeatedPass, WritesIntoPlain
+from fgtrain.layer_noise.noise import LayerNoise, PerturbedPass, UsedElsewhere
+from fgtrain.network.parameters import ParameterSlots, slots_of
+
+PERTURBED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class PerturbedLayers(NamedTuple):
+    """Layers whose outputs get noise.
+
+    Args:
+        biases: {name of the weight: name of the bias or None}.
+        last: name of the weight that is used last in the pass.
+    """
+
+    biases: dict[str, str | None]
+    last: str
+
+
+def perturbed_layers(model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> PerturbedLayers:
+    """Linear layers and convolutions whose weight is trained and used by them alone, found in a trial pass.
+
+    Raises:
+        UnsupportedOperation: there is none.
+    """
+    slots = slots_of(model)
+    kept, trained = _found.setdefault(slots, {}), frozenset(slots.trainable())
+    if trained not in kept:
+        kept[trained] = _find_layers(model, loss_fn, slots)
+    return kept[trained]
+
+
+_found: WeakKeyDictionary[ParameterSlots, dict[frozenset[str], PerturbedLayers]] = WeakKeyDictionary()
+
+
+def _find_layers(model: nn.Module, loss_fn: Callable[[Any], Tensor], slots: ParameterSlots) -> PerturbedLayers:
+    biases = _candidates(model, slots)
+    before = RepeatedPass(model)
+    while biases:
+        trial = PerturbedPass(1, seed=0)
+        try:
+            run_perturbed(model, loss_fn, {name: LayerNoise(name, trial) for name in biases})
+        except UsedElsewhere as use:
+            del biases[use.name]
+            continue
+        except WritesIntoPlain:
+            continue
+        finally:
+            before.rewind()
+        used = [call.name for call in trial.calls]
+        if used:
+            return PerturbedLayers({name: biases[name] for name in biases if name in used}, used[-1])
+        break
+    raise UnsupportedOperation(
+        f"{type(model).__name__} has no trained Linear or convolution of its own to perturb; use method=fwdgrad"
+    )
+
+
+def _candidates(model: nn.Module, slots: ParameterSlots) -> dict[str, str | None]:
+    names = {id(p): name for name, p in slots.trainable().items()}
+    owned = [(module, key, id(p)) for module in model.modules() for key, p in module._parameters.items()]
+    times_owned = {key: sum(at == key for _, _, at in owned) for key in names}
+    biases: dict[str, str | None] = {}
+    for module in model.modules():
+        if isinstance(module, PERTURBED):
+            weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+            if weight is not None and times_owned.get(id(weight)) == 1:
+                bias_name = names.get(id(bias)) if times_owned.get(id(bias)) == 1 else None
+                biases[names[id(weight)]] = bias_name
+    return biases
+
+
+def run_perturbed(
+    model: nn.Module, loss_fn: Callable[[Any], Tensor], tangents: Mapping[str, Any], *, follows: bool = True
+) -> tuple[Tensor, Tensor | None]:
+    """Losses and derivatives of a pass with noise; `follows` is False if its layers give no tangents.
+
+    Raises:
+        UnsupportedOperation: the pass leaves the engine.
+        WritesIntoPlain: it does for the first time.
+    """
+    try:
+        return stacked.evaluate(model, loss_fn, tangents, follows=follows)
+    except WritesIntoPlain:
+        raise
+    except NotIntercepted as reason:
+        raise UnsupportedOperation(
+            f"activity perturbation cannot follow this model: {reason}; use method=fwdgrad"
+        ) from reason

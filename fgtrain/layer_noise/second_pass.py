@@ -1,0 +1,42 @@
+"""The second pass of activity perturbation that keeps nothing: layer by layer it draws the noise again."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fgtrain.layer_noise.noise import LayerCall, LocalGrads, PerturbedPass
+
+
+@dataclass(eq=False)
+class ReplayedPass:
+    """A second pass without tangents that draws the noise again and takes every layer's gradient on the spot.
+
+    Args:
+        first: the pass with noise; its calls tell where a ReLU follows.
+        collect: called at every layer with its call and local gradients.
+    """
+
+    first: PerturbedPass
+    collect: Callable[[LayerCall, LocalGrads], None]
+
+    def __post_init__(self) -> None:
+        first = self.first
+        self._again = PerturbedPass(first.num_tangents, first.seed, first.noise, first.shared_positions, first.head)
+        self._remaining = iter(first.calls)
+
+    @property
+    def num_tangents(self) -> int:
+        """K."""
+        return self.first.num_tangents
+
+    def perturb(self, name: str, inputs: Tensor, output: Tensor, local_grads: LocalGrads, channels: int) -> Tensor:
+        """The layer's output as it is."""
+        call = next(self._remaining)
+        call.inputs = (inputs, inputs._version)
+        if name != self.first.head:
+            call.noise, _ = self._again.draw(output, channels)
+            call.active = output > 0 if call.is_rectified else None
+        self.collect(call, local_grads)
+        call.forget()
+        return output

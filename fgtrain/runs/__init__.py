@@ -1,0 +1,1 @@
+"""One run from the command line: its configuration, processes, folder and results."""

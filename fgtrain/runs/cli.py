@@ -1,0 +1,204 @@
+"""What a command line owes its user: a mistake ends in one line and a non-zero exit status, without a traceback."""
+
+import argparse
+import os
+import re
+import select
+import signal
+import sys
+import threading
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
+from hydra.types import RunMode
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from fgtrain.errors import Interrupted, JobFailed, StorageError, UserError
+from fgtrain.lightning.checkpoints import disk_error
+from fgtrain.memory import is_out_of_memory
+from fgtrain.runs.config import drop_arguments_of_replaced_targets, name_targets
+from fgtrain.runs.launch import is_follower
+from fgtrain.runs.sweeps import SweepTable
+
+USER_ERRORS = (UserError, HydraException, OmegaConfBaseException, MisconfigurationException)
+_CHATTER = (
+    ".*LeafSpec.*",
+    ".*torch.jit.script.*",
+    "The number of training batches",
+    "Using ModelCheckpoint",
+    "Total length of .* is zero",  # which FirstBatch tells
+    "You defined a `validation_step` but have no `val_dataloader`",  # and that
+    "The dirpath has changed",  # a run resumed in another folder
+    "Checkpoint directory .* exists",  # or in its own
+)
+ERROR_FILE = "error.txt"
+CONF = Path(__file__).resolve().parents[2] / "conf"
+
+
+def run_app(task: Callable[[DictConfig], Any], config_name: str) -> None:
+    """Run `task`, whose value a search minimises, as a Hydra application.
+
+    `HYDRA_FULL_ERROR=1` in the environment brings tracebacks back.
+    """
+    silence_libraries()
+    sys.path.append(os.getcwd())  # _target_ may name a module of the user's own
+    if is_follower():  # the folder of the run is rank 0's, whatever the clock of this process says
+        if {"-m", "--multirun"} & set(sys.argv):
+            fail("a sweep starts the processes of its jobs itself; start it once, without torchrun or srun")
+        sys.argv += ["hydra.output_subdir=null"]
+        if not _names_run_dir(sys.argv):
+            sys.argv += ["hydra.run.dir=."]
+    if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        return _hydra_main(task, config_name)
+
+    composed = False
+
+    def job(cfg: DictConfig) -> Any:
+        nonlocal composed
+        composed = True
+        silence_libraries()  # the process may be a launcher's
+        try:
+            return task(cfg)
+        except Exception as error:
+            if HydraConfig.get().mode == RunMode.MULTIRUN and not isinstance(error, Interrupted):
+                raise job_failed(error) from error  # and the other jobs go on
+            if isinstance(error, USER_ERRORS):
+                fail(error)
+            raise
+
+    setattr(argparse.ArgumentParser, "error", lambda _, message: fail(_usage(message)))  # instead of eleven lines
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print over many lines
+    try:
+        _hydra_main(job, config_name)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        if not _nobody_reads():  # a pipe of the run's own
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where what is left is flushed at exit
+        sys.exit(128 + signal.SIGPIPE)
+    except JobFailed as error:
+        for failed in sorted(error.sweep_dir.glob(f"*/{ERROR_FILE}")):
+            print(f"fgtrain: job {failed.parent.name} failed: {failed.read_text().splitlines()[0]}", file=sys.stderr)
+        fail(f"some jobs of {os.path.relpath(error.sweep_dir)} failed; the others are whole")
+    except USER_ERRORS as error:
+        fail(error)
+    except KeyboardInterrupt:
+        fail(Interrupted("interrupted", signal.SIGINT))
+    except OSError as error:
+        if disk_error(error) is None:
+            raise
+        fail(StorageError(f"cannot write {error.filename or 'to the disk'}: {error.strerror}"))
+    except Exception as error:
+        if is_out_of_memory(error):
+            fail(f"not enough memory ({str(error)[-200:] or 'MemoryError'}); take a smaller data.batch_size or model")
+        if composed:
+            raise
+        # Of YAML's parser, or an assertion of Hydra's: there is no program of ours yet.
+        fail(one_line(error) or "the command line or a configuration file is malformed, and Hydra does not say where")
+    finally:
+        SweepTable.close()
+        del os.environ["HYDRA_FULL_ERROR"]
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe whose reader has seen enough, as `| head` has."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)  # that the other end is gone is told unasked
+    return bool(poll.poll(0))
+
+
+def _names_run_dir(arguments: list[str]) -> bool:
+    """Whether a command line names the folder of the run, which all of its processes then know, with what is in it."""
+    named = [argument for argument in arguments if argument.startswith("hydra.run.dir=")]
+    return bool(named) and "${" not in named[-1]
+
+
+def job_failed(error: Exception) -> JobFailed:
+    """Write down in the folder of a sweep's job why it failed: its output may be in another process or file."""
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    text = one_line(error) or type(error).__name__
+    if not isinstance(error, USER_ERRORS):
+        text = f"{type(error).__name__}: {text}\n{''.join(traceback.format_exception(error))}"
+    (run_dir / ERROR_FILE).write_text(f"{text}\n")
+    return JobFailed(text, run_dir.parent)
+
+
+def silence_libraries() -> None:
+    """Ignore the warnings that are libraries talking to each other, and what is told in the main thread as well."""
+    for message in _CHATTER:
+        warnings.filterwarnings("ignore", message)
+    threading.excepthook = _print_unless_of_the_disk
+
+
+def _print_unless_of_the_disk(args: threading.ExceptHookArgs) -> None:
+    """TensorBoard's writer is a thread; what it meets on the disk is raised again where something is logged next."""
+    if args.exc_value is None or disk_error(args.exc_value) is None:
+        threading.__excepthook__(args)
+
+
+def _usage(message: str) -> str:
+    """What argparse says, and the one rule of its that surprises."""
+    hint = "; options such as -m or --config-dir stand before or after all key=value, not among them"
+    return message + hint * message.startswith("unrecognized")
+
+
+def _overrides() -> list[str]:
+    """key=value of the command line, as they were typed: a ${...} in them is not resolved here."""
+    found = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    assert isinstance(found, list)
+    return [str(override) for override in found]
+
+
+def _hydra_main(task: Callable[[DictConfig], Any], config_name: str) -> None:
+    def job(cfg: DictConfig) -> Any:
+        lent = drop_arguments_of_replaced_targets(cfg, _overrides())
+        if lent and not is_follower():
+            said = f"{', '.join(lent)} of the chosen file, since what _target_ names has no default for it"
+            print(f"fgtrain: {said}", file=sys.stderr)
+        return task(cfg)
+
+    hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")(job)()
+
+
+def choices() -> dict[str, str]:
+    """The chosen file of every group; a `_target_` given on the command line stands for itself."""
+    return name_targets(HydraConfig.get().runtime.choices, _overrides())
+
+
+def fail(error: BaseException | str) -> NoReturn:
+    """Print one line on stderr and exit with the error's status, or 2."""
+    print(f"fgtrain: {one_line(error)}", file=sys.stderr)
+    sys.exit(getattr(error, "exit_status", 2))
+
+
+def one_line(error: BaseException | str) -> str:
+    """The message of an error, folded to one line and freed of what concerns Hydra alone."""
+    text = str(error)
+    cause = getattr(error, "__cause__", None)
+    if isinstance(error, InstantiationException):
+        key = re.search(r"full_key: (\S+)", text)
+        text = f"{key.group(1)}: {cause}" if key and cause else text
+    elif isinstance(error, OverrideParseException):
+        reason = "; ".join(line for line in text.splitlines() if not line.startswith(("See ", "Error parsing")))
+        text = (
+            f"{error.override!r} cannot be read ({reason}); a value with = or , in it stands in quotes: 'key=\"a=b\"'"
+        )
+    elif unknown := re.match(r"Could not override '(\S+)'", text):
+        text = f"{unknown.group(1)} is no key of the configuration; --cfg job prints the keys there are"
+    elif plugin := re.match(r"In '.*': Could not find 'hydra/(sweeper|launcher)/(\w+)'", text):
+        missing = f"hydra/{plugin.group(1)}={plugin.group(2)} is not installed"
+        text = f'{missing}; pip install -e ".[sweeps]" brings optuna and joblib'
+    elif isinstance(error, HydraException) and cause and not text.startswith("In "):
+        text = f"{text}: {cause}"
+    text = re.sub(r"\nConfig search path:.*", "", text, flags=re.DOTALL)
+    text = re.sub(r"\n\s*(full_key|object_type|reference_type)[:=].*", "", text)
+    return " ".join(text.split())

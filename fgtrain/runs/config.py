@@ -1,0 +1,329 @@
+"""The configuration of a run, checked before anything is built.
+
+Keys of the top level are typed by `TrainConfig`. The nodes of the groups mirror constructors: whatever `_target_` they
+name, its signature says which arguments exist and of which type they are, for fgtrain's classes and the user's own.
+"""
+
+import difflib
+import inspect
+import re
+import secrets
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from hydra.core.config_store import ConfigStore
+from hydra.utils import get_object
+from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
+from omegaconf.resolvers import oc
+
+from fgtrain.errors import ConfigError
+
+
+@dataclass
+class DistributedConfig:
+    """What several processes do, see `fgtrain.distributed`; one process ignores it.
+
+    Args:
+        tangents: "shared" or "per_rank" directions.
+        check_every_n_steps: optimizer steps between two checks that all ranks have the same parameters; 0 for none.
+        timeout_seconds: a rank that has waited so long for the others in a step gives up.
+    """
+
+    tangents: str = "shared"
+    check_every_n_steps: int = 1000
+    timeout_seconds: float = 60.0
+
+
+@dataclass
+class TrainConfig:
+    """Top-level keys of a training run; the groups are nodes with a `_target_`.
+
+    Args:
+        seed: of initialisation, data order and directions.
+        lr: learning rate; each method brings its own.
+        accumulate_grad_batches: batches averaged into one optimizer step.
+        clip_grad_norm: largest norm of the gradient; null for none.
+        shrinkage: estimates by perturbation have the length of least squared error, so that the learning rate that was
+            tuned on one model serves others, see fgtrain.tangents.combine.Shrinkage.
+        rowwise: example i of the loss depends on row i of every parameter alone (the starting points of a function).
+        max_skipped_steps: so many batches in a row whose loss, derivative or gradient is not finite end the run.
+        max_skipped_share: a larger part of all batches ends it too; null for none.
+        detect_divergence: a loss above this multiple of its lowest value so far, for as many steps, ends it too; null
+            for none.
+        compile: pass the model through torch.compile, see fgtrain.network.compilation.
+        self_check: try the method on the first batch before training, see fgtrain.self_check.
+        resume: what to continue from: a checkpoint, the folder of a run, or auto for the run in run_dir, if any.
+        run_dir: folder of the run.
+        distributed: what several processes share and check.
+        quiet: print nothing but errors.
+    """
+
+    seed: int = 42
+    lr: float = MISSING
+    accumulate_grad_batches: int = 1
+    clip_grad_norm: float | None = None
+    shrinkage: bool = True
+    rowwise: bool = False
+    max_skipped_steps: int = 10
+    max_skipped_share: float | None = 0.1
+    detect_divergence: float | None = None
+    compile: bool = False
+    self_check: bool = True
+    resume: str | None = None
+    run_dir: str = MISSING
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
+    quiet: bool = False
+    method: Any = None
+    tangents: Any = None
+    task: Any = None
+    data: Any = None
+    model: Any = None
+    optimizer: Any = None
+    scheduler: Any = None
+    trainer: Any = None
+    callbacks: Any = None
+
+
+ConfigStore.instance().store(name="schema", node=TrainConfig)
+OmegaConf.register_new_resolver("unique", lambda: secrets.token_hex(3), use_cache=True)  # runs that start together
+OmegaConf.register_new_resolver("method_name", lambda _root_: _method_name(_root_))
+OmegaConf.register_new_resolver("file_name", lambda _root_: _file_name(_root_))  # of a run in a sweep
+
+
+def check(cfg: DictConfig) -> None:
+    """Refuse values that are out of range, of the wrong type, or of no argument of the thing they configure.
+
+    Raises:
+        ConfigError: names the key, the value and what is allowed.
+    """
+    unknown = sorted(set(map(str, cfg)) - {field.name for field in fields(TrainConfig)})
+    if unknown:
+        raise ConfigError(
+            f"{', '.join(unknown)}: no such key; the top level has {', '.join(TrainConfig.__annotations__)}"
+        )
+    at_least = {"seed": 0, "accumulate_grad_batches": 1, "max_skipped_steps": 1}
+    for key, least in at_least.items():
+        if cfg[key] < least:
+            raise ConfigError(f"{key} must be at least {least}, got {cfg[key]}")
+    if OmegaConf.is_missing(cfg, "lr"):
+        raise ConfigError("lr is not set; give the learning rate with lr=...")
+    if cfg.detect_divergence is not None and not cfg.detect_divergence > 1:
+        raise ConfigError(f"detect_divergence must be a factor above 1 or null, got {cfg.detect_divergence}")
+    if cfg.max_skipped_share is not None and not 0 <= cfg.max_skipped_share <= 1:
+        raise ConfigError(f"max_skipped_share must be between 0 and 1 or null, got {cfg.max_skipped_share}")
+    for key in ("lr", "clip_grad_norm"):
+        if cfg[key] is not None and not cfg[key] > 0:
+            raise ConfigError(f"{key} must be positive, got {cfg[key]}")
+    if cfg.distributed.tangents not in ("shared", "per_rank"):
+        raise ConfigError(f"distributed.tangents must be 'shared' or 'per_rank', got {cfg.distributed.tangents!r}")
+    if cfg.distributed.check_every_n_steps < 0:
+        raise ConfigError(
+            f"distributed.check_every_n_steps must not be negative, got {cfg.distributed.check_every_n_steps}"
+        )
+    if not cfg.distributed.timeout_seconds > 0:
+        raise ConfigError(f"distributed.timeout_seconds must be positive, got {cfg.distributed.timeout_seconds}")
+    plain = to_plain(cfg)
+    for group in ("method", "task", "data", "model", "optimizer", "trainer"):
+        if not isinstance(plain[group], dict) or "_target_" not in plain[group]:
+            raise ConfigError(f"{group} needs a _target_, got {plain[group]!r}; choose one of conf/{group}")
+    for path, node in _nodes(plain):
+        _check_node(path, node)
+
+
+def to_plain(cfg: DictConfig) -> dict[str, Any]:
+    """The configuration as plain dicts and lists, interpolations resolved."""
+    plain = OmegaConf.to_container(cfg, resolve=True)
+    assert isinstance(plain, dict)
+    return {str(key): value for key, value in plain.items()}
+
+
+def to_saved(cfg: DictConfig) -> dict[str, Any]:
+    """`to_plain` for what is written down: what the environment gives, and may be secret, stays ${oc.env:...}."""
+    raw = OmegaConf.to_container(cfg, resolve=False)
+    token = _is_hidden.set(True)
+    try:
+        hidden = OmegaConf.to_container(OmegaConf.create(raw), resolve=True)
+    finally:
+        _is_hidden.reset(token)
+    return _where_equal(to_plain(cfg), hidden, raw)
+
+
+def _file_name(root: DictConfig) -> str:
+    """What is varied, as it was typed: what the environment gives is no part of a folder's name."""
+    job = OmegaConf.to_container(root.hydra.job, resolve=False)
+    assert isinstance(job, dict)
+    return job["override_dirname"].replace("/", "-").replace("$", "")[:200]  # Hydra looks ${...} up
+
+
+def _where_equal(tree: Any, other: Any, instead: Any) -> Any:
+    """`tree`, with what stands in `instead` wherever `other` is not the same."""
+    if isinstance(tree, dict) and isinstance(instead, dict):
+        return {key: _where_equal(tree[key], other[key], instead[key]) for key in tree}
+    if isinstance(tree, list) and isinstance(instead, list):
+        return [_where_equal(*items) for items in zip(tree, other, instead, strict=True)]
+    return tree if tree == other else instead
+
+
+def _of_environment(*arguments: Any) -> str | None:
+    """OmegaConf's own oc.env, except in `to_saved`."""
+    return "hidden" if _is_hidden.get() else oc.env(*arguments)
+
+
+_is_hidden = ContextVar("_is_hidden", default=False)
+OmegaConf.register_new_resolver("oc.env", _of_environment, replace=True)
+
+
+def signature_of(target: str) -> Mapping[str, inspect.Parameter]:
+    """Parameters of the callable a `_target_` names; a class's are those of its constructor.
+
+    Raises:
+        ConfigError: there is no such callable.
+    """
+    try:
+        found = get_object(target)
+    except Exception as error:
+        raise ConfigError(f"_target_ {target!r} cannot be imported: {' '.join(str(error).split())}") from error
+    if not callable(found):
+        raise ConfigError(f"_target_ {target!r} is not callable")
+    try:
+        return inspect.signature(found).parameters
+    except ValueError as error:
+        raise ConfigError(f"_target_ {target!r} is built in and does not say what it takes; name a class") from error
+
+
+def drop_arguments_of_replaced_targets(cfg: DictConfig, overrides: Sequence[str]) -> list[str]:
+    """Let `model._target_=mine.Net` stand alone: what the chosen file set for another target goes.
+
+    What stays is what the new target has to be given, and what is the run's (`${seed}`). Outside of data, method and
+    model, and beside an experiment, which may have meant it, all stays that the new target takes.
+
+    Args:
+        cfg: changed in place.
+        overrides: of the command line; what it sets itself stays, and is checked.
+
+    Returns:
+        What the new targets have to be given and have from the chosen files, as key=value.
+
+    Raises:
+        ConfigError: a method of the user's own would be trained with the learning rate of the chosen file.
+    """
+    given = {override.lstrip("+").partition("=")[0] for override in overrides}
+    lent = []
+    for path in sorted(key.removesuffix("._target_") for key in given if key.endswith("._target_")):
+        node = OmegaConf.select(cfg, path)
+        try:
+            takes = signature_of(node._target_)
+        except ConfigError:
+            continue  # `check` says so
+        if path == "method" and not given & {"lr", "optimizer", "optimizer.lr", "task", "experiment"}:
+            raise ConfigError(
+                f"method._target_={node._target_} needs a learning rate of its own, not that of the chosen preset "
+                f"(lr={cfg.get('lr')}); give it with lr=..."
+            )
+        has_own_values = path in ("data", "method", "model") and "experiment" not in given
+        with open_dict(node):
+            for name in map(str, list(node)):
+                if name.startswith("_") or any(
+                    key == f"{path}.{name}" or key.startswith(f"{path}.{name}.") for key in given
+                ):
+                    continue
+                is_own = has_own_values and not OmegaConf.is_interpolation(node, name)
+                if name not in takes or (is_own and takes[name].default is not inspect.Parameter.empty):
+                    del node[name]
+                elif is_own:
+                    lent.append(f"{path}.{name}={node[name]}")
+    return lent
+
+
+def name_targets(choices: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The chosen file of every group; a `_target_` among overrides stands for itself."""
+    found = {str(group): choice for group, choice in choices.items()}
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key.removesuffix("._target_") in found and key.endswith("._target_"):
+            found[key.removesuffix("._target_")] = value
+    return found
+
+
+def _method_name(root: DictConfig) -> str:
+    """The method for the name of a folder."""
+    overrides = OmegaConf.to_container(root.hydra.overrides.task, resolve=False)
+    assert isinstance(overrides, list)
+    method = name_targets(root.hydra.runtime.choices, [str(text) for text in overrides]).get("method")
+    return re.sub(r"[^\w.-]", "-", str(method).rpartition(".")[2])
+
+
+def _nodes(tree: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every (path, mapping) that has a `_target_`."""
+    if isinstance(tree, Mapping):
+        if "_target_" in tree:
+            yield path, dict(tree)
+        for key, value in tree.items():
+            yield from _nodes(value, f"{path}.{key}" if path else str(key))
+
+
+def _check_node(path: str, node: dict[str, Any]) -> None:
+    try:
+        parameters = signature_of(node["_target_"])
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
+    hints = _type_hints(get_object(node["_target_"]))
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    for key, value in node.items():
+        if key in ("_target_", "_partial_", "_convert_", "_recursive_", "_args_"):
+            continue
+        if key not in parameters and not takes_any:
+            close = difflib.get_close_matches(key, parameters, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"it takes {', '.join(parameters) or 'none'}"
+            raise ConfigError(f"{path}.{key}: {node['_target_']} takes no argument {key!r}; {hint}")
+        if key in hints and not _fits(value, hints[key]):
+            raise ConfigError(f"{path}.{key} must be {_describe(hints[key])}, got {value!r}")
+
+
+def _type_hints(target: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    except Exception:  # annotations that cannot be resolved say nothing
+        return {}
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value from a config can be an argument annotated `hint`; a doubt counts as yes."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(_fits(value, arg) for arg in args)
+    if origin is Literal:
+        return value in args
+    if hint in (None, type(None)):
+        return value is None
+    if hint in (bool, str):
+        return isinstance(value, hint)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if origin in (list, tuple, Sequence) or hint in (list, tuple):
+        return isinstance(value, (list, tuple)) and all(_fits(v, args[0]) for v in value if args)
+    if inspect.isclass(hint) and hint.__module__.startswith("fgtrain"):
+        return isinstance(value, dict)
+    return True
+
+
+def _describe(hint: Any) -> str:
+    """An annotation in the words of a config file."""
+    origin, args = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(_describe(arg) for arg in args))
+    if origin is Literal:
+        return " or ".join(repr(arg) for arg in args)
+    if hint in (None, type(None)):
+        return "null"
+    names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
+    if hint in names:
+        return names[hint]
+    if origin in (list, tuple, Sequence) and args:
+        return f"a list, each {_describe(args[0])}"
+    return f"a node with a _target_ ({getattr(hint, '__name__', hint)})"

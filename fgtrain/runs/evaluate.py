@@ -1,0 +1,76 @@
+"""A checkpoint on a split: the same model, data and results as the run that wrote it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig
+from torch.utils.data import DataLoader
+
+from fgtrain.errors import ConfigError
+from fgtrain.lightning.checkpoints import NAMES, first_good, list_checkpoints, read_checked, write_atomically
+from fgtrain.runs.provenance import load_config
+from fgtrain.runs.run import build, read_results
+from fgtrain.tasks import Function
+
+SPLITS = ("train", "val", "test")
+
+
+def evaluate(checkpoint: Path, split: str, out: Path | None = None) -> dict[str, Any]:
+    """Metrics of a checkpoint on a split, written as results.json.
+
+    Args:
+        checkpoint: a .ckpt file in a run's folder, whose config.yaml says what it is of; or the folder, for its last.
+        split: "train", "val" or "test".
+        out: file to write; None names it evaluation_<checkpoint>_<split>.json in the run's folder.
+
+    Raises:
+        ConfigError: a file or a split does not exist, or the checkpoint is of another model.
+        CheckpointError: it is damaged, or no checkpoint.
+        StorageError: the results cannot be written.
+    """
+    if split not in SPLITS:
+        raise ConfigError(f"split must be one of {', '.join(SPLITS)}, got {split}")
+    if checkpoint.is_dir():
+        found = list_checkpoints(checkpoint)
+        if not found:
+            raise ConfigError(f"{checkpoint} holds no checkpoint ({' or '.join(NAMES)})")
+        checkpoint = first_good(found)
+    run_dir, cfg = _run_of(checkpoint)
+    state = read_checked(checkpoint)
+    cfg.quiet, cfg.resume = True, None
+    module, data, trainer, _ = build(cfg)
+    trainer.loggers = []
+    if isinstance(module.task, Function):
+        raise ConfigError(f"{checkpoint} is of a test function, which has no splits; its results.json says it all")
+    try:
+        module.load_state_dict(state["state_dict"])
+    except (RuntimeError, KeyError, TypeError, AttributeError) as error:  # what torch raises for another's parts
+        first = next(iter(str(error).splitlines()), "")
+        raise ConfigError(f"{checkpoint} does not fit the run of {run_dir / 'config.yaml'}: {first}") from error
+    data.prepare_data()
+    data.setup("fit")
+    data.setup("test")
+    loader = {"train": data.train_dataloader, "val": data.val_dataloader, "test": data.test_dataloader}[split]()
+    assert isinstance(loader, DataLoader) or hasattr(loader, "__iter__")
+    found = trainer.test(module, loader, verbose=False)
+    if not any(found):
+        raise ConfigError(f"the {split} split of {type(data).__name__} is empty")
+    metrics = dict(found[0])
+    metrics = {name.replace("test/", f"{split}/"): value for name, value in metrics.items()}
+    results = read_results(run_dir) or {}
+    results |= {"seed": cfg.seed, "checkpoint": checkpoint.name, "steps": state.get("global_step"), "metrics": metrics}
+    results["num_parameters"] = sum(p.numel() for p in module.model.parameters())
+    out = out or run_dir / f"evaluation_{checkpoint.stem}_{split}.json"
+    write_atomically(json.dumps(results, indent=2) + "\n", out)
+    return results | {"written": str(out)}
+
+
+def _run_of(checkpoint: Path) -> tuple[Path, DictConfig]:
+    """The folder of the run that wrote a checkpoint, and its configuration."""
+    if not checkpoint.is_file():
+        raise ConfigError(f"{checkpoint} is no file; give the path of a checkpoint (.ckpt)")
+    for folder in checkpoint.absolute().parents[:3]:
+        if (folder / "config.yaml").is_file():
+            return folder, load_config(folder)
+    raise ConfigError(f"{checkpoint} is not in a run's folder: there is no config.yaml beside it or above")

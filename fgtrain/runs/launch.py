@@ -1,0 +1,260 @@
+"""Starts the processes of a run, unless torchrun or SLURM has, and makes sure that they are as many as were asked for.
+
+Every process runs the whole of `fgtrain.runs.run.run` with the finished configuration: nothing of the command line
+is parsed twice, so a sweep is one sweep however many processes each of its jobs has.
+"""
+
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Generator, Iterable, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.multiprocessing as mp
+from omegaconf import DictConfig, OmegaConf
+
+from fgtrain.errors import ConfigError, Interrupted, RankFailed, UserError
+from fgtrain.lightning.strategy import Replicas, Sharded
+from fgtrain.runs.config import check, to_plain, to_saved
+from fgtrain.runs.owner import owned
+
+START_METHODS = {
+    "auto": "forkserver",  # imports once for all ranks, and once for all jobs of a sweep
+    "ddp": "forkserver",
+    "ddp_spawn": "spawn",
+    "ddp_fork": "fork",
+    "fsdp2": "forkserver",
+}
+GRACE_SECONDS = 10.0
+
+
+class World(NamedTuple):
+    """How many processes a run has, and who starts them."""
+
+    devices: int | list[int] | str
+    num_devices: int
+    num_nodes: int
+    strategy: str
+    started: bool
+
+    @property
+    def size(self) -> int:
+        """R."""
+        return self.num_devices * self.num_nodes
+
+    def trainer_options(self) -> dict[str, Any]:
+        """Arguments of the trainer that differ from the configuration."""
+        if self.strategy not in START_METHODS or (self.size == 1 and not self.started):
+            return {}
+        strategy: Any = "auto"
+        if self.size > 1 and self.strategy == "fsdp2":
+            strategy = Sharded(self.size)
+        elif self.size > 1:
+            strategy = Replicas()
+        return {"devices": self.devices, "num_nodes": self.num_nodes, "strategy": strategy}
+
+
+def plan(trainer: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> World:
+    """The processes that `trainer` (its configuration) asks for, checked against those there are.
+
+    Raises:
+        ConfigError: the numbers disagree, so that part of the data would be trained on in silence.
+    """
+    strategy = trainer.get("strategy", "auto")
+    if not isinstance(strategy, str):
+        strategy = "custom"
+    if strategy.startswith(("fsdp", "deepspeed", "model_parallel")) and strategy != "fsdp2":
+        raise ConfigError(
+            f"trainer.strategy={strategy} needs a backward pass to reduce its gradients; use trainer=ddp, or "
+            "trainer=fsdp2 with method=fwdgrad tangents=low_rank"
+        )
+    devices, num_nodes = trainer.get("devices", "auto"), trainer.get("num_nodes", 1)
+    found = _started(environ)
+    if found is not None:
+        name, total, local = found
+        if devices in ("auto", -1, "-1") and total == local * (total // local):
+            devices, num_nodes = local, (total // local if num_nodes == 1 else num_nodes)
+        asked = _count(devices, trainer) * num_nodes
+        if asked != total:
+            raise ConfigError(
+                f"{name} started {total} process{'es' * (total > 1)}, but trainer.devices={devices} x "
+                f"trainer.num_nodes={num_nodes} asks for {asked}, so each would train on the wrong part of the data; "
+                f"leave trainer.devices=auto or start {asked}"
+            )
+        return World(devices, _count(devices, trainer), num_nodes, strategy, True)
+    count = _count(devices, trainer)
+    if num_nodes > 1 and strategy in START_METHODS:
+        raise ConfigError(
+            f"trainer.num_nodes={num_nodes} needs a start on every node; use torchrun --nnodes={num_nodes} "
+            f"--nproc_per_node={count} scripts/train.py ..., or srun"
+        )
+    if strategy == "fsdp2" and count == 1:
+        raise ConfigError("trainer=fsdp2 shards parameters over at least 2 devices; set trainer.devices")
+    return World(devices, count, num_nodes, strategy, False)
+
+
+def _started(environ: Mapping[str, str]) -> tuple[str, int, int] | None:
+    """(by whom, processes in all, processes on this node) where something else starts them."""
+    if "WORLD_SIZE" in environ and "LOCAL_RANK" in environ:
+        total = int(environ["WORLD_SIZE"])
+        return "torchrun", total, int(environ.get("LOCAL_WORLD_SIZE", total))
+    interactive = environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    if "SLURM_NTASKS" in environ and not interactive:
+        total = int(environ["SLURM_NTASKS"])
+        nodes = int(environ.get("SLURM_NNODES", 1))
+        return f"SLURM (SLURM_NTASKS={total})", total, int(environ.get("SLURM_NTASKS_PER_NODE", total // nodes))
+    return None
+
+
+def _count(devices: Any, trainer: Mapping[str, Any]) -> int:
+    """How many devices of this node `trainer.devices` means."""
+    if isinstance(devices, (list, tuple)):
+        return len(devices)
+    if isinstance(devices, str) and "," in devices:
+        return len([part for part in devices.split(",") if part.strip()])
+    if devices in ("auto", -1, "-1"):
+        on_gpu = trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+        return torch.cuda.device_count() if on_gpu else 1
+    try:
+        return int(devices)
+    except (TypeError, ValueError):
+        raise ConfigError(f"trainer.devices must be a number, a list of indices or auto, got {devices!r}") from None
+
+
+def is_follower(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process was started from outside and is not rank 0, whose folder is the run's."""
+    return _started(environ) is not None and environ.get("RANK", environ.get("SLURM_PROCID", "0")) != "0"
+
+
+def launch(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
+    """Run in as many processes as the configuration asks for; the results are rank 0's.
+
+    Raises:
+        UserError: of whatever rank had the first; Interrupted, if a signal ended all of them.
+        RankFailed: a rank was ended by a signal; the others are ended too.
+        RuntimeError: a rank ended with another error; holds its traceback.
+    """
+    from fgtrain.runs.run import read_results, run  # which asks this module for the trainer's options
+
+    check(cfg)
+    world = plan(to_plain(cfg)["trainer"])
+    if world.started or world.size == 1 or world.strategy not in START_METHODS:
+        return run(cfg, choices)
+    if read_results(run_dir := Path(cfg.run_dir)) is None:
+        with owned(run_dir):
+            pass  # rank 0 holds it; a second comer is told before its ranks are started
+    if multiprocessing.get_start_method() not in multiprocessing.get_all_start_methods():
+        multiprocessing.set_start_method(None, force=True)  # joblib's workers have one that children do not know
+    multiprocessing.set_forkserver_preload(["fgtrain.runs.run"])
+    with tempfile.TemporaryDirectory() as folder:
+        context = mp.start_processes(
+            _worker,
+            (to_saved(cfg), dict(choices), world.size, _free_port(), folder),
+            world.size,
+            join=False,
+            start_method=START_METHODS[world.strategy],
+        )
+        assert context is not None
+        try:
+            with _sigterm_passed_on(context.processes):
+                while not context.join(grace_period=GRACE_SECONDS):
+                    pass
+        except mp.ProcessExitedException as error:
+            raise _cause(context, Path(folder)) from error
+        except mp.ProcessRaisedException as error:
+            raise _cause(context, Path(folder)) from error
+        except KeyboardInterrupt:  # the ranks have got it too, and save what they have
+            for process in context.processes:
+                process.join(6 * GRACE_SECONDS)
+            raise
+        finally:
+            for process in context.processes:
+                if process.is_alive():
+                    process.kill()
+        return pickle.loads((Path(folder) / "results").read_bytes())
+
+
+@contextmanager
+def _sigterm_passed_on(processes: Iterable[Any]) -> Generator[None]:
+    """A SIGTERM goes to the ranks, which save what they have. (Ctrl-C reaches them by itself.)"""
+
+    def pass_on(*_: Any) -> None:
+        for process in processes:
+            if process.is_alive():
+                process.terminate()
+
+    if threading.current_thread() is not threading.main_thread():  # where no handler can be set
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, pass_on)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _worker(rank: int, plain: dict[str, Any], choices: dict[str, str], size: int, port: int, folder: str) -> None:
+    from fgtrain.runs.cli import USER_ERRORS, one_line, silence_libraries
+    from fgtrain.runs.run import run
+
+    silence_libraries()
+    threading.Thread(target=_end_without_leader, daemon=True).start()
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    try:
+        results = run(OmegaConf.create(plain), choices)
+    except USER_ERRORS as error:
+        (Path(folder) / f"error_{rank}").write_text(one_line(error))
+        sys.exit(getattr(error, "exit_status", 2))
+    if rank == 0:
+        (Path(folder) / "results").write_bytes(pickle.dumps(results))
+
+
+def _end_without_leader() -> None:
+    """Save and end when the process that started the ranks was killed: else they would train on, seen by nobody.
+
+    PyTorch has the system interrupt a rank whose parent dies; that of a rank which a fork server made is the server.
+    """
+    leader = multiprocessing.parent_process()
+    assert leader is not None
+    if os.getppid() != leader.pid:
+        leader.join()
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def _cause(context: Any, folder: Path) -> Exception:
+    """The first thing that went wrong: a signal from outside, else the earliest error."""
+    for rank, process in enumerate(context.processes):
+        if process.exitcode is not None and process.exitcode < 0 and -process.exitcode != signal.SIGTERM:
+            name = signal.Signals(-process.exitcode).name
+            return RankFailed(
+                f"rank {rank} was ended by {name} (out of memory, or killed); the other ranks were stopped, "
+                "resume=.../checkpoints/last.ckpt continues the run"
+            )
+    codes = [process.exitcode for process in context.processes]
+    told: list[tuple[float, Exception]] = []
+    for rank, (code, traced) in enumerate(zip(codes, map(Path, context.error_files), strict=True)):
+        if (line := folder / f"error_{rank}").is_file():
+            text = line.read_text()
+            error = Interrupted(text, code - 128) if code is not None and code > 128 else UserError(text)
+            told.append((line.stat().st_mtime, error))
+        elif traced.is_file():
+            trace = pickle.loads(traced.read_bytes())
+            told.append((traced.stat().st_mtime, RuntimeError(f"rank {rank} ended with\n{trace}")))
+    if not told and -signal.SIGTERM in codes:
+        return Interrupted("stopped by SIGTERM before anything was trained", signal.SIGTERM)
+    return min(told, key=lambda entry: entry[0])[1] if told else RankFailed(f"the ranks ended with statuses {codes}")
+
+
+def _free_port() -> int:
+    from lightning.fabric.plugins.environments.lightning import find_free_network_port
+
+    return find_free_network_port()

@@ -1,0 +1,112 @@
+"""Training again from a replay log: the same loop, with an estimator that reads derivatives instead of taking them."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor, nn
+
+from fgtrain.data import Steps
+from fgtrain.errors import CheckpointError
+from fgtrain.estimators import Estimate, GradientEstimator
+from fgtrain.estimators.base import Reduce
+from fgtrain.lightning.callbacks.replay_log import FORMAT, PARTS, digest
+from fgtrain.lightning.checkpoints import read_checked
+from fgtrain.lightning.module import EstimatorModule
+from fgtrain.runs.provenance import load_config
+from fgtrain.runs.run import build
+
+
+class Replayed(GradientEstimator):
+    """Gives the gradients another estimator found, from its derivatives.
+
+    Args:
+        estimator: it.
+        derivatives: (batches, K), in their order.
+    """
+
+    scalar_reducible = True
+
+    def __init__(self, estimator: GradientEstimator, derivatives: Tensor) -> None:
+        super().__init__()
+        self.estimator = estimator
+        self.rows: Iterator[Tensor] = iter(derivatives)
+
+    def forward(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Any], Tensor],
+        *,
+        generator: torch.Generator | None = None,
+        reduce: Reduce | None = None,
+    ) -> Estimate:
+        row = next(self.rows).to(next(model.parameters()).device)
+        with torch.no_grad():
+            grads = self.estimator.replay(model, row, generator or self.own_generator())
+        return Estimate(row.new_zeros(()), grads, row)
+
+
+class _Replaying(L.Callback):
+    """Begins where the log begins and ends where it ends."""
+
+    def __init__(self, path: Path, initial: str, batches: int) -> None:
+        self.path = path
+        self.initial = initial
+        self.left = batches
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if digest(pl_module) != self.initial:
+            raise CheckpointError(
+                f"{self.path} starts from other weights than this machine draws from the same seed; replay it with the "
+                "packages in provenance.json"
+            )
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self.left -= 1
+        trainer.should_stop = self.left == 0
+
+
+def replay(run_dir: Path) -> tuple[EstimatorModule, int]:
+    """The model as the run left it, and the number of its steps, from `config.yaml` and `replay.pt` alone.
+
+    Raises:
+        CheckpointError: the log is damaged, or leads to other weights than the run had.
+        ConfigError: the folder is not that of a run.
+    """
+    path = run_dir / "replay.pt"
+    log = _read_log(path)
+    cfg = load_config(run_dir)
+    cfg.callbacks, cfg.detect_divergence, cfg.self_check, cfg.resume, cfg.quiet = {}, None, False, None, True
+    limits = {"limit_train_batches": None, "limit_val_batches": 0, "overfit_batches": 0.0, "max_time": None}
+    cfg.trainer = {**cfg.trainer, **limits, "devices": 1, "num_nodes": 1, "strategy": "auto"}
+    module, _, trainer, _ = build(cfg)
+    trainer.loggers = []
+    derivatives = log["derivatives"]
+    module.estimator = Replayed(module.estimator, derivatives)
+    trainer.callbacks.append(_Replaying(path, log["initial"], len(derivatives)))  # ty: ignore[missing-attribute]
+    trainer.fit(module, Steps(log["batches_per_epoch"]))
+    if trainer.global_step != log["steps"] or digest(module) != log["final"]:
+        raise CheckpointError(f"{path} leads to other weights than the run had after {log['steps']} steps")
+    return module, log["steps"]
+
+
+def _read_log(path: Path) -> dict[str, Any]:
+    log = read_checked(path)
+    if log.get("format") != FORMAT or not log.keys() >= PARTS:
+        raise CheckpointError(f"{path} is no replay log of format {FORMAT}; it was written by callbacks=replay_log")
+    rows = log["derivatives"]
+    sound = {
+        "derivatives": isinstance(rows, Tensor) and rows.dim() == 2 and rows.numel() > 0 and rows.is_floating_point(),
+        "initial": isinstance(log["initial"], str),
+        "final": isinstance(log["final"], str),
+        "steps": type(log["steps"]) is int and log["steps"] >= 0,
+        "batches_per_epoch": type(log["batches_per_epoch"]) is int and log["batches_per_epoch"] > 0,
+    }
+    bad = [name for name, is_sound in sound.items() if not is_sound]
+    if bad:
+        raise CheckpointError(f"{path} is damaged: {', '.join(bad)} cannot be those of a run")
+    return log

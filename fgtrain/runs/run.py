@@ -1,0 +1,292 @@
+"""One training run, from a configuration to its results."""
+
+import json
+import logging
+import signal
+import sys
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager, nullcontext
+from inspect import Parameter
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from fgtrain.distributed import lost_ranks_named
+from fgtrain.errors import ConfigError, Interrupted
+from fgtrain.lightning.callbacks import (
+    Dashboard,
+    FirstBatch,
+    Monitor,
+    RandomState,
+    RankCheck,
+    SelfCheck,
+    StepProgress,
+    Summary,
+)
+from fgtrain.lightning.callbacks.dashboard import log_final
+from fgtrain.lightning.checkpoints import checkpoint_to_resume, make_atomic, write_atomically
+from fgtrain.lightning.divergence import Divergence
+from fgtrain.lightning.loop import EpochLoop, use_step_loop
+from fgtrain.lightning.module import EstimatorModule
+from fgtrain.memory import keep_freed_memory
+from fgtrain.network.compilation import compile_model
+from fgtrain.runs.changes import is_extended, stop_holds
+from fgtrain.runs.config import check, signature_of, to_plain, to_saved
+from fgtrain.runs.launch import is_follower, plan
+from fgtrain.runs.owner import owned
+from fgtrain.runs.provenance import save_provenance
+from fgtrain.tasks import Function
+
+RESULTS = "results.json"
+DATA_FACTS = ("input_shape", "num_classes", "vocab_size", "context")
+"""Attributes of the data that a model is built for, where its constructor takes them."""
+
+
+class Run(NamedTuple):
+    """The parts of a run, ready to train."""
+
+    module: EstimatorModule
+    data: L.LightningDataModule
+    trainer: L.Trainer
+    monitor: Monitor
+
+
+def build(cfg: DictConfig) -> Run:
+    """Check the configuration and build what it names; nothing is trained or written yet.
+
+    Raises:
+        ConfigError: the configuration has a mistake.
+    """
+    check(cfg)
+    L.seed_everything(cfg.seed, verbose=False)
+    task = instantiate(cfg.task)
+    data = instantiate(cfg.data, _convert_="all")
+    if not isinstance(data, L.LightningDataModule):
+        raise ConfigError(f"data must be a LightningDataModule, got {type(data).__name__}")
+    known = {name: getattr(data, name) for name in DATA_FACTS if hasattr(data, name)}
+    optimizer = instantiate(cfg.optimizer, _convert_="all")
+    try:
+        optimizer([torch.nn.Parameter(torch.zeros(1))])
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"optimizer: {error}") from error
+    module = EstimatorModule(
+        _model(cfg.model, known | {"task": task}),
+        task,
+        instantiate(cfg.method),
+        optimizer,
+        instantiate(cfg.scheduler),
+        seed=cfg.seed,
+        accumulate_grad_batches=cfg.accumulate_grad_batches,
+        clip_grad_norm=cfg.clip_grad_norm,
+        divergence=Divergence(cfg.max_skipped_steps, cfg.detect_divergence, cfg.max_skipped_share),
+        distributed_tangents=cfg.distributed.tangents,
+        distributed_timeout=cfg.distributed.timeout_seconds,
+    )
+    monitor = Monitor(cfg.trainer.log_every_n_steps)
+    world = plan(to_plain(cfg)["trainer"])
+    several = [RankCheck(cfg.distributed.check_every_n_steps, cfg.trainer.log_every_n_steps)] if world.size > 1 else []
+    checks = [SelfCheck()] if cfg.self_check else []
+    chosen = [instantiate(node) for node in (cfg.callbacks or {}).values()]
+    console = [] if cfg.quiet else [Summary(), StepProgress()]  # the summary takes no part in the time of training
+    callbacks = [*console, monitor, *several, RandomState(), *checks, Dashboard(to_saved(cfg)), *chosen]
+    for library in ("lightning.pytorch", "lightning.fabric"):  # no device lists and tips
+        logging.getLogger(library).setLevel(logging.WARNING)
+    trainer = instantiate(
+        cfg.trainer,
+        callbacks=callbacks,
+        logger=TensorBoardLogger(cfg.run_dir, name="", version="", default_hp_metric=False),
+        default_root_dir=cfg.run_dir,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **world.trainer_options(),
+        _convert_="all",
+    )
+    if cfg.compile:
+        compile_model(module.model, trainer.strategy.root_device)
+    make_atomic(trainer.strategy)
+    use_step_loop(trainer)
+    return Run(module, data, trainer, monitor)
+
+
+def _model(node: DictConfig, known: Mapping[str, Any]) -> torch.nn.Module:
+    model = _instantiate_with(node, known)
+    if isinstance(model, L.LightningModule):
+        raise ConfigError(
+            f"model is a LightningModule ({type(model).__name__}), which brings its own training; in a script of your "
+            "own, pass it to fgtrain.lightning.convert"
+        )
+    if not isinstance(model, torch.nn.Module):
+        raise ConfigError(f"model must be an nn.Module, got {type(model).__name__}")
+    return model
+
+
+def _instantiate_with(node: DictConfig, known: Mapping[str, Any]) -> Any:
+    """Instantiate `node` with those of the `known` arguments that it takes and does not set itself."""
+    takes = signature_of(node._target_)
+    for name in DATA_FACTS:
+        if name in takes and takes[name].default is Parameter.empty and name not in known and name not in node:
+            raise ConfigError(
+                f"model: {node._target_} needs {name}, which the data has not; give the datamodule an attribute of "
+                f"that name, or set +model.{name}=..."
+            )
+    return instantiate(node, **{k: v for k, v in known.items() if k in takes and k not in node}, _convert_="all")
+
+
+def run(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
+    """Train, test, write results.json into the run's folder and return what it holds.
+
+    Args:
+        cfg: the composed configuration.
+        choices: the chosen method, task, data and model by name.
+    """
+    keep_freed_memory()
+    if (results := _results_so_far(cfg)) is not None:
+        return results
+    parts = build(cfg)
+    with nullcontext() if is_follower() else owned(Path(cfg.run_dir)):
+        results = _results_so_far(cfg)  # of whoever had the folder until now
+        return _train(parts, cfg, choices) if results is None else results
+
+
+def _results_so_far(cfg: DictConfig) -> dict[str, Any] | None:
+    """Those of a finished run that `resume=auto` need not go on with."""
+    run_dir = Path(cfg.run_dir)
+    if not (run_dir / RESULTS).exists():
+        return None
+    if cfg.resume != "auto":
+        raise ConfigError(f"run_dir={run_dir} holds a finished run; name another folder with hydra.run.dir=...")
+    return None if is_extended(cfg, run_dir) else read_results(run_dir)
+
+
+def read_results(run_dir: Path) -> dict[str, Any] | None:
+    """Those of a finished run; None of one that is not.
+
+    Raises:
+        ConfigError: they cannot be read.
+    """
+    path = run_dir / RESULTS
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not (isinstance(found, dict) and isinstance(found.get("metrics"), dict)):
+        raise ConfigError(f"{path} holds no results of a run")
+    return found
+
+
+class _Beginning(L.Callback):
+    """Writes down what the run is, once all its processes have looked at what was in its folder."""
+
+    def __init__(self, cfg: DictConfig, choices: Mapping[str, str]) -> None:
+        self.cfg = cfg
+        self.choices = choices
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if stage == "fit" and trainer.is_global_zero:
+            (Path(self.cfg.run_dir) / RESULTS).unlink(missing_ok=True)  # of the shorter run that this one extends
+            save_provenance(self.cfg, self.choices)
+
+
+def _train(parts: Run, cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
+    module, data, trainer, monitor = parts
+    run_dir = Path(cfg.run_dir)
+    checkpoint = checkpoint_to_resume(cfg.resume, run_dir)
+    if checkpoint is None and (run_dir / RESULTS).exists():
+        raise ConfigError(f"run_dir={run_dir} holds a finished run without a checkpoint from which it could go on")
+    assert isinstance(trainer.fit_loop, EpochLoop)
+    trainer.fit_loop.keeps_stop = checkpoint is None or stop_holds(cfg, checkpoint)
+    trainer.callbacks[:0] = [FirstBatch(), _Beginning(cfg, choices)]  # ty: ignore[missing-attribute]
+    with lost_ranks_named(trainer.global_rank), _ctrl_c_named(trainer), _monitor_named():
+        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    if trainer.global_step == 0:
+        raise ConfigError(
+            f"nothing was trained: trainer.max_steps={trainer.max_steps}, trainer.max_epochs={trainer.max_epochs}, "
+            f"{trainer.num_training_batches} batches an epoch, {module.divergence.skipped_steps} batches skipped"
+        )
+    results: dict[str, Any] = {name: choices.get(name) for name in ("method", "task", "data", "model")}
+    results |= {"seed": cfg.seed, "steps": trainer.global_step, **monitor.summary()}
+    results["skipped_steps"] = module.divergence.skipped_steps
+    sent = trainer.callback_metrics.pop("comm/bytes_per_step", torch.zeros(())).item()
+    results |= {"world_size": trainer.world_size, "comm/bytes_per_step": sent}
+    results["num_parameters"] = sum(p.numel() for p in module.model.parameters())
+    results["num_trained"] = sum(p.numel() for p in module.model.parameters() if p.requires_grad)
+    if isinstance(module.task, Function):
+        results |= _function_results(module)
+    else:
+        metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
+        results["metrics"] = metrics | _tested(module, data, trainer)
+    log_final(trainer, to_saved(cfg), results)
+    if trainer.is_global_zero:
+        write_atomically(json.dumps(results, indent=2) + "\n", run_dir / RESULTS)
+    return results
+
+
+def _tested(module: EstimatorModule, data: L.LightningDataModule, trainer: L.Trainer) -> dict[str, float]:
+    """The metrics on the test split; none, said on stderr, where there is none."""
+    has_split = is_overridden("test_dataloader", data)
+    found = trainer.test(module, data, verbose=False) if has_split else []
+    if not any(found) and trainer.limit_test_batches != 0 and trainer.is_global_zero:
+        what = "is empty" if has_split else "is missing (no test_dataloader)"
+        print(f"fgtrain: the test split of {type(data).__name__} {what}: no test/... in the results", file=sys.stderr)
+    return dict(found[0]) if found else {}
+
+
+@contextmanager
+def _ctrl_c_named(trainer: L.Trainer) -> Generator[None]:
+    """Lightning ends the process without a word at a Ctrl-C that `Recovery` does not take."""
+    try:
+        yield
+    except SystemExit as end:
+        if trainer.state.status != TrainerStatus.INTERRUPTED:
+            raise
+        step = trainer.global_step
+        raise Interrupted(f"interrupted after step {step}, which was not saved", signal.SIGINT) from end
+
+
+@contextmanager
+def _monitor_named() -> Generator[None]:
+    """A metric that has not been logged when early stopping first looks is a mistake of the configuration."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("Early stopping conditioned on"):
+            raise
+        raise ConfigError(f"{error}; trainer.log_every_n_steps is how often train/... is logged") from error
+
+
+def _function_results(module: EstimatorModule) -> dict[str, Any]:
+    """Value, distance to the minimum and coordinates of the best point."""
+    with torch.no_grad():
+        metrics = module.task.metrics(module.model, None)
+        best = int(metrics["loss"].nan_to_num(torch.inf).argmin())
+        solution = module.model()[best].tolist()
+    return {"metrics": {name: value[best].item() for name, value in metrics.items()}, "solution": solution}
+
+
+@rank_zero_only
+def print_results(results: Mapping[str, Any], run_dir: Path) -> None:
+    """The closing table, and where to look further."""
+    table = Table(title=f"{results['method']} on {results['task']}", title_justify="left")
+    table.add_column("result")
+    table.add_column("value", justify="right")
+    flat = {k: v for k, v in results.items() if k not in ("method", "task", "metrics", "solution")}
+    for name, value in (flat | results["metrics"]).items():
+        table.add_row(name, f"{value:.6g}" if isinstance(value, float) else str(value))
+    if "solution" in results:
+        table.add_row("solution", ", ".join(f"{x:.5f}" for x in results["solution"][:6]))
+    console = Console()
+    console.print(table)
+    console.print(f"results in {run_dir}", soft_wrap=True, highlight=False)
+    console.print(f"look at it: tensorboard --host 127.0.0.1 --logdir {run_dir}", soft_wrap=True, highlight=False)

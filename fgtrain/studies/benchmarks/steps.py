@@ -1,0 +1,265 @@
+"""Time and memory of one training step, in units of one backprop step and of one forward pass of the same model.
+
+All steps of a model are measured in turns, so that whatever else the machine does meets them alike.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from functools import partial
+from statistics import median, quantiles
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
+
+from fgtrain.estimators import Backprop, GradientEstimator, write_grads
+from fgtrain.models import CNN, MLP, torchvision_model
+from fgtrain.network.compilation import compile_model
+
+FORWARD, BACKPROP = "forward", "backprop"
+
+
+class Problem(NamedTuple):
+    """What one step is taken on.
+
+    Args:
+        model: the network, on its device.
+        inputs: (B, *shape).
+        targets: (B,), class indices.
+        autocast: dtype of mixed precision, None for the parameters' own.
+    """
+
+    model: nn.Module
+    inputs: Tensor
+    targets: Tensor
+    autocast: torch.dtype | None = None
+
+    def losses(self, model: nn.Module) -> Tensor:
+        """Per-example losses (B,)."""
+        with torch.autocast(self.inputs.device.type, self.autocast, enabled=self.autocast is not None):
+            return F.cross_entropy(model(self.inputs), self.targets, reduction="none")
+
+
+# name: (shape of an input, classes, builder)
+MODELS: dict[str, tuple[tuple[int, ...], int, Callable[..., nn.Module]]] = {
+    "mlp": ((1, 28, 28), 10, partial(MLP, hidden=[1024, 1024])),
+    "cnn": ((1, 28, 28), 10, CNN),
+    "digits_mlp": ((1, 8, 8), 10, partial(MLP, hidden=[64])),
+    "deep8": ((256,), 10, partial(MLP, hidden=[256] * 8)),
+    "deep24": ((256,), 10, partial(MLP, hidden=[256] * 24)),
+    "deep64": ((256,), 10, partial(MLP, hidden=[256] * 64)),
+}
+
+
+def make_problem(name: str, batch_size: int, device: torch.device, precision: str = "32") -> Problem:
+    """A model of `MODELS`, or of torchvision by name, with random data.
+
+    Args:
+        name: of the model.
+        batch_size: B.
+        device: where it lives.
+        precision: "32", "bf16-mixed" or "bf16-true".
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    torch.manual_seed(0)
+    if name in MODELS:
+        shape, classes, build = MODELS[name]
+        model = build(input_shape=shape, num_classes=classes)
+    else:
+        shape, classes = (3, 224, 224), 1000
+        model = torchvision_model(name, classes)
+    dtype = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    model.to(device, dtype)
+    inputs = torch.randn(batch_size, *shape, device=device, dtype=dtype)
+    targets = torch.randint(classes, (batch_size,), device=device)
+    return Problem(model, inputs, targets, torch.bfloat16 if precision == "bf16-mixed" else None)
+
+
+class Method(NamedTuple):
+    """One row of the benchmark: an estimator and how it is listed.
+
+    Args:
+        name: of the method.
+        estimator: what takes the step; None for a forward pass without gradients.
+        tangents: law of its directions, "" where it has none.
+        num_tangents: K, 0 where it has none.
+        compiled: take the step on a compiled model.
+    """
+
+    name: str
+    estimator: GradientEstimator | None
+    tangents: str = ""
+    num_tangents: int = 0
+    compiled: bool = False
+
+
+REFERENCES = (Method(FORWARD, None), Method(BACKPROP, Backprop()))
+
+
+@dataclass
+class Row:
+    """One measurement: times in milliseconds, memory in MiB above the parameters, ratios without a unit."""
+
+    model: str
+    batch_size: int
+    method: str
+    tangents: str
+    num_tangents: int
+    compiled: bool
+    step_ms: float
+    step_ms_quartiles: tuple[float, float]
+    ratio_to_backprop: float
+    ratio_to_backprop_quartiles: tuple[float, float]
+    ratio_to_forward: float
+    peak_mib: float
+    peak_to_backprop: float
+    peak_to_forward: float
+    device: str
+    threads: int
+    precision: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure(
+    name: str,
+    batch_size: int,
+    methods: Sequence[Method],
+    device: torch.device,
+    *,
+    precision: str = "32",
+    rounds: int = 9,
+    progress: Callable[[str], None] = lambda _: None,
+) -> list[Row]:
+    """Measure a step of every method on one model, after `REFERENCES`.
+
+    Args:
+        name: of the model, see `make_problem`.
+        batch_size: B.
+        methods: the rows beside the references.
+        device: where to run.
+        precision: see `make_problem`.
+        rounds: how often the methods take turns.
+        progress: told what is being measured.
+    """
+    methods = [*REFERENCES, *methods]
+    problem = make_problem(name, batch_size, device, precision)
+    compiled = _compiled(problem) if any(method.compiled for method in methods) else problem
+    steps = [_step(compiled if method.compiled else problem, method.estimator) for method in methods]
+    peaks = []
+    for method, step in zip(methods, steps, strict=True):
+        progress(f"{name} batch {batch_size}: memory of {method.name}")
+        step()
+        peaks.append(peak_mib(step, device))
+    repeats = [max(1, round(0.03 / _seconds(step, 1, device))) for step in steps]
+    times: list[list[float]] = [[] for _ in steps]
+    for i in range(rounds):
+        progress(f"{name} batch {batch_size}: round {i + 1} of {rounds}")
+        for measured, step, repeat in zip(times, steps, repeats, strict=True):
+            measured.append(_seconds(step, repeat, device))
+    described = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    rows = []
+    for method, taken, peak in zip(methods, times, peaks, strict=True):
+        to_backprop = [t / b for t, b in zip(taken, times[1], strict=True)]
+        rows.append(
+            Row(
+                model=name,
+                batch_size=batch_size,
+                method=method.name,
+                tangents=method.tangents,
+                num_tangents=method.num_tangents,
+                compiled=method.compiled,
+                step_ms=1e3 * median(taken),
+                step_ms_quartiles=_quartiles([1e3 * t for t in taken]),
+                ratio_to_backprop=median(to_backprop),
+                ratio_to_backprop_quartiles=_quartiles(to_backprop),
+                ratio_to_forward=median(t / f for t, f in zip(taken, times[0], strict=True)),
+                peak_mib=peak,
+                peak_to_backprop=peak / peaks[1],
+                peak_to_forward=peak / peaks[0],
+                device=described,
+                threads=torch.get_num_threads(),
+                precision=precision,
+            )
+        )
+    return rows
+
+
+def _compiled(problem: Problem) -> Problem:
+    """The same with a compiled copy of the model.
+
+    Raises:
+        ConfigError: torch.compile does not work here.
+    """
+    model = deepcopy(problem.model)
+    compile_model(model, problem.inputs.device)
+    return problem._replace(model=model)
+
+
+def _step(problem: Problem, estimator: GradientEstimator | None) -> Callable[[], None]:
+    """One training step: gradient and plain SGD, what a loop repeats."""
+    model = problem.model
+    if estimator is None:
+
+        def forward() -> None:
+            with torch.no_grad():
+                problem.losses(model).mean()
+
+        return forward
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    generator = torch.Generator().manual_seed(0)
+
+    def step() -> None:
+        estimate = estimator(model, problem.losses, generator=generator)
+        write_grads(model, estimate.grads, check_finite=False)
+        del estimate
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _seconds(step: Callable[[], None], repeats: int, device: torch.device) -> float:
+    _synchronize(device)
+    start = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    _synchronize(device)
+    return (time.perf_counter() - start) / repeats
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def peak_mib(step: Callable[[], object], device: torch.device) -> float:
+    """Largest sum of living tensors during a step, above what lived before it."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
+        step()
+    assert recorded.profiler is not None
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    total = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        total += event.nbytes()
+        peak = max(peak, total)
+    return peak / 2**20
+
+
+def _quartiles(values: Sequence[float]) -> tuple[float, float]:
+    if len(values) < 2:
+        return values[0], values[0]
+    low, _, high = quantiles(values, n=4)
+    return low, high

@@ -1,0 +1,74 @@
+"""What one step of a method costs, apart from the loop around it: time, memory, traffic."""
+
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from statistics import median
+from typing import NamedTuple
+
+import torch
+from omegaconf import DictConfig
+
+from fgtrain.estimators import write_grads
+from fgtrain.random import keyed_generator
+from fgtrain.runs.run import build
+from fgtrain.studies.benchmarks.steps import peak_mib
+
+
+class StepCost(NamedTuple):
+    """Milliseconds, peak MiB above parameters and data, and bytes a step that several processes would exchange."""
+
+    milliseconds: float
+    peak_mib: float
+    bytes_sent: int
+
+
+def step_costs(configs: Mapping[str, DictConfig], rounds: int = 15) -> dict[str, StepCost]:
+    """The cost of one gradient and one optimizer step on the first batch of every configuration, measured in turns.
+
+    Args:
+        configs: {name: configuration of a run}.
+        rounds: measurements of each; their median is returned.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    steps, peaks, traffic = {}, {}, {}
+    for name, cfg in configs.items():
+        steps[name], traffic[name] = _step(cfg, device)
+        steps[name]()
+        peaks[name] = peak_mib(steps[name], device)
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            times[name].append(_seconds(step, device))
+    return {name: StepCost(1e3 * median(times[name]), peaks[name], traffic[name]) for name in steps}
+
+
+def _step(cfg: DictConfig, device: torch.device) -> tuple[Callable[[], None], int]:
+    """A step as the training makes it, and the bytes it would send."""
+    module, data, *_ = build(cfg)
+    data.prepare_data()
+    data.setup("fit")
+    model = module.model.to(device)
+    first = next(iter(data.train_dataloader()))
+    batch = [part.to(device) for part in first] if isinstance(first, (tuple, list)) else first.to(device)
+    losses = partial(module.task.losses, batch=batch)
+    optimizer = module.make_optimizer(p for p in model.parameters() if p.requires_grad)
+
+    def step() -> None:
+        estimate = module.estimator(model, losses, generator=keyed_generator(cfg.seed))
+        write_grads(model, estimate.grads, check_finite=False)
+        optimizer.step()
+
+    estimate = module.estimator(model, losses, generator=keyed_generator(cfg.seed))
+    sent = estimate.directional_derivatives if module.estimator.scalar_reducible else None
+    grads = estimate.grads.values()
+    return step, sent.nbytes if sent is not None else sum(g.nbytes for g in grads)
+
+
+def _seconds(step: Callable[[], None], device: torch.device, repeats: int = 20) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return (time.perf_counter() - start) / repeats

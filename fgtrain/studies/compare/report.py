@@ -1,0 +1,228 @@
+"""What a comparison shows: one table in three formats, and figures."""
+
+import csv
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean, median, stdev
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from rich.table import Table
+from torch.utils.tensorboard import SummaryWriter
+
+from fgtrain.studies.compare.plan import Comparison
+from fgtrain.studies.compare.runs import CURVES, POINTS, TRAINED, Finished, Outcome, device_name
+
+Curve = Callable[[Finished], list[tuple[float, float]]]
+
+
+def rows_of(plan: Comparison, outcome: Outcome) -> list[dict[str, Any]]:
+    """One row a method, numbers as they are."""
+    reference = outcome.costs["backprop"]
+    rows = []
+    for method in plan.methods:
+        started = [run for run in outcome.runs if run.method == method]
+        runs = [run for run in started if not run.diverged]
+        cost = outcome.costs[method]
+        reached = [seconds for run in runs if (seconds := seconds_to_target(plan, run)) is not None]
+        row: dict[str, Any] = {"method": method, "lr": outcome.lrs[method], "runs": len(started)}
+        row["with_accuracy"] = any({"val/acc", "test/acc"} & run.results["metrics"].keys() for run in outcome.runs)
+        row["with_validation"] = is_validated(outcome.runs)
+        row["diverged"] = len(started) - len(runs)
+        for name, keys in (("accuracy", ["test/acc"]), ("loss", ["test/loss", "loss"])):
+            row |= _mean_and_deviation(name, [run.results["metrics"].get(k) for run in runs for k in keys])
+        row["steps"] = runs[0].results["steps"] if runs else 0
+        row["seconds"] = fmean(run.results["train_seconds"] for run in runs) if runs else 0.0
+        row |= {"reached_target": len(reached), "seconds_to_target": median(reached) if reached else None}
+        row["step_ms"] = cost.milliseconds
+        row["step_time_to_backprop"] = cost.milliseconds / reference.milliseconds
+        row["peak_mib"] = cost.peak_mib
+        row["peak_memory_to_backprop"] = cost.peak_mib / reference.peak_mib
+        rows.append(row | {"bytes_per_step": cost.bytes_sent})
+    return rows
+
+
+def is_validated(runs: Sequence[Finished]) -> bool:
+    """Whether there was validation data; what diverged at once had no time to look at it."""
+    return all(run.diverged for run in runs) or any(tag in run.curves for run in runs for tag in CURVES)
+
+
+def _mean_and_deviation(name: str, values: Sequence[float | None]) -> dict[str, float | None]:
+    found = [value for value in values if value is not None]
+    return {
+        f"{name}_mean": fmean(found) if found else None,
+        f"{name}_std": stdev(found) if len(found) > 1 else 0.0 if found else None,
+    }
+
+
+def seconds_to_target(plan: Comparison, run: Finished) -> float | None:
+    """Training time when the target was first reached; None if it was not."""
+    target = target_of(plan, run)
+    accuracy = run.curves.get("val/acc", [])
+    hits = [step for step, value in accuracy if value >= target]
+    if not accuracy:
+        hits = [step for step, value in run.curves.get("val/loss", []) if value <= target]
+    return run.seconds_at(min(hits)) if hits else None
+
+
+def target_of(plan: Comparison, run: Finished) -> float:
+    """The target asked for, or 90 % accuracy, or a value of 0.1."""
+    if plan.target is not None:
+        return plan.target
+    return 0.9 if "val/acc" in run.curves else 0.1
+
+
+def statement(plan: Comparison, outcome: Outcome, command: str) -> list[str]:
+    """How the numbers came about, in sentences."""
+    run = outcome.runs[0]
+    named = {key: run.results[key] for key in ("task", "data", "model")}
+    lines = [f"`{command}`", "", ", ".join(f"{key} {value}" for key, value in named.items()) + f"; {device_name()}."]
+    lines += [f"Seeds 0 to {plan.seeds - 1}; for each seed all methods start from the same parameters and see the same"]
+    lines[-1] += " batches in the same order."
+    if plan.in_seconds:
+        lines += [f"Budget: {plan.amount:g} s of training, in steps at the pace of a trial run of each method."]
+    else:
+        lines += [f"Budget: {int(plan.amount)} steps for every method."]
+    if plan.lr == "yaml":
+        lines += ["Learning rates: those of conf/method; none was chosen for this comparison."]
+    else:
+        lines += [
+            f"Learning rates: for every method the best of {plan.lr_points} around that of conf/method, a factor of"
+        ]
+        lines[-1] += (
+            " sqrt(10) apart, by the final validation loss of one run each with another seed and the same budget."
+        )
+    metric = "validation accuracy" if "val/acc" in run.curves else "value"
+    if is_validated(outcome.runs):
+        lines += [f"Target: {metric} {target_of(plan, run):g}."]
+    else:
+        lines += ["There is no validation split: no time to a target, and the curves are of the training loss."]
+    done = [r for r in outcome.runs if not r.diverged]
+    if done and not any({"test/loss", "loss"} & r.results["metrics"].keys() for r in done):
+        lines += ["There is no test split: no final accuracy or loss."]
+    lines[-1] += " Step time, memory and traffic are of one gradient and update."
+    lines += [
+        f"Time is that of training with {POINTS} validations, if any, and comparisons with the exact gradient.",
+    ]
+    diverged = Counter(run.method for run in outcome.runs if run.diverged)
+    lines += [f"{method}: {n} of {plan.seeds} runs diverged and are in no mean." for method, n in diverged.items()]
+    return lines
+
+
+def cells(row: dict[str, Any]) -> dict[str, str]:
+    """A row as it is read."""
+
+    def spread(name: str, scale: float, digits: str) -> str:
+        mean, deviation = row[f"{name}_mean"], row[f"{name}_std"]
+        return "" if mean is None else f"{scale * mean:{digits}} ± {scale * deviation:{digits}}"
+
+    reached = row["seconds_to_target"]
+    shown = {"method": row["method"], "lr": f"{row['lr']:g}"}
+    if row["with_accuracy"]:
+        shown["accuracy, %"] = spread("accuracy", 100, ".1f")
+    return shown | {
+        "loss": spread("loss", 1, ".3g"),
+        "steps": str(row["steps"]),
+        "time, s": f"{row['seconds']:.1f}",
+        "to target, s": ""
+        if not row["with_validation"]
+        else "never"
+        if reached is None
+        else f"{reached:.1f} ({row['reached_target']}/{row['runs']})",
+        "step time": f"{row['step_time_to_backprop']:.2f}x",
+        "peak memory": f"{row['peak_memory_to_backprop']:.2f}x",
+        "traffic": f"{row['bytes_per_step']} B/step",
+    }
+
+
+def table_of(rows: Sequence[dict[str, Any]]) -> Table:
+    """For the terminal."""
+    table = Table()
+    for name in cells(rows[0]):
+        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*cells(row).values())
+    return table
+
+
+def write_report(plan: Comparison, outcome: Outcome, command: str) -> list[dict[str, Any]]:
+    """Write table.md, table.json, table.csv and the figures into the comparison's folder; the rows."""
+    rows, folder = rows_of(plan, outcome), plan.folder
+    shown = [cells(row) for row in rows]
+    names = list(shown[0])
+    markdown = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    markdown += ["| " + " | ".join(row.values()) + " |" for row in shown]
+    said = statement(plan, outcome, command)
+    (folder / "table.md").write_text("\n".join([*said, "", *markdown, ""]))
+    tried = {m: [{"lr": lr, "val/loss": loss} for lr, loss in found.items()] for m, found in outcome.tried.items()}
+    report = {"statement": said, "rows": rows, "learning_rates_tried": tried}
+    (folder / "table.json").write_text(json.dumps(report, indent=2) + "\n")
+    with (folder / "table.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    draw(plan, outcome, folder)
+    return rows
+
+
+def draw(plan: Comparison, outcome: Outcome, folder: Path) -> None:
+    """curves.png and cosine.png, and both in TensorBoard."""
+    drawn = {"curves": curves(plan, outcome.runs), "cosine": cosine(plan, outcome.runs)}
+    with SummaryWriter(str(folder / "summary")) as writer:
+        for name, figure in drawn.items():
+            figure.savefig(folder / f"{name}.png", dpi=110)
+            writer.add_figure(name, figure)
+
+
+def curves(plan: Comparison, runs: Sequence[Finished]) -> Figure:
+    """Loss, and the share of errors where there is an accuracy, against steps and against training time."""
+    tags = [tag for tag in CURVES if any(tag in run.curves for run in runs)] or [TRAINED]
+    figure = Figure(figsize=(10, 3.2 * len(tags)), layout="constrained")
+    axes = figure.subplots(len(tags), 2, squeeze=False)
+    for row, tag in zip(axes, tags, strict=True):
+
+        def by_step(run: Finished, tag: str = tag) -> list[tuple[float, float]]:
+            return [(step, 1 - v if tag == "val/acc" else v) for step, v in run.curves.get(tag, [])]
+
+        def by_time(run: Finished, by_step: Curve = by_step) -> list[tuple[float, float]]:
+            return [(run.seconds_at(int(step)), v) for step, v in by_step(run)]
+
+        for axis, label, points in ((row[0], "steps", by_step), (row[1], "training time, s", by_time)):
+            _bands(axis, plan, runs, points)
+            axis.set(xlabel=label, ylabel="1 - val/acc" if tag == "val/acc" else tag, yscale="log")
+    _legend(figure, axes[0][0])
+    return figure
+
+
+def cosine(plan: Comparison, runs: Sequence[Finished]) -> Figure:
+    """Cosine of the estimates to the exact gradient."""
+    figure = Figure(figsize=(7, 3.2), layout="constrained")
+    axis = figure.subplots()
+    _bands(axis, plan, runs, lambda run: list(run.curves.get("quality/cosine", [])))
+    axis.set(xlabel="steps", ylabel="cosine to the exact gradient")
+    axis.axhline(0, color="grey", linewidth=0.8)
+    _legend(figure, axis)
+    return figure
+
+
+def _bands(axis: Any, plan: Comparison, runs: Sequence[Finished], points: Curve) -> None:
+    """The mean over seeds of every method, and the range they fill."""
+    for i, method in enumerate(plan.methods):
+        found = [np.array(points(run)) for run in runs if run.method == method and points(run) and not run.diverged]
+        if not found:
+            continue
+        shortest = min(len(curve) for curve in found)
+        together = np.stack([curve[:shortest] for curve in found])
+        x, values = together[..., 0].mean(0), together[..., 1]
+        (line,) = axis.plot(x, values.mean(0), label=method, color=f"C{i}", linestyle="--" if i >= 10 else "-")
+        axis.fill_between(x, values.min(0), values.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
+
+
+def _legend(figure: Figure, axis: Any) -> None:
+    """A legend beside the axes, unless every run diverged and there is no line."""
+    handles, labels = axis.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside right upper")

@@ -1,0 +1,151 @@
+"""The runs of a comparison: learning rates, then every seed of every method, each kept as soon as it is done."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from fgtrain.errors import ConfigError, DivergenceError
+from fgtrain.runs.run import build, run
+from fgtrain.studies.compare.cost import StepCost, step_costs
+from fgtrain.studies.compare.plan import SEARCH_SEED, Comparison, compose_run
+
+TRIAL_STEPS = 200
+POINTS = 40  # of a curve
+CURVES = ("val/loss", "val/acc", "val/distance_to_minimum")
+TRAINED = "train/loss"  # the curve of data without validation
+
+
+class Finished(NamedTuple):
+    """One run that is compared.
+
+    Args:
+        method: its file in conf/method.
+        seed: of initialisation, data order and directions.
+        results: what its results.json holds.
+        curves: {tag: [(step, value)]}.
+    """
+
+    method: str
+    seed: int
+    results: dict[str, Any]
+    curves: dict[str, list[tuple[int, float]]]
+
+    @property
+    def diverged(self) -> bool:
+        """Whether it was ended because its loss was no longer a usable number."""
+        return "diverged" in self.results
+
+    def seconds_at(self, step: int) -> float:
+        """Training time after so many steps: the run's time, in equal parts."""
+        return self.results["train_seconds"] * step / max(1, self.results["steps"])
+
+
+class Outcome(NamedTuple):
+    """All that was found out: the runs, the learning rates with those tried, and the cost of a step."""
+
+    runs: list[Finished]
+    lrs: dict[str, float]
+    tried: dict[str, dict[float, float]]
+    costs: dict[str, StepCost]
+
+
+def compare(plan: Comparison, tell: Callable[[str, int, int], None]) -> Outcome:
+    """Carry the comparison out; runs that are there already are not done again.
+
+    Args:
+        plan: what to compare.
+        tell: called before every run with (what it is, runs done, runs in all).
+    """
+    plan.remember()
+    searches = plan.lr_points if plan.lr == "search" else 0
+    total = len(plan.methods) * (plan.seeds + searches)
+    numbers = iter(range(total))
+
+    def report(text: str) -> None:
+        tell(text, next(numbers), total)
+
+    first = {m: compose_run(plan.overrides, f"method={m}", "run_dir=.")[0] for m in plan.methods}
+    for cfg in first.values():
+        build(cfg)  # a mistake in any of them ends the comparison before it has begun
+    steps = {m: _steps(plan, m) for m in plan.methods}
+    lrs = {m: float(cfg.lr) for m, cfg in first.items()}
+    tried: dict[str, dict[float, float]] = {}
+    if searches:
+        tried = {m: dict(_search(plan, m, steps[m], lrs[m], report)) for m in plan.methods}
+        lrs = {m: min(losses, key=lambda lr, losses=losses: losses[lr]) for m, losses in tried.items()}
+    runs = []
+    for seed in range(plan.seeds):  # the methods take turns: what else the machine does meets them alike
+        for m in plan.methods:
+            report(f"{m} seed {seed}")
+            runs.append(_finish(plan, m, seed, lrs[m], steps[m], plan.folder / m / f"seed={seed}"))
+    tell("cost of a step", total, total)
+    compared = dict.fromkeys(["backprop", *plan.methods])
+    costs = step_costs({m: compose_run(plan.overrides, f"method={m}", "run_dir=.")[0] for m in compared})
+    return Outcome(runs, lrs, tried, costs)
+
+
+def _steps(plan: Comparison, method: str) -> int:
+    """Steps of a run: the budget, or as many as fit into it at the pace of a trial."""
+    if not plan.in_seconds:
+        return int(plan.amount)
+    trial = _finish(plan, method, SEARCH_SEED, None, TRIAL_STEPS, plan.folder / "trial" / method)
+    if trial.diverged:
+        raise DivergenceError(f"{method} diverged in its trial run: {trial.results['diverged']}")
+    return max(1, int(1e3 * plan.amount / trial.results["step_ms_median"]))
+
+
+def _search(
+    plan: Comparison, method: str, steps: int, centre: float, report: Callable[[str], None]
+) -> Iterator[tuple[float, float]]:
+    """(learning rate, final validation loss) of every rate tried; infinity for one that diverged."""
+    half = plan.lr_points // 2
+    for k in range(-half, half + 1):
+        lr = float(f"{centre * 10 ** (k / 2):.3g}")
+        report(f"{method} learning rate {lr:g}")
+        found = _finish(plan, method, SEARCH_SEED, lr, steps, plan.folder / "search" / method / f"lr={lr:g}")
+        metrics = found.results["metrics"]
+        if not found.diverged and not {"val/loss", "loss"} & metrics.keys():
+            raise ConfigError(
+                "lr=search chooses by the validation loss, and the data has no validation split; use lr=yaml"
+            )
+        loss = metrics.get("val/loss", metrics.get("loss", math.inf))
+        yield lr, loss if math.isfinite(loss) else math.inf
+
+
+def _finish(plan: Comparison, method: str, seed: int, lr: float | None, steps: int, folder: Path) -> Finished:
+    """One run, or what is left of it from an earlier one of the same comparison."""
+    every = max(1, steps // POINTS)
+    if not (folder / "results.json").exists():
+        own = [f"method={method}", f"seed={seed}", f"run_dir='{folder}'", f"trainer.max_steps={steps}"]
+        own += [f"trainer.val_check_interval={every}", f"trainer.log_every_n_steps={every}", "callbacks=none"]
+        own += ["+callbacks.quality._target_=fgtrain.lightning.callbacks.GradientQuality"]
+        own += [f"+callbacks.quality.every_n_steps={every}", *([] if lr is None else [f"lr={lr}"])]
+        for events in folder.glob("events.*"):  # of a run that was stopped
+            events.unlink()
+        cfg, choices = compose_run(plan.overrides, *own)
+        try:
+            run(cfg, choices)
+        except DivergenceError as error:  # a result like any other
+            failed: dict[str, Any] = {name: choices.get(name) for name in ("method", "task", "data", "model")}
+            failed |= {"seed": seed, "steps": 0, "train_seconds": 0.0, "metrics": {}, "diverged": str(error)}
+            (folder / "results.json").write_text(json.dumps(failed, indent=2) + "\n")
+    results = json.loads((folder / "results.json").read_text())
+    return Finished(method, seed, results, _curves(folder))
+
+
+def _curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    wanted = set(events.Tags()["scalars"]) & {*CURVES, TRAINED, "quality/cosine"}
+    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in wanted}
+
+
+def device_name() -> str:
+    """What the runs ran on."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"CPU, {torch.get_num_threads()} threads"

@@ -1,0 +1,187 @@
+"""K directions over all parameters of a model, and their sum with weights.
+
+K directions for one parameter are a *tangent*: a tensor (K, *p.shape), or a `LowRankTangent` that stands for one.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fgtrain.network.sharding import from_own_rows, is_sharded, own_rows
+from fgtrain.tangents.factored import FactoredGrad
+
+
+@dataclass(frozen=True, slots=True)
+class LowRankTangent:
+    """K directions V_k = sum_a u_ka z_ka^T for a parameter read as a matrix (shape[0], rest).
+
+    Args:
+        left: the u, (K r, m) with m = shape[0].
+        right: the z, (K r, n) with n = the product of the other dimensions; carries the factor 1 / sqrt(r).
+        rank: r.
+        shape: shape of the parameter.
+    """
+
+    left: Tensor
+    right: Tensor
+    rank: int
+    shape: torch.Size
+
+    @property
+    def num(self) -> int:
+        """K."""
+        return self.left.shape[0] // self.rank
+
+    @property
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """The u (K, r, m) and the z (K, r, n)."""
+        return self.left.unflatten(0, (-1, self.rank)), self.right.unflatten(0, (-1, self.rank))
+
+    def dense(self) -> Tensor:
+        """The directions written out, (K, *shape)."""
+        left, right = self.factors
+        return (left.mT @ right).reshape(self.num, *self.shape)
+
+
+Tangent = Tensor | LowRankTangent
+
+
+def dense(tangent: Tangent) -> Tensor:
+    """(K, *p.shape), whatever the tangent is made of."""
+    return tangent if isinstance(tangent, Tensor) else tangent.dense()
+
+
+class Piece(NamedTuple):
+    """Numbers of the buffer that belong to one parameter.
+
+    Args:
+        name: of the parameter.
+        like: the parameter; its shape and dtype count.
+        size: how many numbers, per direction and row.
+        part: 0 for the whole direction or its factor u, 1 for its factor z.
+    """
+
+    name: str
+    like: Tensor
+    size: int
+    part: int = 0
+
+
+class Directions(Mapping[str, Tangent]):
+    """K directions, {parameter name: tangent}, that live in one buffer.
+
+    Args:
+        buffer: (K, size), or (K, N, size) for N independent rows of every parameter; what stands behind the pieces is
+            padding.
+        pieces: what the buffer holds, in its order. A parameter with two pieces has the two factors of a low-rank
+            direction.
+        rank: of such directions.
+    """
+
+    def __init__(self, buffer: Tensor, pieces: Sequence[Piece], rank: int = 1) -> None:
+        self.buffer = buffer
+        self.rank = rank
+        self._sizes = [*(piece.size for piece in pieces), buffer.shape[-1] - sum(piece.size for piece in pieces)]
+        places = {(piece.name, piece.part): i for i, piece in enumerate(pieces)}
+        self._likes = {piece.name: piece.like for piece in pieces}
+        self._places = {name: [places[name, part] for part in (0, 1) if (name, part) in places] for name in self._likes}
+        self._is_dense = len(places) == len(self._places)
+        blocks = buffer.split(self._sizes, dim=-1)
+        self._tangents = {name: self._tangent(name, [blocks[i] for i in at]) for name, at in self._places.items()}
+
+    def _tangent(self, name: str, blocks: list[Tensor]) -> Tangent:
+        like = self._likes[name]
+        if like.dtype != self.buffer.dtype:
+            blocks = [block.to(like.dtype) for block in blocks]
+        if len(blocks) == 1:
+            return (
+                blocks[0]
+                if like.dim() == 1 and self.buffer.dim() == 2
+                else blocks[0].view(len(self.buffer), *like.shape)
+            )
+        if self.rank == 1:
+            return LowRankTangent(*blocks, 1, like.shape)
+        left, right = (block.reshape(len(block) * self.rank, block.shape[1] // self.rank) for block in blocks)
+        return LowRankTangent(left, right / self.rank**0.5, self.rank, like.shape)
+
+    def __getitem__(self, name: str) -> Tangent:
+        return self._tangents[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tangents)
+
+    def __len__(self) -> int:
+        return len(self._tangents)
+
+    def weighted_sum(self, weights: Tensor, *, consume: bool = False) -> dict[str, Tensor]:
+        """{name: sum_k weights[k] v_k}, shaped like the parameters.
+
+        Args:
+            weights: (K,), or (K, N) with one per row.
+            consume: the directions are not needed any more, and the memory of a single one may become the sum's.
+        """
+        weights = weights.to(self.buffer.dtype)
+        if self.buffer.shape[0] == 1:
+            only, weight = self.buffer[0], weights[0].unsqueeze(-1)
+            summed = only.mul_(weight) if consume and self._is_dense else only * weight
+        elif weights.dim() == 1:
+            summed = (weights @ self.buffer.flatten(1)).view(self.buffer.shape[1:])
+        else:
+            summed = torch.einsum("kn,kns->ns", weights, self.buffer)
+        blocks, sums = summed.split(self._sizes, dim=-1), {}
+        for name, at in self._places.items():
+            like, tangent = self._likes[name], self._tangents[name]
+            if is_sharded(like):
+                sums[name] = from_own_rows(_own_part(tangent, weights, own_rows(like)), like)
+            elif isinstance(tangent, Tensor):
+                block = blocks[at[0]]
+                total = block if block.shape == like.shape else block.reshape(like.shape)
+                sums[name] = total if total.dtype == like.dtype else total.to(like.dtype)
+            else:
+                # With one direction its u is already weighted; several are one matrix product.
+                left = (
+                    blocks[at[0]].view(self.rank, len(blocks[at[0]]) // self.rank)
+                    if self.buffer.shape[0] == 1
+                    else _weighted(tangent, weights)
+                )
+                sums[name] = FactoredGrad(left.to(like.dtype), tangent.right, like.shape)
+        return sums
+
+    def gram(self, others: "Directions | None" = None) -> Tensor:
+        """Inner products with `others`, by default these directions: (K, L), or (N, K, L) row by row, in float64."""
+        others = self if others is None else others
+        total: Tensor | None = None
+        for name, tangent in self._tangents.items():
+            other = others[name]
+            if isinstance(tangent, LowRankTangent) and isinstance(other, LowRankTangent):
+                left, right = (factor.double() for factor in tangent.factors)
+                left2, right2 = (factor.double() for factor in other.factors)
+                products = torch.einsum("kam,lbm,kan,lbn->kl", left, left2, right, right2)
+            else:
+                products = self._rows(name) @ others._rows(name).mT
+            total = products if total is None else total + products
+        assert total is not None
+        return total
+
+    def _rows(self, name: str) -> Tensor:
+        """The directions of a dense parameter as vectors, (K, size) or (N, K, size), in float64."""
+        tangent = self._tangents[name]
+        assert isinstance(tangent, Tensor)
+        if self.buffer.dim() == 3:
+            return tangent.double().unsqueeze(-1).flatten(2).transpose(0, 1)
+        return tangent.double().unsqueeze(-1).flatten(1)
+
+
+def _own_part(tangent: Tangent, weights: Tensor, rows: slice) -> Tensor:
+    """The `rows` of sum_k weights[k] v_k, without the others."""
+    if isinstance(tangent, Tensor):
+        return torch.einsum("k,k...->...", weights.to(tangent.dtype), tangent[:, rows])
+    return _weighted(tangent, weights)[:, rows].t() @ tangent.right
+
+
+def _weighted(tangent: LowRankTangent, weights: Tensor) -> Tensor:
+    per_factor = weights if tangent.rank == 1 else weights.repeat_interleave(tangent.rank)
+    return tangent.left * per_factor.unsqueeze(1).to(tangent.left.dtype)

@@ -1,8 +1,12 @@
-"""The C library's memory allocator, set for programs that allocate the same large tensors step after step."""
+"""Memory: how much there is, and the C library's allocator, set for programs that make the same large tensors again."""
 
 import ctypes
+import re
 import sys
+from pathlib import Path
 from typing import Any
+
+import torch
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # names of glibc's malloc.h
 _LARGEST = 2**31 - 1
@@ -25,6 +29,23 @@ def return_freed_memory() -> None:
     malloc_trim = _of_glibc("malloc_trim")
     if malloc_trim is not None:
         malloc_trim(0)
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that can be had on a device; None where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    table = Path("/proc/meminfo")
+    found = (
+        re.search(r"MemAvailable:\s+(\d+) kB", table.read_text()) if device.type == "cpu" and table.exists() else None
+    )
+    return None if found is None else int(found[1]) * 2**10
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that there was not enough memory, of whatever device."""
+    of_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    return of_cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def _of_glibc(name: str) -> Any:

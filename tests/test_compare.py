@@ -9,6 +9,7 @@ from contextlib import redirect_stderr, redirect_stdout
 import pytest
 import torch
 
+from fgtrain.errors import ConfigError
 from fgtrain.runs.cli import USER_ERRORS
 from fgtrain.runs.run import build
 from fgtrain.studies.compare import compare, parse, write_report
@@ -151,3 +152,17 @@ def test_mistakes_are_told_before_anything_runs(arguments, message, tmp_path):
 def test_a_folder_keeps_one_comparison(compared):
     with pytest.raises(USER_ERRORS, match="here holds another comparison; give another folder with out="):
         run_script(compared[0], *COMMAND, "target=0.5", "out=here")
+
+
+def test_data_without_other_splits(tmp_path):
+    target = "tests.test_first_batch.OnlyTraining"
+    data = ["methods=[backprop,fwdgrad]", "seeds=1", "budget=4steps", f"data._target_={target}", "out=here"]
+    out, err = run_script(tmp_path, *data)
+    assert f"data {target}, model mlp" in out
+    assert "There is no validation split: no time to a target, and the curves are of the training loss." in out
+    assert "There is no test split: no final accuracy or loss." in out
+    assert "never" not in out
+    assert err.count("the test split of OnlyTraining is missing") == 2
+    assert (tmp_path / "here" / "curves.png").exists()
+    with pytest.raises(ConfigError, match=r"lr=search chooses by the validation loss, and the data has no validation"):
+        run_script(tmp_path, *data[:-1], "out=there", "lr=search")

@@ -93,11 +93,11 @@ def run(folder, how, *options):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("one-based", "labels of the first batch run from 1 to 3; they must be from 0 to 2, for num_classes=3"),
+        ("one-based", "labels of the train split run from 1 to 3; they must be from 0 to 2, for num_classes=3"),
         ("int32", "labels are int32 of shape (8,); classification takes the numbers of classes, int64 of shape (B,)"),
         ("float32", "labels are float32 of shape (8,); classification takes the numbers of classes"),
         ("float64", "the data gives float64, and the model has float32 parameters; convert it"),
-        ("shape", "inputs of the first batch have the shape (3, 2, 2), and input_shape of the data says (1, 2, 2)"),
+        ("shape", "inputs of the train split have the shape (3, 2, 2), and input_shape of the data says (1, 2, 2)"),
         ("empty train", "the training set of Given is empty: its loader gives no batch"),
     ],
 )
@@ -142,14 +142,14 @@ def test_empty_split_is_told(split, tmp_path):
     assert not any(name.startswith(split) for name in results_under(tmp_path)[0]["metrics"])
 
 
-@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
 def test_data_without_other_splits_is_trained_on(tmp_path):
     options = ("data._target_=tests.test_first_batch.OnlyTraining", *QUICK, "quiet=true", "callbacks=none")
     status, _, err = train(tmp_path, *options)
     assert status == 0, err
-    assert err.splitlines()[-1] == (
-        "fgtrain: the test split of OnlyTraining is missing (no test_dataloader): no test/... in the results"
-    )
+    assert err.splitlines() == [
+        "fgtrain: the validation split of OnlyTraining is missing (no val_dataloader)",
+        "fgtrain: the test split of OnlyTraining is missing (no test_dataloader): no test/... in the results",
+    ]
     assert results_under(tmp_path)[0]["steps"] == 6
 
 
@@ -181,3 +181,37 @@ def test_all_batches_lost(tmp_path):
     assert status == 2
     assert "the loss is nan, for 5 batches in a row" in err.splitlines()[-1]
     assert "the first batch holds nan or infinity" in err
+
+
+@pytest.mark.parametrize("method", ["backprop", "fwdgrad"])
+def test_training_loss_is_there_for_early_stopping_and_checkpoints(method, tmp_path):
+    looked = ["callbacks.early_stopping.patience=0", "callbacks.early_stopping.min_delta=100"]
+    for callback in ("early_stopping", "checkpoint"):
+        looked += [f"callbacks.{callback}.monitor=train/loss", f"callbacks.{callback}.mode=min"]
+    looked = [f"+{text}" if "min_delta" in text else text for text in looked]
+    status, _, err = train(
+        tmp_path, *QUICK, f"method={method}", "callbacks=early_stopping", "trainer.max_steps=30", *looked
+    )
+    assert status == 0, err
+    (results,) = results_under(tmp_path)
+    assert results["steps"] == 6  # the second look
+    assert (tmp_path / "run" / "checkpoints" / "best.ckpt").exists()
+
+
+@pytest.mark.parametrize("callback", ["early_stopping", "checkpoint"])
+@pytest.mark.parametrize("name", ["val/los", "train/los", "accuracy", "test/acc"])
+def test_a_metric_that_there_is_not_is_told_before_training(callback, name, tmp_path):
+    status, out, err = train(
+        tmp_path, *QUICK, "quiet=true", "callbacks=early_stopping", f"callbacks.{callback}.monitor={name}"
+    )
+    assert (status, out, err.count("\n")) == (2, "", 1), err
+    assert f"monitor={name} is no metric; there are train/directional_derivative, " in err
+    assert "train/loss, train/lr, train/step_ms, val/acc, val/loss" in err
+    assert not (tmp_path / "run" / "config.yaml").exists()
+
+
+def test_a_metric_that_is_not_there_yet_is_told(tmp_path):
+    monitor = "callbacks.early_stopping.monitor=train/grad_norm"
+    status, _, err = train(tmp_path, *QUICK, "quiet=true", "callbacks=early_stopping", monitor)
+    assert (status, err.count("\n")) == (2, 1), err
+    assert "trainer.log_every_n_steps" in err

@@ -4,6 +4,7 @@ import sys
 import textwrap
 
 import pytest
+from omegaconf import OmegaConf
 
 from tests.test_script import results_under, train
 
@@ -32,6 +33,12 @@ class MyData(L.LightningDataModule):
         return torch.utils.data.DataLoader(self.examples, batch_size=16)
 
     train_dataloader = val_dataloader = test_dataloader = _loader
+
+
+class Sized(MyData):
+    def __init__(self, batch_size: int = 4, seed: int = 3, *, classes):
+        super().__init__()
+        self.facts = batch_size, seed, classes
 
 
 class Doubled(ForwardGradient):
@@ -96,6 +103,24 @@ def test_targets_on_the_command_line(project):
     assert (results["model"], results["data"]) == (f"{name}.MyNet", f"{name}.MyData")
     assert results["steps"] == 4
     assert "test/acc" in results["metrics"]
+
+
+def test_a_class_of_ones_own_has_its_own_defaults(project):
+    folder, name = project
+    targets = [f"model._target_={name}.MyNet", f"data._target_={name}.Sized", f"method._target_={name}.Doubled"]
+    status, _, err = train(folder, *targets, "lr=0.1", "quiet=true", *SHORT)
+    assert status == 0, err
+    assert err.splitlines()[0] == (
+        "fgtrain: data.classes=None of the chosen file, since what _target_ names has no default for it"
+    )
+    (run_dir,) = (path.parent for path in folder.rglob("config.yaml"))
+    assert "_Doubled_" in run_dir.name
+    saved = OmegaConf.load(run_dir / "config.yaml")
+    assert dict(saved.data) == {"_target_": f"{name}.Sized", "seed": 42, "classes": None}
+    assert set(saved.method) == {"_target_", "tangents", "shrinkage", "rowwise"}
+    status, _, err = train(folder, "--config-dir", str(run_dir), "--config-name", "config")
+    assert status == 0, err
+    assert len(list(folder.glob("runs/*/*_Doubled_*"))) >= 2
 
 
 def test_a_config_directory(project):

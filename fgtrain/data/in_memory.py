@@ -12,6 +12,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from fgtrain.errors import DataError
 from fgtrain.random import keyed_generator
 
 Transform = Callable[[Tensor], Tensor]
@@ -123,6 +124,9 @@ class InMemoryDataModule(L.LightningDataModule):
     def setup(self, stage: str) -> None:
         if not self._splits:
             self._splits, self._transform = self.load()
+            for name, split in self._splits.items():
+                known = (getattr(self, fact, None) for fact in ("num_classes", "input_shape"))
+                refuse_other_examples(f"the {name} split", *split, *known)
 
     def train_dataloader(self) -> TensorLoader:
         return self._loader("train", self.batch_size, shuffle=True)
@@ -146,3 +150,26 @@ def standardize(train_inputs: Tensor) -> Transform:
     mean = values.mean((0, 2, 3)).view(1, -1, 1, 1)
     std = values.std((0, 2, 3)).view(1, -1, 1, 1).clamp_min(1e-6)
     return lambda inputs: (inputs.float() - mean) / std
+
+
+def refuse_other_examples(
+    where: str, inputs: Tensor, labels: Tensor, num_classes: int | None, input_shape: Sequence[int] | None
+) -> None:
+    """Compare examples with each other and with what their data module says of them.
+
+    Raises:
+        DataError: names `where` they differ.
+    """
+    if len(inputs) != len(labels):
+        raise DataError(f"{where} has {len(inputs)} inputs and {len(labels)} labels")
+    lowest, highest = (int(labels.min()), int(labels.max())) if len(labels) else (0, 0)
+    if num_classes is not None and not 0 <= lowest <= highest < num_classes:
+        raise DataError(
+            f"labels of {where} run from {lowest} to {highest}; they must be from 0 to {num_classes - 1}, for "
+            f"num_classes={num_classes}"
+        )
+    if input_shape is not None and math.prod(inputs.shape[1:]) != math.prod(input_shape):
+        raise DataError(
+            f"inputs of {where} have the shape {tuple(inputs.shape[1:])}, and input_shape of the data says "
+            f"{tuple(input_shape)}"
+        )

@@ -4,9 +4,11 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from fgtrain.data.files import refuse_unreadable
 from fgtrain.data.in_memory import InMemoryDataModule, Transform
 from fgtrain.errors import DataError
 
@@ -30,7 +32,7 @@ class Text(InMemoryDataModule):
         vocab: the characters in the order of their tokens; None for bytes.
 
     Raises:
-        DataError: there is no such file, it is no UTF-8 text, or too short for three windows.
+        DataError: there is no such file, it is no UTF-8 text, larger than the memory, or too short for three windows.
     """
 
     def __init__(
@@ -56,8 +58,10 @@ class Text(InMemoryDataModule):
             text = _decode(content, path)
             self.vocab = sorted(set(text))
             self.vocab_size = len(self.vocab)
-            index = {char: i for i, char in enumerate(self.vocab)}
-            self._tokens = torch.tensor([index[char] for char in text])
+            codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+            token_of = np.zeros(1 + ord(self.vocab[-1]), np.int64)
+            token_of[[ord(char) for char in self.vocab]] = range(self.vocab_size)
+            self._tokens = torch.from_numpy(token_of[codes])
         if len(self._tokens) < 10 * (context + 1):
             raise DataError(
                 f"data.path={path} has {len(self._tokens)} tokens, too few for windows of {context}; "
@@ -80,9 +84,13 @@ def _read(path: str | None) -> bytes:
     if path is None:
         return files("fgtrain.data").joinpath("verse.txt").read_bytes()
     try:
+        refuse_unreadable(Path(path), 20)  # the text, the numbers of its characters and those of its tokens
         return Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f"data.path={path} cannot be read ({error.strerror}); give a text file") from error
+    except DataError as error:
+        raise DataError(f"{error}; give data.path=... a text file") from error
+    except (OSError, ValueError) as error:  # the second of a path that cannot be one
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"data.path={path} cannot be read ({reason}); give a text file") from error
 
 
 def _decode(content: bytes, path: str | None) -> str:

@@ -8,6 +8,7 @@ import torch
 import torchvision
 from torch import Tensor
 
+from fgtrain.data.files import refuse_damaged_idx
 from fgtrain.data.in_memory import InMemoryDataModule, Transform, standardize
 from fgtrain.errors import DataError
 
@@ -61,31 +62,42 @@ class TorchvisionImages(InMemoryDataModule):
         self.num_classes = _SOURCES[name].num_classes
 
     def prepare_data(self) -> None:
-        self._dataset(train=True, download=True)
-        self._dataset(train=False, download=True)
+        self._read(train=True, download=True)
+        self._read(train=False, download=True)
 
     def load(self) -> tuple[dict[str, tuple[Tensor, Tensor]], Transform]:
-        images, labels = _tensors(self._dataset(train=True))
-        val_size = min(_SOURCES[self.dataset].val_size, len(labels) // 10)
-        train = (images[:-val_size][: self.train_size], labels[:-val_size][: self.train_size])
-        val = (images[-val_size:], labels[-val_size:])
-        return {"train": train, "val": val, "test": _tensors(self._dataset(train=False))}, standardize(train[0])
+        images, labels = self._read(train=True)
+        end = len(labels) - min(_SOURCES[self.dataset].val_size, len(labels) // 10)
+        train = (images[:end][: self.train_size], labels[:end][: self.train_size])
+        val = (images[end:], labels[end:])
+        return {"train": train, "val": val, "test": self._read(train=False)}, standardize(train[0])
 
-    def _dataset(self, *, train: bool, download: bool = False) -> Any:
+    def _read(self, *, train: bool, download: bool = False) -> tuple[Tensor, Tensor]:
+        """Images (N, C, H, W) as bytes, and labels (N,)."""
+        files = _SOURCES[self.dataset].files.replace("ROOT", self.root).replace("NAME", self.dataset)
+        remedy = f"put {files}, or name another folder with data.root=..."
         try:
             Path(self.root).mkdir(parents=True, exist_ok=True)
-            return getattr(torchvision.datasets, self.dataset)(self.root, train=train, download=download)
-        except (RuntimeError, OSError) as error:
-            files = _SOURCES[self.dataset].files.replace("ROOT", self.root).replace("NAME", self.dataset)
+            for path in sorted(Path(self.root, self.dataset, "raw").glob("*-ubyte")):
+                if path.is_file():
+                    refuse_damaged_idx(path, self.input_shape[1:] if "idx3" in path.name else ())
+            found = getattr(torchvision.datasets, self.dataset)(self.root, train=train, download=download)
+            return _tensors(found)
+        except DataError as error:
+            raise DataError(f"{error}; {remedy}") from error
+        except Exception as error:  # torchvision's readers meet what is damaged in many ways
             reason = " ".join(str(error).split()) or type(error).__name__
             raise DataError(
-                f"{self.dataset} is not in data.root={self.root} and could not be put there ({reason}); "
-                f"put {files}, or name another folder with data.root=..."
+                f"{self.dataset} is not in data.root={self.root} and could not be put there, or is damaged ({reason}); "
+                f"{remedy}"
             ) from error
 
 
 def _tensors(dataset: Any) -> tuple[Tensor, Tensor]:
-    """Images (N, C, H, W) as bytes, and labels (N,)."""
     images = torch.as_tensor(np.asarray(dataset.data))
     images = images.unsqueeze(1) if images.dim() == 3 else images.permute(0, 3, 1, 2).contiguous()
-    return images, torch.as_tensor(dataset.targets)
+    labels = torch.as_tensor(dataset.targets)
+    if images.dtype != torch.uint8 or labels.shape != (len(images),):
+        shapes = f"{tuple(images.shape)} {images.dtype} and {tuple(labels.shape)}"
+        raise DataError(f"images and labels in {dataset.root} do not belong together: {shapes}")
+    return images, labels

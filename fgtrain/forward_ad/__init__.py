@@ -20,6 +20,7 @@ from fgtrain.errors import LossError
 from fgtrain.forward_ad import native, sharded, stacked
 from fgtrain.forward_ad.native import NO_TANGENT, LossFn
 from fgtrain.forward_ad.passes import LightPass, NotIntercepted, RepeatedPass, WritesIntoPlain
+from fgtrain.memory import is_out_of_memory
 from fgtrain.network.parameters import ParameterSlots, one_at_a_time, slots_of
 from fgtrain.network.sharding import is_sharded
 from fgtrain.tangents.directions import Tangent, num_of
@@ -116,7 +117,7 @@ class _Engines:
             try:
                 found = engine(model, loss_fn, tangents, before)
             except Exception as reason:
-                if i + 1 == len(engines) or _is_out_of_memory(reason):
+                if i + 1 == len(engines) or is_out_of_memory(reason):
                     raise
                 before.rewind()
                 self._tell(otherwise, type(model).__name__, str(reason).split("\n")[0])
@@ -192,10 +193,3 @@ def _agree(found: Tensor, expected: Tensor) -> bool:
     """Whether they differ by what rounding does to a long sum in their dtype."""
     tolerance = torch.finfo(expected.dtype).eps ** (2 / 3)
     return found.shape == expected.shape and bool((found - expected).norm() <= tolerance * expected.norm())
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Whether there was not enough memory, of whatever device: a slower engine needs no less."""
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)

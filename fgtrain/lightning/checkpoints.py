@@ -33,6 +33,10 @@ _DISK_ERRORS = {  # or of the network behind it, or of a pipe
     errno.EPERM,
     errno.EFBIG,
     errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
     errno.EIO,
 }
 
@@ -133,8 +137,12 @@ def read_checked(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: the file is truncated, altered, or no checkpoint.
     """
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise CheckpointError(f"{path} is no checkpoint but a pipe or a device")
     try:
         with zipfile.ZipFile(path) as archive:
+            if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
+                raise CheckpointError(f"{path} is no checkpoint: it unpacks to more bytes than it has")
             damaged = archive.testzip()
         if damaged is not None:
             raise CheckpointError(f"checkpoint {path} is damaged: {damaged} has another checksum")

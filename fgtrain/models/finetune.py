@@ -168,6 +168,9 @@ def _load(network: nn.Module, path: str) -> None:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise DataError(f"model.weights={path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+    named = saved.get("state_dict", saved) if isinstance(saved, dict) else None
+    if not (isinstance(named, dict) and all(isinstance(name, str) for name in named)):
+        raise DataError(f"model.weights={path} holds no weights by name; give the checkpoint of a run")
     if "state_dict" in saved:  # of a Lightning module, whose network may itself have been fine-tuned
         saved = {name.removeprefix("model.").removeprefix("network."): v for name, v in saved["state_dict"].items()}
         if not saved.keys() & network.state_dict().keys():  # names that begin with network. belong to it

@@ -8,7 +8,7 @@ from omegaconf import DictConfig
 
 from fgtrain.errors import ConfigError
 from fgtrain.lightning.checkpoints import read_checked, refuse_incomplete
-from fgtrain.runs.config import to_plain
+from fgtrain.runs.config import to_plain, to_saved
 from fgtrain.runs.provenance import load_config
 
 LENGTH = ("trainer.max_steps", "trainer.max_epochs", "trainer.max_time", "trainer.min_steps", "trainer.min_epochs")
@@ -73,15 +73,16 @@ def _changes(cfg: DictConfig, run_dir: Path) -> dict[str, tuple[Any, Any]]:
     saved = load_config(run_dir)
     saved.run_dir = cfg.run_dir
     before, now = (dict(_leaves(to_plain(config))) for config in (saved, cfg))
+    said_before, said_now = (dict(_leaves(to_saved(config))) for config in (saved, cfg))
     keys = [key for key in (*now, *(before.keys() - now.keys())) if before.get(key, _NONE) != now.get(key, _NONE)]
     keys.sort(key=lambda key: not key.endswith("_target_"))  # what it is, before what it is given
     for key in keys:
         if not _is_of(FREE + LENGTH, key):
             others = sum(not _is_of(FREE + LENGTH, k) for k in keys) - 1
             raise ConfigError(
-                f"{key} is {before.get(key, _NONE)} in the run of {run_dir} and {now.get(key, _NONE)} in this command"
-                f"{f' ({others} keys more differ)' if others else ''}: a run goes on with what it began with; say the "
-                "same, or start another run in another folder with hydra.run.dir=..."
+                f"{key} is {said_before.get(key, _NONE)} in the run of {run_dir} and {said_now.get(key, _NONE)} in "
+                f"this command{f' ({others} keys more differ)' if others else ''}: a run goes on with what it began "
+                "with; say the same, or start another run in another folder with hydra.run.dir=..."
             )
     return {key: (before.get(key, _NONE), now.get(key, _NONE)) for key in keys}
 

@@ -23,7 +23,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fgtrain.errors import Interrupted, JobFailed, StorageError, UserError
 from fgtrain.lightning.checkpoints import disk_error
-from fgtrain.runs.config import drop_arguments_of_replaced_targets
+from fgtrain.memory import is_out_of_memory
+from fgtrain.runs.config import drop_arguments_of_replaced_targets, name_targets
 from fgtrain.runs.launch import is_follower
 from fgtrain.runs.sweeps import SweepTable
 
@@ -34,6 +35,7 @@ _CHATTER = (
     "The number of training batches",
     "Using ModelCheckpoint",
     "Total length of .* is zero",  # which FirstBatch tells
+    "You defined a `validation_step` but have no `val_dataloader`",  # and that
     "The dirpath has changed",  # a run resumed in another folder
     "Checkpoint directory .* exists",  # or in its own
 )
@@ -95,6 +97,8 @@ def run_app(task: Callable[[DictConfig], Any], config_name: str) -> None:
             raise
         fail(StorageError(f"cannot write {error.filename or 'to the disk'}: {error.strerror}"))
     except Exception as error:
+        if is_out_of_memory(error):
+            fail(f"not enough memory ({str(error)[-200:] or 'MemoryError'}); take a smaller data.batch_size or model")
         if composed:
             raise
         # Of YAML's parser, or an assertion of Hydra's: there is no program of ours yet.
@@ -156,7 +160,10 @@ def _overrides() -> list[str]:
 
 def _hydra_main(task: Callable[[DictConfig], Any], config_name: str) -> None:
     def job(cfg: DictConfig) -> Any:
-        drop_arguments_of_replaced_targets(cfg, _overrides())
+        lent = drop_arguments_of_replaced_targets(cfg, _overrides())
+        if lent and not is_follower():
+            said = f"{', '.join(lent)} of the chosen file, since what _target_ names has no default for it"
+            print(f"fgtrain: {said}", file=sys.stderr)
         return task(cfg)
 
     hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")(job)()
@@ -164,12 +171,7 @@ def _hydra_main(task: Callable[[DictConfig], Any], config_name: str) -> None:
 
 def choices() -> dict[str, str]:
     """The chosen file of every group; a `_target_` given on the command line stands for itself."""
-    found = {str(group): choice for group, choice in HydraConfig.get().runtime.choices.items()}
-    for override in _overrides():
-        key, _, value = override.partition("=")
-        if key.removesuffix("._target_") in found and key.endswith("._target_"):
-            found[key.removesuffix("._target_")] = value
-    return found
+    return name_targets(HydraConfig.get().runtime.choices, _overrides())
 
 
 def fail(error: BaseException | str) -> NoReturn:

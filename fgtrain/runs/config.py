@@ -6,15 +6,18 @@ name, its signature says which arguments exist and of which type they are, for f
 
 import difflib
 import inspect
+import re
 import secrets
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from hydra.utils import get_object
 from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
+from omegaconf.resolvers import oc
 
 from fgtrain.errors import ConfigError
 
@@ -86,7 +89,8 @@ class TrainConfig:
 
 ConfigStore.instance().store(name="schema", node=TrainConfig)
 OmegaConf.register_new_resolver("unique", lambda: secrets.token_hex(3), use_cache=True)  # runs that start together
-OmegaConf.register_new_resolver("file_name", lambda text: text.replace("/", "-")[:200])  # of a run in a sweep
+OmegaConf.register_new_resolver("method_name", lambda _root_: _method_name(_root_))
+OmegaConf.register_new_resolver("file_name", lambda _root_: _file_name(_root_))  # of a run in a sweep
 
 
 def check(cfg: DictConfig) -> None:
@@ -136,6 +140,42 @@ def to_plain(cfg: DictConfig) -> dict[str, Any]:
     return {str(key): value for key, value in plain.items()}
 
 
+def to_saved(cfg: DictConfig) -> dict[str, Any]:
+    """`to_plain` for what is written down: what the environment gives, and may be secret, stays ${oc.env:...}."""
+    raw = OmegaConf.to_container(cfg, resolve=False)
+    token = _is_hidden.set(True)
+    try:
+        hidden = OmegaConf.to_container(OmegaConf.create(raw), resolve=True)
+    finally:
+        _is_hidden.reset(token)
+    return _where_equal(to_plain(cfg), hidden, raw)
+
+
+def _file_name(root: DictConfig) -> str:
+    """What is varied, as it was typed: what the environment gives is no part of a folder's name."""
+    job = OmegaConf.to_container(root.hydra.job, resolve=False)
+    assert isinstance(job, dict)
+    return job["override_dirname"].replace("/", "-").replace("$", "")[:200]  # Hydra looks ${...} up
+
+
+def _where_equal(tree: Any, other: Any, instead: Any) -> Any:
+    """`tree`, with what stands in `instead` wherever `other` is not the same."""
+    if isinstance(tree, dict) and isinstance(instead, dict):
+        return {key: _where_equal(tree[key], other[key], instead[key]) for key in tree}
+    if isinstance(tree, list) and isinstance(instead, list):
+        return [_where_equal(*items) for items in zip(tree, other, instead, strict=True)]
+    return tree if tree == other else instead
+
+
+def _of_environment(*arguments: Any) -> str | None:
+    """OmegaConf's own oc.env, except in `to_saved`."""
+    return "hidden" if _is_hidden.get() else oc.env(*arguments)
+
+
+_is_hidden = ContextVar("_is_hidden", default=False)
+OmegaConf.register_new_resolver("oc.env", _of_environment, replace=True)
+
+
 def signature_of(target: str) -> Mapping[str, inspect.Parameter]:
     """Parameters of the callable a `_target_` names; a class's are those of its constructor.
 
@@ -154,17 +194,24 @@ def signature_of(target: str) -> Mapping[str, inspect.Parameter]:
         raise ConfigError(f"_target_ {target!r} is built in and does not say what it takes; name a class") from error
 
 
-def drop_arguments_of_replaced_targets(cfg: DictConfig, overrides: Sequence[str]) -> None:
-    """Let `model._target_=mine.Net` stand alone: what the chosen file set for another target goes, unless it fits.
+def drop_arguments_of_replaced_targets(cfg: DictConfig, overrides: Sequence[str]) -> list[str]:
+    """Let `model._target_=mine.Net` stand alone: what the chosen file set for another target goes.
+
+    What stays is what the new target has to be given, and what is the run's (`${seed}`). Outside of data, method and
+    model, and beside an experiment, which may have meant it, all stays that the new target takes.
 
     Args:
         cfg: changed in place.
         overrides: of the command line; what it sets itself stays, and is checked.
 
+    Returns:
+        What the new targets have to be given and have from the chosen files, as key=value.
+
     Raises:
         ConfigError: a method of the user's own would be trained with the learning rate of the chosen file.
     """
     given = {override.lstrip("+").partition("=")[0] for override in overrides}
+    lent = []
     for path in sorted(key.removesuffix("._target_") for key in given if key.endswith("._target_")):
         node = OmegaConf.select(cfg, path)
         try:
@@ -176,10 +223,37 @@ def drop_arguments_of_replaced_targets(cfg: DictConfig, overrides: Sequence[str]
                 f"method._target_={node._target_} needs a learning rate of its own, not that of the chosen preset "
                 f"(lr={cfg.get('lr')}); give it with lr=..."
             )
+        has_own_values = path in ("data", "method", "model") and "experiment" not in given
         with open_dict(node):
-            for name in set(node) - set(takes):
-                if not str(name).startswith("_") and f"{path}.{name}" not in given:
+            for name in map(str, list(node)):
+                if name.startswith("_") or any(
+                    key == f"{path}.{name}" or key.startswith(f"{path}.{name}.") for key in given
+                ):
+                    continue
+                is_own = has_own_values and not OmegaConf.is_interpolation(node, name)
+                if name not in takes or (is_own and takes[name].default is not inspect.Parameter.empty):
                     del node[name]
+                elif is_own:
+                    lent.append(f"{path}.{name}={node[name]}")
+    return lent
+
+
+def name_targets(choices: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The chosen file of every group; a `_target_` among overrides stands for itself."""
+    found = {str(group): choice for group, choice in choices.items()}
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key.removesuffix("._target_") in found and key.endswith("._target_"):
+            found[key.removesuffix("._target_")] = value
+    return found
+
+
+def _method_name(root: DictConfig) -> str:
+    """The method for the name of a folder."""
+    overrides = OmegaConf.to_container(root.hydra.overrides.task, resolve=False)
+    assert isinstance(overrides, list)
+    method = name_targets(root.hydra.runtime.choices, [str(text) for text in overrides]).get("method")
+    return re.sub(r"[^\w.-]", "-", str(method).rpartition(".")[2])
 
 
 def _nodes(tree: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fgtrain.errors import ConfigError, Interrupted, RankFailed, UserError
 from fgtrain.lightning.strategy import Replicas, Sharded
-from fgtrain.runs.config import check, to_plain
+from fgtrain.runs.config import check, to_plain, to_saved
 from fgtrain.runs.owner import owned
 
 START_METHODS = {
@@ -156,7 +156,7 @@ def launch(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         context = mp.start_processes(
             _worker,
-            (to_plain(cfg), dict(choices), world.size, _free_port(), folder),
+            (to_saved(cfg), dict(choices), world.size, _free_port(), folder),
             world.size,
             join=False,
             start_method=START_METHODS[world.strategy],

@@ -12,10 +12,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
+from yaml import AliasToken, YAMLError, scan
 
 from fgtrain.errors import ConfigError
-from fgtrain.runs.config import TrainConfig, to_plain
+from fgtrain.runs.config import TrainConfig, to_saved
 
 PACKAGES = ("fgtrain", "torch", "torchvision", "lightning", "hydra-core", "numpy", "scikit-learn", "tensorboard")
 _RUN_DIR = "<run_dir>"
@@ -24,16 +24,16 @@ _RUN_DIR = "<run_dir>"
 def save_provenance(cfg: DictConfig, choices: Mapping[str, str]) -> None:
     """Write config.yaml and provenance.json into the run's folder.
 
-    config.yaml is resolved, but for the folder itself, and a configuration of Hydra's:
+    config.yaml is resolved, but for the folder itself and what the environment gives, and a configuration of Hydra's:
     `scripts/train.py --config-dir RUN --config-name config` runs it again, in a new folder.
     """
     run_dir = Path(cfg.run_dir)
     movable = cfg.copy()
     movable.run_dir = _RUN_DIR
-    plain = _replaced(to_plain(movable), _RUN_DIR, "${run_dir}")
+    plain = _replaced(to_saved(movable), _RUN_DIR, "${run_dir}")
     plain |= {"run_dir": "${hydra:runtime.output_dir}", "resume": None}
     hydra = {
-        "run": {"dir": "runs/${now:%Y-%m-%d}/${now:%H-%M-%S}_" + str(choices.get("method")) + "_${unique:}"},
+        "run": {"dir": "runs/${now:%Y-%m-%d}/${now:%H-%M-%S}_${method_name:}_${unique:}"},
         "output_subdir": None,
         "runtime": {"choices": {name: choices.get(name) for name in ("method", "task", "data", "model")}},
     }
@@ -65,6 +65,10 @@ def load_config(run_dir: Path) -> DictConfig:
     if not path.is_file():
         raise ConfigError(f"{path} is missing; give the folder of a run")
     try:
+        if any(
+            isinstance(token, AliasToken) for token in scan(path.read_text())
+        ):  # a few lines of them fill the memory
+            raise ValueError("it has YAML aliases, which no run writes; write them out")
         saved = OmegaConf.to_container(OmegaConf.load(path))
     except (YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error

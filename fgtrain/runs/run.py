@@ -41,7 +41,7 @@ from fgtrain.lightning.module import EstimatorModule
 from fgtrain.memory import keep_freed_memory
 from fgtrain.network.compilation import compile_model
 from fgtrain.runs.changes import is_extended, stop_holds
-from fgtrain.runs.config import check, signature_of, to_plain
+from fgtrain.runs.config import check, signature_of, to_plain, to_saved
 from fgtrain.runs.launch import is_follower, plan
 from fgtrain.runs.owner import owned
 from fgtrain.runs.provenance import save_provenance
@@ -98,7 +98,7 @@ def build(cfg: DictConfig) -> Run:
     checks = [SelfCheck()] if cfg.self_check else []
     chosen = [instantiate(node) for node in (cfg.callbacks or {}).values()]
     console = [] if cfg.quiet else [Summary(), StepProgress()]  # the summary takes no part in the time of training
-    callbacks = [*console, monitor, *several, RandomState(), *checks, Dashboard(to_plain(cfg)), *chosen]
+    callbacks = [*console, monitor, *several, RandomState(), *checks, Dashboard(to_saved(cfg)), *chosen]
     for library in ("lightning.pytorch", "lightning.fabric"):  # no device lists and tips
         logging.getLogger(library).setLevel(logging.WARNING)
     trainer = instantiate(
@@ -179,7 +179,7 @@ def read_results(run_dir: Path) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     if not (isinstance(found, dict) and isinstance(found.get("metrics"), dict)):
         raise ConfigError(f"{path} holds no results of a run")
@@ -208,7 +208,7 @@ def _train(parts: Run, cfg: DictConfig, choices: Mapping[str, str]) -> dict[str,
     assert isinstance(trainer.fit_loop, EpochLoop)
     trainer.fit_loop.keeps_stop = checkpoint is None or stop_holds(cfg, checkpoint)
     trainer.callbacks[:0] = [FirstBatch(), _Beginning(cfg, choices)]  # ty: ignore[missing-attribute]
-    with lost_ranks_named(trainer.global_rank), _ctrl_c_named(trainer):
+    with lost_ranks_named(trainer.global_rank), _ctrl_c_named(trainer), _monitor_named():
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     if trainer.global_step == 0:
         raise ConfigError(
@@ -227,7 +227,7 @@ def _train(parts: Run, cfg: DictConfig, choices: Mapping[str, str]) -> dict[str,
     else:
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
         results["metrics"] = metrics | _tested(module, data, trainer)
-    log_final(trainer, to_plain(cfg), results)
+    log_final(trainer, to_saved(cfg), results)
     if trainer.is_global_zero:
         write_atomically(json.dumps(results, indent=2) + "\n", run_dir / RESULTS)
     return results
@@ -253,6 +253,17 @@ def _ctrl_c_named(trainer: L.Trainer) -> Generator[None]:
             raise
         step = trainer.global_step
         raise Interrupted(f"interrupted after step {step}, which was not saved", signal.SIGINT) from end
+
+
+@contextmanager
+def _monitor_named() -> Generator[None]:
+    """A metric that has not been logged when early stopping first looks is a mistake of the configuration."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("Early stopping conditioned on"):
+            raise
+        raise ConfigError(f"{error}; trainer.log_every_n_steps is how often train/... is logged") from error
 
 
 def _function_results(module: EstimatorModule) -> dict[str, Any]:

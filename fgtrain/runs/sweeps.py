@@ -88,7 +88,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     for path in sorted(folder.glob("*/overrides.yaml"), key=lambda path: _number(path.parent.name)):
         results_path = path.parent / "results.json"
         results = json.loads(results_path.read_text()) if results_path.exists() else None
-        runs.append(([str(override) for override in OmegaConf.load(path)], results))
+        runs.append((_list_of(path), results))
     common = set.intersection(*(set(overrides) for overrides, _ in runs)) if len(runs) > 1 else set()
     rows = []
     for overrides, results in sorted(runs, key=lambda run: objective(run[1]) if run[1] else math.inf):
@@ -97,6 +97,12 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
         row |= {name: results[name] if results else None for name in ("steps", "train_seconds")}
         rows.append(row | {"status": "done" if results else "failed"})
     return rows
+
+
+def _list_of(path: Path) -> list[str]:
+    found = OmegaConf.to_container(OmegaConf.load(path), resolve=False)  # what the environment gives is not shown
+    assert isinstance(found, list)
+    return [str(override) for override in found]
 
 
 def _number(name: str) -> int:

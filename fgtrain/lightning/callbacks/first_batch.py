@@ -1,24 +1,25 @@
 """The first batch, looked at before anything is trained on it."""
 
-import math
-import re
 import sys
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Iterator, Set
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.fabric.utilities.data import sized_len
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
+from fgtrain.data.in_memory import refuse_other_examples
 from fgtrain.errors import ConfigError, DataError, ModelError
 from fgtrain.estimators import ForwardGradient, GradientEstimator
 from fgtrain.forward_ad.passes import RepeatedPass
+from fgtrain.lightning.callbacks.monitor import LOGGED
 from fgtrain.lightning.module import EstimatorModule
+from fgtrain.memory import free_memory
 from fgtrain.network.parameters import trainable_params
 from fgtrain.random import preserved_random_state
 from fgtrain.tangents import LowRank
@@ -33,7 +34,8 @@ class FirstBatch(L.Callback):
     Raises:
         DataError: there is no batch, or one of the wrong types, shapes or labels.
         ModelError: the model cannot take it.
-        ConfigError: the directions of a pass alone do not fit into memory.
+        ConfigError: the directions alone do not fit into memory, or a callback waits for a metric that there is
+            not.
     """
 
     def setup(self, trainer: Any, pl_module: L.LightningModule, stage: str) -> None:
@@ -46,9 +48,11 @@ class FirstBatch(L.Callback):
             batch = next(iter(data.train_dataloader()), None)
             if batch is None:
                 raise DataError(f"the training set of {type(data).__name__} is empty: its loader gives no batch")
-            validates = trainer.limit_val_batches != 0 and is_overridden("val_dataloader", data)
-            if validates and trainer.is_global_zero and sized_len(data.val_dataloader()) == 0:
-                print(f"fgtrain: the validation split of {type(data).__name__} is empty", file=sys.stderr)
+            if trainer.limit_val_batches != 0 and trainer.is_global_zero:
+                is_missing = not is_overridden("val_dataloader", data)
+                if is_missing or sized_len(data.val_dataloader()) == 0:
+                    what = "missing (no val_dataloader)" if is_missing else "empty"
+                    print(f"fgtrain: the validation split of {type(data).__name__} is {what}", file=sys.stderr)
             if isinstance(pl_module.task, Classification):
                 look_at_examples(batch, getattr(data, "num_classes", None), getattr(data, "input_shape", None))
             if type(trainer.precision_plugin) is Precision:
@@ -59,9 +63,11 @@ class FirstBatch(L.Callback):
             if bad and trainer.is_global_zero:
                 print(f"fgtrain: part {bad[0]} of the first batch holds nan or infinity", file=sys.stderr)
             if model._compiled_call_impl is None:  # two examples would be compiled for, too
-                self._try(batch, pl_module, trainer)
+                metrics = self._try(batch, pl_module, trainer)
+                refuse_unknown_monitors(trainer, {f"val/{name}" for name in metrics})
 
-    def _try(self, batch: Any, module: EstimatorModule, trainer: Any) -> None:
+    def _try(self, batch: Any, module: EstimatorModule, trainer: Any) -> list[str]:
+        """Two examples through the model, its loss and its metrics; the names of these."""
         few = tree_map(lambda leaf: leaf[:2] if isinstance(leaf, Tensor) and leaf.dim() else leaf, batch)
         dtype = next((p.dtype for p in module.model.parameters() if p.is_floating_point()), torch.float32)
         if type(trainer.precision_plugin) is not Precision:  # which converts the batch, and the model a little later
@@ -70,6 +76,7 @@ class FirstBatch(L.Callback):
         try:
             with torch.no_grad():
                 module.task.losses(module.model, few)
+                return list(module.task.metrics(module.model, few))
         except Exception as error:
             shapes = ", ".join(f"{tuple(leaf.shape)} {_name(leaf)}" for leaf in _tensors(few))
             reason = next(iter(str(error).splitlines()), "") or type(error).__name__
@@ -97,17 +104,29 @@ def look_at_examples(batch: Any, num_classes: int | None, input_shape: Any) -> N
             f"labels are {_name(labels)} of shape {tuple(labels.shape)}; classification takes the numbers of classes, "
             "int64 of shape (B,): labels.long()"
         )
-    if len(inputs) != len(labels):
-        raise DataError(f"the first batch has {len(inputs)} inputs and {len(labels)} labels")
-    lowest, highest = int(labels.min()), int(labels.max())
-    if lowest < 0 or (num_classes is not None and highest >= num_classes):
-        classes = "" if num_classes is None else f" to {num_classes - 1}, for num_classes={num_classes}"
-        raise DataError(f"labels of the first batch run from {lowest} to {highest}; they must be from 0{classes}")
-    if input_shape is not None and math.prod(inputs.shape[1:]) != math.prod(input_shape):
-        raise DataError(
-            f"inputs of the first batch have the shape {tuple(inputs.shape[1:])}, and input_shape of the data says "
-            f"{tuple(input_shape)}"
-        )
+    refuse_other_examples("the first batch", inputs, labels, num_classes, input_shape)
+    if int(labels.min()) < 0:
+        raise DataError(f"labels of the first batch begin at {int(labels.min())}; they must be from 0")
+
+
+def refuse_unknown_monitors(trainer: Any, validated: Set[str]) -> None:
+    """Raise if early stopping or a checkpoint waits for a metric that a run will not have.
+
+    Callbacks of the user's own may log anything; where there is one, nothing is refused.
+
+    Raises:
+        ConfigError: names the metrics there are.
+    """
+    if any(not type(callback).__module__.startswith(("fgtrain.", "lightning.")) for callback in trainer.callbacks):
+        return
+    known = sorted({*validated, *LOGGED})
+    for callback in trainer.callbacks:
+        if isinstance(callback, (EarlyStopping, ModelCheckpoint)):
+            name = callback.monitor
+            if name is not None and name not in known and not name.startswith("quality/"):
+                raise ConfigError(
+                    f"{type(callback).__name__}: monitor={name} is no metric; there are {', '.join(known)}"
+                )
 
 
 def refuse_too_many_directions(estimator: GradientEstimator, model: nn.Module, available: int | None) -> None:
@@ -129,17 +148,6 @@ def refuse_too_many_directions(estimator: GradientEstimator, model: nn.Module, a
             f"{at_a_time} directions of {one / 2**20:.3g} MiB each do not fit into the {available / 2**30:.3g} GiB of "
             f"free memory; method.chunk_size={max(1, available // (4 * one))} takes them in parts"
         )
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that can be had on a device; None where nobody says."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    table = Path("/proc/meminfo")
-    found = (
-        re.search(r"MemAvailable:\s+(\d+) kB", table.read_text()) if device.type == "cpu" and table.exists() else None
-    )
-    return None if found is None else int(found[1]) * 2**10
 
 
 def _refuse_other_precision(batch: Any, model: nn.Module) -> None:

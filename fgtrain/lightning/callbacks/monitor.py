@@ -21,13 +21,24 @@ from fgtrain.distributed import of_all_ranks
 from fgtrain.memory import return_freed_memory
 from fgtrain.network.sharding import whole
 
+DERIVATIVES = "train/directional_derivative"
+LOGGED = (
+    "train/loss",
+    DERIVATIVES,
+    f"{DERIVATIVES}_abs",
+    f"{DERIVATIVES}_max",
+    "train/grad_norm",
+    "train/lr",
+    "train/step_ms",
+)
+
 
 class Monitor(L.Callback):
     """Logs loss, learning rate, step time, directional derivatives and gradient norm every few steps.
 
     The values are means over the steps since the last time (the largest |derivative| is a maximum, the gradient norm
     that of the last step), so what is written is smooth and writing seldom loses nothing. They are also put among the
-    trainer's callback metrics, for early stopping and checkpoints.
+    trainer's callback metrics, for early stopping and checkpoints; the loss also when these look between two entries.
 
     Args:
         every_n_steps: optimizer steps between two entries in the log.
@@ -90,6 +101,17 @@ class Monitor(L.Callback):
         if self._due(trainer) and self._grad_norm is not None:
             self._write(trainer, pl_module)
 
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._offer_loss(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._offer_loss(trainer)
+
+    def _offer_loss(self, trainer: L.Trainer) -> None:
+        if self._losses:
+            loss = torch.stack(self._losses).mean()
+            trainer.callback_metrics["train/loss"] = trainer.strategy.reduce(loss, reduce_op="mean")
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         now = time.perf_counter()
         self.train_seconds, self._resumed_at = self.train_seconds + now - self._resumed_at, now
@@ -103,9 +125,9 @@ class Monitor(L.Callback):
         metrics = {"train/loss": torch.stack(self._losses).mean()}
         if self._derivatives:
             derivatives = torch.cat(self._derivatives)
-            metrics["train/directional_derivative"] = derivatives.mean()
-            metrics["train/directional_derivative_abs"] = derivatives.abs().mean()
-            metrics["train/directional_derivative_max"] = derivatives.abs().max()
+            metrics[DERIVATIVES] = derivatives.mean()
+            metrics[f"{DERIVATIVES}_abs"] = derivatives.abs().mean()
+            metrics[f"{DERIVATIVES}_max"] = derivatives.abs().max()
             self._write_histogram(trainer, derivatives)
         if self._grad_norm is not None:
             metrics["train/grad_norm"] = self._grad_norm

@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from fgtrain.errors import ConfigError
 from fgtrain.runs.cli import CONF
+from fgtrain.runs.config import drop_arguments_of_replaced_targets, name_targets
 
 SEARCH_SEED = 10_000  # of the runs that choose a learning rate; those that are compared have seeds 0, 1, ...
 
@@ -109,7 +110,8 @@ def compose_run(shared: Sequence[str], *own: str) -> tuple[DictConfig, dict[str,
     """The configuration of one run, and the names of its groups' choices."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("train", [*shared, *own, "quiet=true"], return_hydra_config=True)
-    choices = dict(cfg.hydra.runtime.choices)
+    choices = name_targets(cfg.hydra.runtime.choices, [*shared, *own])
     with open_dict(cfg):
         del cfg["hydra"]
+    drop_arguments_of_replaced_targets(cfg, [*shared, *own])
     return cfg, choices

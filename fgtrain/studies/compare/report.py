@@ -14,7 +14,7 @@ from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
 from fgtrain.studies.compare.plan import Comparison
-from fgtrain.studies.compare.runs import POINTS, Finished, Outcome, device_name
+from fgtrain.studies.compare.runs import CURVES, POINTS, TRAINED, Finished, Outcome, device_name
 
 Curve = Callable[[Finished], list[tuple[float, float]]]
 
@@ -29,7 +29,8 @@ def rows_of(plan: Comparison, outcome: Outcome) -> list[dict[str, Any]]:
         cost = outcome.costs[method]
         reached = [seconds for run in runs if (seconds := seconds_to_target(plan, run)) is not None]
         row: dict[str, Any] = {"method": method, "lr": outcome.lrs[method], "runs": len(started)}
-        row["with_accuracy"] = any("val/acc" in run.curves for run in outcome.runs)
+        row["with_accuracy"] = any({"val/acc", "test/acc"} & run.results["metrics"].keys() for run in outcome.runs)
+        row["with_validation"] = is_validated(outcome.runs)
         row["diverged"] = len(started) - len(runs)
         for name, keys in (("accuracy", ["test/acc"]), ("loss", ["test/loss", "loss"])):
             row |= _mean_and_deviation(name, [run.results["metrics"].get(k) for run in runs for k in keys])
@@ -42,6 +43,11 @@ def rows_of(plan: Comparison, outcome: Outcome) -> list[dict[str, Any]]:
         row["peak_memory_to_backprop"] = cost.peak_mib / reference.peak_mib
         rows.append(row | {"bytes_per_step": cost.bytes_sent})
     return rows
+
+
+def is_validated(runs: Sequence[Finished]) -> bool:
+    """Whether there was validation data; what diverged at once had no time to look at it."""
+    return all(run.diverged for run in runs) or any(tag in run.curves for run in runs for tag in CURVES)
 
 
 def _mean_and_deviation(name: str, values: Sequence[float | None]) -> dict[str, float | None]:
@@ -90,9 +96,16 @@ def statement(plan: Comparison, outcome: Outcome, command: str) -> list[str]:
             " sqrt(10) apart, by the final validation loss of one run each with another seed and the same budget."
         )
     metric = "validation accuracy" if "val/acc" in run.curves else "value"
+    if is_validated(outcome.runs):
+        lines += [f"Target: {metric} {target_of(plan, run):g}."]
+    else:
+        lines += ["There is no validation split: no time to a target, and the curves are of the training loss."]
+    done = [r for r in outcome.runs if not r.diverged]
+    if done and not any({"test/loss", "loss"} & r.results["metrics"].keys() for r in done):
+        lines += ["There is no test split: no final accuracy or loss."]
+    lines[-1] += " Step time, memory and traffic are of one gradient and update."
     lines += [
-        f"Target: {metric} {target_of(plan, run):g}. Step time, memory and traffic are of one gradient and update.",
-        f"Time is that of training with {POINTS} validations and as many comparisons with the exact gradient.",
+        f"Time is that of training with {POINTS} validations, if any, and comparisons with the exact gradient.",
     ]
     diverged = Counter(run.method for run in outcome.runs if run.diverged)
     lines += [f"{method}: {n} of {plan.seeds} runs diverged and are in no mean." for method, n in diverged.items()]
@@ -114,7 +127,11 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
         "loss": spread("loss", 1, ".3g"),
         "steps": str(row["steps"]),
         "time, s": f"{row['seconds']:.1f}",
-        "to target, s": "never" if reached is None else f"{reached:.1f} ({row['reached_target']}/{row['runs']})",
+        "to target, s": ""
+        if not row["with_validation"]
+        else "never"
+        if reached is None
+        else f"{reached:.1f} ({row['reached_target']}/{row['runs']})",
         "step time": f"{row['step_time_to_backprop']:.2f}x",
         "peak memory": f"{row['peak_memory_to_backprop']:.2f}x",
         "traffic": f"{row['bytes_per_step']} B/step",
@@ -162,7 +179,7 @@ def draw(plan: Comparison, outcome: Outcome, folder: Path) -> None:
 
 def curves(plan: Comparison, runs: Sequence[Finished]) -> Figure:
     """Loss, and the share of errors where there is an accuracy, against steps and against training time."""
-    tags = [tag for tag in ("val/loss", "val/acc", "val/distance_to_minimum") if tag in runs[0].curves]
+    tags = [tag for tag in CURVES if any(tag in run.curves for run in runs)] or [TRAINED]
     figure = Figure(figsize=(10, 3.2 * len(tags)), layout="constrained")
     axes = figure.subplots(len(tags), 2, squeeze=False)
     for row, tag in zip(axes, tags, strict=True):

@@ -9,13 +9,15 @@ from typing import Any, NamedTuple
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fgtrain.errors import DivergenceError
+from fgtrain.errors import ConfigError, DivergenceError
 from fgtrain.runs.run import build, run
 from fgtrain.studies.compare.cost import StepCost, step_costs
 from fgtrain.studies.compare.plan import SEARCH_SEED, Comparison, compose_run
 
 TRIAL_STEPS = 200
 POINTS = 40  # of a curve
+CURVES = ("val/loss", "val/acc", "val/distance_to_minimum")
+TRAINED = "train/loss"  # the curve of data without validation
 
 
 class Finished(NamedTuple):
@@ -107,6 +109,10 @@ def _search(
         report(f"{method} learning rate {lr:g}")
         found = _finish(plan, method, SEARCH_SEED, lr, steps, plan.folder / "search" / method / f"lr={lr:g}")
         metrics = found.results["metrics"]
+        if not found.diverged and not {"val/loss", "loss"} & metrics.keys():
+            raise ConfigError(
+                "lr=search chooses by the validation loss, and the data has no validation split; use lr=yaml"
+            )
         loss = metrics.get("val/loss", metrics.get("loss", math.inf))
         yield lr, loss if math.isfinite(loss) else math.inf
 
@@ -134,7 +140,7 @@ def _finish(plan: Comparison, method: str, seed: int, lr: float | None, steps: i
 
 def _curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    wanted = set(events.Tags()["scalars"]) & {"val/loss", "val/acc", "val/distance_to_minimum", "quality/cosine"}
+    wanted = set(events.Tags()["scalars"]) & {*CURVES, TRAINED, "quality/cosine"}
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in wanted}
 
 

@@ -1,0 +1,78 @@
+"""What the environment gives is in nothing that a run writes, and the run can be repeated and resumed all the same."""
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from fgtrain.runs.config import to_plain, to_saved
+from tests.test_script import results_under, train
+
+SECRET = "hunter2"
+SHORT = ("trainer.max_steps=4", "trainer.val_check_interval=2", "quiet=true", "method=backprop", "data=text")
+SHORT += ("task=language_modeling", "model=lstm", "data.path='${oc.env:FOLDER}/text'", "lr='${oc.env:RATE}'")
+SHORT += ("data.batch_size='${oc.decode:${oc.env:BATCH}}'",)
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / SECRET).mkdir()
+    (tmp_path / SECRET / "text").write_text("a text of one's own. " * 100)
+    for name, value in {"FOLDER": str(tmp_path / SECRET), "RATE": "0.1", "BATCH": "8"}.items():
+        monkeypatch.setenv(name, value)
+    return tmp_path
+
+
+def leaks(folder):
+    return [path for path in folder.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()]
+
+
+def weights(run_dir):
+    return torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+
+
+def test_a_run_repeated_and_resumed(folder, monkeypatch):
+    status, _, err = train(folder, *SHORT, "hydra.run.dir=run")
+    assert status == 0, err
+    saved = (folder / "run" / "config.yaml").read_text()
+    assert "path: ${oc.env:FOLDER}/text" in saved
+    assert "batch_size: ${oc.decode:${oc.env:BATCH}}" in saved
+    status, _, err = train(folder, "--config-dir", "run", "--config-name", "config", "hydra.run.dir=again")
+    assert status == 0, err
+    before, after = weights(folder / "run"), weights(folder / "again")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    status, _, err = train(folder, *SHORT, "hydra.run.dir=run", "resume=auto", "trainer.max_steps=6")
+    assert status == 0, err
+    status, _, err = train(folder, *SHORT, "hydra.run.dir=run", "resume=auto", "data.path=other")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "data.path is ${oc.env:FOLDER}/text in the run of" in err
+    monkeypatch.setenv("RATE", "0.2")
+    status, _, err = train(folder, *SHORT, "hydra.run.dir=run", "resume=auto", "lr=0.1", "trainer.max_steps=8")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "lr is ${oc.env:RATE} in the run of" in err
+    assert leaks(folder) == []
+
+
+def test_a_sweep(folder):
+    status, _, err = train(folder, *SHORT, "seed=0,1", "-m")
+    assert status == 0, err
+    assert len(results_under(folder)) == 2
+    assert leaks(folder) == []
+    assert len(list(folder.rglob(f"*{SECRET}*"))) == 1
+
+
+def test_what_refers_to_it_is_not_written_either(monkeypatch):
+    monkeypatch.setenv("NAME", SECRET)
+    cfg = OmegaConf.create(
+        {
+            "a": "${oc.env:NAME}",
+            "b": {"c": ["${a}", "x${.0}", 3, "${d}"], "e": "${oc.env:NONE,7}"},
+            "d": 4,
+            "f": "${b}",
+        }
+    )
+    saved = to_saved(cfg)
+    assert saved == {"a": "${oc.env:NAME}", "b": {"c": ["${a}", "x${.0}", 3, 4], "e": "${oc.env:NONE,7}"}} | {
+        "d": 4,
+        "f": "${b}",
+    }
+    assert to_plain(OmegaConf.create(saved)) == to_plain(cfg)

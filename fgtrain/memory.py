@@ -3,10 +3,12 @@
 import ctypes
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # names of glibc's malloc.h
 _LARGEST = 2**31 - 1
@@ -46,6 +48,24 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error says that there was not enough memory, of whatever device."""
     of_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
     return of_cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError))
+
+
+def peak_mib(step: Callable[[], object], device: torch.device) -> float:
+    """Largest sum of living tensors during a step, above what lived before it."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        step()
+        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
+        step()
+    assert recorded.profiler is not None
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
+    total = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        total += event.nbytes()
+        peak = max(peak, total)
+    return peak / 2**20
 
 
 def _of_glibc(name: str) -> Any:

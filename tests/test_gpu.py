@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from fgtrain import Backprop, ForwardGradient, LowRank, Normal, Rademacher, Sphere, directional_derivatives, write_grads
+from fgtrain.memory import peak_mib
 from fgtrain.random import keyed_generator
-from fgtrain.studies.benchmarks.steps import make_problem, peak_mib
+from fgtrain.studies.benchmarks.steps import make_problem
 from fgtrain.tangents.directions import dense
 from tests.test_compilation import compiles
 from tests.test_methods import EVERY_METHOD, make

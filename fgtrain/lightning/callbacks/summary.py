@@ -12,7 +12,7 @@ from fgtrain.distributed import Ranks
 from fgtrain.forward_ad.passes import RepeatedPass
 from fgtrain.lightning.module import EstimatorModule
 from fgtrain.lightning.step import estimate_for_step
-from fgtrain.studies.benchmarks.steps import peak_mib
+from fgtrain.memory import peak_mib
 
 
 class Summary(L.Callback):

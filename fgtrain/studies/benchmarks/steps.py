@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.profiler import ProfilerActivity, profile
 
 from fgtrain.estimators import Backprop, GradientEstimator, write_grads
+from fgtrain.memory import peak_mib
 from fgtrain.models import CNN, MLP, torchvision_model
 from fgtrain.network.compilation import compile_model
 
@@ -238,24 +238,6 @@ def _seconds(step: Callable[[], None], repeats: int, device: torch.device) -> fl
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def peak_mib(step: Callable[[], object], device: torch.device) -> float:
-    """Largest sum of living tensors during a step, above what lived before it."""
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        step()
-        return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
-        step()
-    assert recorded.profiler is not None
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
-    total = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        total += event.nbytes()
-        peak = max(peak, total)
-    return peak / 2**20
 
 
 def _quartiles(values: Sequence[float]) -> tuple[float, float]:

@@ -10,9 +10,9 @@ import torch
 from omegaconf import DictConfig
 
 from fgtrain.estimators import write_grads
+from fgtrain.memory import peak_mib
 from fgtrain.random import keyed_generator
 from fgtrain.runs.run import build
-from fgtrain.studies.benchmarks.steps import peak_mib
 
 
 class StepCost(NamedTuple):

@@ -1,0 +1,81 @@
+"""Imports point downwards: the order of the storeys is that in which data flows, and what is below stands alone."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "fgtrain"
+STOREYS = [
+    {"studies"},
+    {"runs"},
+    {"lightning"},
+    {"distributed", "self_check"},
+    {"estimators"},
+    {"layer_noise"},
+    {"forward_ad"},
+    {"tangents"},
+    {"models", "data", "tasks"},  # what a configuration names
+    {"network"},
+    {"errors", "memory", "quality", "random", "schedulers"},
+]
+"""From the top. A module imports its own storey's part and what stands below."""
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+def imported(file):
+    """(module, whether at the top of the file) of every import."""
+    tree = ast.parse(file.read_text())
+    for node in ast.walk(tree):
+        at_top = node in tree.body
+        if isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module, at_top
+        elif isinstance(node, ast.Import):
+            yield from ((name.name, at_top) for name in node.names)
+
+
+def part(module):
+    """The first name below fgtrain."""
+    return module.split(".")[1] if "." in module else ""
+
+
+def test_every_part_has_a_storey():
+    parts = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert parts - {"__init__"} == set().union(*STOREYS)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_imports_point_downwards(file):
+    own = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if own == "__init__":
+        return  # the package's own names
+    level = next(i for i, storey in enumerate(STOREYS) if own in storey)
+    allowed = {own}.union(*STOREYS[level + 1 :])
+    for module, _ in imported(file):
+        if module.split(".")[0] == "fgtrain":
+            assert part(module) in allowed, f"{module} is not below {own}"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_below_lightning_nothing_knows_it(file):
+    own = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if own in {"studies", "runs", "lightning", "data"}:  # data modules are Lightning's
+        return
+    names = {module.split(".")[0] for module, _ in imported(file)}
+    assert not names & {"hydra", "omegaconf", "lightning"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_no_import_is_hidden_in_a_function(file):
+    """One of fgtrain's own would hide a circle; the compiler's takes seconds and is late on purpose."""
+    hidden = {module for module, at_top in imported(file) if not at_top and module.split(".")[0] == "fgtrain"}
+    assert hidden <= {"fgtrain.forward_ad.compiled"}
+
+
+def test_the_library_loads_no_runner():
+    code = "import sys, fgtrain; print(sorted({'hydra', 'lightning', 'matplotlib', 'sklearn'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"

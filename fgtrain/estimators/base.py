@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fgtrain._torch import foreach_norm
 from fgtrain.errors import DivergenceError
 from fgtrain.network.parameters import one_at_a_time, slots_of
 
@@ -175,4 +176,4 @@ def _refuse_non_finite(grads: Mapping[str, Tensor]) -> None:
 
 def norms(tensors: list[Tensor]) -> tuple[Tensor, ...]:
     """Not finite where an entry is not; in half precision the squares need the range of single."""
-    return torch._foreach_norm(tensors, 2, dtype=torch.float32 if tensors[0].dtype.itemsize < 4 else None)
+    return foreach_norm(tensors, 2, dtype=torch.float32 if tensors[0].dtype.itemsize < 4 else None)

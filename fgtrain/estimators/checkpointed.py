@@ -9,13 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 
+from fgtrain._torch import eager_functions, tree_leaves
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.estimators.backprop import Backprop
 from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce
-from fgtrain.forward_ad.native import eager_functions
 from fgtrain.network.chains import is_chain, links
 from fgtrain.network.parameters import slots_of
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fgtrain._torch import is_compiled
 from fgtrain.errors import LossError
 from fgtrain.forward_ad import native, sharded, stacked
 from fgtrain.forward_ad.native import NO_TANGENT, LossFn
@@ -135,8 +136,7 @@ class _Engines:
     def _met(self, model: nn.Module, tangents: Mapping[str, Tangent]) -> tuple[Any, ...]:
         """What decides which engines can run, as far as it can be seen beforehand."""
         first, p = next(iter(tangents.values())), self._one
-        compiled = model._compiled_call_impl is not None or hasattr(model, "_orig_mod")  # as the user asked for
-        return type(first), num_of(tangents), model.training, p.dtype, p.stride(), compiled
+        return type(first), num_of(tangents), model.training, p.dtype, p.stride(), is_compiled(model)
 
     def _all(self, *, compiled: bool) -> list[tuple[Engine, str]]:
         """(engine, what is said where it fails)."""

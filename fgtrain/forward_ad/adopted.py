@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
 
+from fgtrain._torch import tree_map_only
 from fgtrain.forward_ad.dual import Dual, is_differentiable
 
 

@@ -11,19 +11,16 @@ A compiled function drops the tangent of a dual tensor without a word, so none i
 What cannot be taken down goes through the stacked engine as it is written.
 """
 
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
-import torch._dynamo.config
-import torch._inductor
 from torch import Tensor, fx, nn
-from torch._C import _autograd
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from fgtrain._torch import compile_graph, no_fake_tensor_cache, plain_tensors, saved_tensor_hooks_as_they_were
 from fgtrain.errors import LossError, UserError
 from fgtrain.forward_ad.dual import Dual, running_pass
 from fgtrain.forward_ad.native import NO_TANGENT
@@ -35,7 +32,7 @@ from fgtrain.tangents.directions import LowRankTangent, Tangent
 
 def inductor(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
     """The graph, compiled for inputs like these."""
-    return torch._inductor.compile(graph, inputs, options=OPTIONS)
+    return compile_graph(graph, inputs, OPTIONS)
 
 
 class CompiledPass:
@@ -67,7 +64,7 @@ class CompiledPass:
         params = slots_of(model).params
         self._names, self._tangents = {id(params[name]): name for name in tangents}, tangents
         try:
-            with _saved_tensor_hooks_as_they_were(), torch.enable_grad():  # to tell the model's own no_grad
+            with saved_tensor_hooks_as_they_were(), torch.enable_grad():  # to tell the model's own no_grad
                 losses = check_losses(self._run(_with_defaults_as_keywords(loss_fn), model))
             derivatives = next((tangent for value, tangent in self._outputs if value is losses), None)
         except (UserError, NotIntercepted):
@@ -98,19 +95,6 @@ class CompiledPass:
             return tuple(value for value, _ in self._outputs)
 
         return run
-
-
-@contextmanager
-def _saved_tensor_hooks_as_they_were() -> Generator[None]:
-    """A refused pass may end inside a transform of torch.func, whose ban on such hooks would stay: no checkpointing."""
-    ban = _autograd._saved_tensors_hooks_get_disabled_error_message()
-    try:
-        yield
-    finally:
-        if ban is None:
-            _autograd._saved_tensors_hooks_enable()
-        else:
-            _autograd._saved_tensors_hooks_disable(ban)
 
 
 def _loss(loss_fn: Callable[[Any], Tensor], model: nn.Module) -> Tensor:
@@ -165,13 +149,12 @@ def _derived(
                 values[i] = Dual(values[i], form.remake(*(next(parts) for _ in form.parts)))
             with torch.enable_grad(), TakenDown():
                 outputs = taken.forward(*values)
-            with torch._C.DisableTorchFunctionSubclass():
+            with plain_tensors():
                 return [part for out in outputs for part in _unpacked(out)]
 
     flat = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
     flat += [part for form in forms for part in form.parts]
-    # What the cache remembers of an operation by itself may be wrong strides for the same one inside forward mode.
-    with torch._dynamo.config.patch(fake_tensor_cache_enabled=False):
+    with no_fake_tensor_cache():
         return make_fx(along, tracing_mode="fake")(*flat), flat
 
 

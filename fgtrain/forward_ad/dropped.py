@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from fgtrain._torch import tree_flatten, tree_leaves, tree_unflatten
 from fgtrain.forward_ad.passes import RandomState
 
 READS_THE_VALUE = frozenset(

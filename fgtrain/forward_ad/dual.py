@@ -26,8 +26,16 @@ from typing import Any, NamedTuple
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
+from fgtrain._torch import (
+    overrides_of_tensors,
+    plain_tensors,
+    set_grad_enabled,
+    tree_flatten,
+    tree_leaves,
+    tree_map_only,
+    tree_unflatten,
+)
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.forward_ad.dropped import is_differentiable, refuse_if_lost
 from fgtrain.forward_ad.kept import of_earlier_pass
@@ -205,7 +213,7 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     # The model's own no_grad makes constants for backpropagation, and so here; a dual outside its pass is a constant.
     running = _running.one
     if running is None or not torch.is_grad_enabled():
-        with torch._C.DisableTorchFunctionSubclass():
+        with plain_tensors():
             return func(*values(args), **values(kwargs))
     if running.width is not None:
         _on_values(_widened, (args, kwargs, running.width), {})
@@ -236,18 +244,18 @@ def _value_of(x: Any) -> Any:
 
 def _on_values(rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a rule: no graph is recorded, and duals are plain objects to it."""
-    torch._C._set_grad_enabled(False)
+    set_grad_enabled(False)
     try:
-        with torch._C.DisableTorchFunctionSubclass():
+        with plain_tensors():
             return rule(*args, **kwargs)
     finally:
-        torch._C._set_grad_enabled(True)
+        set_grad_enabled(True)
 
 
 def _as_user_code(rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a body as if its lines stood in the user's model."""
     adopting = _running.one.adopting if _running.one is not None else None
-    with torch._C._EnableTorchFunction(), adopting or _NOTHING:
+    with overrides_of_tensors(), adopting or _NOTHING:
         return rule(*args, **kwargs)
 
 

@@ -5,24 +5,23 @@ and the loss comes out as (f, grad f . v). Nothing is stored for a backward pass
 """
 
 import re
-import sys
 from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
+from fgtrain._torch import REQUIRES_GRAD, eager_functions, is_inside_transform, tree_leaves, tree_map_only
 from fgtrain.errors import LossError, UnsupportedOperation
 from fgtrain.forward_ad.dropped import refuse_if_lost
 from fgtrain.forward_ad.dual import Dual
 from fgtrain.forward_ad.kept import is_kept, marked, of_earlier_pass, release
 from fgtrain.forward_ad.passes import RepeatedPass, check_losses
 from fgtrain.forward_ad.rules.opened import opened
-from fgtrain.forward_ad.rules.written_out import IN_OTHERS, REQUIRES_GRAD, no_backward
+from fgtrain.forward_ad.rules.written_out import IN_OTHERS, no_backward
 from fgtrain.network.parameters import slots_of
 from fgtrain.tangents.directions import Tangent, dense
 
@@ -91,11 +90,6 @@ def no_fast_paths() -> Generator[None]:
         torch.backends.mha.set_fastpath_enabled(fastpath)
 
 
-def eager_functions() -> Any:
-    """A context in which compiled functions run as they were written: compiled, they drop tangents without a word."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-
-
 class _CheckedCalls(TorchFunctionMode):
     """Looks at every call of a pass: nothing may lose its derivative on the way.
 
@@ -143,7 +137,7 @@ class _CheckedCalls(TorchFunctionMode):
         """
         if isinstance(x, Dual):
             raise UnsupportedOperation(of_earlier_pass(x))
-        if torch._C._functorch.is_functorch_wrapped_tensor(x) or not x.requires_grad:
+        if is_inside_transform(x) or not x.requires_grad:
             return x
         if id(x) in self._names:
             return self._duals.get(self._names[id(x)], x.detach())
@@ -181,7 +175,7 @@ def primal_of(x: Tensor) -> Tensor:
 
 
 def _can_be_dual(x: Tensor) -> bool:
-    return x.layout == torch.strided and not torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return x.layout == torch.strided and not is_inside_transform(x)
 
 
 class named_errors:  # noqa: N801 - a context manager used like a function

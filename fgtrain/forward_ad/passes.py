@@ -6,8 +6,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from fgtrain._torch import TorchDispatchMode
 from fgtrain.errors import LossError
 from fgtrain.forward_ad.kept import Attributes
 from fgtrain.network.parameters import ParameterSlots, slots_of

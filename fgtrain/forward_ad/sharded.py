@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fgtrain._torch import eager_functions, set_grad_enabled
 from fgtrain.errors import LossError, UnsupportedOperation
 from fgtrain.forward_ad.dual import Dual, primal_of, running_pass, tangent_of
-from fgtrain.forward_ad.native import NO_TANGENT, eager_functions, named_errors
+from fgtrain.forward_ad.native import NO_TANGENT, named_errors
 from fgtrain.forward_ad.passes import NotIntercepted, check_losses
 from fgtrain.network.sharding import is_sharded
 from fgtrain.tangents.directions import LowRankTangent, Tangent
@@ -81,17 +82,17 @@ class _DualsInForward:
                 gathered.append(held[key])
                 if name in self._tangents:
                     held[key] = Dual(held[key].detach(), self._tangents[name])
-            torch._C._set_grad_enabled(True)
+            set_grad_enabled(True)
 
         def take_duals(*_: Any) -> None:
             for (held, key, _name), p in zip(places, gathered, strict=True):
                 held[key] = p
             gathered.clear()
-            torch._C._set_grad_enabled(False)
+            set_grad_enabled(False)
 
         # FSDP2's own hooks stand between these and run without grad mode, in which they would prepare for a backward.
-        before = unit.register_forward_pre_hook(lambda *_: torch._C._set_grad_enabled(False), prepend=True)
-        after = unit.register_forward_hook(lambda *_: torch._C._set_grad_enabled(True))
+        before = unit.register_forward_pre_hook(lambda *_: set_grad_enabled(False), prepend=True)
+        after = unit.register_forward_hook(lambda *_: set_grad_enabled(True))
         for handle in (
             before,
             unit.register_forward_pre_hook(put_duals),

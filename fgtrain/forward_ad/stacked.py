@@ -15,11 +15,12 @@ import fgtrain.forward_ad.rules.losses
 import fgtrain.forward_ad.rules.matrix_products
 import fgtrain.forward_ad.rules.sampling
 import fgtrain.forward_ad.rules.sequence  # noqa: F401 - these register their rules and bodies
+from fgtrain._torch import eager_functions, plain_tensors
 from fgtrain.errors import LossError
 from fgtrain.forward_ad.adopted import Adopting
 from fgtrain.forward_ad.dual import Dual, primal_of, running_pass, tangent_of
 from fgtrain.forward_ad.kept import marked, release
-from fgtrain.forward_ad.native import NO_TANGENT, eager_functions, named_errors
+from fgtrain.forward_ad.native import NO_TANGENT, named_errors
 from fgtrain.forward_ad.passes import WritesIntoPlain, check_losses
 from fgtrain.network.parameters import ParameterSlots, slots_of
 from fgtrain.tangents.directions import Tangent
@@ -78,7 +79,7 @@ def evaluate(
             ):
                 found = loss_fn(model)
             found = found if adopting is None else adopting.dual_of(found)
-            with torch._C.DisableTorchFunctionSubclass():
+            with plain_tensors():
                 losses, derivatives = check_losses(primal_of(found)), tangent_of(found)
             del found
         except WritesIntoPlain:

@@ -13,8 +13,8 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves
 
+from fgtrain._torch import tree_leaves
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.forward_ad.dropped import only_reads
 from fgtrain.forward_ad.dual import Dual, LocalGrads, OutputTangent, call, primal_of, tangent_of, widen

@@ -9,9 +9,9 @@ from lightning.pytorch.utilities.compile import to_uncompiled
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
-from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DistributedDataParallel
 
+from fgtrain._torch import is_wrapped
 from fgtrain.distributed import Ranks, TangentsOver
 from fgtrain.errors import ConfigError, LossError
 from fgtrain.estimators import Estimate, GradientEstimator, write_grads
@@ -60,7 +60,7 @@ def convert(
         ConfigError: these are no LightningModule and estimator, or the module optimizes manually, or takes the data
             iterator itself.
     """
-    if isinstance(module, OptimizedModule):
+    if is_wrapped(module):
         raise ConfigError("convert takes the module as it was written; compile what it returns")
     if any(base.__module__.startswith("pytorch_lightning.") for base in type(module).__mro__):
         raise ConfigError(

@@ -8,6 +8,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from fgtrain._torch import foreach_copy
 from fgtrain.errors import DivergenceError
 from fgtrain.estimators import Estimate
 from fgtrain.estimators.base import norms
@@ -92,7 +93,7 @@ class Divergence(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         if self._buffers:
-            torch._foreach_copy_(self._copies, self._buffers)
+            foreach_copy(self._copies, self._buffers)
 
     def inspect(self, estimate: Estimate, trainer: L.Trainer) -> bool:
         """Whether an estimate is of finite numbers; one that is not makes the optimizer step it belongs to unsound.
@@ -112,7 +113,7 @@ class Divergence(L.Callback):
         self._in_a_row += 1
         self.skipped_steps += 1
         if self._buffers:
-            torch._foreach_copy_(self._buffers, self._copies)
+            foreach_copy(self._buffers, self._copies)
         for logger in trainer.loggers:
             logger.log_metrics({"train/skipped_steps": self.skipped_steps}, step=trainer.global_step)
         what = f"the loss is {loss}" if not math.isfinite(loss) else "a derivative or the gradient is not finite"

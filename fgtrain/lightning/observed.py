@@ -7,10 +7,10 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 from torchmetrics import Metric
 from torchmetrics.wrappers.abstract import WrapperMetric
 
+from fgtrain._torch import tree_map
 from fgtrain.distributed import Ranks, TangentsOver
 from fgtrain.errors import LossError
 from fgtrain.estimators import Estimate, GradientEstimator

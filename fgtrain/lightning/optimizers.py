@@ -4,8 +4,9 @@ from collections import ChainMap
 from collections.abc import Callable
 from typing import Any
 
-from lightning.pytorch.core.optimizer import _configure_optimizers
 from torch.optim import Optimizer
+
+from fgtrain.lightning._lightning import configure_optimizers
 
 
 class Together(Optimizer):
@@ -51,5 +52,5 @@ def step_together(configured: Any) -> Any:
     """What configure_optimizers returned, with several optimizers made one; a single one is left as it is."""
     if configured is None:
         return None
-    optimizers, schedulers, _ = _configure_optimizers(configured)
+    optimizers, schedulers, _ = configure_optimizers(configured)
     return configured if len(optimizers) < 2 else ([Together(optimizers)], schedulers)

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+
+from fgtrain._torch import plain_tensors, tree_map
 
 
 class Perturbed(Tensor):
@@ -29,7 +30,7 @@ class Perturbed(Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
+        with plain_tensors():
             if func in _OF_THE_OUTSIDE:
                 return func(*args, **(kwargs or {}))
             args, kwargs = tree_map(_value, (args, kwargs or {}))

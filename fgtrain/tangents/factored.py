@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
+
+from fgtrain._torch import no_torch_function, tree_map
 
 aten = torch.ops.aten
 
@@ -28,7 +29,7 @@ class FactoredGrad(Tensor):
     left: Tensor
     right: Tensor
     written: Tensor | None
-    __torch_function__ = torch._C._disabled_torch_function_impl  # ty: ignore[incompatible-method-override]
+    __torch_function__ = no_torch_function  # ty: ignore[incompatible-method-override]
 
     @staticmethod
     def __new__(cls: type, left: Tensor, right: Tensor, shape: torch.Size) -> "FactoredGrad":

@@ -4,8 +4,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
+from fgtrain._torch import FUNCTION_OWNERS, REQUIRES_GRAD, tree_leaves
 from fgtrain.forward_ad.dropped import is_differentiable, only_reads
 from fgtrain.forward_ad.dual import (
     FALLBACKS,
@@ -22,9 +22,7 @@ from fgtrain.forward_ad.dual import (
 )
 from fgtrain.forward_ad.passes import NotIntercepted
 from fgtrain.forward_ad.rules.opened import opened
-from fgtrain.forward_ad.rules.written_out import REQUIRES_GRAD, no_backward
-
-_OWNERS = (torch.Tensor, torch, torch._C._nn)
+from fgtrain.forward_ad.rules.written_out import no_backward
 
 
 def find_fallback(func: Any) -> Fallback:
@@ -84,7 +82,7 @@ def _target(x: Any, name: str, *sources: Any) -> tuple[Dual, Tensor, Tensor]:
 
 def _in_place(name: str) -> Rule:
     """name_ as name: the result is computed anew and copied into the argument's own memory."""
-    outside = next((getattr(owner, name[:-1]) for owner in _OWNERS if hasattr(owner, name[:-1])), None)
+    outside = next((getattr(owner, name[:-1]) for owner in FUNCTION_OWNERS if hasattr(owner, name[:-1])), None)
 
     def rule(x: Any, *args: Any, **kwargs: Any) -> Any:
         if not is_differentiable(x):

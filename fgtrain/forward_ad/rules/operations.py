@@ -11,8 +11,8 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 from torch.nn import functional as F
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from fgtrain._torch import tree_flatten, tree_map, tree_unflatten
 from fgtrain.forward_ad.dual import RULES, Dual, Rule, dual, laid_out, per_direction, primal_of, tangent_of
 from fgtrain.forward_ad.rules.written_out import functions_named
 from fgtrain.tangents.directions import LowRankTangent

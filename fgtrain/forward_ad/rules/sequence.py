@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fgtrain._torch import pack_padded_sequence, pad_packed_sequence, safe_softmax
 from fgtrain.forward_ad.rules.written_out import IN_OTHERS, written_out
 
 
@@ -36,7 +37,7 @@ def _attention(
     if attn_mask is not None:
         is_choice = attn_mask.dtype == torch.bool
         scores = scores.masked_fill(~attn_mask, -torch.inf) if is_choice else scores + attn_mask
-        weights = torch._safe_softmax(scores, -1)
+        weights = safe_softmax(scores, -1)
     else:
         weights = torch.softmax(scores, -1)
     if dropout_p > 0:
@@ -177,13 +178,13 @@ IN_OTHERS[torch.rnn_relu] = _recurrent(_simple_cell(torch.relu), 1)
 @written_out("_pack_padded_sequence")
 def _pack_padded_sequence(x: Any, lengths: Tensor, batch_first: bool) -> Any:
     numbers = torch.arange(x.shape[0] * x.shape[1], device=x.device).view(*x.shape[:2])
-    rows, sizes = torch._C._VariableFunctions._pack_padded_sequence(numbers, lengths, batch_first)
+    rows, sizes = pack_padded_sequence(numbers, lengths, batch_first)
     return x.flatten(0, 1)[rows], sizes
 
 
 @written_out("_pad_packed_sequence")
 def _pad_packed_sequence(data: Any, sizes: Tensor, batch_first: bool, value: float, total_length: int) -> Any:
     numbers = torch.arange(len(data), device=data.device)
-    rows, lengths = torch._C._VariableFunctions._pad_packed_sequence(numbers, sizes, batch_first, -1, total_length)
+    rows, lengths = pad_packed_sequence(numbers, sizes, batch_first, -1, total_length)
     padding = (rows < 0).view(*rows.shape, *[1] * (data.dim() - 1))
     return data[rows.clamp(min=0)].masked_fill(padding, value), lengths

@@ -11,20 +11,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fgtrain._torch import FUNCTION_OWNERS, standard_gamma, standard_gamma_grad
 from fgtrain.forward_ad.rules.opened import opened
 
 IN_OTHERS: dict[Any, Callable[..., Any]] = {}
 """{function of PyTorch: what it does, in other functions}."""
 
-REQUIRES_GRAD: Any = vars(torch._C.TensorBase)["requires_grad"].__get__
-"""How `x.requires_grad` is read."""
-
-_OWNERS = (torch, torch.Tensor, torch._C._nn)  # torch.nn.functional's own are written in Python and opened
-
 
 def functions_named(names: str) -> list[Any]:
     """Every function of PyTorch that has one of these names."""
-    return [getattr(owner, name) for name in names.split() for owner in _OWNERS if hasattr(owner, name)]
+    return [getattr(owner, name) for name in names.split() for owner in FUNCTION_OWNERS if hasattr(owner, name)]
 
 
 def written_out(names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -129,8 +125,8 @@ def _normal(mean: Any, std: Any, *args: Any, **kwargs: Any) -> Any:
 def _standard_gamma(concentration: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """A sample and its derivative at a fixed place of the distribution function, as backpropagation takes it."""
     at = concentration.detach()
-    sample = torch._standard_gamma(at, generator)
-    return sample + torch._standard_gamma_grad(at, sample) * (concentration - at)
+    sample = standard_gamma(at, generator)
+    return sample + standard_gamma_grad(at, sample) * (concentration - at)
 
 
 # --- distances ----------------------------------------------------------------------------------------------------

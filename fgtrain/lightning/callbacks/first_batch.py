@@ -11,8 +11,8 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map
 
+from fgtrain._torch import tree_flatten, tree_map
 from fgtrain.data.in_memory import refuse_other_examples
 from fgtrain.errors import ConfigError, DataError, ModelError
 from fgtrain.estimators import ForwardGradient, GradientEstimator

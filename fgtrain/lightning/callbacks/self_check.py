@@ -7,8 +7,8 @@ from typing import Any
 
 import lightning as L
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map
 
+from fgtrain._torch import tree_flatten, tree_map
 from fgtrain.lightning.module import EstimatorModule
 from fgtrain.random import random_state, set_random_state
 from fgtrain.self_check import self_check

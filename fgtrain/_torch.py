@@ -1,0 +1,114 @@
+"""What fgtrain uses of PyTorch that its documentation does not promise, in one place.
+
+The engine stands where PyTorch's own does: it must run code on duals as if they were plain tensors, and reach
+functions that have no public name. A release that moves one of these breaks this file alone, and
+tests/test_private_api.py says which. What is needed of the compiler is here too; it is imported when it is used, since
+that takes seconds.
+"""
+
+import sys
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
+from torch.utils._pytree import tree_flatten as tree_flatten
+from torch.utils._pytree import tree_leaves as tree_leaves
+from torch.utils._pytree import tree_map as tree_map
+from torch.utils._pytree import tree_map_only as tree_map_only
+from torch.utils._pytree import tree_unflatten as tree_unflatten
+
+# Above: trees of arguments, as PyTorch itself walks them, and the mode that sees every operation.
+
+plain_tensors = torch._C.DisableTorchFunctionSubclass
+"""A context in which a call with a tensor of a subclass asks for no `__torch_function__`. It has no public name."""
+
+overrides_of_tensors = torch._C._EnableTorchFunction
+"""The context that undoes `plain_tensors` inside of it. It has no public name."""
+
+no_torch_function = torch._C._disabled_torch_function_impl
+"""For a subclass that overrides operations below `__torch_function__` alone; PyTorch's tutorials name it."""
+
+set_grad_enabled = torch._C._set_grad_enabled
+"""As torch.set_grad_enabled without its object, which takes longer than the rule of a small operation."""
+
+is_inside_transform = torch._C._functorch.is_functorch_wrapped_tensor
+"""Whether a transform of torch.func has wrapped a tensor; such a one cannot be asked for a tangent."""
+
+FUNCTION_OWNERS = (torch, Tensor, torch._C._nn)
+"""Where functions with one name are found: torch._C._nn has those of torch.nn.functional that are written in C++."""
+
+REQUIRES_GRAD: Any = vars(torch._C.TensorBase)["requires_grad"].__get__
+"""What `__torch_function__` is given where a model asks for `x.requires_grad`."""
+
+safe_softmax = torch._safe_softmax
+"""Softmax with rows of zeros where everything is masked, as in scaled_dot_product_attention."""
+
+standard_gamma = torch._standard_gamma
+"""What torch.distributions.Gamma samples with."""
+
+standard_gamma_grad = torch._standard_gamma_grad
+"""The derivative of such a sample in its concentration."""
+
+pack_padded_sequence = torch._C._VariableFunctions._pack_padded_sequence
+"""What torch.nn.utils.rnn.pack_padded_sequence calls."""
+
+pad_packed_sequence = torch._C._VariableFunctions._pad_packed_sequence
+"""What torch.nn.utils.rnn.pad_packed_sequence calls."""
+
+foreach_norm = torch._foreach_norm
+"""The norms of many tensors in one launch, as torch.optim's own kernels compute them."""
+
+foreach_copy = torch._foreach_copy_
+"""Copies many tensors in one launch."""
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `model.compile()` was called, or this is what `torch.compile(model)` returned."""
+    return model._compiled_call_impl is not None or is_wrapped(model)
+
+
+def is_wrapped(model: Any) -> bool:
+    """Whether this is what `torch.compile(model)` returned."""
+    return hasattr(model, "_orig_mod")
+
+
+def eager_functions() -> Any:
+    """A context in which compiled functions run as they were written: compiled, they drop tangents without a word."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
+
+
+def compile_graph(graph: fx.GraphModule, inputs: list[Any], options: dict[str, Any]) -> Callable[..., Any]:
+    """Make a function of a graph of plain tensors, without tracing it again as torch.compile would."""
+    import torch._inductor
+
+    return torch._inductor.compile(graph, inputs, options=options)
+
+
+def no_fake_tensor_cache() -> Any:
+    """A context in which shapes are derived anew.
+
+    What the cache remembers of an operation by itself may be wrong strides for the same one inside forward mode.
+    """
+    import torch._dynamo.config
+
+    return torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
+
+
+@contextmanager
+def saved_tensor_hooks_as_they_were() -> Generator[None]:
+    """Undo a ban on saved-tensor hooks, which activation checkpointing needs.
+
+    A refused pass may end inside a transform of torch.func, whose ban would stay.
+    """
+    autograd = torch._C._autograd
+    ban = autograd._saved_tensors_hooks_get_disabled_error_message()
+    try:
+        yield
+    finally:
+        if ban is None:
+            autograd._saved_tensors_hooks_enable()
+        else:
+            autograd._saved_tensors_hooks_disable(ban)

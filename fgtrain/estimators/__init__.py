@@ -8,8 +8,9 @@ from fgtrain.estimators.fdfa import FDFA
 from fgtrain.estimators.forward_gradient import ForwardGradient
 from fgtrain.estimators.local import LocalLosses
 from fgtrain.estimators.local_guess import LocalGuess
+from fgtrain.estimators.mezo import MeZO
 from fgtrain.estimators.second_order import SecondOrder
-from fgtrain.estimators.zeroth_order import SPSA, MeZO
+from fgtrain.estimators.spsa import SPSA
 
 __all__ = [
     "FDFA",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fgtrain.errors import LossError
-from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, average_grads
+from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, average_grads, require_positive_int
 from fgtrain.forward_ad.native import NO_TANGENT
 from fgtrain.forward_ad.passes import RepeatedPass
 from fgtrain.layer_noise.layers import perturbed_layers, run_perturbed
@@ -99,8 +99,7 @@ class ActivityPerturbation(GradientEstimator):
         shrinkage: bool = False,
     ) -> None:
         super().__init__()
-        if not isinstance(num_tangents, int) or isinstance(num_tangents, bool) or num_tangents < 1:
-            raise ValueError(f"num_tangents must be an integer of at least 1, got {num_tangents!r}")
+        require_positive_int("num_tangents", num_tangents)
         choices = {
             "noise": (noise, get_args(Noise)),
             "positions": (positions, ("independent", "shared")),

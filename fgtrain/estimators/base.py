@@ -46,12 +46,16 @@ class GradientEstimator(nn.Module, ABC):
         backpropagates: gradients travel backwards through the activations, so that in float16 the loss must be scaled
             before it is differentiated.
         loss_at_parameters: the loss of an estimate is that of the parameters as they are, not of perturbed ones.
+        shardable: trains parameters whose rows are spread over ranks.
+        directions_at_a_time: how many directions over all parameters are in memory at once.
     """
 
     scalar_reducible: bool
     claims: frozenset[Claim] = frozenset()
     backpropagates: bool = False
     loss_at_parameters: bool = True
+    shardable: bool = False
+    directions_at_a_time: int = 0
 
     def __init__(self) -> None:  # nn.Module's takes any argument; a configuration is checked against this one
         super().__init__()
@@ -90,6 +94,10 @@ class GradientEstimator(nn.Module, ABC):
     def make_room(self, state: Mapping[str, Tensor]) -> None:
         """Have the tensors that a saved state has, where the first call creates some; few methods have any."""
 
+    def direction_bytes(self, params: Mapping[str, Tensor]) -> int:
+        """Memory of one direction over `params`."""
+        return 0
+
     def relative_squared_error(self, grads: Mapping[str, Tensor]) -> float | None:
         """E ||g_hat - g||^2 / ||g||^2 in closed form, where g is the gradient `grads`; None where there is none."""
         return None
@@ -126,6 +134,12 @@ class GradientEstimator(nn.Module, ABC):
 
 def _make_room(estimator: GradientEstimator, state: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
     estimator.make_room({name.removeprefix(prefix): saved for name, saved in state.items() if name.startswith(prefix)})
+
+
+def require_positive_int(name: str, value: object) -> None:
+    """Raise ValueError unless `value`, the argument `name`, is an integer of at least 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
 def average_grads(grads: dict[str, Tensor], reduce: Reduce | None) -> dict[str, Tensor]:

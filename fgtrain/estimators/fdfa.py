@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fgtrain.errors import LossError, UnsupportedOperation
-from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, average_grads
+from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, average_grads, require_positive_int
 from fgtrain.forward_ad.native import NO_TANGENT
 from fgtrain.layer_noise.layers import perturbed_layers, run_perturbed
 from fgtrain.layer_noise.noise import LayerCall, LayerNoise, PerturbedPass
@@ -62,8 +62,7 @@ class FDFA(GradientEstimator):
 
     def __init__(self, num_tangents: int = 1, *, feedback_lr: float = 0.01) -> None:
         super().__init__()
-        if not isinstance(num_tangents, int) or isinstance(num_tangents, bool) or num_tangents < 1:
-            raise ValueError(f"num_tangents must be an integer of at least 1, got {num_tangents!r}")
+        require_positive_int("num_tangents", num_tangents)
         if not 0 < feedback_lr <= 1:
             raise ValueError(f"feedback_lr must be in (0, 1], got {feedback_lr!r}")
         self.num_tangents = num_tangents

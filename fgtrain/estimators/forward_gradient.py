@@ -6,13 +6,13 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce
+from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce, require_positive_int
 from fgtrain.estimators.exact_head import Jvp, with_exact_head
 from fgtrain.forward_ad import jvp
 from fgtrain.forward_ad.passes import RepeatedPass
 from fgtrain.network.parameters import trainable_params
 from fgtrain.random import draw_seeds
-from fgtrain.tangents import Normal, Sphere, Tangents, law_or
+from fgtrain.tangents import Normal, Tangents, law_or
 from fgtrain.tangents.chunks import Chunks
 from fgtrain.tangents.combine import Combine, Shrinkage, coefficients
 
@@ -81,8 +81,7 @@ class ForwardGradient(GradientEstimator):
         rowwise: bool = False,
     ) -> None:
         super().__init__()
-        if not isinstance(num_tangents, int) or isinstance(num_tangents, bool) or num_tangents < 1:
-            raise ValueError(f"num_tangents must be an integer of at least 1, got {num_tangents!r}")
+        require_positive_int("num_tangents", num_tangents)
         if combine not in get_args(Combine):
             raise ValueError(f"combine must be one of {', '.join(get_args(Combine))}, got {combine!r}")
         if clip_derivative is not None and not clip_derivative > 0:
@@ -99,6 +98,8 @@ class ForwardGradient(GradientEstimator):
         self.chunk_size = chunk_size
         self.exact_head = exact_head
         self.scalar_reducible = not exact_head
+        self.shardable = self.tangents.shardable
+        self.directions_at_a_time = min(num_tangents, chunk_size or num_tangents)
         self.rowwise = rowwise
         self.claims = frozenset(self._claims())
 
@@ -107,11 +108,14 @@ class ForwardGradient(GradientEstimator):
         if self.combine == "mean" and not (self.shrinkage.on or self.exact_head) and self.clip_derivative is None:
             yield "unbiased"
 
+    def direction_bytes(self, params: Mapping[str, Tensor]) -> int:
+        return self.tangents.bytes_of(params)
+
     def relative_squared_error(self, grads: Mapping[str, Tensor]) -> float | None:
         if self.clip_derivative is not None or self.rowwise or self.exact_head:
             return None
         if self.combine == "projection":
-            if not isinstance(self.tangents, (Normal, Sphere)):  # others are not isotropic
+            if not self.tangents.isotropic:
                 return None
             return max(0.0, 1 - self.num_tangents / sum(g.numel() for g in grads.values()))
         return self.shrinkage.relative_squared_error(grads)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce, average_grads
+from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce, average_grads, require_positive_int
 from fgtrain.forward_ad.native import named_errors, no_fast_paths
 from fgtrain.forward_ad.passes import RepeatedPass, check_losses
 from fgtrain.forward_ad.second_derivatives import WrittenOut
@@ -56,8 +56,7 @@ class SecondOrder(GradientEstimator):
 
     def __init__(self, tangents: Tangents | None = None, num_tangents: int = 4, *, damping: float = 1e-3) -> None:
         super().__init__()
-        if not isinstance(num_tangents, int) or isinstance(num_tangents, bool) or num_tangents < 1:
-            raise ValueError(f"num_tangents must be an integer of at least 1, got {num_tangents!r}")
+        require_positive_int("num_tangents", num_tangents)
         if not 0 < damping <= 1:
             raise ValueError(f"damping must be above 0 and at most 1, got {damping!r}")
         self.tangents = law_or(tangents, Normal())

@@ -9,10 +9,9 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
 
 from fgtrain.errors import ConfigError
-from fgtrain.estimators import ForwardGradient, GradientEstimator
+from fgtrain.estimators import GradientEstimator
 from fgtrain.lightning.checkpoints import refuse_foreign, refuse_incomplete
 from fgtrain.network.sharding import shard
-from fgtrain.tangents import LowRank
 
 STARTUP = timedelta(minutes=10)  # one rank may be downloading the data
 
@@ -81,7 +80,7 @@ def shard_model(model: nn.Module, estimator: GradientEstimator, strategy: ModelP
     Raises:
         ConfigError: the method cannot train sharded parameters.
     """
-    if not (isinstance(estimator, ForwardGradient) and isinstance(estimator.tangents, LowRank)):
+    if not estimator.shardable:
         raise ConfigError(
             f"trainer=fsdp2 cannot train with {estimator}, which needs whole gradients or directions; use "
             "method=fwdgrad_lowrank, or trainer=ddp"

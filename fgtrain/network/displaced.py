@@ -9,7 +9,7 @@ from torch import Tensor
 from fgtrain._torch import plain_tensors, tree_map
 
 
-class Perturbed(Tensor):
+class Displaced(Tensor):
     """Stands for moved(index, p), which is computed at every use and forgotten after it.
 
     Args:
@@ -21,7 +21,7 @@ class Perturbed(Tensor):
     _value: Callable[[], Tensor]
 
     @staticmethod
-    def __new__(cls: type, p: Tensor, moved: Callable[[int, Tensor], Tensor], index: int) -> "Perturbed":
+    def __new__(cls: type, p: Tensor, moved: Callable[[int, Tensor], Tensor], index: int) -> "Displaced":
         make: Any = torch.Tensor._make_wrapper_subclass
         return make(cls, p.shape, strides=p.stride(), dtype=p.dtype, device=p.device)
 
@@ -45,7 +45,7 @@ class Perturbed(Tensor):
 
 
 def _value(x: Any) -> Any:
-    return x._value() if isinstance(x, Perturbed) else x
+    return x._value() if isinstance(x, Displaced) else x
 
 
 # What asks for nothing that a move changes; drawing a direction to learn a shape would be dear.

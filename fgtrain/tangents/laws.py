@@ -24,7 +24,15 @@ from fgtrain.tangents.directions import Directions, Piece
 
 
 class Tangents(ABC):
-    """A law of random directions with E[v v^T] = I."""
+    """A law of random directions with E[v v^T] = I.
+
+    Attributes:
+        isotropic: every direction of space is as likely as any other.
+        shardable: a rank can draw its own rows of a direction without the others.
+    """
+
+    isotropic: bool = False
+    shardable: bool = False
 
     @abstractmethod
     def sample(self, params: Mapping[str, Tensor], seeds: Sequence[int], *, rowwise: bool = False) -> Directions:
@@ -39,6 +47,10 @@ class Tangents(ABC):
     @abstractmethod
     def relative_variance(self, grads: Mapping[str, Tensor]) -> float:
         """E ||(g . v) v - g||^2 / ||g||^2 for one direction v, where g is the gradient `grads`."""
+
+    def bytes_of(self, params: Mapping[str, Tensor]) -> int:
+        """Memory of one direction over `params`."""
+        return sum(p.numel() * p.element_size() for p in params.values())
 
 
 def law_or(tangents: Tangents | None, default: Tangents) -> Tangents:
@@ -89,6 +101,7 @@ class Normal(_DenseLaw):
     torch.Size([2, 2, 3])
     """
 
+    isotropic = True
     excess = 2.0
 
     def fill(self, rows: Tensor, size: int, generator: torch.Generator) -> None:
@@ -119,6 +132,7 @@ class Sphere(_DenseLaw):
     Source: Belouze 2022, arXiv:2209.06302 (law "circle" of its code).
     """
 
+    isotropic = True
     excess = 0.0
 
     def fill(self, rows: Tensor, size: int, generator: torch.Generator) -> None:
@@ -159,6 +173,8 @@ class LowRank(Tangents):
     are tangents of an exact directional derivative. Variances: derived here, held by tests/test_tangents.py.
     """
 
+    shardable = True
+
     def __init__(self, rank: int = 1, factors: Literal["rademacher", "normal"] = "rademacher") -> None:
         if not isinstance(rank, int) or rank < 1:
             raise ValueError(f"rank must be an integer of at least 1, got {rank!r}")
@@ -183,6 +199,12 @@ class LowRank(Tangents):
             else:
                 pieces.append(Piece(name, p, p.numel()))
         return draw(self._law, pieces, seeds, rank=self.rank)
+
+    def bytes_of(self, params: Mapping[str, Tensor]) -> int:
+        return sum(
+            self.rank * (p.shape[0] + math.prod(p.shape[1:])) * p.element_size() if p.dim() > 1 else p.nbytes
+            for p in params.values()
+        )
 
     def relative_variance(self, grads: Mapping[str, Tensor]) -> float:
         count, excess, norm = 0, 0.0, 0.0

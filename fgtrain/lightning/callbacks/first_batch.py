@@ -15,14 +15,13 @@ from torch import Tensor, nn
 from fgtrain._torch import tree_flatten, tree_map
 from fgtrain.data.in_memory import refuse_other_examples
 from fgtrain.errors import ConfigError, DataError, ModelError
-from fgtrain.estimators import ForwardGradient, GradientEstimator
+from fgtrain.estimators import GradientEstimator
 from fgtrain.forward_ad.passes import RepeatedPass
 from fgtrain.lightning.callbacks.monitor import LOGGED
 from fgtrain.lightning.module import EstimatorModule
 from fgtrain.memory import free_memory
 from fgtrain.network.parameters import trainable_params
 from fgtrain.random import preserved_random_state
-from fgtrain.tangents import LowRank
 from fgtrain.tasks import Classification
 
 
@@ -135,15 +134,8 @@ def refuse_too_many_directions(estimator: GradientEstimator, model: nn.Module, a
     Raises:
         ConfigError: says how many of them would fit.
     """
-    if available is None or not isinstance(estimator, ForwardGradient):
-        return
-    params = trainable_params(model).values()
-    if isinstance(law := estimator.tangents, LowRank):
-        one = sum(min(p.numel(), law.rank * (len(p) + p[0].numel())) if p.dim() else 1 for p in params if p.numel()) * 4
-    else:
-        one = sum(p.numel() * p.element_size() for p in params)
-    at_a_time = min(estimator.num_tangents, estimator.chunk_size or estimator.num_tangents)
-    if one * at_a_time > available:
+    one, at_a_time = estimator.direction_bytes(trainable_params(model)), estimator.directions_at_a_time
+    if available is not None and one * at_a_time > available:
         raise ConfigError(
             f"{at_a_time} directions of {one / 2**20:.3g} MiB each do not fit into the {available / 2**30:.3g} GiB of "
             f"free memory; method.chunk_size={max(1, available // (4 * one))} takes them in parts"

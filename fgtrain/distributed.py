@@ -1,15 +1,19 @@
 """Several processes, one update: forward gradients need to send K numbers a step, whatever the model's size.
 
 The update is a function of a seed and of K directional derivatives, and every rank can draw the directions from the
-seed. So ranks exchange derivatives instead of gradients, in one of two ways:
+seed. So ranks exchange derivatives instead of gradients, in one of two ways (`distributed.tangents=...`):
 
-- shared: all ranks take the same K directions on their own shard of the batch. The mean of the K derivatives over ranks
-  is the derivative of the loss of the whole batch: R processes do what one process does on the R-fold batch.
+- shared: all ranks take the same K directions on their own shard of the batch. The mean of the K derivatives over
+  ranks is the derivative of the loss of the whole batch: R processes do what one process does on the R-fold batch. A
+  last batch that R does not divide is filled up with its first examples.
 - per_rank: R ranks take R K different directions, exchange the R K derivatives and rebuild the update of all of them.
-  The part of the variance that comes from the directions falls R-fold.
+  The part of the variance that comes from the directions falls R-fold. Each rank draws (R - 1) K more directions for
+  that. Shrinkage counts all of them.
 
-Methods whose estimate is no function of seeds and derivatives (`scalar_reducible` is False) average their gradients, in
-one flat bucket.
+Methods whose estimate is not a function of seeds and derivatives (`scalar_reducible` is False, as for backpropagation
+and activity perturbation) average their gradients, in one flat bucket.
+
+Lightning itself sends 8 bytes a batch so that ranks agree on signals; `comm/bytes_per_step` leaves them out.
 """
 
 from collections.abc import Callable, Generator

@@ -1,7 +1,8 @@
 """Measure training steps against backprop's: python scripts/bench.py --models mlp cnn --num-tangents 1 8
 
-Times are medians of rounds in which all methods take turns, memory is the peak above the parameters; both are given in
-units of one backprop step and of one forward pass without gradients of the same model in the same run.
+Times are medians of rounds in which all methods take turns. Memory is the peak above the parameters. Both are given in
+units of one backprop step and of one forward pass without gradients of the same model in the same run. --scaling models
+the step of many processes from compute measured here and the bandwidths you name. results/README.md has measurements.
 """
 
 import argparse

@@ -1,8 +1,14 @@
-"""Compare methods fairly: python scripts/compare.py methods=[backprop,fwdgrad] seeds=5 budget=60s
+"""Compare methods under equal conditions: python scripts/compare.py methods=[backprop,fwdgrad] seeds=5 budget=60s
 
-budget=2000steps counts steps instead; lr=search tries equally many learning rates for every method instead of taking
-those of conf/method; target=0.95 is the accuracy whose time is taken; everything else is passed on to every run as
-scripts/train.py takes it: data=mnist model=cnn, task=beale. The same command goes on where it was stopped.
+Every method gets the same initial parameters, the same batches in the same order and the same budget.
+
+    budget=60s           time, turned into steps by a trial run; budget=2000steps counts steps
+    lr=search            equally many learning rates tried for every method, instead of those of conf/method
+    target=0.95          the accuracy whose time is taken
+    anything else        passed on to every run as scripts/train.py takes it: data=mnist model=cnn, task=beale
+
+It writes one table (Markdown, JSON, CSV), and figures of loss and accuracy against steps and time and of the cosine to
+the exact gradient. The same command continues where it was stopped.
 """
 
 import os

@@ -1,6 +1,6 @@
 """Evaluate a checkpoint: python scripts/evaluate.py runs/DATE/TIME_fwdgrad/checkpoints/best.ckpt --split test
 
-The run's own config.yaml says which model and data it is of; the results are written as the run's results.json are.
+The run's config.yaml says which model and data to use. The results are written in the format of results.json.
 """
 
 import argparse

@@ -1,7 +1,9 @@
 """Performance profiles on test functions: python scripts/profiles.py --methods backprop fwdgrad spsa --dims 2 10
 
-Every function from many starting points with a grid of learning rates, one batched step for all of them; what counts is
-the learning rate that solves most, for each method and function. Writes profiles.json and profiles.png.
+Minimises 89 test functions from many starting points with a grid of learning rates. All starts and learning rates of
+a function are one batched step. Each method takes, for each function, the learning rate that solves most. The result
+is the share of problems solved (1 % of f(x_0) - f* left) against function evaluations: a pass counts 1, each
+derivative it carries 1, a reverse sweep 2. Writes profiles.json and profiles.png.
 """
 
 import argparse

@@ -91,8 +91,7 @@ def write_idx(path, array):
     path.write_bytes(header + array.tobytes())
 
 
-@pytest.fixture
-def mnist_root(tmp_path):
+def write_mnist(root):
     """scikit-learn's digits as MNIST files, 28 x 28."""
     from sklearn.datasets import load_digits
 
@@ -100,11 +99,16 @@ def mnist_root(tmp_path):
     images = np.kron(images.reshape(-1, 8, 8) * 15, np.ones((3, 3)))
     images = np.pad(images, ((0, 0), (2, 2), (2, 2)))
     for name in ("MNIST", "FashionMNIST"):
-        folder = tmp_path / name / "raw"
+        folder = root / name / "raw"
         folder.mkdir(parents=True)
         for prefix, part in (("train", slice(0, 1500)), ("t10k", slice(1500, None))):
             write_idx(folder / f"{prefix}-images-idx3-ubyte", images[part])
             write_idx(folder / f"{prefix}-labels-idx1-ubyte", labels[part])
+
+
+@pytest.fixture
+def mnist_root(tmp_path):
+    write_mnist(tmp_path)
     return tmp_path
 
 

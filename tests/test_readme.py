@@ -1,4 +1,4 @@
-"""Every block of the README runs as it stands."""
+"""Every block of the README and of the results' README runs as it stands, and every link leads to something."""
 
 import os
 import pydoc
@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 
 import fgtrain
+from tests.test_data import write_mnist
 from tests.test_own_config import PACKAGE
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
+RESULTS = (ROOT / "scripts" / "results" / "README.md").read_text()
 
 
 def blocks(language):
@@ -37,26 +39,59 @@ def test_commands(command, tmp_path):
     assert list(tmp_path.rglob("results.json"))
 
 
-SHORTENED = {"train": "trainer.max_steps=3 trainer.val_check_interval=3", "bench": "--rounds 1 --batch-sizes 8"}
-"""What each script is given besides, because the README's own runs take minutes."""
+SHORTENED = {
+    "train": "trainer.max_steps=3 trainer.val_check_interval=3",
+    "bench": "--rounds 1 --batch-sizes 8",
+    "compare": "seeds=1 budget=3steps",
+    "profiles": "--iterations 2",
+}
+"""What each script is given besides, because the commands as they stand take minutes to hours."""
+
+SWEPT = {
+    r"seed=0,[\d,]+": "seed=0",
+    r"--num-tangents 1 4 8": "--num-tangents 1 2",
+    r"methods=\[(\w+,\w+,\w+),[\w,]+\]": r"methods=[\1]",
+}
+"""What is swept over fewer values."""
+
+
+def longer_commands(text):
+    return re.findall(r"^```\n(python scripts/.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", re.findall(r"^```\n(python scripts/.*?)^```", README, flags=re.DOTALL | re.MULTILINE))
+@pytest.mark.parametrize("block", [*longer_commands(README), *longer_commands(RESULTS)])
 def test_longer_commands(block, tmp_path):
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")
     (tmp_path / "my_package.py").write_text(PACKAGE)
     (tmp_path / "my_conf" / "method").mkdir(parents=True)
     method = "# @package _global_\nmethod:\n  _target_: my_package.Doubled\nlr: 0.01\n"
     (tmp_path / "my_conf" / "method" / "my_method.yaml").write_text(method)
-    (tmp_path / "my.txt").write_text("All work and no play makes a dull example. " * 200)
+    write_mnist(tmp_path / "mnist_5k")
     for command in block.splitlines():
         script = command.split()[1].removeprefix("scripts/").removesuffix(".py")
-        arguments = shlex.split(f"{command} {SHORTENED[script]}")[1:]
+        shortened = command
+        for swept, fewer in SWEPT.items():
+            shortened = re.sub(swept, fewer, shortened)
+        arguments = shlex.split(f"{shortened} {SHORTENED[script]}")[1:]
         done = subprocess.run(
             [sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=600
         )
         assert done.returncode == 0, f"{command}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("path", ["README.md", "scripts/results/README.md"])
+def test_links_lead_to_something(path):
+    text = (ROOT / path).read_text()
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
+    assert links
+    for link in links:
+        file, _, heading = link.partition("#")
+        target = (ROOT / path).parent / file if file else ROOT / path
+        assert target.exists(), link
+        if heading:
+            headings = re.findall(r"^#+ (.+)$", target.read_text(), flags=re.MULTILINE)
+            assert heading in {re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings}, link
 
 
 def test_set_up_is_two_commands():

@@ -25,63 +25,70 @@ _log = logging.getLogger(__name__)
 class ActivityPerturbation(GradientEstimator):
     """The forward gradient with noise on the outputs of layers instead of on their weights.
 
-    Formula: with u_k,i the noise on the output z_i = W x_i of a layer for example i, and d_k,i the derivative of that
-    example's loss along all noise of direction k,
+    Formula: u_k,i is the noise of direction k on the output z_i = W x_i of a layer for example i, and d_k,i is the
+    derivative of that example's loss along all noise of direction k. Then
 
         g_W = (1/B) sum_i (1/K) sum_k d_k,i u_k,i x_i^T.
 
-    One direction for each example, in a space of sum_l q_l units instead of n weights: the variance falls by the
-    layers' fan-in and by the batch size. Units that a ReLU directly behind the layer cuts off have the gradient 0 and
-    get 0.
+    Units zeroed by the following ReLU have zero gradient, and their estimate is exactly zero. Parameters of other
+    layers (norms, embeddings, tied weights) are perturbed themselves in the same pass, with the law `tangents`.
 
-    It needs per-example losses (B,), reduction="none". A scalar loss has one derivative for all examples: still
-    unbiased, with the variance of all examples' noise; the log warns of it once.
+    Losses: return per-example losses (B,), reduction="none". A scalar loss gives one derivative for all examples. The
+    estimate is still unbiased but has the variance of all examples' noise; a warning says so once. The first call
+    finds the rows of each layer's output that belong to an example. Where it cannot tell, the layer gets the derivative
+    of the mean loss for all rows.
 
-    Where a layer's output has the examples (first, as torch.nn's layers do; second, behind the time steps; several rows
-    each) is found at the first call, by looking which rows each loss depends on. Layers whose rows cannot be told to be
-    one example's each get one derivative for all rows, that of the mean loss: right, with the variance of all examples'
-    noise.
+    Bias: unbiased if neither layers nor losses mix examples, or with examples="mixed". If BatchNorm in training mode or
+    a contrastive loss mixes them, examples="independent" ignores the effect of one example's noise on the losses of the
+    others, as Ren et al. do. positions="shared" is biased: every position gets the gradient of the shared noise.
+    shrinkage=True scales the estimate down.
 
-    Unbiased, if neither layers nor losses mix examples, or with examples="mixed"; where BatchNorm in training mode or a
-    contrastive loss does mix them, examples="independent" leaves out what one example's noise does to the losses of the
-    others, as Ren et al. do.
-    positions="shared" is biased: it takes the noise's gradient for that of every position.
+    Relative variance: for one example with N units that no ReLU zeroes,
 
-    Relative variance for one example, N units of which a ReLU does not cut off:
-    (N - 1) / K for noise="rademacher", (N + 1) / K for "normal", N / K - 1 for "balanced" if K divides N (0 for K >= N:
-    the gradient itself); then averaged over the batch: divided by B where all examples have the same gradient, by 1
-    where their gradients are orthogonal. "balanced" gives the P positions of a map's channel to one direction, so that
-    there more directions than channels do not help: P - 1 is left, and "rademacher" goes on falling with K.
+        noise="rademacher": (N - 1) / K,    "normal": (N + 1) / K,    "balanced": N / K - 1 if K divides N, 0 if K >= N.
 
-    With shrinkage=True a layer's estimate is multiplied by 1 / (1 + s), its length of least error where s is the
-    relative variance; of what lies between the two cases the geometric mean is taken, s = (variance for one example) /
-    sqrt(R) with the R rows (examples times positions) that share the layer's weight. It is then biased, and
-    backpropagation's learning rate serves every width and K.
+    Over a batch it is divided by B if all examples have the same gradient, and by 1 if their gradients are orthogonal.
+    On a map with P positions, "balanced" gives all positions of a channel to one direction. More directions than
+    channels therefore leave its variance at P - 1, while that of "rademacher" keeps falling with K.
 
-    Cost: one forward pass with K derivatives; the inputs of all layers are kept (memory="keep"), or a second forward
-    pass draws the noise again (memory="replay"). The whole gradient is sent between ranks.
+    Shrinkage: a layer's estimate is multiplied by 1 / (1 + s), with s = (variance for one example) / sqrt(R) and R the
+    rows (examples times positions) that share the layer's weight. This s is the geometric mean of the two cases above.
+    Backpropagation's learning rate then serves every width and K.
 
-    Parameters of other layers (norms, embeddings, tied or otherwise used weights) get directions of their own in the
-    same pass, from the law `tangents`, with the variance of weight perturbation.
+    Cost: one forward pass with K derivatives. It keeps the inputs of all layers (memory="keep"), or draws the noise
+    again in a second forward pass (memory="replay"). Ranks exchange the whole gradient.
 
     Args:
         num_tangents: K >= 1.
         noise: "balanced", "rademacher" or "normal", see `PerturbedPass`.
-        exact_head: take the gradient of the last layer and of its output exactly, by C more directions that go through
-            the loss alone; needs per-example losses (B,), and no BatchNorm or contrastive loss behind
-            the last layer.
-        positions: noise for every position of a map or sequence ("independent") or one for all ("shared").
-        examples: "independent" or "mixed", see above.
-        memory: "keep" or "replay".
-        tangents: law for the other parameters.
-        shrinkage: see above; an exact head's gradient is left as it is.
+        exact_head: compute the gradient of the last layer and of its output exactly, from C more directions that go
+            through the loss alone. Needs per-example losses (B,), and no BatchNorm or contrastive loss behind the
+            last layer.
+        positions: "independent" noise for every position of a map or sequence, or one "shared" draw for all.
+        examples: "independent" or "mixed", see Bias.
+        memory: "keep" or "replay", see Cost.
+        tangents: law for the parameters of other layers.
+        shrinkage: see Shrinkage. The gradient of an exact head is not shrunk.
 
     Raises:
-        ValueError: an argument out of its range.
-        UnsupportedOperation: the model has no Linear or convolution to perturb, or does what the engine cannot follow.
+        ValueError: an argument is out of its range.
+        UnsupportedOperation: the model has no Linear or convolution to perturb, or uses an operation that the engine
+            cannot follow.
 
-    Source: Ren, Kornblith, Liao, Hinton 2023, arXiv:2210.03310, section 3. The balanced noise and the exact head are
-    ours, held by tests/test_activity.py.
+    Source: Ren, Kornblith, Liao, Hinton 2023, arXiv:2210.03310, section 3. The balanced noise, the exact head and the
+    shrinkage are fgtrain's own, tested in tests/test_activity.py.
+
+    Balanced noise with as many directions as units, 4 + 2 here, gives the gradient itself:
+
+    >>> from fgtrain.estimators.backprop import Backprop
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    >>> inputs, targets = torch.randn(8, 3), torch.randn(8, 2)
+    >>> losses = lambda net: (net(inputs) - targets).square().sum(1)
+    >>> estimate = ActivityPerturbation(num_tangents=6)(model, losses)
+    >>> exact = Backprop()(model, losses)
+    >>> all(torch.allclose(estimate.grads[name], g, atol=1e-5) for name, g in exact.grads.items())
+    True
     """
 
     scalar_reducible = False

@@ -20,42 +20,57 @@ from fgtrain.tangents import Rademacher
 class FDFA(GradientEstimator):
     """The error of the output, sent straight to every layer through feedback matrices that forward AD learns.
 
-    Formula: signs u_k,i are noise on the output z_l of every hidden layer for example i; one pass carries them to the
-    network's output as tangents t_k,i = sum_l J_l,i u_l,k,i, J_l,i = dy_i / dz_l,i. A feedback matrix follows their
-    mean, B_l <- B_l + beta ((1/(B K)) sum t_k,i u_l,k,i^T - B_l), whose fixed point is E[J_l]. With the exact error
-    e_i = df_i / dy_i, from C more directions that go through the loss alone,
+    Formula: random signs u_l,k,i are added as noise to the output z_l of every hidden layer l for example i. One pass
+    carries them to the network's output as tangents t_k,i = sum_l J_l,i u_l,k,i with J_l,i = dy_i / dz_l,i. A feedback
+    matrix B_l is the running mean of their products:
+
+        B_l <- B_l + beta ((1/(B K)) sum_i,k t_k,i u_l,k,i^T - B_l).
+
+    Its fixed point is E[J_l]. The error e_i = df_i / dy_i is exact; C more directions through the loss alone give it.
+    Then
 
         g_W of layer l = (1/B) sum_i (B_l^T e_i) x_i^T,        g_W of the last layer = (1/B) sum_i e_i x_i^T.
 
-    Where a ReLU is all that follows a layer, the mean is taken over the examples whose unit it lets pass, and units it
-    cuts off get 0.
+    If a ReLU is all that follows a layer, the mean for a unit is taken over the examples in which the unit is active,
+    and inactive units get 0. Parameters of other layers (norms, embeddings) are perturbed in the same pass and
+    shrunk, as by `ActivityPerturbation` with shrinkage=True.
 
-    Biased: B_l is one matrix for all examples, and follows weights that move. At its fixed point the gradient is exact
-    for linear networks and for one hidden layer of ReLUs.
+    Bias: biased, because B_l is one matrix for all examples and lags behind the changing weights. At its fixed point
+    the gradient is exact for linear networks and for networks with one hidden layer of ReLUs.
 
-    Parameters of other layers (norms, embeddings) get directions of their own in the same pass, shrunk as by
-    `ActivityPerturbation` with shrinkage=True.
+    Variance: the entry (c, j) of B_l has the variance beta / (2 - beta) / (B K) sum_m J_cm^2 over the other N - 1 units
+    m, for noise on N units of a linear network. The estimate itself adds none.
 
-    Variance of an entry (c, j) of B_l, for noise on N units and a linear network: beta / (2 - beta) / (B K) times the
-    sum of J_cm^2 over the other N - 1 units m. The estimate itself adds none.
+    Cost: one forward pass with K directions, and K + C through the last layer and the loss. The inputs of all layers
+    and C numbers for every unit are kept. Ranks exchange the whole gradient and the feedback.
 
-    Cost: one forward pass with K + C directions through the last layer and the loss and K before; the inputs of all
-    layers and C numbers for every unit are kept. The whole gradient, and the feedback's, are sent between ranks.
+    State: the feedback is created at the first call, at zero, and is saved with the estimator's state.
 
     Args:
         num_tangents: K >= 1.
-        feedback_lr: beta, in (0, 1]; the first 1 / beta steps take the plain mean.
+        feedback_lr: beta, in (0, 1]. The first 1 / beta steps take the plain mean.
 
     Raises:
-        ValueError: an argument out of its range.
-        UnsupportedOperation: the model has no Linear or convolution, uses one twice, changes the size of its output or
-            has examples elsewhere than first in it; or examples are mixed behind the last layer.
+        ValueError: an argument is out of its range.
+        UnsupportedOperation: the model has no Linear or convolution; it uses one twice; the size of a layer's output
+            changes; examples are not its first dimension; or examples are mixed behind the last layer.
         LossError: losses are not per example (B,).
 
-    The feedback is created at the first call, at zero, and is saved with the estimator's state.
+    Source: Bacho and Chu 2022, arXiv:2212.07282. There the noise is added behind the activation function; the mean over
+    active units is equivalent.
 
-    Source: Bacho and Chu 2022, arXiv:2212.07282. There the noise is put behind the activation function; means over
-    the units that are not cut off amount to the same.
+    On a linear network the estimate approaches the gradient as the feedback is learnt:
+
+    >>> from fgtrain.estimators.backprop import Backprop
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    >>> inputs, targets = torch.randn(64, 3), torch.randn(64, 2)
+    >>> losses = lambda net: (net(inputs) - targets).square().sum(1)
+    >>> estimator = FDFA()
+    >>> estimates = [estimator(model, losses).grads["0.weight"] for _ in range(100)]
+    >>> exact = Backprop()(model, losses).grads["0.weight"]
+    >>> bool((estimates[-1] - exact).norm() < 0.1 * exact.norm())
+    True
     """
 
     scalar_reducible = False

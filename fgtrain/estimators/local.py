@@ -18,36 +18,48 @@ from fgtrain.network.parameters import slots_of, trainable_params
 
 
 class LocalLosses(LocalHeads):
-    """Greedy blocks: no derivative crosses from one to the next (Ren et al.: blockwise local losses).
+    """A loss of its own for every block; no derivative crosses from one block to the next.
 
-    Formula: block l, a layer with parameters and what follows it, sees the output h_{l-1} of the blocks before as a
-    constant and feeds a linear head A_l; with F_l = (1/B) sum_i loss(A_l h_l,i),
+    Formula: block l is a layer with parameters and what follows it. It takes the output h_{l-1} of the previous block
+    as a constant and feeds a linear head A_l. With the local loss F_l = (1/B) sum_i loss(A_l h_l,i),
 
         g_l = estimate of dF_l / d(parameters of block l),
 
     by any estimator, by default activity perturbation. The last block needs no head: its loss is the model's. The heads
-    learn from the same losses by gradient descent. A block that is one `SideBySide` has a head and a loss for every
-    module of it (Ren et al.: groupwise): noise on one group's units then meets that group's loss alone.
+    learn from the same losses by gradient descent. A block that is one `SideBySide` has a head and a loss for each of
+    its modules (the groupwise losses of Ren et al.), so that the noise on one group's units affects its own loss only.
 
-    Biased: local gradients are not those of the loss, except in the last block; of the local ones the estimate has the
-    bias and variance of `estimator`. What is gained is variance: noise on one block's units alone instead of all.
+    Bias: local gradients differ from those of the model's loss, except in the last block. Bias and variance with
+    respect to the local gradients are those of `estimator`. The variance is smaller than for the whole model, because
+    the noise is on one block's units at a time.
 
-    Cost: that of `estimator` on every block with its head, in turn; what is kept belongs to one block at a time. The
-    whole gradient is sent between ranks.
+    Cost: that of `estimator` on every block with its head, one after the other. Only one block's activations are kept
+    at a time. Ranks exchange the whole gradient.
+
+    State: the heads are created at the first call, at zero, and are saved with the estimator's state.
 
     Args:
-        estimator: of the local gradients; None for activity perturbation with an exact head and shrinkage.
+        estimator: estimates the local gradients; None for activity perturbation with an exact head and shrinkage.
         head_lr: learning rate of the heads.
         head_size: spatial size, per dimension, to which images are averaged before a head.
 
     Raises:
-        ValueError: an argument out of its range.
-        UnsupportedOperation: the model is no `nn.Sequential` (nested ones are read as one), or loss_fn does not call it
-            exactly as a whole.
-
-    The heads are created at the first call, at zero, and are saved with the estimator's state.
+        ValueError: an argument is out of its range.
+        UnsupportedOperation: the model is not an `nn.Sequential` (nested ones are read as one), or loss_fn does not
+            call it as model(inputs).
 
     Source: Ren, Kornblith, Liao, Hinton 2023, arXiv:2210.03310, section 4.
+
+    With exact local gradients, the last block has the model's gradient. The first has none yet, since its head is zero:
+
+    >>> from fgtrain.estimators.backprop import Backprop
+    >>> _ = torch.manual_seed(0)
+    >>> model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    >>> inputs, targets = torch.randn(8, 3), torch.randn(8, 2)
+    >>> losses = lambda net: (net(inputs) - targets).square().sum(1)
+    >>> local, exact = LocalLosses(Backprop())(model, losses).grads, Backprop()(model, losses).grads
+    >>> torch.allclose(local["2.weight"], exact["2.weight"]), bool(local["0.weight"].any())
+    (True, False)
     """
 
     scalar_reducible = False

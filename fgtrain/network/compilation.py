@@ -1,4 +1,14 @@
-"""torch.compile, with the numbers of a model that is not compiled."""
+"""torch.compile, with the numbers of a model that is not compiled.
+
+`compile=true`, or `model.compile()` in a training loop of your own:
+
+- `fwdgrad`, `fwdgrad_lowrank` and `local_guess` have their pass compiled together with its derivatives;
+- `backprop`, `spsa` and `mezo` are compiled as PyTorch does it;
+- `activity` and `second_order` run as written.
+
+Compiling takes 5 to 30 seconds for every shape of a batch. After eight shapes, derivatives run as written. It pays for
+small networks and long runs; scripts/results/README.md has the measurements.
+"""
 
 import sys
 from typing import Any

@@ -1,7 +1,20 @@
-"""Starts the processes of a run, unless torchrun or SLURM has, and makes sure that they are as many as were asked for.
+"""Starts the processes of a run, unless torchrun or SLURM has, and makes sure that they are as many as were asked
+for.
 
-Every process runs the whole of `fgtrain.runs.run.run` with the finished configuration: nothing of the command line
-is parsed twice, so a sweep is one sweep however many processes each of its jobs has.
+Every process runs the whole of `fgtrain.runs.run.run` with the finished configuration. Nothing of the command
+line is parsed twice, so a sweep is one sweep however many processes each of its jobs has.
+
+    python scripts/train.py trainer=ddp trainer.devices=2 trainer.accelerator=cpu trainer.max_steps=100
+
+- `trainer=ddp`, `ddp_spawn` and `ddp_fork` start the processes. Under `torchrun` and SLURM, leave
+  `trainer.devices=auto`.
+- `trainer=fsdp2 method=fwdgrad_lowrank` keeps parameters and optimizer state sharded. Parameters are gathered layer
+  by layer for one forward pass. No gradient is ever gathered or scattered.
+- The run ends with a one-line message if the world has the wrong size, if parameters differ between ranks (checked
+  every `distributed.check_every_n_steps` steps), or if a rank is lost.
+- A sweep (`-m`, also with `hydra/launcher=joblib` or `submitit_local`) names the jobs that failed.
+
+`fgtrain.distributed` describes what the processes exchange; scripts/results/README.md holds the measured traffic.
 """
 
 import multiprocessing

@@ -1,4 +1,36 @@
-"""One training run, from a configuration to its results."""
+"""One training run, from a configuration to its results.
+
+Before the first step a run prints its parameters, its tangents, the error and cosine to expect of one estimate, and
+the memory of a step. Then it shows a progress bar on a terminal, ten lines in a file, or nothing with `quiet=true`.
+The last line is the `tensorboard` command; `fgtrain.lightning.callbacks.dashboard` describes the charts.
+
+**Stop and continue.** Ctrl-C, SIGTERM and SIGHUP save after the step in progress, on all processes of a run. A
+checkpoint is also written every `callbacks.recovery.every_n_steps` steps. A command with its own folder and
+`resume=auto` starts a run, continues it, or shows its results if it has finished:
+
+    python scripts/train.py hydra.run.dir=runs/mine resume=auto trainer.max_steps=500
+
+The weights are the same, bit for bit, as those of an undisturbed run. `resume=` also takes a checkpoint or the folder
+of another run. A folder that holds a run is never overwritten. `fgtrain.runs.changes` lists what the command of
+a resumed run may change.
+
+**Repeat.** `config.yaml` is the resolved configuration: `--config-dir runs/mine --config-name config` runs it again.
+`provenance.json` holds the command, seed, package versions and git commit. With `callbacks=replay_log` a run is
+stored as its seed and K floats a step, and `python scripts/replay.py runs/mine weights.pt` rebuilds its weights
+without the data.
+
+**Self-check.** Before the first step the method is tried on the first batch; `self_check=false` skips this. Two
+evaluations with one seed must agree, and derivatives must equal those of backpropagation and of finite differences. A
+model that breaks an assumption is named in one line.
+
+**Bad numbers.** A step whose loss, derivative or gradient is not finite is skipped and counted. The run ends after
+ten such steps in a row (`max_skipped_steps`), after more than a tenth of all steps (`max_skipped_share`), or when the
+loss is 1000 times its lowest value so far (`detect_divergence`).
+
+**What can run code.** Checkpoints and logs are read with `weights_only=True`. Nothing in them, in a data file or in a
+value of a configuration can run code. The exception is `_target_`, which names a function that will be called: read a
+configuration before you run somebody else's.
+"""
 
 import json
 import logging

@@ -1,4 +1,9 @@
-"""The end of a sweep: a table of its runs, best first."""
+"""The end of a sweep: a table of its runs, best first.
+
+`python scripts/train.py -m method=backprop,fwdgrad seed=0,1,2 trainer.max_steps=500` runs six jobs into one folder
+under `multirun/`. `hydra/launcher=joblib` runs them in parallel and `experiment=optuna` searches; both need `pip
+install -e ".[sweeps]"`.
+"""
 
 import csv
 import json

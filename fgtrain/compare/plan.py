@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from fgtrain.cli import CONF
 from fgtrain.errors import ConfigError
+from fgtrain.lightning.checkpoints import write_atomically
 
 SEARCH_SEED = 10_000  # of the runs that choose a learning rate; those that are compared have seeds 0, 1, ...
 
@@ -86,7 +87,7 @@ class Comparison:
         if path.exists() and path.read_text() != plan:
             raise ConfigError(f"{self.folder} holds another comparison; give another folder with out=...")
         self.folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(plan)
+        write_atomically(plan, path)
 
 
 def parse(arguments: Sequence[str]) -> Comparison:

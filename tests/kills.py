@@ -1,5 +1,6 @@
 """Runs that are killed, stopped or robbed of their disk, as processes forked from a server that has imported all."""
 
+import errno
 import gc
 import multiprocessing
 import os
@@ -117,20 +118,40 @@ def kill_at_change(folder: Path, name: str = "", count: int = 1, alone: bool = F
         count: of the changes to such files, in this process.
         alone: kills the process that makes the change, not its group.
     """
-    left, run_dir = count, f"{folder}/"
+    left = count
 
-    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+    def change(path: Path, flags: int) -> None:
         nonlocal left
-        flags = arguments[2] if event == "open" and isinstance(arguments[2], int) else 0
-        if event not in _CHANGES and not flags & (os.O_WRONLY | os.O_RDWR):
-            return
-        path = os.path.abspath(os.fsdecode(arguments[0])) if isinstance(arguments[0], (str, Path)) else ""
-        if path.startswith(run_dir) and not path.startswith(f"{folder}/tmp") and Path(path).name.startswith(name):
+        if path.name.startswith(name):
             left -= 1
             if left == 0:
-                if flags & os.O_TRUNC and os.path.exists(path):
+                if flags & os.O_TRUNC and path.exists():
                     os.truncate(path, 0)
                 os.kill(os.getpid() if alone else 0, signal.SIGKILL)
+
+    _before_changes(folder, change)
+
+
+def read_only_once_saved(folder: Path) -> None:
+    """Let all changes to the folder fail, as on a read-only file system, from the second checkpoint on."""
+
+    def change(path: Path, flags: int) -> None:
+        if (folder / "run" / "checkpoints" / "previous.ckpt").exists():
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    _before_changes(folder, change)
+
+
+def _before_changes(folder: Path, call: Callable[[Path, int], None]) -> None:
+    """Call with the path, and the flags with which it is opened, before anything below a folder is changed."""
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        flags = arguments[2] if event == "open" and isinstance(arguments[2], int) else 0
+        changes = event in _CHANGES or flags & (os.O_WRONLY | os.O_RDWR)
+        if changes and isinstance(arguments[0], (str, Path)):
+            path = Path(os.path.abspath(arguments[0]))
+            if folder in path.parents and folder / "tmp" not in path.parents:
+                call(path, flags)
 
     sys.addaudithook(hook)
 

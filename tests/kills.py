@@ -46,7 +46,7 @@ class Started:
         self.process.start()
         self.session = self.process.pid
 
-    def wait(self, seconds: float = 60) -> int | None:
+    def wait(self, seconds: float = 120) -> int | None:
         """The exit status; None if it goes on after so many seconds."""
         self.process.join(seconds)
         return self.process.exitcode
@@ -149,7 +149,7 @@ def _before_changes(folder: Path, call: Callable[[Path, int], None]) -> None:
         flags = arguments[2] if event == "open" and isinstance(arguments[2], int) else 0
         changes = event in _CHANGES or flags & (os.O_WRONLY | os.O_RDWR)
         if changes and isinstance(arguments[0], (str, Path)):
-            path = Path(os.path.abspath(arguments[0]))
+            path = Path(arguments[0])  # one that is not absolute may be meant in a folder that is open
             if folder in path.parents and folder / "tmp" not in path.parents:
                 call(path, flags)
 

@@ -93,7 +93,7 @@ def run_app(task: Callable[[DictConfig], Any], config_name: str) -> None:
     except OSError as error:
         if disk_error(error) is None:
             raise
-        fail(StorageError(f"cannot write {error.filename or 'to the disk'}: {error.strerror}"))
+        fail(cannot_write(error))
     except Exception as error:
         if composed:
             raise
@@ -102,6 +102,11 @@ def run_app(task: Callable[[DictConfig], Any], config_name: str) -> None:
     finally:
         SweepTable.close()
         del os.environ["HYDRA_FULL_ERROR"]
+
+
+def cannot_write(error: OSError) -> StorageError:
+    """What an error of the disk is to the user."""
+    return StorageError(f"cannot write {error.filename or 'to the disk'}: {error.strerror}")
 
 
 def _nobody_reads() -> bool:

@@ -105,13 +105,13 @@ def assert_all_end(run, seconds=30, ended_by=(2, 143)):
 
 
 def test_killed_ranks(tmp_path):
-    command = (*STEPS, *RANKS, "trainer=ddp_fork", "trainer.max_steps=150")
-    expected, seconds = undisturbed(tmp_path / "straight", *command)
+    command = (*STEPS, *RANKS, "trainer=ddp_fork", "trainer.max_steps=400")
+    expected, _ = undisturbed(tmp_path / "straight", *command)
     moments, folder = random.Random(0), tmp_path / "killed"
     for k in range(10):
         run = Started(folder, *command)
         rank = run.ranks()[k % 2]
-        time.sleep((k > 1) * moments.random() * seconds / 3)  # the first before they have met
+        time.sleep((k > 1) * moments.random() * 1.5)  # the first before they have met
         os.kill(rank, signal.SIGKILL)
         assert_all_end(run)
         assert f"fgtrain: rank {k % 2} was ended by SIGKILL" in run.err.splitlines()[-1]
@@ -186,7 +186,7 @@ def test_sweep_that_is_cut_goes_on_by_the_same_command(end, tmp_path):
 
 
 def test_comparison_that_is_killed_goes_on_by_the_same_command(tmp_path):
-    command = ("methods=[backprop,fwdgrad]", "seeds=1", "budget=30steps", "out=out", "model.hidden=[8]")
+    command = ("methods=[backprop,fwdgrad]", "seeds=1", "budget=30steps", f"out={tmp_path}/out", "model.hidden=[8]")
     for name, count in [("plan.json", 1), ("plan.json", 2), ("config.yaml", 1), ("results.json", 4)]:
         run = Started(tmp_path, *command, script="compare", disturb=partial(kill_at_change, name=name, count=count))
         assert run.wait() == -signal.SIGKILL, (name, count, run.err)

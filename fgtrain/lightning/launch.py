@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fgtrain.config import check, to_plain
 from fgtrain.errors import ConfigError, Interrupted, RankFailed, UserError
+from fgtrain.lightning.checkpoints import disk_error
 from fgtrain.lightning.owner import owned
 from fgtrain.lightning.strategy import Replicas, Sharded
 
@@ -227,18 +228,22 @@ class _Sigterm:
 
 
 def _worker(rank: int, plain: dict[str, Any], choices: dict[str, str], size: int, port: int, folder: str) -> None:
-    from fgtrain.cli import USER_ERRORS, one_line, silence_libraries
+    from fgtrain.cli import USER_ERRORS, cannot_write, one_line, silence_libraries
     from fgtrain.lightning.run import run
 
     silence_libraries()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fork has the handler of its launcher
     threading.Thread(target=_end_without_leader, daemon=True).start()
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     try:
         results = run(OmegaConf.create(plain), choices)
-    except USER_ERRORS as error:
-        (Path(folder) / f"error_{rank}").write_text(one_line(error))
+    except (*USER_ERRORS, OSError) as error:
+        if isinstance(error, OSError) and disk_error(error) is None:
+            raise
+        told = cannot_write(error) if isinstance(error, OSError) else error
+        (Path(folder) / f"error_{rank}").write_text(one_line(told))
         sys.exit(getattr(error, "exit_status", 2))
     if rank == 0:
         (Path(folder) / "results").write_bytes(pickle.dumps(results))

@@ -1,5 +1,6 @@
 """A run that is cut at any hook, once or often, ends as the undisturbed one: weights, best checkpoint and results."""
 
+import contextlib
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists",
 SCHEDULERS = {
     "constant": None,
     "cosine": cosine,
+    "warm-up": lambda optimizer, total_steps: cosine(optimizer, total_steps, warmup_steps=3),
     "exponential": lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9),
 }
 TIMES = ("train/step_ms",)
@@ -66,9 +68,12 @@ class Plan(NamedTuple):
     accumulate: int = 1
     patience: int = 100
     cuts: tuple[tuple[int, bool], ...] = ()
+    log_every: tuple[int, ...] = (3,)  # of each attempt, the last for the rest
+    moves: bool = False  # to another folder after each cut
+    from_best: bool = False  # goes on from best.ckpt after the last cut
 
 
-def attempt(plan, folder, checkpoint, kill, *, early_stopping=True, data=Small):
+def attempt(plan, folder, checkpoint, kill, *, early_stopping=True, data=Small, log_every=3):
     torch.manual_seed(0)
     module = make(
         ForwardGradient(),
@@ -77,7 +82,7 @@ def attempt(plan, folder, checkpoint, kill, *, early_stopping=True, data=Small):
         scheduler=SCHEDULERS[plan.scheduler],
         accumulate_grad_batches=plan.accumulate,
     )
-    monitor = Monitor(3)
+    monitor = Monitor(log_every)
     watching = [
         *([] if isinstance(kill, KillLast) else [kill]),
         monitor,
@@ -109,14 +114,19 @@ def attempt(plan, folder, checkpoint, kill, *, early_stopping=True, data=Small):
 
 def outcome(plan):
     with TemporaryDirectory() as name:
-        folder, cuts = Path(name), list(plan.cuts)
+        folder, cuts, every, saved = Path(name) / "0", list(plan.cuts), list(plan.log_every), None
         while True:
-            saved = checkpoint_to_resume("auto", folder)
             at, last = cuts.pop(0) if cuts else (0, True)
+            log_every = every.pop(0) if len(every) > 1 else every[0]
             try:
-                return attempt(plan, folder, saved, KillLast(at) if last else KillFirst(at))
+                return attempt(plan, folder, saved, KillLast(at) if last else KillFirst(at), log_every=log_every)
             except Killed:
-                pass
+                folder.mkdir(exist_ok=True)
+                if plan.moves:
+                    folder = folder.rename(folder.with_name(str(len(cuts) + 1)))
+                saved = checkpoint_to_resume("auto", folder)
+                if plan.from_best and not cuts and (folder / "best.ckpt").exists():
+                    saved = folder / "best.ckpt"
 
 
 def assert_same(found, expected):
@@ -124,7 +134,7 @@ def assert_same(found, expected):
 
 
 def assert_exact(plan):
-    assert_same(outcome(plan), outcome(plan._replace(cuts=())))
+    assert_same(outcome(plan), outcome(plan._replace(cuts=(), log_every=plan.log_every[-1:])))
 
 
 EPOCHS = {"max_epochs": 3}  # of five batches
@@ -162,8 +172,12 @@ PLANS = st.builds(
     ),
     accumulate=st.sampled_from([1, 1, 2]),
     patience=st.sampled_from([0, 1, 100]),
-    cuts=st.lists(st.tuples(st.integers(1, EVENTS), st.booleans()), min_size=1, max_size=3).map(tuple),
+    cuts=st.lists(st.tuples(st.integers(1, EVENTS), st.booleans()), max_size=3).map(tuple),
+    log_every=st.lists(st.sampled_from([1, 3, 100]), min_size=1, max_size=3).map(tuple),
+    moves=st.booleans(),
+    from_best=st.booleans(),
 )
+LONGER = st.sampled_from([{"max_steps": 17}, {"max_steps": -1, "max_epochs": 5}, {"max_steps": 16, "max_epochs": 7}])
 
 
 @given(plan=PLANS)
@@ -171,6 +185,34 @@ PLANS = st.builds(
 @example(plan=Plan(EPOCHS, save_every=5, cuts=((18, True), (12, True))))
 def test_any_run_cut_up_to_three_times(plan):
     assert_exact(plan)
+
+
+@pytest.mark.slow
+@given(plan=PLANS)
+@settings(max_examples=150, deadline=None, derandomize=True, phases=[Phase.generate])
+def test_many_runs_cut_up_to_three_times(plan):
+    assert_exact(plan)
+
+
+@pytest.mark.slow
+@given(
+    plan=PLANS.filter(lambda plan: plan.scheduler in ("constant", "exponential") and plan.patience == 100), long=LONGER
+)
+@settings(max_examples=40, deadline=None, derandomize=True, phases=[Phase.generate])
+def test_many_runs_made_longer(plan, long):
+    """Cut or not, then finished, then extended: as if it had been so long from the beginning."""
+    plan = plan._replace(moves=False, from_best=False, log_every=(3,))
+    whole = plan._replace(length={"max_epochs": -1} | long, cuts=())
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        for at, last in (*plan.cuts, (0, True)):
+            with contextlib.suppress(Killed):
+                saved = checkpoint_to_resume("auto", folder)
+                attempt(plan, folder, saved, KillLast(at) if last else KillFirst(at))
+                break
+        found, expected = attempt(whole, folder, folder / "last.ckpt", KillLast(0)), outcome(whole)
+    assert_same(found["weights"], expected["weights"])
+    assert found["steps"] == expected["steps"]
 
 
 def cut(plan, folder, event=20):

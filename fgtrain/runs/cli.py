@@ -95,7 +95,7 @@ def run_app(task: Callable[[DictConfig], Any], config_name: str) -> None:
     except OSError as error:
         if disk_error(error) is None:
             raise
-        fail(StorageError(f"cannot write {error.filename or 'to the disk'}: {error.strerror}"))
+        fail(cannot_write(error))
     except Exception as error:
         if is_out_of_memory(error):
             fail(f"not enough memory ({str(error)[-200:] or 'MemoryError'}); take a smaller data.batch_size or model")
@@ -106,6 +106,11 @@ def run_app(task: Callable[[DictConfig], Any], config_name: str) -> None:
     finally:
         SweepTable.close()
         del os.environ["HYDRA_FULL_ERROR"]
+
+
+def cannot_write(error: OSError) -> StorageError:
+    """What an error of the disk is to the user."""
+    return StorageError(f"cannot write {error.filename or 'to the disk'}: {error.strerror}")
 
 
 def _nobody_reads() -> bool:

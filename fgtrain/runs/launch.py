@@ -24,16 +24,16 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Generator, Iterable, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.multiprocessing as mp
 from omegaconf import DictConfig, OmegaConf
 
 from fgtrain.errors import ConfigError, Interrupted, RankFailed, UserError
+from fgtrain.lightning.checkpoints import disk_error
 from fgtrain.lightning.strategy import Replicas, Sharded
 from fgtrain.runs.config import check, to_plain, to_saved
 from fgtrain.runs.owner import owned
@@ -166,7 +166,7 @@ def launch(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
     if multiprocessing.get_start_method() not in multiprocessing.get_all_start_methods():
         multiprocessing.set_start_method(None, force=True)  # joblib's workers have one that children do not know
     multiprocessing.set_forkserver_preload(["fgtrain.runs.run"])
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _Sigterm() as sigterm:
         context = mp.start_processes(
             _worker,
             (to_saved(cfg), dict(choices), world.size, _free_port(), folder),
@@ -176,56 +176,87 @@ def launch(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
         )
         assert context is not None
         try:
-            with _sigterm_passed_on(context.processes):
-                while not context.join(grace_period=GRACE_SECONDS):
-                    pass
-        except mp.ProcessExitedException as error:
-            raise _cause(context, Path(folder)) from error
-        except mp.ProcessRaisedException as error:
-            raise _cause(context, Path(folder)) from error
+            sigterm.pass_on_to(context.processes)
+            while not context.join(grace_period=GRACE_SECONDS):
+                pass
+        except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
+            raise _cause(context, Path(folder), sigterm.ended) from error
         except KeyboardInterrupt:  # the ranks have got it too, and save what they have
             for process in context.processes:
                 process.join(6 * GRACE_SECONDS)
             raise
         finally:
-            for process in context.processes:
+            for process, traced in zip(context.processes, context.error_files, strict=True):
                 if process.is_alive():
                     process.kill()
+                Path(traced).unlink(missing_ok=True)
         return pickle.loads((Path(folder) / "results").read_bytes())
 
 
-@contextmanager
-def _sigterm_passed_on(processes: Iterable[Any]) -> Generator[None]:
-    """A SIGTERM goes to the ranks, which save what they have. (Ctrl-C reaches them by itself.)"""
+class _Sigterm:
+    """While it is entered, a SIGTERM goes to the ranks, which save what they have. (Ctrl-C reaches them by itself.)
 
-    def pass_on(*_: Any) -> None:
-        for process in processes:
+    Those that go on 20 seconds later are killed: they are stopped, or wait for one that is.
+
+    Attributes:
+        ended: the ranks that were.
+    """
+
+    def __init__(self) -> None:
+        self.ended: list[int] = []
+        self._processes: list[Any] = []
+        self._timer: threading.Timer | None = None
+
+    def __enter__(self) -> Self:
+        self._in_main = threading.current_thread() is threading.main_thread()  # where alone a handler can be set
+        if self._in_main:
+            self._before = signal.signal(signal.SIGTERM, self._pass_on)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._in_main:
+            signal.signal(signal.SIGTERM, self._before)
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def pass_on_to(self, processes: Iterable[Any]) -> None:
+        """Say who the ranks are, which are told of a SIGTERM that came while they were started."""
+        self._processes = list(processes)
+        if self._timer is not None:
+            self._pass_on()
+
+    def _pass_on(self, *_: Any) -> None:
+        if self._timer is None:
+            self._timer = threading.Timer(2 * GRACE_SECONDS, self._end_the_deaf)
+            self._timer.daemon = True
+            self._timer.start()
+        for process in self._processes:
             if process.is_alive():
                 process.terminate()
 
-    if threading.current_thread() is not threading.main_thread():  # where no handler can be set
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, pass_on)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    def _end_the_deaf(self) -> None:
+        self.ended = [rank for rank, process in enumerate(self._processes) if process.is_alive()]
+        for rank in self.ended:
+            self._processes[rank].kill()
 
 
 def _worker(rank: int, plain: dict[str, Any], choices: dict[str, str], size: int, port: int, folder: str) -> None:
-    from fgtrain.runs.cli import USER_ERRORS, one_line, silence_libraries
+    from fgtrain.runs.cli import USER_ERRORS, cannot_write, one_line, silence_libraries
     from fgtrain.runs.run import run
 
     silence_libraries()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fork has the handler of its launcher
     threading.Thread(target=_end_without_leader, daemon=True).start()
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     try:
         results = run(OmegaConf.create(plain), choices)
-    except USER_ERRORS as error:
-        (Path(folder) / f"error_{rank}").write_text(one_line(error))
+    except (*USER_ERRORS, OSError) as error:
+        if isinstance(error, OSError) and disk_error(error) is None:
+            raise
+        told = cannot_write(error) if isinstance(error, OSError) else error
+        (Path(folder) / f"error_{rank}").write_text(one_line(told))
         sys.exit(getattr(error, "exit_status", 2))
     if rank == 0:
         (Path(folder) / "results").write_bytes(pickle.dumps(results))
@@ -243,8 +274,17 @@ def _end_without_leader() -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def _cause(context: Any, folder: Path) -> Exception:
-    """The first thing that went wrong: a signal from outside, else the earliest error."""
+def _cause(context: Any, folder: Path, ended: list[int]) -> Exception:
+    """The first thing that went wrong: a signal from outside, else the earliest error.
+
+    Args:
+        context: of the ranks.
+        folder: where they write their errors.
+        ended: the ranks that were killed because they did not hear a SIGTERM.
+    """
+    if ended:
+        text = f"stopped by SIGTERM, which ranks {ended} did not follow; resume=.../checkpoints/last.ckpt continues"
+        return Interrupted(f"{text} from the last checkpoint", signal.SIGTERM)
     for rank, process in enumerate(context.processes):
         if process.exitcode is not None and process.exitcode < 0 and -process.exitcode != signal.SIGTERM:
             name = signal.Signals(-process.exitcode).name

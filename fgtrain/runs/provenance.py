@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import AliasToken, YAMLError, scan
 
 from fgtrain.errors import ConfigError
+from fgtrain.lightning.checkpoints import write_atomically
 from fgtrain.runs.config import TrainConfig, to_saved
 
 PACKAGES = ("fgtrain", "torch", "torchvision", "lightning", "hydra-core", "numpy", "scikit-learn", "tensorboard")
@@ -38,8 +39,9 @@ def save_provenance(cfg: DictConfig, choices: Mapping[str, str]) -> None:
         "runtime": {"choices": {name: choices.get(name) for name in ("method", "task", "data", "model")}},
     }
     defaults = ["schema", "_self_", {"override hydra/job_logging": "warnings"}]
-    OmegaConf.save({"defaults": defaults, **plain, "hydra": hydra}, run_dir / "config.yaml")
-    (run_dir / "provenance.json").write_text(json.dumps(provenance(cfg), indent=2) + "\n")
+    saved = OmegaConf.create({"defaults": defaults, **plain, "hydra": hydra})
+    write_atomically(OmegaConf.to_yaml(saved), run_dir / "config.yaml")  # which a resumed run is held to
+    write_atomically(json.dumps(provenance(cfg), indent=2) + "\n", run_dir / "provenance.json")
 
 
 def provenance(cfg: DictConfig) -> dict[str, Any]:

@@ -48,6 +48,7 @@ from hydra.utils import instantiate
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig
 from rich.console import Console
@@ -277,9 +278,11 @@ def _tested(module: EstimatorModule, data: L.LightningDataModule, trainer: L.Tra
 
 @contextmanager
 def _ctrl_c_named(trainer: L.Trainer) -> Generator[None]:
-    """Lightning ends the process without a word at a Ctrl-C that `Recovery` does not take."""
+    """Lightning ends the process without a word at a signal that `Recovery` does not take."""
     try:
         yield
+    except SIGTERMException as end:
+        raise Interrupted("stopped by SIGTERM before anything was trained", signal.SIGTERM) from end
     except SystemExit as end:
         if trainer.state.status != TrainerStatus.INTERRUPTED:
             raise

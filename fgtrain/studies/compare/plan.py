@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from fgtrain.errors import ConfigError
+from fgtrain.lightning.checkpoints import write_atomically
 from fgtrain.runs.cli import CONF
 from fgtrain.runs.config import drop_arguments_of_replaced_targets, name_targets
 
@@ -87,7 +88,7 @@ class Comparison:
         if path.exists() and path.read_text() != plan:
             raise ConfigError(f"{self.folder} holds another comparison; give another folder with out=...")
         self.folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(plan)
+        write_atomically(plan, path)
 
 
 def parse(arguments: Sequence[str]) -> Comparison:

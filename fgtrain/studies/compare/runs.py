@@ -10,6 +10,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fgtrain.errors import ConfigError, DivergenceError
+from fgtrain.lightning.checkpoints import write_atomically
 from fgtrain.runs.run import build, run
 from fgtrain.studies.compare.cost import StepCost, step_costs
 from fgtrain.studies.compare.plan import SEARCH_SEED, Comparison, compose_run
@@ -133,7 +134,7 @@ def _finish(plan: Comparison, method: str, seed: int, lr: float | None, steps: i
         except DivergenceError as error:  # a result like any other
             failed: dict[str, Any] = {name: choices.get(name) for name in ("method", "task", "data", "model")}
             failed |= {"seed": seed, "steps": 0, "train_seconds": 0.0, "metrics": {}, "diverged": str(error)}
-            (folder / "results.json").write_text(json.dumps(failed, indent=2) + "\n")
+            write_atomically(json.dumps(failed, indent=2) + "\n", folder / "results.json")
     results = json.loads((folder / "results.json").read_text())
     return Finished(method, seed, results, _curves(folder))
 

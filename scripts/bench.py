@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fgtrain.memory import keep_freed_memory
-from fgtrain.runs.cli import USER_ERRORS, fail, silence_libraries
+from fgtrain.runs.messages import USER_ERRORS, fail, silence_libraries
 from fgtrain.studies.benchmarks.loop import loop_overhead
 from fgtrain.studies.benchmarks.methods import methods_of
 from fgtrain.studies.benchmarks.scaling import Link, measure_compute, rows_of, scaling_table

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fgtrain.errors import Interrupted
 from fgtrain.memory import keep_freed_memory
-from fgtrain.runs.cli import USER_ERRORS, fail, silence_libraries
+from fgtrain.runs.messages import USER_ERRORS, fail, silence_libraries
 from fgtrain.studies.compare import compare, parse, write_report
 from fgtrain.studies.compare.report import statement, table_of
 

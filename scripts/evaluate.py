@@ -8,8 +8,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from fgtrain.runs.cli import USER_ERRORS, fail, silence_libraries
 from fgtrain.runs.evaluate import SPLITS, evaluate
+from fgtrain.runs.messages import USER_ERRORS, fail, silence_libraries
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from fgtrain.runs.cli import USER_ERRORS, fail, silence_libraries
+from fgtrain.runs.messages import USER_ERRORS, fail, silence_libraries
 from fgtrain.studies.compare.plan import compose_run
 from fgtrain.studies.profiles import draw, problems, share_solved, solve, speed_of_batching
 from fgtrain.tasks import Rosenbrock

@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from fgtrain.lightning.checkpoints import save_atomically
-from fgtrain.runs.cli import USER_ERRORS, fail, silence_libraries
+from fgtrain.runs.messages import USER_ERRORS, fail, silence_libraries
 from fgtrain.runs.replay import replay
 
 

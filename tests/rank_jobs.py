@@ -11,6 +11,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.nn import functional as F
@@ -35,7 +36,6 @@ from fgtrain.lightning.callbacks import RankCheck
 from fgtrain.lightning.divergence import Divergence
 from fgtrain.lightning.strategy import Replicas
 from fgtrain.models import MLP
-from fgtrain.runs.launch import _free_port
 from fgtrain.tasks import Classification
 
 STEPS = 6
@@ -106,7 +106,7 @@ def fit(module, batch_size, folder, *callbacks, max_steps=STEPS, data=None, **op
 def start(size, job, folder, *args):
     """Run job(folder, *args) in `size` processes of one process group; what each returned, by rank."""
     mp.get_context("forkserver").set_forkserver_preload(["tests.rank_jobs"])
-    mp.start_processes(_run, (size, _free_port(), job, folder, args), size, start_method="forkserver")
+    mp.start_processes(_run, (size, find_free_network_port(), job, folder, args), size, start_method="forkserver")
     return [torch.load(Path(folder) / f"{job.__name__}_{rank}_of_{size}.pt") for rank in range(size)]
 
 

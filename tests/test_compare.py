@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fgtrain.errors import ConfigError
-from fgtrain.runs.cli import USER_ERRORS
+from fgtrain.runs.messages import USER_ERRORS
 from fgtrain.runs.run import build
 from fgtrain.studies.compare import compare, parse, write_report
 from fgtrain.studies.compare.plan import compose_run

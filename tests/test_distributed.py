@@ -19,7 +19,7 @@ from fgtrain.errors import ConfigError
 from fgtrain.estimators import write_grads
 from fgtrain.lightning import convert
 from fgtrain.random import keyed_generator
-from fgtrain.runs.launch import is_follower, plan
+from fgtrain.runs.world import is_follower, plan
 from tests import rank_jobs
 from tests.rank_jobs import ESTIMATORS, MOMENTUM, STEPS, Data, fit, make, start
 from tests.test_script import ROOT, results_under, train

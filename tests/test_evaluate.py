@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from fgtrain.errors import CheckpointError
-from fgtrain.runs.cli import USER_ERRORS
 from fgtrain.runs.evaluate import evaluate
+from fgtrain.runs.messages import USER_ERRORS
 
 from .test_script import load_script, train
 

@@ -8,7 +8,8 @@ import re
 import pytest
 from hydra import compose, initialize_config_dir
 
-from fgtrain.runs.cli import CONF, one_line
+from fgtrain.runs.cli import CONF
+from fgtrain.runs.messages import one_line
 from fgtrain.runs.sweeps import objective
 
 from .test_script import options, results_under, train

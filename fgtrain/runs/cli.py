@@ -2,43 +2,27 @@
 
 import argparse
 import os
-import re
 import select
 import signal
 import sys
-import threading
 import traceback
-import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from hydra.types import RunMode
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
-from fgtrain.errors import Interrupted, JobFailed, StorageError, UserError
+from fgtrain.errors import Interrupted, JobFailed
 from fgtrain.lightning.checkpoints import disk_error
 from fgtrain.memory import is_out_of_memory
 from fgtrain.runs.config import drop_arguments_of_replaced_targets, name_targets
-from fgtrain.runs.launch import is_follower
+from fgtrain.runs.messages import USER_ERRORS, cannot_write, fail, one_line, silence_libraries
 from fgtrain.runs.sweeps import SweepTable
+from fgtrain.runs.world import is_follower
 
-USER_ERRORS = (UserError, HydraException, OmegaConfBaseException, MisconfigurationException)
-_CHATTER = (
-    ".*LeafSpec.*",
-    ".*torch.jit.script.*",
-    "The number of training batches",
-    "Using ModelCheckpoint",
-    "Total length of .* is zero",  # which FirstBatch tells
-    "You defined a `validation_step` but have no `val_dataloader`",  # and that
-    "The dirpath has changed",  # a run resumed in another folder
-    "Checkpoint directory .* exists",  # or in its own
-)
 ERROR_FILE = "error.txt"
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -108,11 +92,6 @@ def run_app(task: Callable[[DictConfig], Any], config_name: str) -> None:
         del os.environ["HYDRA_FULL_ERROR"]
 
 
-def cannot_write(error: OSError) -> StorageError:
-    """What an error of the disk is to the user."""
-    return StorageError(f"cannot write {error.filename or 'to the disk'}: {error.strerror}")
-
-
 def _nobody_reads() -> bool:
     """Whether stdout is a pipe whose reader has seen enough, as `| head` has."""
     poll = select.poll()
@@ -135,19 +114,6 @@ def job_failed(error: Exception) -> JobFailed:
         text = f"{type(error).__name__}: {text}\n{''.join(traceback.format_exception(error))}"
     (run_dir / ERROR_FILE).write_text(f"{text}\n")
     return JobFailed(text, run_dir.parent)
-
-
-def silence_libraries() -> None:
-    """Ignore the warnings that are libraries talking to each other, and what is told in the main thread as well."""
-    for message in _CHATTER:
-        warnings.filterwarnings("ignore", message)
-    threading.excepthook = _print_unless_of_the_disk
-
-
-def _print_unless_of_the_disk(args: threading.ExceptHookArgs) -> None:
-    """TensorBoard's writer is a thread; what it meets on the disk is raised again where something is logged next."""
-    if args.exc_value is None or disk_error(args.exc_value) is None:
-        threading.__excepthook__(args)
 
 
 def _usage(message: str) -> str:
@@ -177,33 +143,3 @@ def _hydra_main(task: Callable[[DictConfig], Any], config_name: str) -> None:
 def choices() -> dict[str, str]:
     """The chosen file of every group; a `_target_` given on the command line stands for itself."""
     return name_targets(HydraConfig.get().runtime.choices, _overrides())
-
-
-def fail(error: BaseException | str) -> NoReturn:
-    """Print one line on stderr and exit with the error's status, or 2."""
-    print(f"fgtrain: {one_line(error)}", file=sys.stderr)
-    sys.exit(getattr(error, "exit_status", 2))
-
-
-def one_line(error: BaseException | str) -> str:
-    """The message of an error, folded to one line and freed of what concerns Hydra alone."""
-    text = str(error)
-    cause = getattr(error, "__cause__", None)
-    if isinstance(error, InstantiationException):
-        key = re.search(r"full_key: (\S+)", text)
-        text = f"{key.group(1)}: {cause}" if key and cause else text
-    elif isinstance(error, OverrideParseException):
-        reason = "; ".join(line for line in text.splitlines() if not line.startswith(("See ", "Error parsing")))
-        text = (
-            f"{error.override!r} cannot be read ({reason}); a value with = or , in it stands in quotes: 'key=\"a=b\"'"
-        )
-    elif unknown := re.match(r"Could not override '(\S+)'", text):
-        text = f"{unknown.group(1)} is no key of the configuration; --cfg job prints the keys there are"
-    elif plugin := re.match(r"In '.*': Could not find 'hydra/(sweeper|launcher)/(\w+)'", text):
-        missing = f"hydra/{plugin.group(1)}={plugin.group(2)} is not installed"
-        text = f'{missing}; pip install -e ".[sweeps]" brings optuna and joblib'
-    elif isinstance(error, HydraException) and cause and not text.startswith("In "):
-        text = f"{text}: {cause}"
-    text = re.sub(r"\nConfig search path:.*", "", text, flags=re.DOTALL)
-    text = re.sub(r"\n\s*(full_key|object_type|reference_type)[:=].*", "", text)
-    return " ".join(text.split())

@@ -75,9 +75,9 @@ from fgtrain.memory import keep_freed_memory
 from fgtrain.network.compilation import compile_model
 from fgtrain.runs.changes import is_extended, stop_holds
 from fgtrain.runs.config import check, signature_of, to_plain, to_saved
-from fgtrain.runs.launch import is_follower, plan
 from fgtrain.runs.owner import owned
 from fgtrain.runs.provenance import save_provenance
+from fgtrain.runs.world import is_follower, plan
 from fgtrain.tasks import Function
 
 RESULTS = "results.json"

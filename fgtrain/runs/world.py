@@ -1,0 +1,116 @@
+"""How many processes a run has and who starts them: fgtrain, torchrun or SLURM."""
+
+import os
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from fgtrain.errors import ConfigError
+from fgtrain.lightning.strategy import Replicas, Sharded
+
+START_METHODS = {
+    "auto": "forkserver",  # imports once for all ranks, and once for all jobs of a sweep
+    "ddp": "forkserver",
+    "ddp_spawn": "spawn",
+    "ddp_fork": "fork",
+    "fsdp2": "forkserver",
+}
+
+
+class World(NamedTuple):
+    """How many processes a run has, and who starts them."""
+
+    devices: int | list[int] | str
+    num_devices: int
+    num_nodes: int
+    strategy: str
+    started: bool
+
+    @property
+    def size(self) -> int:
+        """R."""
+        return self.num_devices * self.num_nodes
+
+    def trainer_options(self) -> dict[str, Any]:
+        """Arguments of the trainer that differ from the configuration."""
+        if self.strategy not in START_METHODS or (self.size == 1 and not self.started):
+            return {}
+        strategy: Any = "auto"
+        if self.size > 1 and self.strategy == "fsdp2":
+            strategy = Sharded(self.size)
+        elif self.size > 1:
+            strategy = Replicas()
+        return {"devices": self.devices, "num_nodes": self.num_nodes, "strategy": strategy}
+
+
+def plan(trainer: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> World:
+    """The processes that `trainer` (its configuration) asks for, checked against those there are.
+
+    Raises:
+        ConfigError: the numbers disagree, so that part of the data would be trained on in silence.
+    """
+    strategy = trainer.get("strategy", "auto")
+    if not isinstance(strategy, str):
+        strategy = "custom"
+    if strategy.startswith(("fsdp", "deepspeed", "model_parallel")) and strategy != "fsdp2":
+        raise ConfigError(
+            f"trainer.strategy={strategy} needs a backward pass to reduce its gradients; use trainer=ddp, or "
+            "trainer=fsdp2 with method=fwdgrad tangents=low_rank"
+        )
+    devices, num_nodes = trainer.get("devices", "auto"), trainer.get("num_nodes", 1)
+    found = _started(environ)
+    if found is not None:
+        name, total, local = found
+        if devices in ("auto", -1, "-1") and total == local * (total // local):
+            devices, num_nodes = local, (total // local if num_nodes == 1 else num_nodes)
+        asked = _count(devices, trainer) * num_nodes
+        if asked != total:
+            raise ConfigError(
+                f"{name} started {total} process{'es' * (total > 1)}, but trainer.devices={devices} x "
+                f"trainer.num_nodes={num_nodes} asks for {asked}, so each would train on the wrong part of the data; "
+                f"leave trainer.devices=auto or start {asked}"
+            )
+        return World(devices, _count(devices, trainer), num_nodes, strategy, True)
+    count = _count(devices, trainer)
+    if num_nodes > 1 and strategy in START_METHODS:
+        raise ConfigError(
+            f"trainer.num_nodes={num_nodes} needs a start on every node; use torchrun --nnodes={num_nodes} "
+            f"--nproc_per_node={count} scripts/train.py ..., or srun"
+        )
+    if strategy == "fsdp2" and count == 1:
+        raise ConfigError("trainer=fsdp2 shards parameters over at least 2 devices; set trainer.devices")
+    return World(devices, count, num_nodes, strategy, False)
+
+
+def _started(environ: Mapping[str, str]) -> tuple[str, int, int] | None:
+    """(by whom, processes in all, processes on this node) where something else starts them."""
+    if "WORLD_SIZE" in environ and "LOCAL_RANK" in environ:
+        total = int(environ["WORLD_SIZE"])
+        return "torchrun", total, int(environ.get("LOCAL_WORLD_SIZE", total))
+    interactive = environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    if "SLURM_NTASKS" in environ and not interactive:
+        total = int(environ["SLURM_NTASKS"])
+        nodes = int(environ.get("SLURM_NNODES", 1))
+        return f"SLURM (SLURM_NTASKS={total})", total, int(environ.get("SLURM_NTASKS_PER_NODE", total // nodes))
+    return None
+
+
+def _count(devices: Any, trainer: Mapping[str, Any]) -> int:
+    """How many devices of this node `trainer.devices` means."""
+    if isinstance(devices, (list, tuple)):
+        return len(devices)
+    if isinstance(devices, str) and "," in devices:
+        return len([part for part in devices.split(",") if part.strip()])
+    if devices in ("auto", -1, "-1"):
+        on_gpu = trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda") and torch.cuda.is_available()
+        return torch.cuda.device_count() if on_gpu else 1
+    try:
+        return int(devices)
+    except (TypeError, ValueError):
+        raise ConfigError(f"trainer.devices must be a number, a list of indices or auto, got {devices!r}") from None
+
+
+def is_follower(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process was started from outside and is not rank 0, whose folder is the run's."""
+    return _started(environ) is not None and environ.get("RANK", environ.get("SLURM_PROCID", "0")) != "0"

@@ -66,8 +66,10 @@ class Started:
         Args:
             depth: generations between the script and its ranks.
         """
+        began = time.monotonic()
         while True:
             assert self.process.exitcode is None, self.err
+            assert time.monotonic() < began + 120, self.processes()
             found, parents = _processes(), {self.session}
             for _ in range(depth):
                 parents = {pid for pid, (parent, _, state) in found.items() if parent in parents and state != "Z"}

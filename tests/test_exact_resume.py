@@ -116,8 +116,8 @@ def outcome(plan):
     with TemporaryDirectory() as name:
         folder, cuts, every, saved = Path(name) / "0", list(plan.cuts), list(plan.log_every), None
         while True:
+            log_every = every.pop(0) if cuts and len(every) > 1 else every[-1]
             at, last = cuts.pop(0) if cuts else (0, True)
-            log_every = every.pop(0) if len(every) > 1 else every[0]
             try:
                 return attempt(plan, folder, saved, KillLast(at) if last else KillFirst(at), log_every=log_every)
             except Killed:
@@ -134,7 +134,11 @@ def assert_same(found, expected):
 
 
 def assert_exact(plan):
-    assert_same(outcome(plan), outcome(plan._replace(cuts=(), log_every=plan.log_every[-1:])))
+    found, expected = outcome(plan), outcome(plan._replace(cuts=()))
+    for metrics in (found["metrics"], expected["metrics"]) if len(set(plan.log_every)) > 1 else ():
+        for name in [name for name in metrics if name.startswith("train/")]:
+            del metrics[name]  # a mean since the last entry in the log, which was at another step
+    assert_same(found, expected)
 
 
 EPOCHS = {"max_epochs": 3}  # of five batches
@@ -189,7 +193,7 @@ def test_any_run_cut_up_to_three_times(plan):
 
 @pytest.mark.slow
 @given(plan=PLANS)
-@settings(max_examples=150, deadline=None, derandomize=True, phases=[Phase.generate])
+@settings(max_examples=60, deadline=None, derandomize=True, phases=[Phase.generate])
 def test_many_runs_cut_up_to_three_times(plan):
     assert_exact(plan)
 

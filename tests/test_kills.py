@@ -105,7 +105,7 @@ def assert_all_end(run, seconds=30, ended_by=(2, 143)):
 
 
 def test_killed_ranks(tmp_path):
-    command = (*STEPS, *RANKS, "trainer=ddp_fork", "trainer.max_steps=400")
+    command = (*STEPS, *RANKS, "trainer=ddp_fork", "trainer.max_steps=250")
     expected, _ = undisturbed(tmp_path / "straight", *command)
     moments, folder = random.Random(0), tmp_path / "killed"
     for k in range(10):
@@ -117,7 +117,7 @@ def test_killed_ranks(tmp_path):
         assert f"fgtrain: rank {k % 2} was ended by SIGKILL" in run.err.splitlines()[-1]
     for change in [("next", 2), ("last", 1), ("previous", 2), ("results.json", 3)]:
         run = Started(folder, *command, disturb=partial(kill_at_change, name=change[0], count=change[1], alone=True))
-        assert_all_end(run)
+        assert_all_end(run, seconds=180)  # with the training before it
         assert "fgtrain: rank 0 was ended by SIGKILL" in run.err.splitlines()[-1]
     for k in range(2):
         run = Started(folder, *command, "trainer=ddp")

@@ -2,16 +2,19 @@
 
 import math
 import warnings
+from functools import partial
 from typing import Any
 
 import lightning as L
+from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from fgtrain.errors import CheckpointError
+from fgtrain.lightning._lightning import Counters, raise_limits
 from fgtrain.lightning.length import batches_per_epoch, train_loaders
-from fgtrain.random import random_state, set_random_state
+from fgtrain.random import preserved_random_state, random_state, set_random_state
 
 
 class Position(L.Callback):
@@ -44,7 +47,7 @@ class Position(L.Callback):
         self._loaders: list[Any] = []
         self._random: dict[str, Any] | None = None  # to be taken up when the epoch's own loader has been left
         self._intervals: tuple[Any, Any] | None = None  # of validation
-        self._reads = self._is_complete = self._validates = self._loses_place = False
+        self._reads = self._is_complete = self._validates = self._leaves = self._loses_place = False
 
     def limits(self, trainer: Any) -> tuple[int, int]:
         """`max_steps` and `max_epochs` of the run."""
@@ -77,52 +80,37 @@ class Position(L.Callback):
 
     def _enter(self, trainer: Any, fit: dict[str, Any], step: int) -> None:
         """Put the counters of the loops into a state from which Lightning goes on correctly."""
-        epochs, batches = fit["epoch_progress"]["current"], fit["epoch_loop.batch_progress"]
-        batch, total = batches["current"]["processed"], batches["total"]["processed"]
-        is_last, step_is_over = batches["is_last_batch"], batches["current"]["completed"] == batch
-        has_ended = epochs["processed"] == epochs["started"]  # also where the last step was in its middle
-        is_inside = batch > 0 and not (has_ended and is_last)
-        epoch = epochs["processed"] - (is_inside and has_ended)
-
+        found = Counters.of(fit)
+        epoch, batch, total = found.epochs, found.batch, found.total
+        is_inside = batch > 0 and (found.in_epoch or not found.is_last)  # also where the run ended in its middle
+        if is_inside and not found.in_epoch:
+            epoch -= 1
+        steps_reached, epochs_reached = 0 <= trainer.max_steps <= step, 0 <= trainer.max_epochs <= epoch
         stopped = self.keeps_stop and fit["state_dict"].get("should_stop", False)
-        stops = stopped and _may_stop(trainer, epochs["processed"], step)
-        steps_reached = 0 <= trainer.max_steps <= step
-        epochs_reached = 0 <= trainer.max_epochs <= epoch
+        stops = stopped and found.epochs >= (trainer.min_epochs or 0) and step >= (trainer.min_steps or 0)
         is_over = stops or steps_reached or epochs_reached
-        owes_end = is_inside and not has_ended
-        due = _validation_is_due(trainer, epoch, total, batch, is_last=is_last)
-        validates = owes_end and not step_is_over and (due or (stops and trainer.enable_validation))
-        self.ends_epoch = owes_end and not validates and (is_last or is_over)
+        owes_end = is_inside and found.in_epoch
+        due = _validation_is_due(trainer, epoch, total, batch, is_last=found.is_last)
+        validates = owes_end and not found.step_is_over and (due or (stops and trainer.enable_validation))
+        self.ends_epoch = owes_end and not validates and (found.is_last or is_over)
         self._is_complete = is_over and not owes_end
-        self._was_last = None
-        if self.ends_epoch:
-            self._was_last = is_last
-            batch, total = batch - 1, total - 1
+        self._was_last = found.is_last if self.ends_epoch else None
 
         self._added_steps = step + 1 - trainer.max_steps if steps_reached else 0
         self._added_epochs = epoch + 1 - trainer.max_epochs if epochs_reached else 0
-        trainer.fit_loop.epoch_loop.max_steps += self._added_steps
-        trainer.fit_loop.max_epochs += self._added_epochs
+        raise_limits(trainer, self._added_steps, self._added_epochs)
         self._stops = stopped and is_over
         trainer.should_stop = trainer.should_stop or (stopped and not is_over)
 
-        for counter in (fit["epoch_progress"]["current"], fit["epoch_progress"]["total"]):
-            counter |= {"ready": epoch + 1, "started": epoch + is_inside, "processed": epoch, "completed": epoch}
-        batch = batch if is_inside else 0
-        for counter, done in ((batches["current"], batch), (batches["total"], total)):
-            counter |= dict.fromkeys(("ready", "started", "processed", "completed"), done)
-        batches["is_last_batch"] = validates and is_last
-        validation = fit["epoch_loop.val_loop.batch_progress"]
-        for counter in (validation["current"], validation["total"]):
-            counter |= dict.fromkeys(("ready", "started", "processed", "completed"), 0)
-        if validates:
-            validation["total"] |= {"ready": 1, "started": 1}
-        # The x axis of what is logged. Lightning adds one where it validates, or does not since it has done so before.
+        batch, total = batch - self.ends_epoch if is_inside else 0, total - self.ends_epoch
+        # Lightning adds a step to the x axis of its logs where it validates, or would, had it not done so before.
         adds = validates or (not self._is_complete and _validation_is_due(trainer, epoch, total, batch, is_last=False))
-        fit["epoch_loop.state_dict"]["_batches_that_stepped"] = total + self.ends_epoch - adds
+        state = Counters(epoch, is_inside, batch, total, validates and found.is_last, not validates)
+        state.write(fit, total + self.ends_epoch - adds)
         self._validates = validates
-        self._random = random_state() if self.ends_epoch or (validates and is_last) else None
-        if is_inside and not is_last and not is_over and self._loses_place:
+        self._leaves = found.total > 0 and found.is_last
+        self._random = random_state() if self.ends_epoch or (validates and found.is_last) else None
+        if is_inside and not (found.is_last or is_over) and self._loses_place:
             rank_zero_warn(
                 "the run goes on in the middle of an epoch, but its training loader has no state_dict and "
                 "load_state_dict: it begins anew, so that some examples come twice and others not at all"
@@ -149,6 +137,10 @@ class Position(L.Callback):
             self._intervals = trainer.val_check_batch, trainer.check_val_every_n_epoch
             trainer.val_check_batch, trainer.check_val_every_n_epoch = 1, None
             self._restore_random_state()
+        if self._leaves and not self.ends_epoch:
+            with preserved_random_state():
+                for loader in filter(partial(_is_limited, trainer), _loaders(trainer)):
+                    next(iter(loader), None)  # a pass that was left is over when the one after it begins
         if self._is_complete:
             self._restore_limits(trainer)
 
@@ -164,8 +156,9 @@ class Position(L.Callback):
     def leave_epoch(self, trainer: L.Trainer) -> None:
         """Put back what was drawn from the loaders when an epoch was entered only for its end."""
         self.ends_epoch = False
-        for loader, state in zip(_stateful(CombinedLoader(trainer.train_dataloader)), self._loaders, strict=False):
-            loader.load_state_dict(state)
+        for loader, state in zip(_loaders(trainer), self._loaders, strict=False):
+            if not (self._leaves and _is_limited(trainer, loader)):
+                loader.load_state_dict(state)
         self._restore_random_state()
         self._restore_limits(trainer)
 
@@ -176,8 +169,7 @@ class Position(L.Callback):
 
     def _restore_limits(self, trainer: Any) -> None:
         if self._added_steps or self._added_epochs or self._stops:
-            trainer.fit_loop.epoch_loop.max_steps -= self._added_steps
-            trainer.fit_loop.max_epochs -= self._added_epochs
+            raise_limits(trainer, -self._added_steps, -self._added_epochs)
             trainer.should_stop = trainer.should_stop or self._stops
             self._added_steps = self._added_epochs = 0
             self._stops = False
@@ -186,12 +178,19 @@ class Position(L.Callback):
             self._intervals = None
 
 
+def _loaders(trainer: Any) -> list[Any]:
+    """Those of the run that have a position."""
+    return _stateful(CombinedLoader(trainer.train_dataloader))
+
+
+def _is_limited(trainer: Any, loader: Any) -> bool:
+    """Whether an epoch ends before its loader does."""
+    length = sized_len(loader)
+    return length is not None and trainer.num_training_batches < length
+
+
 def _stateful(loaders: CombinedLoader) -> list[Any]:
     return [x for x in loaders.flattened if hasattr(x, "state_dict") and hasattr(x, "load_state_dict")]
-
-
-def _may_stop(trainer: Any, epochs: int, step: int) -> bool:
-    return epochs >= (trainer.min_epochs or 0) and step >= (trainer.min_steps or 0)
 
 
 def _validation_is_due(trainer: Any, epoch: int, total: int, batch: int, *, is_last: bool) -> bool:

@@ -38,7 +38,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--loop", action="store_true", help="instead: what train.py adds to a bare loop's step")
+    parser.add_argument(
+        "--loop", action="store_true", help="instead: a step of train.py beside plain PyTorch's and Lightning's"
+    )
     parser.add_argument("--scaling", action="store_true", help="instead: modelled step time against ranks")
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 8, 64], help="for --scaling")
     parser.add_argument("--gbit", nargs="+", type=float, default=[0.1, 1, 10], help="bandwidths, for --scaling")
@@ -94,13 +96,14 @@ def table(rows: list[Row]) -> Table:
 
 
 def print_loop_overhead(methods: list[str]) -> None:
-    """Microseconds of a step of the default run, with everything on, beside a bare loop's."""
+    """Microseconds of a step of the default run, with everything on, beside plain PyTorch's and Lightning's."""
     silence_libraries()
     grid = Table(title="microseconds a step, digits MLP, one thread", box=SIMPLE_HEAD)
-    for heading in ("method", "bare loop", "scripts/train.py", "added"):
+    for heading in ("method", "bare loop", "plain Lightning", "scripts/train.py", "to plain Lightning"):
         grid.add_column(heading, justify="right")
     for method in methods:
-        grid.add_row(method, *(f"{value:.0f}" for value in loop_overhead(method).values()))
+        found = loop_overhead(method)
+        grid.add_row(method, *(f"{found[name]:.0f}" for name in list(found)[:-1]), f"{found['to_plain']:.2f}")
     Console().print(grid)
 
 

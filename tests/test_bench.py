@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fgtrain import ForwardGradient
+from fgtrain.studies.benchmarks.loop import loop_overhead
 from fgtrain.studies.benchmarks.methods import methods_of
 from fgtrain.studies.benchmarks.steps import make_problem, measure
 from tests.test_script import load_script
@@ -60,3 +61,12 @@ def test_methods_are_those_of_the_configuration():
     assert isinstance(crossed.estimator, ForwardGradient)
     assert crossed.estimator.num_tangents == 3
     assert repr(crossed.estimator.tangents) == "Rademacher()"
+
+
+def test_measurement_of_the_loop(monkeypatch):
+    """By a clock that shows 0, 1, 4, 9, .. seconds: 1 - 0 for the warm-up, 9 - 4 for the bare loop, and so on."""
+    clock = SimpleNamespace(process_time=(float(i**2) for i in count()).__next__)
+    monkeypatch.setattr("fgtrain.studies.benchmarks.loop.time", clock)
+    measured = loop_overhead("backprop", num_steps=20, repeats=1)
+    expected = {"bare_us": 5e6 / 20, "plain_us": 9e6 / 20, "trained_us": 13e6 / 20, "to_plain": 13 / 9}
+    assert measured == pytest.approx(expected)

@@ -11,6 +11,8 @@ import torch
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.loggers.logger import DummyLogger
+from torch.utils.data import DataLoader, TensorDataset
 
 from fgtrain import ForwardGradient
 from fgtrain.errors import CheckpointError
@@ -21,7 +23,11 @@ from tests.test_module import Small, make, trainer
 from tests.test_resume import Noisy
 from tests.test_script import results_under, train
 
-pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists", "ignore:the run goes on in the middle")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Checkpoint directory .* exists",
+    "ignore:the run goes on in the middle",
+    "ignore:.* could not find the monitored key",  # of a run without validation
+)
 
 SCHEDULERS = {
     "constant": None,
@@ -58,6 +64,16 @@ class KillLast(KillFirst, Checkpoint):
     """After all others: Lightning puts checkpoint callbacks last."""
 
 
+class StopAt(L.Callback):
+    """Ends a run after a step, as trainer.max_time does: with a validation."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        trainer.should_stop = trainer.should_stop or trainer.global_step == self.step
+
+
 class Plan(NamedTuple):
     """What is trained, and where it is cut: (event, after the other callbacks or before them) of each attempt."""
 
@@ -67,13 +83,25 @@ class Plan(NamedTuple):
     validate: dict[str, Any] = {"val_check_interval": 4, "check_val_every_n_epoch": None}  # noqa: RUF012
     accumulate: int = 1
     patience: int = 100
+    stop_at: int = 0
     cuts: tuple[tuple[int, bool], ...] = ()
     log_every: tuple[int, ...] = (3,)  # of each attempt, the last for the rest
     moves: bool = False  # to another folder after each cut
     from_best: bool = False  # goes on from best.ckpt after the last cut
 
 
-def attempt(plan, folder, checkpoint, kill, *, early_stopping=True, data=Small, log_every=3):
+class Log(DummyLogger):
+    """Keeps what validation logs, by its step."""
+
+    def __init__(self, entries):
+        super().__init__()
+        self.entries = entries
+
+    def log_metrics(self, metrics, step=None):
+        self.entries.update({(name, step): value for name, value in metrics.items() if name.startswith("val/")})
+
+
+def attempt(plan, folder, checkpoint, kill, *, early_stopping=True, data=Small, logged=None, log_every=3):
     torch.manual_seed(0)
     module = make(
         ForwardGradient(),
@@ -86,6 +114,7 @@ def attempt(plan, folder, checkpoint, kill, *, early_stopping=True, data=Small, 
     watching = [
         *([] if isinstance(kill, KillLast) else [kill]),
         monitor,
+        *([StopAt(plan.stop_at)] if plan.stop_at else []),
         RandomState(),
         *([EarlyStopping("val/loss", patience=plan.patience, strict=False)] if early_stopping else []),
         ModelCheckpoint(folder, "best", monitor="val/acc", mode="max", enable_version_counter=False),
@@ -94,6 +123,7 @@ def attempt(plan, folder, checkpoint, kill, *, early_stopping=True, data=Small, 
     ]
     L.seed_everything(1, verbose=False)
     options = plan.length | plan.validate | {"plugins": [AtomicCheckpointIO()]}
+    options |= {"logger": False if logged is None else Log(logged)}
     run = trainer(folder, *watching, **options)
     run.fit(module, data(), ckpt_path=checkpoint, weights_only=True)
     found = {
@@ -112,14 +142,18 @@ def attempt(plan, folder, checkpoint, kill, *, early_stopping=True, data=Small, 
     return found
 
 
-def outcome(plan):
+def outcome(plan, data=Small):
     with TemporaryDirectory() as name:
         folder, cuts, every, saved = Path(name) / "0", list(plan.cuts), list(plan.log_every), None
+        logged: dict[Any, Any] = {}
         while True:
             log_every = every.pop(0) if cuts and len(every) > 1 else every[-1]
             at, last = cuts.pop(0) if cuts else (0, True)
             try:
-                return attempt(plan, folder, saved, KillLast(at) if last else KillFirst(at), log_every=log_every)
+                kill = KillLast(at) if last else KillFirst(at)
+                return attempt(plan, folder, saved, kill, data=data, logged=logged, log_every=log_every) | {
+                    "logged": logged
+                }
             except Killed:
                 folder.mkdir(exist_ok=True)
                 if plan.moves:
@@ -133,8 +167,8 @@ def assert_same(found, expected):
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
-def assert_exact(plan):
-    found, expected = outcome(plan), outcome(plan._replace(cuts=()))
+def assert_exact(plan, data=Small):
+    found, expected = outcome(plan, data), outcome(plan._replace(cuts=()), data)
     for metrics in (found["metrics"], expected["metrics"]) if len(set(plan.log_every)) > 1 else ():
         for name in [name for name in metrics if name.startswith("train/")]:
             del metrics[name]  # a mean since the last entry in the log, which was at another step
@@ -217,6 +251,41 @@ def test_many_runs_made_longer(plan, long):
         found, expected = attempt(whole, folder, folder / "last.ckpt", KillLast(0)), outcome(whole)
     assert_same(found["weights"], expected["weights"])
     assert found["steps"] == expected["steps"]
+
+
+@pytest.mark.parametrize("stop_at", [7, 10])
+@pytest.mark.parametrize("validate", [{"val_check_interval": 4, "check_val_every_n_epoch": None}, EVERY_EPOCH], ids=str)
+def test_stopped_run_that_is_cut(validate, stop_at):
+    plan = Plan(EPOCHS, save_every=1, validate=validate, stop_at=stop_at)
+    undisturbed = outcome(plan)
+    assert undisturbed["steps"] == stop_at
+    for event in range(2 * stop_at, 2 * stop_at + 14, 2):
+        assert_same(outcome(plan._replace(cuts=((event, True),))), undisturbed)
+
+
+@pytest.mark.parametrize("save_every", [3, 4])
+def test_epochs_that_end_before_their_loader(save_every):
+    validate = EVERY_EPOCH if save_every == 3 else {"limit_val_batches": 0}
+    plan = Plan(EPOCHS, save_every=save_every, validate=validate | {"limit_train_batches": 3})
+    undisturbed = outcome(plan)
+    for event in range(8, 32, 3):
+        assert_same(outcome(plan._replace(cuts=((event, True),))), undisturbed)
+
+
+class Shuffled(Small):
+    """A loader without a position, whose order is drawn from the global generator."""
+
+    def train_dataloader(self):
+        return DataLoader(TensorDataset(*self._splits["train"]), self.batch_size, shuffle=True)
+
+
+@pytest.mark.parametrize("validate", [EVERY_EPOCH, {"check_val_every_n_epoch": 2}, {"limit_val_batches": 0}], ids=str)
+def test_cut_at_the_end_of_an_epoch_without_a_position(validate):
+    """After its last step a checkpoint needs no position of the loader, in whichever hook it is written."""
+    plan = Plan(EPOCHS, save_every=5, validate=validate)
+    undisturbed = outcome(plan, Shuffled)
+    for event in range(12, 40, 4):
+        assert_same(outcome(plan._replace(cuts=((event, True),)), Shuffled), undisturbed)
 
 
 def cut(plan, folder, event=20):

@@ -16,7 +16,6 @@ from fgtrain.errors import ConfigError
 from fgtrain.lightning import EstimatorModule
 from fgtrain.lightning.callbacks import Monitor, StepProgress
 from fgtrain.lightning.callbacks.monitor import forget_peak_memory, peak_memory_mib
-from fgtrain.lightning.loop import use_step_loop
 from fgtrain.models import MLP
 from fgtrain.random import keyed_generator
 from fgtrain.schedulers import cosine
@@ -60,9 +59,7 @@ def trainer(tmp_path, *callbacks, **options):
     }
     defaults |= {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
     defaults |= {"use_distributed_sampler": False, "log_every_n_steps": 1, "max_epochs": -1}
-    made = L.Trainer(default_root_dir=tmp_path, callbacks=list(callbacks), **(defaults | options))
-    use_step_loop(made)
-    return made
+    return L.Trainer(default_root_dir=tmp_path, callbacks=list(callbacks), **(defaults | options))
 
 
 def plain_loop(module, data, steps, accumulate=1, clip=None):

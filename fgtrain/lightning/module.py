@@ -26,7 +26,8 @@ from fgtrain.lightning.checkpoints import (
     take_along,
 )
 from fgtrain.lightning.divergence import Divergence
-from fgtrain.lightning.loop import total_steps
+from fgtrain.lightning.length import total_steps
+from fgtrain.lightning.position import Position
 from fgtrain.lightning.step import StepEstimates, estimate_for_step
 from fgtrain.lightning.strategy import shard_model
 from fgtrain.network.sharding import like_parameter, whole
@@ -51,6 +52,7 @@ class EstimatorModule(L.LightningModule):
 
     Attributes:
         ranks: the processes, once the trainer has set them up.
+        position: where the run stands, for its checkpoints.
     """
 
     def __init__(
@@ -82,6 +84,7 @@ class EstimatorModule(L.LightningModule):
         self.distributed_tangents: TangentsOver = distributed_tangents
         self.distributed_timeout = distributed_timeout
         self.ranks = Ranks()
+        self.position = Position()
         self._gathered_bytes = 0
         self._is_accumulating = False  # in the middle of an optimizer step
         self._saved_grads: dict[str, Tensor] = {}
@@ -127,7 +130,13 @@ class EstimatorModule(L.LightningModule):
             )
 
     def configure_callbacks(self) -> list[L.Callback]:
-        return [self.divergence]
+        return [self.divergence, self.position]
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        if not self.position.ends_epoch:
+            return None
+        self.position.leave_epoch(self.trainer)
+        return -1  # Lightning ends the epoch
 
     def on_validation_model_zero_grad(self) -> None:
         if not self._is_accumulating:

@@ -69,7 +69,6 @@ from fgtrain.lightning.callbacks import (
 from fgtrain.lightning.callbacks.dashboard import log_final
 from fgtrain.lightning.checkpoints import checkpoint_to_resume, make_atomic, write_atomically
 from fgtrain.lightning.divergence import Divergence
-from fgtrain.lightning.loop import EpochLoop, use_step_loop
 from fgtrain.lightning.module import EstimatorModule
 from fgtrain.memory import keep_freed_memory
 from fgtrain.network.compilation import compile_model
@@ -147,7 +146,6 @@ def build(cfg: DictConfig) -> Run:
     if cfg.compile:
         compile_model(module.model, trainer.strategy.root_device)
     make_atomic(trainer.strategy)
-    use_step_loop(trainer)
     return Run(module, data, trainer, monitor)
 
 
@@ -238,8 +236,7 @@ def _train(parts: Run, cfg: DictConfig, choices: Mapping[str, str]) -> dict[str,
     checkpoint = checkpoint_to_resume(cfg.resume, run_dir)
     if checkpoint is None and (run_dir / RESULTS).exists():
         raise ConfigError(f"run_dir={run_dir} holds a finished run without a checkpoint from which it could go on")
-    assert isinstance(trainer.fit_loop, EpochLoop)
-    trainer.fit_loop.keeps_stop = checkpoint is None or stop_holds(cfg, checkpoint)
+    module.position.keeps_stop = checkpoint is None or stop_holds(cfg, checkpoint)
     trainer.callbacks[:0] = [FirstBatch(), _Beginning(cfg, choices)]  # ty: ignore[missing-attribute]
     with lost_ranks_named(trainer.global_rank), _ctrl_c_named(trainer), _monitor_named():
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)

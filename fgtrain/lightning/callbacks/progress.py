@@ -8,7 +8,7 @@ import lightning as L
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-from fgtrain.lightning.loop import total_steps
+from fgtrain.lightning.length import total_steps
 
 
 class StepProgress(L.Callback):

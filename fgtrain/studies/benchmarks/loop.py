@@ -1,4 +1,4 @@
-"""What a step of scripts/train.py costs beside a bare PyTorch loop that makes the same updates on the same data."""
+"""What a step of scripts/train.py costs beside plain PyTorch and plain Lightning that make the same updates."""
 
 import os
 import tempfile
@@ -6,24 +6,28 @@ import time
 from functools import partial
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import lightning as L
 import torch
 from hydra import compose, initialize_config_dir
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from torch import nn
 
 from fgtrain.estimators import write_grads
 from fgtrain.lightning.callbacks import StepProgress, Summary
+from fgtrain.lightning.module import EstimatorModule
 from fgtrain.random import keyed_generator
 from fgtrain.runs.cli import CONF
 from fgtrain.runs.run import Run, build
 
 
 def loop_overhead(method: str = "backprop", num_steps: int = 2000, repeats: int = 5) -> dict[str, float]:
-    """Processor time of a step of the default run, with logging, validation and progress bar, and of a bare loop.
+    """Processor time of a step of the default run, with logging, validation and progress bar, and of simpler ones.
 
-    Both are measured in turn, `repeats` times, in this process on one thread; the processor's time rather than the
+    They are measured in turn, `repeats` times, in this process on one thread; the processor's time rather than the
     wall's, so that what else runs on the machine does not count.
 
     Args:
@@ -32,18 +36,20 @@ def loop_overhead(method: str = "backprop", num_steps: int = 2000, repeats: int 
         repeats: measurements; their medians are returned.
 
     Returns:
-        Microseconds a step: `bare_us`, `trained_us`, and the median of their differences, `overhead_us`.
+        Microseconds a step: `bare_us` of a loop in PyTorch; `plain_us` of a LightningModule as one writes it, which
+        logs loss, learning rate and validation, in a trainer with the same logger and checkpoints and no progress bar;
+        `trained_us` of the run. `to_plain` is the median of the ratios of the last two.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     _trained(method, 50)  # imports, first-use caches
-    pairs = [(_bare(method, num_steps), _trained(method, num_steps)) for _ in range(repeats)]
+    rounds = [
+        (_bare(method, num_steps), _plain(method, num_steps), _trained(method, num_steps)) for _ in range(repeats)
+    ]
     torch.set_num_threads(threads)
-    return {
-        "bare_us": median(bare for bare, _ in pairs),
-        "trained_us": median(trained for _, trained in pairs),
-        "overhead_us": median(trained - bare for bare, trained in pairs),
-    }
+    bare, plain, trained = (median(times) for times in zip(*rounds, strict=True))
+    to_plain = median(trained / plain for _, plain, trained in rounds)
+    return {"bare_us": bare, "plain_us": plain, "trained_us": trained, "to_plain": to_plain}
 
 
 def _build(method: str, num_steps: int, run_dir: str) -> Run:
@@ -71,6 +77,61 @@ def _trained(method: str, num_steps: int) -> float:
                 callback.console = Console(file=nowhere, force_terminal=True)
         callbacks.append(stopwatch)
         trainer.fit(module, data)
+    return 1e6 * stopwatch.seconds / num_steps
+
+
+class _Plain(L.LightningModule):
+    """The module of a run, as one would write it without this package's own."""
+
+    def __init__(self, module: EstimatorModule, total_steps: int) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.model, self.task, self.estimator = module.model, module.task, module.estimator
+        self.make_optimizer, self.make_scheduler = module.make_optimizer, module.make_scheduler
+        self.seed, self.clip_grad_norm, self.total_steps = module.seed, module.clip_grad_norm, total_steps
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        losses = partial(self.task.losses, batch=batch)
+        estimate = self.estimator(self.model, losses, generator=keyed_generator(self.seed, self.global_step, 0))
+        write_grads(self.model, estimate.grads, check_finite=False)
+        if self.clip_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
+        optimizer: Any = self.optimizers()
+        optimizer.step()
+        for config in self.trainer.lr_scheduler_configs:
+            config.scheduler.step()
+        self.log("train/loss", estimate.loss)
+        self.log("train/lr", optimizer.param_groups[0]["lr"])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        for name, values in self.task.metrics(self.model, batch).items():
+            self.log(f"val/{name}", values.float().mean(), batch_size=len(values))
+
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer(self.model.parameters())
+        if self.make_scheduler is None:
+            return optimizer
+        return [optimizer], [self.make_scheduler(optimizer, total_steps=self.total_steps)]
+
+
+def _plain(method: str, num_steps: int) -> float:
+    """Microseconds a step in plain Lightning."""
+    stopwatch = _Stopwatch()
+    with tempfile.TemporaryDirectory() as folder:
+        module, data, run, _ = _build(method, num_steps, folder)
+        trainer = L.Trainer(
+            max_steps=num_steps,
+            max_epochs=-1,
+            accelerator="cpu",
+            devices=1,
+            callbacks=[ModelCheckpoint(f"{folder}/checkpoints", every_n_train_steps=500), stopwatch],
+            logger=TensorBoardLogger(folder, name="plain"),
+            val_check_interval=run.val_check_interval,
+            check_val_every_n_epoch=None,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(_Plain(module, num_steps), data)
     return 1e6 * stopwatch.seconds / num_steps
 
 

@@ -1,0 +1,214 @@
+"""Where a run stands, written into its checkpoints and taken up from them by Lightning's own loops."""
+
+import math
+import warnings
+from functools import partial
+from typing import Any
+
+import lightning as L
+from lightning.fabric.utilities.data import sized_len
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from fgtrain.errors import CheckpointError
+from fgtrain.lightning._lightning import Counters, raise_limits
+from fgtrain.lightning.length import batches_per_epoch, train_loaders
+from fgtrain.random import preserved_random_state, random_state, set_random_state
+
+
+class Position(L.Callback):
+    """Lets a resumed run do what the undisturbed one does, whichever hook its checkpoint was written in.
+
+    Lightning guesses from the counters in a checkpoint what of an epoch has been done, and where it guesses wrong it
+    validates twice or not at all, leaves out the hooks of an epoch's end, or starts an epoch's data anew. Here the
+    counters are put, when they are read, to one of the few states from which its loops go on correctly:
+
+    - before an epoch, or in it after a step that is over: the next batch comes next;
+    - after a step whose validation has not been done: as if in the middle of it, so that it comes first;
+    - after the last step of an epoch, or of the run, whose end has not been done: one step earlier. Lightning then
+      fetches a batch, on which `EstimatorModule.on_train_batch_start` ends the epoch, and the loader is put back.
+
+    A run that has reached its length, or was stopped, would not be entered at all: its limits are one higher until what
+    it owes is under way.
+
+    Attributes:
+        keeps_stop: a run that was stopped before its length (by early stopping) stays so when it is resumed.
+        ends_epoch: the batch that is fetched next is not to be trained on.
+    """
+
+    def __init__(self) -> None:
+        self.keeps_stop = True
+        self.ends_epoch = False
+        self._added_steps = self._added_epochs = 0
+        self._stops = False  # once what is owed is under way
+        self._was_last: bool | None = None  # whether the batch was, after which an epoch was ended here
+        self._metrics: dict[str, Any] = {}
+        self._loaders: list[Any] = []
+        self._random: dict[str, Any] | None = None  # to be taken up when the epoch's own loader has been left
+        self._intervals: tuple[Any, Any] | None = None  # of validation
+        self._reads = self._is_complete = self._validates = self._leaves = self._loses_place = False
+
+    def limits(self, trainer: Any) -> tuple[int, int]:
+        """`max_steps` and `max_epochs` of the run."""
+        return trainer.max_steps - self._added_steps, trainer.max_epochs - self._added_epochs
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        fit = checkpoint["loops"]["fit_loop"]
+        metrics = {name: value.detach().cpu() for name, value in trainer.callback_metrics.items()}
+        fit["state_dict"] |= {"callback_metrics": metrics, "should_stop": trainer.should_stop or self._stops}
+        if self._was_last is not None:
+            fit["epoch_loop.batch_progress"]["is_last_batch"] = self._was_last
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._reads = True
+        self._refuse_early_loader(trainer)
+        fit = checkpoint["loops"]["fit_loop"]
+        self._metrics = fit["state_dict"].get("callback_metrics", {})
+        self._loaders = fit["state_dict"].get("combined_loader", [])
+        loaders = train_loaders(trainer)
+        able = len(self._loaders) if loaders is None else len(_stateful(loaders))  # Lightning looks at those of `fit`
+        if self._loaders and len(self._loaders) != able:
+            raise CheckpointError(
+                f"the checkpoint holds the positions of {len(self._loaders)} training loaders, and {able} of this "
+                "run's can take one up, so it would train on other batches; use the data the run began with"
+            )
+        self._loses_place = loaders is not None and able < len(loaders.flattened)
+        self._enter(trainer, fit, checkpoint["global_step"])
+
+    def _enter(self, trainer: Any, fit: dict[str, Any], step: int) -> None:
+        """Put the counters of the loops into a state from which Lightning goes on correctly."""
+        found = Counters.of(fit)
+        epoch, batch, total = found.epochs, found.batch, found.total
+        is_inside = batch > 0 and (found.in_epoch or not found.is_last)  # also where the run ended in its middle
+        if is_inside and not found.in_epoch:
+            epoch -= 1
+        steps_reached, epochs_reached = 0 <= trainer.max_steps <= step, 0 <= trainer.max_epochs <= epoch
+        stopped = self.keeps_stop and fit["state_dict"].get("should_stop", False)
+        stops = stopped and found.epochs >= (trainer.min_epochs or 0) and step >= (trainer.min_steps or 0)
+        is_over = stops or steps_reached or epochs_reached
+        owes_end = is_inside and found.in_epoch
+        due = _validation_is_due(trainer, epoch, total, batch, is_last=found.is_last)
+        validates = owes_end and not found.step_is_over and (due or (stops and trainer.enable_validation))
+        self.ends_epoch = owes_end and not validates and (found.is_last or is_over)
+        self._is_complete = is_over and not owes_end
+        self._was_last = found.is_last if self.ends_epoch else None
+
+        self._added_steps = step + 1 - trainer.max_steps if steps_reached else 0
+        self._added_epochs = epoch + 1 - trainer.max_epochs if epochs_reached else 0
+        raise_limits(trainer, self._added_steps, self._added_epochs)
+        self._stops = stopped and is_over
+        trainer.should_stop = trainer.should_stop or (stopped and not is_over)
+
+        batch, total = batch - self.ends_epoch if is_inside else 0, total - self.ends_epoch
+        # Lightning adds a step to the x axis of its logs where it validates, or would, had it not done so before.
+        adds = validates or (not self._is_complete and _validation_is_due(trainer, epoch, total, batch, is_last=False))
+        state = Counters(epoch, is_inside, batch, total, validates and found.is_last, not validates)
+        state.write(fit, total + self.ends_epoch - adds)
+        self._validates = validates
+        self._leaves = found.total > 0 and found.is_last
+        self._random = random_state() if self.ends_epoch or (validates and found.is_last) else None
+        if is_inside and not (found.is_last or is_over) and self._loses_place:
+            rank_zero_warn(
+                "the run goes on in the middle of an epoch, but its training loader has no state_dict and "
+                "load_state_dict: it begins anew, so that some examples come twice and others not at all"
+            )
+        warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
+
+    def _refuse_early_loader(self, trainer: Any) -> None:
+        if self._loaders and trainer.train_dataloader is not None:
+            raise CheckpointError(
+                "something asked for the training loader before its position was read from the checkpoint, so the run "
+                "would train on other batches; take the number of batches from the data, not from the trainer"
+            )
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if self._reads:
+            self._refuse_early_loader(trainer)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not self._reads:
+            return
+        self._reads = False
+        trainer.callback_metrics.update(self._metrics)
+        if self._validates:  # on whatever step it is
+            self._intervals = trainer.val_check_batch, trainer.check_val_every_n_epoch
+            trainer.val_check_batch, trainer.check_val_every_n_epoch = 1, None
+            self._restore_random_state()
+        if self._leaves and not self.ends_epoch:
+            with preserved_random_state():
+                for loader in filter(partial(_is_limited, trainer), _loaders(trainer)):
+                    next(iter(loader), None)  # a pass that was left is over when the one after it begins
+        if self._is_complete:
+            self._restore_limits(trainer)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._was_last = None
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._restore_limits(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._restore_limits(trainer)
+
+    def leave_epoch(self, trainer: L.Trainer) -> None:
+        """Put back what was drawn from the loaders when an epoch was entered only for its end."""
+        self.ends_epoch = False
+        for loader, state in zip(_loaders(trainer), self._loaders, strict=False):
+            if not (self._leaves and _is_limited(trainer, loader)):
+                loader.load_state_dict(state)
+        self._restore_random_state()
+        self._restore_limits(trainer)
+
+    def _restore_random_state(self) -> None:
+        if self._random is not None:
+            set_random_state(self._random)
+            self._random = None
+
+    def _restore_limits(self, trainer: Any) -> None:
+        if self._added_steps or self._added_epochs or self._stops:
+            raise_limits(trainer, -self._added_steps, -self._added_epochs)
+            trainer.should_stop = trainer.should_stop or self._stops
+            self._added_steps = self._added_epochs = 0
+            self._stops = False
+        if self._intervals is not None:
+            trainer.val_check_batch, trainer.check_val_every_n_epoch = self._intervals
+            self._intervals = None
+
+
+def _loaders(trainer: Any) -> list[Any]:
+    """Those of the run that have a position."""
+    return _stateful(CombinedLoader(trainer.train_dataloader))
+
+
+def _is_limited(trainer: Any, loader: Any) -> bool:
+    """Whether an epoch ends before its loader does."""
+    length = sized_len(loader)
+    return length is not None and trainer.num_training_batches < length
+
+
+def _stateful(loaders: CombinedLoader) -> list[Any]:
+    return [x for x in loaders.flattened if hasattr(x, "state_dict") and hasattr(x, "load_state_dict")]
+
+
+def _validation_is_due(trainer: Any, epoch: int, total: int, batch: int, *, is_last: bool) -> bool:
+    """Whether a validation by count falls on the step that was the last one so far.
+
+    Args:
+        trainer: of the run.
+        epoch: the step is in.
+        total: batches of the run so far.
+        batch: of them, those in the epoch.
+        is_last: whether the epoch has no more.
+    """
+    interval, every = trainer.val_check_interval, trainer.check_val_every_n_epoch
+    if not trainer.enable_validation or (every is not None and (epoch + 1) % every):
+        return False
+    if isinstance(interval, float):
+        batches = batches_per_epoch(trainer)
+        if math.isinf(batches):
+            return is_last
+        interval = max(1, int(batches * interval))
+    return isinstance(interval, int) and (total if every is None else batch) % interval == 0

@@ -36,6 +36,8 @@ class RankCheck(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._first_step = trainer.global_step
+        before = trainer.callback_metrics.get("comm/bytes_per_step")  # of a run that was cut when all was trained
+        self.bytes_per_step = 0.0 if before is None else before.item()
         assert isinstance(pl_module, EstimatorModule)
         first = torch.tensor(trainer.global_step, device=pl_module.device)
         steps = [int(step) for step in pl_module.ranks.gather(first)]

@@ -9,6 +9,7 @@ import torch
 from fgtrain.errors import ConfigError
 from fgtrain.estimators import Backprop
 from fgtrain.forward_ad.passes import RepeatedPass
+from fgtrain.lightning.module import EstimatorModule
 from fgtrain.lightning.step import StepEstimates
 from fgtrain.quality import quality
 
@@ -41,6 +42,8 @@ class GradientQuality(L.Callback):
     ) -> None:
         if trainer.global_step % self.every_n_steps or batch_idx % _step_of(pl_module).micro_batches:
             return
+        if isinstance(pl_module, EstimatorModule) and pl_module.position.ends_epoch:
+            return  # not a batch of this epoch
         metrics = self.compare(trainer, pl_module, batch, batch_idx)
         overall = {name: torch.tensor(value) for name, value in metrics.items() if name.startswith("quality/")}
         trainer.callback_metrics.update(overall)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._C import _autograd
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
 from torch.utils._pytree import tree_flatten as tree_flatten
 from torch.utils._pytree import tree_leaves as tree_leaves
@@ -103,7 +104,7 @@ def saved_tensor_hooks_as_they_were() -> Generator[None]:
 
     A refused pass may end inside a transform of torch.func, whose ban would stay.
     """
-    autograd = torch._C._autograd
+    autograd: Any = _autograd
     ban = autograd._saved_tensors_hooks_get_disabled_error_message()
     try:
         yield

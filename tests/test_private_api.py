@@ -9,6 +9,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor, nn
+from torch._C import _autograd
 from torch.utils.checkpoint import checkpoint
 
 from fgtrain import Backprop, _torch
@@ -139,7 +140,7 @@ def test_optimizers_of_lightning():
 
 def test_a_ban_on_hooks_is_undone():
     with _torch.saved_tensor_hooks_as_they_were():
-        torch._C._autograd._saved_tensors_hooks_disable("banned here")
+        _autograd._saved_tensors_hooks_disable("banned here")
     x = torch.ones(1, requires_grad=True)
     checkpoint(torch.sin, x, use_reentrant=False).sum().backward()  # needs the hooks
     assert x.grad is not None

@@ -36,8 +36,6 @@ class RankCheck(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._first_step = trainer.global_step
-        before = trainer.callback_metrics.get("comm/bytes_per_step")  # of a run that was cut when all was trained
-        self.bytes_per_step = 0.0 if before is None else before.item()
         assert isinstance(pl_module, EstimatorModule)
         first = torch.tensor(trainer.global_step, device=pl_module.device)
         steps = [int(step) for step in pl_module.ranks.gather(first)]
@@ -70,7 +68,8 @@ class RankCheck(L.Callback):
             check_agreement(pl_module.model, ranks, trainer.global_step)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._log(trainer)
+        if trainer.global_step > self._first_step:  # else the metrics of the run that was cut stand
+            self._log(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.world_size > 1:

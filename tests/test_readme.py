@@ -50,6 +50,7 @@ SHORTENED = {
 SWEPT = {
     r"seed=0,[\d,]+": "seed=0",
     r"--num-tangents 1 4 8": "--num-tangents 1 2",
+    r"deep8 deep24 deep64": "deep8",
     r"methods=\[(\w+,\w+,\w+),[\w,]+\]": r"methods=[\1]",
 }
 """What is swept over fewer values."""

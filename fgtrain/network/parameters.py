@@ -75,9 +75,10 @@ class ParameterSlots:
             owner: a function, class or estimator.
             make: called once for it.
         """
-        if owner not in self._kept:
-            self._kept[owner] = make()
-        return self._kept[owner]
+        try:
+            return self._kept[owner]
+        except KeyError:
+            return self._kept.setdefault(owner, make())
 
     def exchanged(self, values: Mapping[str, Tensor]) -> "_Exchanged":
         """A context in which the model has `values` for parameters; those left out are detached."""

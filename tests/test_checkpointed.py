@@ -128,7 +128,7 @@ def test_module_without_a_chain_is_trained_and_told(caplog):
         for _ in range(2):
             CheckpointedBackprop()(model, loss)
     assert caplog.messages == [
-        "Plain has no nn.Sequential or nn.ModuleList to checkpoint: memory is that of method=backprop"
+        "Plain has no nn.Sequential or nn.ModuleList to checkpoint: memory is that of Backprop"
     ]
 
 

@@ -211,7 +211,7 @@ class Constant(nn.Module):
         (
             Aligned(),
             UnsupportedOperation,
-            r"^module '2' \(Aligned\) uses \S*ctc_loss\S*, which has no .*method=backprop$",
+            r"^module '2' \(Aligned\) uses \S*ctc_loss\S*, which has no .*train with Backprop$",
         ),
         (
             Hooked(),

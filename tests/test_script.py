@@ -274,7 +274,7 @@ class PlainNet(nn.Module):
     monkeypatch.syspath_prepend(tmp_path)
     fast = ["trainer.max_steps=3", "self_check=false"]
     status, out, err = train(tmp_path, "method=backprop_checkpoint", "model._target_=plain_net.PlainNet", *fast)
-    warning = "PlainNet has no nn.Sequential or nn.ModuleList to checkpoint: memory is that of method=backprop\n"
+    warning = "PlainNet has no nn.Sequential or nn.ModuleList to checkpoint: memory is that of Backprop\n"
     assert (status, err.count(warning)) == (0, 1), err
     assert warning not in out
 

@@ -21,8 +21,8 @@ from fgtrain.lightning import convert
 from fgtrain.random import keyed_generator
 from fgtrain.runs.world import is_follower, plan
 from tests import rank_jobs
+from tests.commands import ROOT, results_under, train
 from tests.rank_jobs import ESTIMATORS, MOMENTUM, STEPS, Data, fit, make, start
-from tests.test_script import ROOT, results_under, train
 
 SCRIPT = str(ROOT / "scripts" / "train.py")
 CPUS = ("trainer.accelerator=cpu", "trainer.devices=2")

@@ -11,10 +11,10 @@ import torch
 from fgtrain.errors import CheckpointError, ConfigError
 from fgtrain.lightning.checkpoints import read_checked, save_atomically
 from fgtrain.runs.replay import replay
-from tests.test_methods import METHODS
-from tests.test_methods import make as make_estimator
-from tests.test_resume import SignalAt
-from tests.test_script import load_script, results_under, train
+from tests.commands import load_script, results_under, train
+from tests.every_method import METHODS
+from tests.every_method import make as make_estimator
+from tests.interrupted import SignalAt
 
 REPLAYABLE = [method for method in METHODS if make_estimator(method).scalar_reducible]
 LOGGED = ("callbacks=replay_log", "hydra.run.dir=run", "trainer.max_steps=30", "trainer.val_check_interval=10")

@@ -1,6 +1,7 @@
 """Exactness first: double precision by default, one thread, no plotting window."""
 
 import gc
+import signal
 
 import matplotlib
 import pytest
@@ -8,6 +9,8 @@ import torch
 
 matplotlib.use("Agg")
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts tests in the background ignores these
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and so does nohup
 
 
 def pytest_collection_finish():

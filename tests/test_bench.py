@@ -12,7 +12,7 @@ from fgtrain import ForwardGradient
 from fgtrain.studies.benchmarks.loop import loop_overhead
 from fgtrain.studies.benchmarks.methods import methods_of
 from fgtrain.studies.benchmarks.steps import make_problem, measure
-from tests.test_script import load_script
+from tests.commands import load_script
 
 
 def test_rows_and_table(tmp_path, monkeypatch, capsys):

@@ -4,9 +4,8 @@ import json
 
 import pytest
 
-from tests.test_exact_resume import Killed, KillLast
-from tests.test_resume import STEPS, final_weights
-from tests.test_script import results_under, train
+from tests.commands import results_under, train
+from tests.interrupted import STEPS, Killed, KillLast, final_weights
 
 CONSTANT = (*STEPS, "scheduler=constant")
 

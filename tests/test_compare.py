@@ -16,8 +16,7 @@ from fgtrain.studies.compare import compare, parse, write_report
 from fgtrain.studies.compare.plan import compose_run
 from fgtrain.studies.compare.report import seconds_to_target
 from fgtrain.studies.compare.runs import Finished
-
-from .test_script import composed, load_script, options, results_under
+from tests.commands import composed, load_script, options, results_under
 
 COMMAND = ["methods=[backprop,fwdgrad]", "seeds=2", "budget=40steps", "data.batch_size=64"]
 

@@ -2,7 +2,6 @@
 
 import copy
 import re
-import shutil
 from contextlib import nullcontext
 from functools import partial
 
@@ -21,11 +20,10 @@ from fgtrain.forward_ad.passes import NotIntercepted
 from fgtrain.network.compilation import compile_model
 from fgtrain.network.parameters import slots_of
 from tests.cases import CASES
+from tests.commands import results_under, train
+from tests.conditions import compiles
 from tests.coverage_layers import PENALTIES, chain, named
-from tests.test_coverage import COVERAGE, assert_derivatives
-from tests.test_script import results_under, train
-
-compiles = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+from tests.derivatives import COVERAGE, assert_derivatives
 
 
 @pytest.fixture

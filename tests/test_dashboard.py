@@ -18,9 +18,8 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 
 from fgtrain import ForwardGradient
 from fgtrain.lightning.callbacks import Dashboard, Monitor, StepProgress, Summary
-
-from .test_module import Small, assert_equal_weights, make, trainer
-from .test_script import train
+from tests.commands import train
+from tests.small import Small, assert_equal_weights, make, trainer
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 

@@ -15,8 +15,8 @@ from fgtrain.estimators import FDFA, LocalGuess, LocalLosses
 from fgtrain.lightning.callbacks import Monitor
 from fgtrain.lightning.divergence import Divergence
 from fgtrain.random import keyed_generator
-from tests.test_module import Small, assert_equal_weights, make, trainer
-from tests.test_script import results_under, train
+from tests.commands import results_under, train
+from tests.small import Small, assert_equal_weights, make, trainer
 
 
 class Broken(GradientEstimator):

@@ -12,8 +12,7 @@ import torch
 from fgtrain.errors import CheckpointError
 from fgtrain.runs.evaluate import evaluate
 from fgtrain.runs.messages import USER_ERRORS
-
-from .test_script import load_script, train
+from tests.commands import load_script, train
 
 
 @pytest.fixture(scope="module")

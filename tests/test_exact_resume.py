@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -19,9 +19,9 @@ from fgtrain.errors import CheckpointError
 from fgtrain.lightning.callbacks import Monitor, RandomState, Recovery
 from fgtrain.lightning.checkpoints import AtomicCheckpointIO, checkpoint_to_resume, read_checked
 from fgtrain.schedulers import cosine
-from tests.test_module import Small, make, trainer
-from tests.test_resume import Noisy
-from tests.test_script import results_under, train
+from tests.commands import results_under, train
+from tests.interrupted import HOOKS, Killed, KillFirst, KillLast, Noisy, assert_same
+from tests.small import Small, make, trainer
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Checkpoint directory .* exists",
@@ -38,30 +38,7 @@ SCHEDULERS = {
 TIMES = ("train/step_ms",)
 
 
-HOOKS = ["on_train_start", "on_train_epoch_start", "on_train_batch_start", "on_train_batch_end", "on_train_epoch_end"]
 HOOKS += ["on_validation_start", "on_validation_end", "on_train_end"]
-
-
-class Killed(BaseException):
-    """Ends a run on the spot: nothing is saved."""
-
-
-class KillFirst(L.Callback):
-    """Raises `Killed` at the n-th event, before other callbacks see it."""
-
-    def __init__(self, at):
-        self.left = at
-        for hook in HOOKS:
-            setattr(self, hook, self._event)
-
-    def _event(self, *_):
-        self.left -= 1
-        if self.left == 0:
-            raise Killed
-
-
-class KillLast(KillFirst, Checkpoint):
-    """After all others: Lightning puts checkpoint callbacks last."""
 
 
 class StopAt(L.Callback):
@@ -161,10 +138,6 @@ def outcome(plan, data=Small):
                 saved = checkpoint_to_resume("auto", folder)
                 if plan.from_best and not cuts and (folder / "best.ckpt").exists():
                     saved = folder / "best.ckpt"
-
-
-def assert_same(found, expected):
-    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 def assert_exact(plan, data=Small):

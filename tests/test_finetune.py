@@ -9,7 +9,7 @@ from fgtrain import Backprop, ForwardGradient, directional_derivatives
 from fgtrain.data import Digits
 from fgtrain.errors import ConfigError, DataError
 from fgtrain.models import CNN, FineTuned, LoRA, TransformerLM, torchvision_model
-from tests.test_script import results_under, train
+from tests.commands import results_under, train
 
 pytestmark = pytest.mark.usefixtures("float64")
 

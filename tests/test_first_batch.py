@@ -12,7 +12,7 @@ from fgtrain import ForwardGradient
 from fgtrain.data import InMemoryDataModule
 from fgtrain.errors import ConfigError
 from fgtrain.lightning.callbacks.first_batch import refuse_too_many_directions
-from tests.test_script import results_under, train
+from tests.commands import results_under, train
 
 QUICK = ("trainer.max_steps=6", "trainer.val_check_interval=3", "method=backprop", "hydra.run.dir=run")
 

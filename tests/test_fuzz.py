@@ -11,7 +11,7 @@ import pytest
 from fgtrain.runs.cli import run_app
 from fgtrain.runs.config import check, to_plain
 from fgtrain.runs.world import plan
-from tests.test_script import CONF, options
+from tests.commands import CONF, options
 
 GROUPS = sorted(group.name for group in CONF.iterdir() if group.is_dir() and options(group.name))
 KEYS = """

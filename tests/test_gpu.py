@@ -12,9 +12,9 @@ from fgtrain.memory import peak_mib
 from fgtrain.random import keyed_generator
 from fgtrain.studies.benchmarks.steps import make_problem
 from fgtrain.tangents.directions import dense
-from tests.test_compilation import compiles
-from tests.test_methods import EVERY_METHOD, make
-from tests.test_script import results_under, train
+from tests.commands import results_under, train
+from tests.conditions import compiles
+from tests.every_method import EVERY_METHOD, make
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 DEVICES = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_gpu)])

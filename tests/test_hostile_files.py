@@ -16,8 +16,8 @@ from fgtrain.lightning.checkpoints import read_checked, write_atomically
 from fgtrain.models import FineTuned
 from fgtrain.runs.provenance import load_config
 from fgtrain.runs.run import read_results
-from tests.test_data import write_idx
-from tests.test_script import results_under, train
+from tests.commands import results_under, train
+from tests.idx_files import write_idx
 
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"
 

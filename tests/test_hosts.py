@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from tests.test_script import ROOT, results_under
+from tests.commands import ROOT, results_under
 
 SWITCH, HOSTS = "fgtrain-switch", ("fgtrain-a", "fgtrain-b", "fgtrain-c")
 SCRIPT = str(ROOT / "scripts" / "train.py")

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from fgtrain.lightning.checkpoints import read_checked
+from tests.interrupted import assert_same
 from tests.kills import Started, close_reader, kill_at_change, read_only_once_saved
-from tests.test_exact_resume import assert_same
 
 pytestmark = pytest.mark.slow
 

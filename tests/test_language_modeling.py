@@ -12,7 +12,7 @@ from fgtrain.data import Text
 from fgtrain.errors import DataError
 from fgtrain.models import LSTMLM, TransformerLM
 from fgtrain.tasks import LanguageModeling
-from tests.test_script import results_under, train
+from tests.commands import results_under, train
 
 MODELS = {
     "transformer": lambda: TransformerLM(7, 6, width=8, depth=2, heads=2),

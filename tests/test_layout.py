@@ -79,3 +79,9 @@ def test_the_library_loads_no_runner():
     code = "import sys, fgtrain; print(sorted({'hydra', 'lightning', 'matplotlib', 'sklearn'} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_test_files_share_helpers_by_modules_of_their_own():
+    """A test file that imports from another one would run with its fixtures and break with its changes."""
+    for file in Path(__file__).parent.glob("*.py"):
+        assert not [module for module, _ in imported(file) if module.split(".")[-1].startswith("test_")], file.name

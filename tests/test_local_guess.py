@@ -10,7 +10,7 @@ from fgtrain import LocalGuess
 from fgtrain.errors import UnsupportedOperation
 from tests.cases import CASES, IMAGES, INPUTS, LABELS, Case
 from tests.properties import estimated_grads, exact_grads, flat
-from tests.test_module import Small, assert_equal_weights, make, trainer
+from tests.small import Small, assert_equal_weights, make, trainer
 
 MLP = Case(
     "mlp",

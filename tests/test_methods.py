@@ -1,12 +1,9 @@
 """The table: every method of conf/method x every problem x what the method claims."""
 
 import math
-from functools import cache
 
 import pytest
 import torch
-from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from torch import nn
 
 from fgtrain import SPSA, ForwardGradient, MeZO, write_grads
@@ -15,48 +12,14 @@ from fgtrain.tasks import Beale, Points, Rosenbrock, Sphere
 from tests import properties
 from tests.basis import Basis, PartwiseBasis
 from tests.cases import CASES, Case
+from tests.derivatives import exact_hessian
+from tests.every_method import EVERY_METHOD, METHODS, POINTS, configuration, make, refuses, table
 from tests.properties import estimated_grads, estimates_of, exact_grads, flat
-from tests.test_script import composed, options
-from tests.test_second_order import exact_hessian
-
-METHODS = options("method")
-EVERY_METHOD = pytest.mark.parametrize("method", METHODS)
-SCALAR, TIED, POINTS = "regression, scalar loss, inner function of the model", "tied weights", "a bare parameter"
-REFUSED = {  # by name of the case; POINTS stands for the test functions too
-    "activity": {TIED, POINTS},
-    "activity_head": {SCALAR, TIED, POINTS},
-    "fdfa": {SCALAR, TIED, POINTS},
-    "local": {SCALAR, TIED, POINTS},
-    "local_guess": {SCALAR, TIED, POINTS},
-}
-
-
-@cache
-def configuration(method):
-    """The arguments in its file, and the `_target_` they are for."""
-    return OmegaConf.to_container(composed(f"method={method}").method, resolve=True)
-
-
-def make(method, **changed):
-    """The estimator as its file configures it, but for those of its arguments that are given here."""
-    node = configuration(method)
-    return instantiate(node | {key: value for key, value in changed.items() if key in node})
 
 
 def unshrunk(method, **changed):
     """The estimator with its own length."""
     return make(method, shrinkage=False, **changed)
-
-
-def refuses(method, case):
-    return case in REFUSED.get(method, ())
-
-
-def table(methods=METHODS, refused=False):
-    """Every method x every problem that it takes, or every one that it refuses."""
-    pairs = [(method, case) for method in methods for case in CASES if refuses(method, case.name) == refused]
-    ids = [f"{method}, {case.name}" for method, case in pairs]
-    return pytest.mark.parametrize(("method", "case"), pairs, ids=ids)
 
 
 def count(grads):

@@ -1,25 +1,22 @@
 """The LightningModule does what a plain loop does, under every flag of the trainer."""
 
 import sys
-from typing import Any
 
-import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Checkpoint, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 
 from fgtrain import Backprop, ForwardGradient, LowRank, write_grads
-from fgtrain.data import Digits, InMemoryDataModule
+from fgtrain.data import Digits
 from fgtrain.errors import ConfigError
-from fgtrain.lightning import EstimatorModule
 from fgtrain.lightning.callbacks import Monitor, StepProgress
 from fgtrain.lightning.callbacks.monitor import forget_peak_memory, peak_memory_mib
 from fgtrain.models import MLP
 from fgtrain.random import keyed_generator
 from fgtrain.schedulers import cosine
-from fgtrain.tasks import Classification
+from tests.small import Small, assert_equal_weights, make, trainer
 
 ESTIMATORS = [
     Backprop(),
@@ -27,39 +24,6 @@ ESTIMATORS = [
     ForwardGradient(LowRank(), num_tangents=2),
     ForwardGradient(num_tangents=2, combine="projection"),
 ]
-
-
-class Small(InMemoryDataModule):
-    """Forty random examples: five batches of eight."""
-
-    input_shape = (1, 2, 2)
-    num_classes = 3
-
-    def __init__(self, batch_size=8):
-        super().__init__(batch_size)
-
-    def load(self):
-        generator = torch.Generator().manual_seed(0)
-        splits = {
-            name: (torch.randn(n, 1, 2, 2, generator=generator), torch.randint(3, (n,), generator=generator))
-            for name, n in (("train", 40), ("val", 16), ("test", 16))
-        }
-        return splits, torch.Tensor.float
-
-
-def make(estimator, model=None, optimizer=lambda params: torch.optim.SGD(params, lr=0.1), **options):
-    torch.manual_seed(0)
-    return EstimatorModule(model or MLP((1, 2, 2), 3, [5]), Classification(), estimator, optimizer, **options)
-
-
-def trainer(tmp_path, *callbacks, **options):
-    defaults: dict[str, Any] = {
-        "logger": False,
-        "enable_checkpointing": any(isinstance(c, Checkpoint) for c in callbacks),
-    }
-    defaults |= {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False}
-    defaults |= {"use_distributed_sampler": False, "log_every_n_steps": 1, "max_epochs": -1}
-    return L.Trainer(default_root_dir=tmp_path, callbacks=list(callbacks), **(defaults | options))
 
 
 def plain_loop(module, data, steps, accumulate=1, clip=None):
@@ -86,12 +50,6 @@ def plain_loop(module, data, steps, accumulate=1, clip=None):
                 if done == steps:
                     break
     return model.state_dict()
-
-
-def assert_equal_weights(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert torch.equal(a[name], b[name]), name
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)

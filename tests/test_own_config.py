@@ -6,53 +6,7 @@ import textwrap
 import pytest
 from omegaconf import OmegaConf
 
-from tests.test_script import results_under, train
-
-PACKAGE = '''
-import lightning as L
-import torch
-from torch import nn
-
-from fgtrain import ForwardGradient
-
-
-class MyNet(nn.Sequential):
-    def __init__(self, num_classes, width: int = 8):
-        super().__init__(nn.Linear(5, width), nn.Tanh(), nn.Linear(width, num_classes))
-
-
-class MyData(L.LightningDataModule):
-    num_classes = 2
-
-    def __init__(self, size: int = 64):
-        super().__init__()
-        inputs = torch.randn(size, 5, generator=torch.Generator().manual_seed(0))
-        self.examples = torch.utils.data.TensorDataset(inputs, (inputs[:, 0] > 0).long())
-
-    def _loader(self):
-        return torch.utils.data.DataLoader(self.examples, batch_size=16)
-
-    train_dataloader = val_dataloader = test_dataloader = _loader
-
-
-class Sized(MyData):
-    def __init__(self, batch_size: int = 4, seed: int = 3, *, classes):
-        super().__init__()
-        self.facts = batch_size, seed, classes
-
-
-class Doubled(ForwardGradient):
-    """A method of one's own."""
-
-
-class MyModule(L.LightningModule):
-    def training_step(self, batch):
-        return None
-
-
-def not_a_module(num_classes):
-    return 3
-'''
+from tests.commands import PACKAGE, results_under, train
 
 
 @pytest.fixture

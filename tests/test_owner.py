@@ -12,8 +12,8 @@ import pytest
 
 from fgtrain.errors import ConfigError
 from fgtrain.runs.owner import owned
-from tests.test_resume import wait_for
-from tests.test_script import ROOT, results_under, train
+from tests.commands import ROOT, results_under, train
+from tests.interrupted import wait_for
 
 HOLD = """
 import sys, time, pathlib

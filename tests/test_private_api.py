@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fgtrain import Backprop, _torch
 from fgtrain.lightning._lightning import Counters, configure_optimizers, raise_limits
-from tests.test_module import Small, make, trainer
+from tests.small import Small, make, trainer
 
 PACKAGE = Path(_torch.__file__).parent
 

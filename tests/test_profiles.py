@@ -9,8 +9,7 @@ from fgtrain import SPSA, Backprop, ForwardGradient
 from fgtrain.random import keyed_generator
 from fgtrain.studies.profiles import Solved, evaluations_of, problems, scale_of, share_solved, solve
 from fgtrain.tasks import Points, Sphere
-
-from .test_script import load_script
+from tests.commands import load_script
 
 
 def test_problems_are_many():

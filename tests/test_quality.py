@@ -13,9 +13,9 @@ from fgtrain.lightning import EstimatorModule
 from fgtrain.lightning.callbacks import GradientQuality
 from fgtrain.quality import quality
 from fgtrain.tasks import Classification
+from tests.converted import Full, NoDropout, fit, made
 from tests.properties import flat
-from tests.test_convert import Full, NoDropout, fit, made
-from tests.test_module import Small, assert_equal_weights, make, trainer
+from tests.small import Small, assert_equal_weights, make, trainer
 
 
 def network():

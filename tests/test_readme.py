@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import fgtrain
-from tests.test_data import write_mnist
-from tests.test_own_config import PACKAGE
+from tests.commands import PACKAGE
+from tests.idx_files import write_mnist
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()

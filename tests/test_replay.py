@@ -11,10 +11,10 @@ import torch
 from fgtrain.errors import CheckpointError, ConfigError
 from fgtrain.lightning.checkpoints import read_checked, save_atomically
 from fgtrain.runs.replay import replay
-from tests.test_methods import METHODS
-from tests.test_methods import make as make_estimator
-from tests.test_resume import SignalAt
-from tests.test_script import load_script, results_under, train
+from tests.commands import load_script, results_under, train
+from tests.every_method import METHODS
+from tests.every_method import make as make_estimator
+from tests.interrupted import SignalAt
 
 REPLAYABLE = [method for method in METHODS if make_estimator(method).scalar_reducible]
 LOGGED = ("callbacks=replay_log", "hydra.run.dir=run", "trainer.max_steps=30", "trainer.val_check_interval=10")
@@ -116,7 +116,7 @@ def test_altered_logs_are_refused(tmp_path):
 def test_methods_that_need_the_data_are_refused(tmp_path):
     status, _, err = train(tmp_path, "method=backprop", *LOGGED)
     assert (status, err.count("\n")) == (2, 1), err
-    assert "Backprop is not a function of seeds and derivatives alone; use it with method=fwdgrad" in err
+    assert "which Backprop is not; use ForwardGradient, SPSA or MeZO (" in err
 
 
 def test_saved_configuration_runs_again(tmp_path):

@@ -8,14 +8,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 import zipfile
 
 import lightning as L
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from fgtrain.errors import CheckpointError, ConfigError, Interrupted, StorageError
 from fgtrain.lightning.callbacks import RandomState, Recovery, Trajectory
@@ -28,40 +26,13 @@ from fgtrain.lightning.checkpoints import (
 )
 from fgtrain.random import random_state, set_random_state
 from fgtrain.schedulers import cosine
-from tests.test_methods import METHODS
-from tests.test_methods import make as make_estimator
-from tests.test_module import Small, assert_equal_weights, make, trainer
-from tests.test_script import ROOT, results_under, train
+from tests.commands import ROOT, results_under, train
+from tests.every_method import METHODS
+from tests.every_method import make as make_estimator
+from tests.interrupted import STEPS, Noisy, SignalAt, final_weights, wait_for
+from tests.small import Small, assert_equal_weights, make, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists", "ignore:The dirpath has changed")
-
-
-class SignalAt(L.Callback):
-    """What a scheduler or a user does at a step."""
-
-    def __init__(self, step, number=signal.SIGTERM):
-        self.step = step
-        self.number = number
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        if trainer.global_step == self.step:
-            os.kill(os.getpid(), self.number)
-
-
-class Noise(nn.Module):
-    """Random numbers of numpy and of Python."""
-
-    def forward(self, x):
-        return x * (1 + 0.1 * np.random.rand() + 0.1 * random.random())
-
-
-class Noisy(nn.Sequential):
-    """Everything with a state: Dropout, BatchNorm, and noise from numpy and Python."""
-
-    def __init__(self):
-        super().__init__(
-            Noise(), nn.Flatten(), nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Dropout(0.3), nn.Linear(5, 3)
-        )
 
 
 def noisy_module(method, **options):
@@ -250,12 +221,6 @@ def test_which_checkpoint(saved, tmp_path):
 
 # --- through the script ----------------------------------------------------------------------------------------------
 
-STEPS = ("trainer.max_steps=60", "trainer.val_check_interval=25", "hydra.run.dir=run")
-
-
-def final_weights(folder):
-    return read_checked(folder / "run" / "checkpoints" / "last.ckpt")["state_dict"]
-
 
 def test_run_directory_is_kept(tmp_path):
     assert train(tmp_path, *STEPS)[0] == 0
@@ -374,9 +339,3 @@ def test_folder_that_goes_away_ends_the_run(how, tmp_path):
     assert process.returncode == 2, err
     assert re.match(r"fgtrain: .*No such file or directory", err.splitlines()[-1]), err
     assert not (tmp_path / "run").exists()
-
-
-def wait_for(path, process):
-    while not path.exists():
-        assert process.poll() is None, f"ended with {process.returncode} without {path}"
-        time.sleep(0.01)

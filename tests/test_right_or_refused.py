@@ -16,8 +16,8 @@ from fgtrain.network.parameters import slots_of
 from fgtrain.tangents.directions import dense
 from tests.cases import Case
 from tests.coverage_layers import probe
+from tests.derivatives import assert_derivatives, reference
 from tests.properties import flat
-from tests.test_coverage import assert_derivatives, reference
 
 ROWS = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 MASK = torch.tensor([True, False, True, True])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fgtrain.studies.benchmarks.scaling import Compute, Link, seconds_per_progress, step_seconds, winning_bandwidth
-from tests.test_script import load_script
+from tests.commands import load_script
 
 COMPUTE = Compute("m", 1_000_000, 8, 0.030, 0.025, 0.001, 999.0)
 SLOW, FAST = Link(1e6, 1e-4), Link(1e15, 0.0)

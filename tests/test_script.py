@@ -1,64 +1,18 @@
 """scripts/train.py as a user runs it."""
 
-import importlib.util
-import io
-import json
 import os
 import re
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fgtrain.runs.cli import run_app
 from fgtrain.runs.run import build
-
-ROOT = Path(__file__).resolve().parents[1]
-CONF = ROOT / "conf"
-
-
-def options(group):
-    """The names in a config group, helpers left out."""
-    return sorted(path.stem for path in (CONF / group).glob("*.yaml") if not path.stem.startswith("_"))
-
-
-def composed(*overrides):
-    """The configuration of scripts/train.py."""
-    with initialize_config_dir(str(CONF), version_base="1.3"):
-        return compose("train", ["run_dir=.", *overrides])
-
-
-def load_script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def train(folder, *overrides):
-    """Run the script in `folder`; (exit status, stdout, stderr)."""
-    out, err, status = io.StringIO(), io.StringIO(), 0
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.chdir(folder)
-        patch.setattr(sys, "argv", ["train.py", *overrides])
-        try:
-            run_app(load_script("train").main, config_name="train")
-        except SystemExit as end:
-            status = end.code
-    return status, out.getvalue(), err.getvalue()
-
-
-def results_under(folder):
-    return [json.loads(path.read_text()) for path in sorted(folder.rglob("results.json"))]
+from tests.commands import CONF, ROOT, composed, options, results_under, train
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +228,7 @@ class PlainNet(nn.Module):
     monkeypatch.syspath_prepend(tmp_path)
     fast = ["trainer.max_steps=3", "self_check=false"]
     status, out, err = train(tmp_path, "method=backprop_checkpoint", "model._target_=plain_net.PlainNet", *fast)
-    warning = "PlainNet has no nn.Sequential or nn.ModuleList to checkpoint: memory is that of method=backprop\n"
+    warning = "PlainNet has no nn.Sequential or nn.ModuleList to checkpoint: memory is that of Backprop\n"
     assert (status, err.count(warning)) == (0, 1), err
     assert warning not in out
 

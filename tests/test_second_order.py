@@ -1,7 +1,6 @@
 import pytest
 import torch
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fgtrain import Normal, Rademacher, SecondOrder
 from fgtrain.errors import UnsupportedOperation
@@ -12,6 +11,7 @@ from fgtrain.tasks import Points, Rosenbrock
 from tests import properties
 from tests.basis import Basis
 from tests.cases import CASES, Case
+from tests.derivatives import exact_hessian
 from tests.properties import estimated_grads, exact_grads, flat
 
 
@@ -21,22 +21,6 @@ def sampled(model, num_tangents, draw=0):
     directions = Normal().sample(params, draw_seeds(torch.Generator().manual_seed(draw), num_tangents))
     tangents = {name: dense(tangent) for name, tangent in directions.items()}
     return tangents, torch.cat([tangents[name].reshape(num_tangents, -1) for name in sorted(tangents)], 1).T
-
-
-def exact_hessian(case, seed=3):
-    """The Hessian by backpropagation twice, (n, n), rows in the order of the names."""
-    model = case.build()
-    names = sorted(dict(model.named_parameters()))
-    with torch.random.fork_rng(), sdpa_kernel(SDPBackend.MATH):
-        torch.manual_seed(seed)
-        grads = torch.autograd.grad(case.loss(model).mean(), [model.get_parameter(n) for n in names], create_graph=True)
-    rows = []
-    for entry in torch.cat([g.flatten() for g in grads]):
-        row = torch.autograd.grad(
-            entry, [model.get_parameter(n) for n in names], retain_graph=True, materialize_grads=True
-        )
-        rows.append(torch.cat([r.flatten() for r in row]))
-    return torch.stack(rows)
 
 
 def layers(name, *modules):

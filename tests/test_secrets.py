@@ -5,7 +5,7 @@ import torch
 from omegaconf import OmegaConf
 
 from fgtrain.runs.config import to_plain, to_saved
-from tests.test_script import results_under, train
+from tests.commands import results_under, train
 
 SECRET = "hunter2"
 SHORT = ("trainer.max_steps=4", "trainer.val_check_interval=2", "quiet=true", "method=backprop", "data=text")

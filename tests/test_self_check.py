@@ -15,10 +15,10 @@ from fgtrain.lightning.callbacks import SelfCheck
 from fgtrain.models import torchvision_model
 from fgtrain.self_check import self_check
 from tests.cases import INPUTS
-from tests.test_methods import make as make_estimator
-from tests.test_methods import table
-from tests.test_module import Small, assert_equal_weights, make, trainer
-from tests.test_script import train
+from tests.commands import train
+from tests.every_method import make as make_estimator
+from tests.every_method import table
+from tests.small import Small, assert_equal_weights, make, trainer
 
 
 def of(layer, model=nn.Linear):

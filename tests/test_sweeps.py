@@ -11,8 +11,7 @@ from hydra import compose, initialize_config_dir
 from fgtrain.runs.cli import CONF
 from fgtrain.runs.messages import one_line
 from fgtrain.runs.sweeps import objective
-
-from .test_script import options, results_under, train
+from tests.commands import options, results_under, train
 
 OPTUNA = importlib.util.find_spec("optuna") is not None
 

@@ -80,7 +80,7 @@ def _in_segments(model: nn.Module) -> Generator[None]:
         if not containers and not told:
             told.add(model.__class__)
             _log.warning(
-                "%s has no nn.Sequential or nn.ModuleList to checkpoint: memory is that of method=backprop",
+                "%s has no nn.Sequential or nn.ModuleList to checkpoint: memory is that of Backprop",
                 type(model).__name__,
             )
         yield
@@ -141,7 +141,7 @@ def _stored_by_input(run: Callable[..., Any], modules: list[nn.Module]) -> Calla
         if versions != [x._version for x in inputs]:
             raise UnsupportedOperation(
                 f"{type(modules[0]).__name__} changes its input in place, so it cannot be run again from it; "
-                "make the operation out of place or train with method=backprop"
+                "make the operation out of place or train with Backprop"
             )
         return out
 

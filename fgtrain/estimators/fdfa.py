@@ -157,7 +157,7 @@ class FDFA(GradientEstimator):
             layer, now, before = call.name.removesuffix(".weight"), like.shape[1:], buffers[key].shape[1:]
             raise UnsupportedOperation(
                 f"the output of {layer} is of shape {tuple(now)} per example and was {tuple(before)}; FDFA has "
-                "feedback for one size: give inputs of one size, or use method=activity"
+                "feedback for one size: give inputs of one size, or use ActivityPerturbation"
             )
         return buffers[key]
 
@@ -189,5 +189,5 @@ def _refuse_other_rows(calls: list[LayerCall], rows: Mapping[str, Rows], num_exa
         if call.shape[0] != num_examples or (rows and rows.get(call.name) != Rows()):
             raise UnsupportedOperation(
                 f"FDFA needs outputs whose first dimension is the {num_examples} examples, "
-                f"{call.name.removesuffix('.weight')} gives {tuple(call.shape)}; use method=activity"
+                f"{call.name.removesuffix('.weight')} gives {tuple(call.shape)}; use ActivityPerturbation"
             )

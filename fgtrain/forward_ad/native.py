@@ -196,7 +196,7 @@ class named_errors:  # noqa: N801 - a context manager used like a function
         instead = next((hint for part, hint in _INSTEAD.items() if part in operation), _OTHERWISE)
         raise UnsupportedOperation(
             f"{_where(self._model, error)} uses {operation}, which has no forward-mode derivative; {instead}, or train "
-            "with method=backprop"
+            "with Backprop"
         ) from error
 
 

@@ -30,7 +30,7 @@ def jvp(model: nn.Module, loss_fn: Callable[[Any], Tensor], tangents: Mapping[st
         if not isinstance(tangent, LowRankTangent) and tangent[0].dim() > 1:
             raise UnsupportedOperation(
                 f"a dense direction of the sharded parameter {name} would be as large as the whole parameter on every "
-                "rank; use tangents=low_rank"
+                "rank; use LowRank"
             )
     try:
         with running_pass(), named_errors(model), eager_functions():

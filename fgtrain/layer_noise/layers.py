@@ -58,7 +58,7 @@ def _find_layers(model: nn.Module, loss_fn: Callable[[Any], Tensor], slots: Para
             return PerturbedLayers({name: biases[name] for name in biases if name in used}, used[-1])
         break
     raise UnsupportedOperation(
-        f"{type(model).__name__} has no trained Linear or convolution of its own to perturb; use method=fwdgrad"
+        f"{type(model).__name__} has no trained Linear or convolution of its own to perturb; use ForwardGradient"
     )
 
 
@@ -91,5 +91,5 @@ def run_perturbed(
         raise
     except NotIntercepted as reason:
         raise UnsupportedOperation(
-            f"activity perturbation cannot follow this model: {reason}; use method=fwdgrad"
+            f"activity perturbation cannot follow this model: {reason}; use ForwardGradient"
         ) from reason

@@ -23,7 +23,7 @@ from fgtrain.tangents import Rademacher
 
 Noise = Literal["balanced", "rademacher", "normal"]
 
-WITHOUT_HEAD = "train without it (method=activity with exact_head=false)"
+WITHOUT_HEAD = "train without it: ActivityPerturbation with exact_head=False"
 
 _RELU = {torch.relu, torch.Tensor.relu, F.relu, torch.relu_, torch.Tensor.relu_, F.relu_}
 
@@ -104,7 +104,7 @@ class LayerCall:
         if inputs._version != version:
             raise UnsupportedOperation(
                 f"the input of {self.name.removesuffix('.weight')} is changed in place after the layer has used it; "
-                "use the form that is not in place, memory=replay, or method=fwdgrad"
+                "use the form that is not in place, memory='replay', or ForwardGradient"
             )
 
 

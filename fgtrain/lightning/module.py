@@ -164,7 +164,7 @@ class EstimatorModule(L.LightningModule):
         if isinstance(self.trainer.strategy, ModelParallelStrategy) and not self._gathered_bytes:
             self._gathered_bytes = shard_model(self.model, self.estimator, self.trainer.strategy)
             if self.clip_grad_norm is not None or self.distributed_tangents != "shared":
-                raise ConfigError("trainer=fsdp2 takes clip_grad_norm=null and distributed.tangents=shared")
+                raise ConfigError("sharded parameters take clip_grad_norm=null and distributed.tangents=shared")
 
     def estimate(self, estimator: GradientEstimator, batch: Any, batch_idx: int) -> Estimate:
         """What all ranks would add to `.grad` at the current step; nothing is written or stepped."""

@@ -82,8 +82,8 @@ def shard_model(model: nn.Module, estimator: GradientEstimator, strategy: ModelP
     """
     if not estimator.shardable:
         raise ConfigError(
-            f"trainer=fsdp2 cannot train with {estimator}, which needs whole gradients or directions; use "
-            "method=fwdgrad_lowrank, or trainer=ddp"
+            f"FSDP2 cannot train with {estimator}, which needs whole gradients or directions; use "
+            "ForwardGradient with LowRank, or Replicas"
         )
     equalize(model)
     shard(model.to(strategy.root_device), strategy.device_mesh["data_parallel"])

@@ -65,7 +65,7 @@ def shard(model: nn.Module, mesh: Any) -> None:
         for p in unit.parameters():
             if owners.setdefault(id(p), name) != name:
                 raise ConfigError(
-                    f"trainer=fsdp2 cannot shard a parameter that '{owners[id(p)]}' and '{name}' share; use trainer=ddp"
+                    f"FSDP2 cannot shard a parameter that '{owners[id(p)]}' and '{name}' share; use Replicas"
                 )
     for _, unit in units:
         fully_shard(unit, mesh=mesh, reshard_after_forward=True)

@@ -18,13 +18,12 @@ from omegaconf import DictConfig, OmegaConf
 from fgtrain.errors import Interrupted, JobFailed
 from fgtrain.lightning.checkpoints import disk_error
 from fgtrain.memory import is_out_of_memory
-from fgtrain.runs.config import drop_arguments_of_replaced_targets, name_targets
+from fgtrain.runs.config import CONF, drop_arguments_of_replaced_targets, name_targets
 from fgtrain.runs.messages import USER_ERRORS, cannot_write, fail, one_line, silence_libraries
 from fgtrain.runs.sweeps import SweepTable
 from fgtrain.runs.world import is_follower
 
 ERROR_FILE = "error.txt"
-CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
 def run_app(task: Callable[[DictConfig], Any], config_name: str) -> None:

@@ -12,6 +12,7 @@ import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from hydra.core.config_store import ConfigStore
@@ -20,6 +21,8 @@ from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 from omegaconf.resolvers import oc
 
 from fgtrain.errors import ConfigError
+
+CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
 @dataclass

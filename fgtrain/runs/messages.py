@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fgtrain.errors import StorageError, UserError
 from fgtrain.lightning.checkpoints import disk_error
+from fgtrain.runs.config import CONF
 
 USER_ERRORS = (UserError, HydraException, OmegaConfBaseException, MisconfigurationException)
 _CHATTER = (
@@ -50,6 +51,19 @@ def fail(error: BaseException | str) -> NoReturn:
     sys.exit(getattr(error, "exit_status", 2))
 
 
+def on_the_command_line(text: str) -> str:
+    """The remedy at the end of a message of the library, in words of the command line; nothing where it names none."""
+    remedy = text.rpartition(";")[2]
+    known = {"Replicas": "trainer=ddp"}
+    for group in ("tangents", "method"):
+        for path in sorted((CONF / group).glob("*.yaml"), key=lambda path: -len(path.stem)):  # the shortest name last
+            if target := re.search(r"_target_: fgtrain\.(\w+)$", path.read_text(), re.MULTILINE):
+                known[target[1]] = f"{group}={path.stem}"
+    found = [f"{name} is {option}" for name, option in known.items() if re.search(rf"\b{name}\b", remedy)]
+    hint = f" ({', '.join(found)})"
+    return hint if found and hint not in text else ""  # a rank's message is told again by the process that started it
+
+
 def one_line(error: BaseException | str) -> str:
     """The message of an error, folded to one line and freed of what concerns Hydra alone."""
     text = str(error)
@@ -71,4 +85,5 @@ def one_line(error: BaseException | str) -> str:
         text = f"{text}: {cause}"
     text = re.sub(r"\nConfig search path:.*", "", text, flags=re.DOTALL)
     text = re.sub(r"\n\s*(full_key|object_type|reference_type)[:=].*", "", text)
-    return " ".join(text.split())
+    hint = on_the_command_line(text) if isinstance(error, UserError) else ""
+    return " ".join(text.split()) + hint

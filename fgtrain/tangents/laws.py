@@ -187,7 +187,7 @@ class LowRank(Tangents):
     def sample(self, params: Mapping[str, Tensor], seeds: Sequence[int], *, rowwise: bool = False) -> Directions:
         if rowwise:
             if any(p.dim() > 2 for p in params.values()):
-                raise ValueError("LowRank has no row-wise form for rows that are matrices; use tangents=rademacher")
+                raise ValueError("LowRank has no row-wise form for rows that are matrices; use Rademacher")
             return self._law.sample(params, seeds, rowwise=True)
         pieces = []
         for name, p in params.items():

@@ -36,11 +36,11 @@ class ReplayLog(L.Callback):
         estimator = pl_module.estimator
         if not estimator.scalar_reducible:
             raise ConfigError(
-                f"callbacks=replay_log: {type(estimator).__name__} is not a function of seeds and derivatives alone; "
-                "use it with method=fwdgrad, fwdgrad_lowrank, spsa or mezo"
+                f"a replay log needs a function of seeds and derivatives, which {type(estimator).__name__} is not; "
+                "use ForwardGradient, SPSA or MeZO"
             )
         if trainer.world_size > 1 and pl_module.distributed_tangents != "shared":
-            raise ConfigError("callbacks=replay_log needs distributed.tangents=shared")
+            raise ConfigError("a replay log needs distributed.tangents=shared")
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._initial = self._initial or digest(pl_module)

@@ -1,0 +1,102 @@
+"""Scripts run as their command lines do, in the process of the test."""
+
+import importlib.util
+import io
+import json
+import sys
+from contextlib import redirect_stderr, redirect_stdout
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from fgtrain.runs.cli import run_app
+
+PACKAGE = '''
+import lightning as L
+import torch
+from torch import nn
+
+from fgtrain import ForwardGradient
+
+
+class MyNet(nn.Sequential):
+    def __init__(self, num_classes, width: int = 8):
+        super().__init__(nn.Linear(5, width), nn.Tanh(), nn.Linear(width, num_classes))
+
+
+class MyData(L.LightningDataModule):
+    num_classes = 2
+
+    def __init__(self, size: int = 64):
+        super().__init__()
+        inputs = torch.randn(size, 5, generator=torch.Generator().manual_seed(0))
+        self.examples = torch.utils.data.TensorDataset(inputs, (inputs[:, 0] > 0).long())
+
+    def _loader(self):
+        return torch.utils.data.DataLoader(self.examples, batch_size=16)
+
+    train_dataloader = val_dataloader = test_dataloader = _loader
+
+
+class Sized(MyData):
+    def __init__(self, batch_size: int = 4, seed: int = 3, *, classes):
+        super().__init__()
+        self.facts = batch_size, seed, classes
+
+
+class Doubled(ForwardGradient):
+    """A method of one's own."""
+
+
+class MyModule(L.LightningModule):
+    def training_step(self, batch):
+        return None
+
+
+def not_a_module(num_classes):
+    return 3
+'''
+
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+CONF = ROOT / "conf"
+
+
+def options(group):
+    """The names in a config group, helpers left out."""
+    return sorted(path.stem for path in (CONF / group).glob("*.yaml") if not path.stem.startswith("_"))
+
+
+def composed(*overrides):
+    """The configuration of scripts/train.py."""
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        return compose("train", ["run_dir=.", *overrides])
+
+
+def load_script(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def train(folder, *overrides):
+    """Run the script in `folder`; (exit status, stdout, stderr)."""
+    out, err, status = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", ["train.py", *overrides])
+        try:
+            run_app(load_script("train").main, config_name="train")
+        except SystemExit as end:
+            status = end.code
+    return status, out.getvalue(), err.getvalue()
+
+
+def results_under(folder):
+    return [json.loads(path.read_text()) for path in sorted(folder.rglob("results.json"))]

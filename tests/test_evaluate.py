@@ -48,7 +48,7 @@ def test_script(folder, tmp_path, monkeypatch, capsys):
 
 
 def test_mistakes(folder, tmp_path):
-    with pytest.raises(USER_ERRORS, match=r"nope.ckpt is no file; give the path of a checkpoint"):
+    with pytest.raises(USER_ERRORS, match=r"nope.ckpt is not a file; give the path of a checkpoint"):
         evaluate(tmp_path / "nope.ckpt", "test")
     with pytest.raises(USER_ERRORS, match=r"split must be one of train, val, test, got all"):
         evaluate(folder / "checkpoints" / "best.ckpt", "all")

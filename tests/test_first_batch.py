@@ -130,7 +130,7 @@ def test_directions_larger_than_the_memory_are_one_line(tangents, tmp_path):
 def test_data_without_num_classes_is_one_line(tmp_path):
     status, _, err = run(tmp_path, "", "data._target_=tests.test_first_batch.Unnumbered")
     assert (status, err.count("\n")) == (2, 1), err
-    assert "model: fgtrain.models.MLP needs num_classes, which the data has not; give the datamodule" in err
+    assert "model: fgtrain.models.MLP needs num_classes, which the data lacks; give the datamodule" in err
 
 
 @pytest.mark.parametrize("split", ["val", "test"])

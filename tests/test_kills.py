@@ -146,7 +146,7 @@ def test_stopped_rank(tmp_path):
     time.sleep(2)
     os.kill(run.session, signal.SIGTERM)
     assert_all_end(run)
-    assert "fgtrain: stopped by SIGTERM, which ranks" in run.err.splitlines()[-1]
+    assert "fgtrain: stopped by SIGTERM, to which ranks" in run.err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("ranks", [(), (*RANKS, "trainer=ddp_fork")], ids=["one process", "two processes"])

@@ -215,7 +215,7 @@ def test_which_checkpoint(saved, tmp_path):
     with pytest.raises(ConfigError, match=r"holds a run that has not finished; continue it with resume=auto"):
         checkpoint_to_resume(None, saved)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match=r"holds no checkpoint \(last.ckpt or previous.ckpt\)"):
+    with pytest.raises(ConfigError, match=r"contains no checkpoint \(last.ckpt or previous.ckpt\)"):
         checkpoint_to_resume(str(tmp_path / "empty"), tmp_path)
 
 

@@ -179,10 +179,12 @@ def checkpoint_to_resume(resume: str | None, run_dir: Path) -> Path | None:
     if path.is_dir():
         found = list_checkpoints(path)
         if not found:
-            raise ConfigError(f"resume={resume} holds no checkpoint ({' or '.join(NAMES)}); give a run's folder")
+            raise ConfigError(f"resume={resume} contains no checkpoint ({' or '.join(NAMES)}); give a run's folder")
         return first_good(found)
     if not path.is_file():
-        raise ConfigError(f"resume={resume} is no file; give the path of a checkpoint (.ckpt), a run's folder, or auto")
+        raise ConfigError(
+            f"resume={resume} is not a file; give the path of a checkpoint (.ckpt), a run's folder, or auto"
+        )
     try:
         read_checked(path)
     except CheckpointError as error:

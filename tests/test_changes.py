@@ -96,7 +96,7 @@ def test_a_rate_that_jumps_is_named(tmp_path):
     assert train(tmp_path, *STEPS)[0] == 0
     status, _, err = train(tmp_path, *STEPS, "trainer.max_steps=80", "resume=auto")
     assert status == 0, err
-    assert "the learning rate jumps from 0 to 4.39 at step 60, since its schedule is one of 80 steps now" in err
+    assert "the learning rate jumps from 0 to 4.39 at step 60, since its schedule now has 80 steps" in err
 
 
 def test_a_schedule_that_is_over_is_refused(tmp_path):
@@ -106,7 +106,7 @@ def test_a_schedule_that_is_over_is_refused(tmp_path):
     assert status == 0, err
     status, _, err = train(tmp_path, *STEPS, *linear, "trainer.max_steps=80", "resume=auto")
     assert status == 2
-    assert "the learning rate is 0 at step 60, where the run goes on" in err.splitlines()[-1]
+    assert "the learning rate is 0 at step 60, where the run continues" in err.splitlines()[-1]
 
 
 def test_early_stop_is_kept_and_can_be_lifted(tmp_path):

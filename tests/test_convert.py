@@ -322,7 +322,7 @@ class Iterates(Plain):
     ("make", "message"),
     [
         (lambda: nn.Linear(2, 2), "convert takes a LightningModule, got a Linear; in a training loop of your own"),
-        (lambda: torch.compile(Plain()), "convert takes the module as it was written; compile what it returns"),
+        (lambda: torch.compile(Plain()), "convert takes an uncompiled module; compile the module that it returns"),
         (L.LightningModule, "LightningModule defines no training_step"),
         (Manual, "Manual sets automatic_optimization=False and steps its optimizers itself; return the loss"),
         (Iterates, "training_step takes dataloader_iter; let it take batch"),

@@ -92,7 +92,7 @@ class Payload:
 def test_checkpoint_of_a_stranger_is_one_line(content, foreign, monkeypatch):
     monkeypatch.chdir(foreign)
     content(foreign / "checkpoints" / "best.ckpt")
-    with pytest.raises(CheckpointError, match=r"best.ckpt is damaged or no checkpoint"):
+    with pytest.raises(CheckpointError, match=r"best.ckpt is damaged or not a checkpoint"):
         evaluate(foreign / "checkpoints" / "best.ckpt", "test")
     assert not (foreign / "ran").exists()
 

@@ -207,7 +207,7 @@ def test_a_checkpoint_that_unpacks_to_more_than_it_has(tmp_path):
 
 def test_a_checkpoint_that_is_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "last.ckpt")
-    with pytest.raises(CheckpointError, match=r"is no checkpoint but a pipe or a device"):
+    with pytest.raises(CheckpointError, match=r"is not a checkpoint but a pipe or a device"):
         read_checked(tmp_path / "last.ckpt")
 
 

@@ -141,7 +141,7 @@ def test_loss_that_grows_slowly_from_its_best_stops_the_run():
     losses = [2.0] + [2.0 * 0.9**k for k in range(60)] + [0.05 * 1.1**k for k in range(60)]
     estimates = [Estimate(torch.tensor(value), {"w": torch.ones(2)}, None) for value in losses]
     with pytest.raises(
-        DivergenceError, match=r"the loss is [\d.]+, its lowest value was [\d.]+, and it has been above"
+        DivergenceError, match=r"the loss is [\d.]+; its lowest value was [\d.]+, and it has been above"
     ):
         deque(judge.inspect(estimate, alone) for estimate in estimates)
 

@@ -97,7 +97,7 @@ def run(folder, how, *options):
         ("int32", "labels are int32 of shape (8,); classification needs class indices, int64 of shape (B,)"),
         ("float32", "labels are float32 of shape (8,); classification needs class indices"),
         ("float64", "the data gives float64, but the model has float32 parameters; convert the data"),
-        ("shape", "inputs of the train split have the shape (3, 2, 2), and input_shape of the data says (1, 2, 2)"),
+        ("shape", "inputs of the train split have the shape (3, 2, 2), but input_shape of the data is (1, 2, 2)"),
         ("empty train", "the training set of Given is empty: its loader yields no batch"),
     ],
 )

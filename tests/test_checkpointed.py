@@ -1,5 +1,6 @@
 import logging
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -148,7 +149,8 @@ def test_changed_input_is_refused():
 def test_compiled_models_are_checkpointed_as_they_were_written(warm):
     torch.manual_seed(0)
     model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(4)))
-    compiled, inputs = torch.compile(model, backend="eager"), torch.randn(3, 4)
+    compiled: Any = torch.compile(model, backend="eager")
+    inputs = torch.randn(3, 4)
     if warm:
         compiled(inputs)
     grads = CheckpointedBackprop()(compiled, lambda m: m(inputs).square().mean()).grads

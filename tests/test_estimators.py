@@ -52,6 +52,7 @@ def test_projection_has_the_least_error_in_the_span():
 def test_estimate_is_the_derivative_times_the_direction():
     model = CASES[0].build()
     estimate = ForwardGradient()(model, CASES[0].loss, generator=torch.Generator().manual_seed(0))
+    assert estimate.directional_derivatives is not None
     direction = flat(estimate.grads) / estimate.directional_derivatives
     exact = flat(exact_grads(CASES[0])) @ direction
     torch.testing.assert_close(exact, estimate.directional_derivatives[0])
@@ -64,6 +65,8 @@ def test_derivative_is_clipped():
         )
         for clip in (None, 1e-3)
     )
+    assert free.directional_derivatives is not None
+    assert clipped.directional_derivatives is not None
     assert free.directional_derivatives.abs() > 1e-3
     torch.testing.assert_close(clipped.directional_derivatives, 1e-3 * free.directional_derivatives.sign())
 
@@ -128,6 +131,7 @@ def test_rows_are_problems_of_their_own():
     estimator = ForwardGradient(num_tangents=2, rowwise=True)
     estimate = estimator(model, lambda m: task.losses(m, None), generator=torch.Generator().manual_seed(0))
     exact = Backprop()(model, lambda m: task.losses(m, None)).grads["points"]
+    assert estimate.directional_derivatives is not None
     d = estimate.directional_derivatives.view(2, 3)
     # g_i = (1/K) sum_k d_ki v_ki, d_ki = g_i . v_ki: the inner product with the exact row is a sum of squares
     torch.testing.assert_close((estimate.grads["points"] * exact).sum(1), d.square().mean(0))

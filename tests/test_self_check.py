@@ -125,14 +125,13 @@ class LeavesOut(Backprop):
     """Trains the model without its second module."""
 
     def forward(self, model, loss_fn, **options):
-        return super().forward(
-            nn.ModuleDict({"0": model[0], "2": model[2]}), lambda m: loss_fn(lambda x: m["2"](m["0"](x)))
-        )
+        without = nn.ModuleDict({"0": model[0], "2": model[2]})
+        return super().forward(without, lambda m: loss_fn(lambda x: m["2"](m["0"](x))), **options)
 
 
 class Halves(Backprop):
     def forward(self, model, loss_fn, **options):
-        found = super().forward(model, loss_fn)
+        found = super().forward(model, loss_fn, **options)
         return found._replace(grads=found.grads | {"2.bias": found.grads["2.bias"] / 2})
 
 

@@ -112,6 +112,7 @@ def test_rows_are_problems_of_their_own():
 
     estimate = estimator(points, losses, generator=torch.Generator().manual_seed(0))
     exact = Backprop()(points, losses).grads["x"]
+    assert estimate.directional_derivatives is not None
     d = estimate.directional_derivatives.view(4, 3)
     torch.testing.assert_close((estimate.grads["x"] * exact).sum(1), d.square().mean(0))
 

@@ -126,54 +126,54 @@ class ActivityPerturbation(GradientEstimator):
         self.shrinkage = shrinkage
         self._has_warned = False
 
+    @torch.no_grad()
     def forward(
         self,
         model: nn.Module,
         loss_fn: Callable[[Any], Tensor],
         *,
-        generator: torch.Generator | None = None,
-        reduce: Reduce | None = None,
+        generator: torch.Generator,
+        reduce: Reduce | None,
     ) -> Estimate:
         params = trainable_params(model)
-        seed, *seeds = draw_seeds(generator or self.own_generator(), 1 + self.num_tangents)
-        with torch.inference_mode(False), torch.no_grad():
-            layers = perturbed_layers(model, loss_fn)
-            biases = {bias for bias in layers.biases.values() if bias is not None}
-            others = {name: p for name, p in params.items() if name not in layers.biases and name not in biases}
-            directions = self.tangents.sample(others, seeds) if others else None
-            perturbed = PerturbedPass(
-                self.num_tangents,
-                seed,
-                self.noise,
-                self.positions == "shared",
-                layers.last if self.exact_head else None,
-                self.memory == "keep",
-            )
-            noises = {name: LayerNoise(name, perturbed) for name in layers.biases}
-            repeated = RepeatedPass(model) if self.memory == "replay" else None
-            examined = ExaminedPass(model, loss_fn)
-            losses, found = run_perturbed(model, loss_fn, {**noises, **(directions or {})})
-            if found is None:
-                raise LossError(NO_TANGENT)
-            num, calls = self.num_tangents, perturbed.calls
-            if losses.dim() == 0 and self.examples == "independent":
-                self._warn_of_scalar(calls)
-            of_head = gradient_of_head(examined, calls, layers.last, found[num:]) if self.exact_head else None
-            rows = rows_of_examples(examined, calls, losses) if self.examples == "independent" else {}
-            units = perturbed.noise_size / (losses.numel() if rows else 1)
-            collected = _Collected(losses, found[:num], of_head, rows, layers.biases, params, self._variance(units))
-            if repeated is None:
-                for call in perturbed.calls:
-                    assert call.local_grads is not None
-                    collected.add(call, call.local_grads)
-            else:
-                repeated.rewind()
-                replayed = ReplayedPass(perturbed, collected.add)
-                again = {name: LayerNoise(name, replayed) for name in layers.biases}
-                run_perturbed(model, loss_fn, again, follows=False)
-            if directions is not None:
-                weight = collected.length(losses.numel()) / self.num_tangents
-                collected.grads |= directions.weighted_sum(weight * collected.derivatives)
+        seed, *seeds = draw_seeds(generator, 1 + self.num_tangents)
+        layers = perturbed_layers(model, loss_fn)
+        biases = {bias for bias in layers.biases.values() if bias is not None}
+        others = {name: p for name, p in params.items() if name not in layers.biases and name not in biases}
+        directions = self.tangents.sample(others, seeds) if others else None
+        perturbed = PerturbedPass(
+            self.num_tangents,
+            seed,
+            self.noise,
+            self.positions == "shared",
+            layers.last if self.exact_head else None,
+            self.memory == "keep",
+        )
+        noises = {name: LayerNoise(name, perturbed) for name in layers.biases}
+        repeated = RepeatedPass(model) if self.memory == "replay" else None
+        examined = ExaminedPass(model, loss_fn)
+        losses, found = run_perturbed(model, loss_fn, {**noises, **(directions or {})})
+        if found is None:
+            raise LossError(NO_TANGENT)
+        num, calls = self.num_tangents, perturbed.calls
+        if losses.dim() == 0 and self.examples == "independent":
+            self._warn_of_scalar(calls)
+        of_head = gradient_of_head(examined, calls, layers.last, found[num:]) if self.exact_head else None
+        rows = rows_of_examples(examined, calls, losses) if self.examples == "independent" else {}
+        units = perturbed.noise_size / (losses.numel() if rows else 1)
+        collected = _Collected(losses, found[:num], of_head, rows, layers.biases, params, self._variance(units))
+        if repeated is None:
+            for call in perturbed.calls:
+                assert call.local_grads is not None
+                collected.add(call, call.local_grads)
+        else:
+            repeated.rewind()
+            replayed = ReplayedPass(perturbed, collected.add)
+            again = {name: LayerNoise(name, replayed) for name in layers.biases}
+            run_perturbed(model, loss_fn, again, follows=False)
+        if directions is not None:
+            weight = collected.length(losses.numel()) / self.num_tangents
+            collected.grads |= directions.weighted_sum(weight * collected.derivatives)
         return Estimate(losses.mean(), average_grads(collected.grads, reduce), collected.derivatives)
 
     def _warn_of_scalar(self, calls: list[LayerCall]) -> None:

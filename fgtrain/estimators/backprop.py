@@ -39,11 +39,11 @@ class Backprop(GradientEstimator):
         model: nn.Module,
         loss_fn: Callable[[Any], Tensor],
         *,
-        generator: torch.Generator | None = None,
-        reduce: Reduce | None = None,
+        generator: torch.Generator,
+        reduce: Reduce | None,
     ) -> Estimate:
         params = trainable_params(model)
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.enable_grad():
             loss = check_losses(loss_fn(model)).mean()
             if not loss.requires_grad:
                 raise LossError(

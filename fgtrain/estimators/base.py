@@ -62,18 +62,7 @@ class GradientEstimator(nn.Module, ABC):
         self._generator: torch.Generator | None = None
         self.register_load_state_dict_pre_hook(_make_room)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        with one_at_a_time:
-            return super().__call__(*args, **kwargs)
-
-    def own_generator(self) -> torch.Generator:
-        """Where directions come from when the caller names no generator."""
-        if self._generator is None:
-            self._generator = torch.Generator().manual_seed(torch.initial_seed())
-        return self._generator
-
-    @abstractmethod
-    def forward(
+    def __call__(
         self,
         model: nn.Module,
         loss_fn: Callable[[Any], Tensor],
@@ -90,6 +79,25 @@ class GradientEstimator(nn.Module, ABC):
                 torch.initial_seed() at its first use.
             reduce: mean over ranks of a tensor; None on one device.
         """
+        with one_at_a_time, torch.inference_mode(False):
+            return super().__call__(model, loss_fn, generator=generator or self.own_generator(), reduce=reduce)
+
+    def own_generator(self) -> torch.Generator:
+        """Where directions come from when the caller names no generator."""
+        if self._generator is None:
+            self._generator = torch.Generator().manual_seed(torch.initial_seed())
+        return self._generator
+
+    @abstractmethod
+    def forward(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Any], Tensor],
+        *,
+        generator: torch.Generator,
+        reduce: Reduce | None,
+    ) -> Estimate:
+        """The method itself, with the arguments of the call; it runs outside inference mode."""
 
     def make_room(self, state: Mapping[str, Tensor]) -> None:
         """Have the tensors that a saved state has, where the first call creates some; few methods have any."""

@@ -1,15 +1,30 @@
 """What zeroth-order methods share: the directional derivative from two losses instead of one JVP."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fgtrain.estimators.base import GradientEstimator, require_positive_int
+from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, require_positive_int
 from fgtrain.forward_ad.passes import RepeatedPass, plain_losses
+from fgtrain.network.parameters import trainable_params
+from fgtrain.random import draw_seeds
 from fgtrain.tangents import Tangents
 from fgtrain.tangents.combine import Shrinkage
+
+
+class Lines(Protocol):
+    """The straight lines through the parameters along K directions."""
+
+    def at(self, k: int, distance: float) -> Mapping[str, Tensor]:
+        """The parameters moved by `distance` times direction k."""
+        ...
+
+    def weighted_sum(self, weights: Tensor) -> dict[str, Tensor]:
+        """sum_k weights_k v_k, from weights (K,) or, if rowwise, (K, rows)."""
+        ...
 
 
 class CentralDifferences(GradientEstimator):
@@ -52,21 +67,45 @@ class CentralDifferences(GradientEstimator):
     def mean_length_of(self, estimates: int, grads: Mapping[str, Tensor]) -> float:
         return self.shrinkage.factor(grads, estimates)
 
-    def differences(
-        self, model: nn.Module, loss_fn: Callable[[Any], Tensor], at: Callable[[int, float], Mapping[str, Tensor]]
-    ) -> tuple[Tensor, Tensor]:
-        """Losses (B,) or (), averaged over all passes, and derivatives (K, B) or (K,).
+    @abstractmethod
+    def lines(self, params: Mapping[str, Tensor], seeds: list[int]) -> Lines:
+        """The lines along the directions of these seeds."""
 
-        Args:
-            model: leaves with the trace of one plain pass.
-            loss_fn: of the model.
-            at: maps k and a distance to the parameters moved so far along direction k.
-        """
+    @torch.no_grad()
+    def forward(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Any], Tensor],
+        *,
+        generator: torch.Generator,
+        reduce: Reduce | None,
+    ) -> Estimate:
+        params = trainable_params(model)
+        lines = self.lines(params, draw_seeds(generator, self.num_tangents))
+        losses, derivatives = self._differences(model, loss_fn, lines)
+        if self.rowwise:
+            derivatives = derivatives / losses.numel()
+        elif losses.dim():
+            derivatives = derivatives.mean(1)
+        if reduce is not None:
+            derivatives = reduce(derivatives)
+        return Estimate(losses.mean(), self._mean(lines, derivatives, params), derivatives.flatten())
+
+    def replay(self, model: nn.Module, derivatives: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        params = trainable_params(model)
+        lines = self.lines(params, draw_seeds(generator, self.num_tangents))
+        return self._mean(lines, derivatives.view(self.num_tangents, -1) if self.rowwise else derivatives, params)
+
+    def _mean(self, lines: Lines, derivatives: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return lines.weighted_sum(derivatives / self.num_tangents * self.shrinkage.factor(params))
+
+    def _differences(self, model: nn.Module, loss_fn: Callable[[Any], Tensor], lines: Lines) -> tuple[Tensor, Tensor]:
+        """Losses (B,) or (), averaged over all passes, and derivatives (K, B) or (K,); the trace of one plain pass."""
         repeated = RepeatedPass(model)
 
         def losses_at(k: int, distance: float) -> Tensor:
             repeated.rewind()
-            return plain_losses(model, loss_fn, at(k, distance))
+            return plain_losses(model, loss_fn, lines.at(k, distance))
 
         pairs = [(losses_at(k, self.epsilon), losses_at(k, -self.epsilon)) for k in range(self.num_tangents)]
         if any(True for _ in model.buffers()):

@@ -56,8 +56,8 @@ class CheckpointedBackprop(GradientEstimator):
         model: nn.Module,
         loss_fn: Callable[[Any], Tensor],
         *,
-        generator: torch.Generator | None = None,
-        reduce: Reduce | None = None,
+        generator: torch.Generator,
+        reduce: Reduce | None,
     ) -> Estimate:
         with eager_functions(), _in_segments(model):  # what was compiled does not look at replaced forwards
             return Backprop()(model, loss_fn, reduce=reduce)

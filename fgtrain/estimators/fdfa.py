@@ -86,45 +86,45 @@ class FDFA(GradientEstimator):
         self.num_updates: Tensor
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
 
+    @torch.no_grad()
     def forward(
         self,
         model: nn.Module,
         loss_fn: Callable[[Any], Tensor],
         *,
-        generator: torch.Generator | None = None,
-        reduce: Reduce | None = None,
+        generator: torch.Generator,
+        reduce: Reduce | None,
     ) -> Estimate:
         params = trainable_params(model)
-        seed, *seeds = draw_seeds(generator or self.own_generator(), 1 + self.num_tangents)
-        with torch.inference_mode(False), torch.no_grad():
-            layers = perturbed_layers(model, loss_fn)
-            others = {name: p for name, p in params.items() if name not in {*layers.biases, *layers.biases.values()}}
-            directions = Rademacher().sample(others, seeds) if others else None
-            perturbed = PerturbedPass(self.num_tangents, seed, "rademacher", head=layers.last)
-            noises = {name: LayerNoise(name, perturbed) for name in layers.biases}
-            examined = ExaminedPass(model, loss_fn)
-            losses, found = run_perturbed(model, loss_fn, {**noises, **(directions or {})})
-            if found is None:
-                raise LossError(NO_TANGENT)
-            calls = _in_order(perturbed.calls)
-            error = gradient_of_head(examined, calls, layers.last, found[self.num_tangents :])
-            *hidden, head = calls
-            assert head.tangent is not None
-            _refuse_other_rows(hidden, rows_of_examples(examined, perturbed.calls, losses), losses.numel())
-            self._learn(hidden, head.tangent, reduce)
-            signals = [self._through_feedback(error, call) for call in hidden] + [error]
-            grads: dict[str, Tensor] = {}
-            for call, signal in zip([*hidden, head], signals, strict=True):
-                assert call.local_grads is not None
-                call.check_inputs()
-                names = (call.name, layers.biases[call.name])
-                pairs = zip(names, call.local_grads(signal), strict=True)
-                grads |= {name: g.to(params[name].dtype) for name, g in pairs if name is not None}
-            derivatives = found[: self.num_tangents].mean(1)
-            if directions is not None:
-                numbers = perturbed.noise_size / losses.numel() + sum(p.numel() for p in others.values())
-                variance = (numbers - 1) / self.num_tangents / losses.numel() ** 0.5
-                grads |= directions.weighted_sum(derivatives / self.num_tangents / (1 + variance))
+        seed, *seeds = draw_seeds(generator, 1 + self.num_tangents)
+        layers = perturbed_layers(model, loss_fn)
+        others = {name: p for name, p in params.items() if name not in {*layers.biases, *layers.biases.values()}}
+        directions = Rademacher().sample(others, seeds) if others else None
+        perturbed = PerturbedPass(self.num_tangents, seed, "rademacher", head=layers.last)
+        noises = {name: LayerNoise(name, perturbed) for name in layers.biases}
+        examined = ExaminedPass(model, loss_fn)
+        losses, found = run_perturbed(model, loss_fn, {**noises, **(directions or {})})
+        if found is None:
+            raise LossError(NO_TANGENT)
+        calls = _in_order(perturbed.calls)
+        error = gradient_of_head(examined, calls, layers.last, found[self.num_tangents :])
+        *hidden, head = calls
+        assert head.tangent is not None
+        _refuse_other_rows(hidden, rows_of_examples(examined, perturbed.calls, losses), losses.numel())
+        self._learn(hidden, head.tangent, reduce)
+        signals = [self._through_feedback(error, call) for call in hidden] + [error]
+        grads: dict[str, Tensor] = {}
+        for call, signal in zip([*hidden, head], signals, strict=True):
+            assert call.local_grads is not None
+            call.check_inputs()
+            names = (call.name, layers.biases[call.name])
+            pairs = zip(names, call.local_grads(signal), strict=True)
+            grads |= {name: g.to(params[name].dtype) for name, g in pairs if name is not None}
+        derivatives = found[: self.num_tangents].mean(1)
+        if directions is not None:
+            numbers = perturbed.noise_size / losses.numel() + sum(p.numel() for p in others.values())
+            variance = (numbers - 1) / self.num_tangents / losses.numel() ** 0.5
+            grads |= directions.weighted_sum(derivatives / self.num_tangents / (1 + variance))
         return Estimate(losses.mean(), average_grads(grads, reduce), derivatives)
 
     def _learn(self, hidden: list[LayerCall], tangent: Tensor, reduce: Reduce | None) -> None:

@@ -75,11 +75,10 @@ class LocalLosses(LocalHeads):
         model: nn.Module,
         loss_fn: Callable[[Any], Tensor],
         *,
-        generator: torch.Generator | None = None,
-        reduce: Reduce | None = None,
+        generator: torch.Generator,
+        reduce: Reduce | None,
     ) -> Estimate:
         names = {id(p): name for name, p in trainable_params(model).items()}
-        generator = generator or self.own_generator()
         grads: dict[str, Tensor] = {}
         estimate, hidden = None, None
         for nets in self._nets(model, loss_fn):
@@ -104,7 +103,7 @@ class LocalLosses(LocalHeads):
     def _estimate_of(self, net: nn.Module, loss_fn: Callable[[Any], Tensor], generator: torch.Generator) -> Estimate:
         if any(p.requires_grad for p in net.parameters()):
             return self.estimator(net, loss_fn, generator=generator)
-        with torch.inference_mode(False), torch.no_grad():  # a frozen last block only tells the loss
+        with torch.no_grad():  # a frozen last block only tells the loss
             return Estimate(check_losses(loss_fn(net)).mean(), {})
 
     def parts_of(self, block: list[nn.Module]) -> list[list[nn.Module]]:

@@ -63,17 +63,17 @@ class LocalGuess(LocalHeads):
         model: nn.Module,
         loss_fn: Callable[[Any], Tensor],
         *,
-        generator: torch.Generator | None = None,
-        reduce: Reduce | None = None,
+        generator: torch.Generator,
+        reduce: Reduce | None,
     ) -> Estimate:
         params = trainable_params(model)
         names = {id(p): name for name, p in params.items()}
         blocks = self.blocks_with_heads(model, loss_fn)
         repeated = RepeatedPass(model)
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.enable_grad():
             guesses = self._guesses(blocks, loss_fn, reduce)
         repeated.rewind()
-        with torch.inference_mode(False), torch.no_grad():
+        with torch.no_grad():
             tangents = _one_block_each([{names[id(p)]: v for p, v in guess} for guess in guesses], params)
             losses, derivatives = jvp(model, loss_fn, tangents)
             derivatives = derivatives.mean(1) if losses.dim() else derivatives

@@ -60,7 +60,7 @@ class LocalHeads(GradientEstimator):
         keys = {i: [i] if len(found) == 1 else [f"{i}-{k}" for k in range(len(found))] for i, found in parts.items()}
         if self.heads.keys() != {key for of_block in keys.values() for key in of_block}:
             repeated = RepeatedPass(model)
-            with torch.inference_mode(False), torch.no_grad():
+            with torch.no_grad():
                 self._create_heads(parts, keys, last, loss_fn)
             repeated.rewind()
         heads = dict(self.heads.items())

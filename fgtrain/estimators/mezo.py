@@ -1,16 +1,13 @@
 """MeZO: central differences in the memory of inference."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fgtrain.estimators.base import Estimate, Reduce
-from fgtrain.estimators.central_differences import CentralDifferences
+from fgtrain.estimators.central_differences import CentralDifferences, Lines
 from fgtrain.network.displaced import Displaced
-from fgtrain.network.parameters import trainable_params
-from fgtrain.random import draw_seeds, fold_in
+from fgtrain.random import fold_in
 from fgtrain.tangents import Normal, Tangents, law_or
 from fgtrain.tangents.directions import dense
 
@@ -42,7 +39,7 @@ class MeZO(CentralDifferences):
 
     Source: Malladi, Gao, Nichani, Damian, Lee, Chen, Arora 2023, arXiv:2305.17333, algorithm 1.
 
-    >>> model = nn.ParameterDict({"x": torch.tensor([1.0, 2.0])})
+    >>> model = torch.nn.ParameterDict({"x": torch.tensor([1.0, 2.0])})
     >>> mezo, seed = MeZO(), lambda: torch.Generator().manual_seed(0)
     >>> estimate = mezo(model, lambda m: m["x"].square().sum(), generator=seed())
     >>> again = mezo.replay(model, estimate.directional_derivatives, seed())
@@ -60,43 +57,32 @@ class MeZO(CentralDifferences):
     ) -> None:
         super().__init__(law_or(tangents, Normal()), num_tangents, epsilon, shrinkage=shrinkage)
 
-    def forward(
-        self,
-        model: nn.Module,
-        loss_fn: Callable[[Any], Tensor],
-        *,
-        generator: torch.Generator | None = None,
-        reduce: Reduce | None = None,
-    ) -> Estimate:
-        params = trainable_params(model)
-        seeds = draw_seeds(generator or self.own_generator(), self.num_tangents)
-        with torch.inference_mode(False), torch.no_grad():
+    def lines(self, params: Mapping[str, Tensor], seeds: list[int]) -> Lines:
+        return _DrawnAgain(params, seeds, self.tangents)
 
-            def at(k: int, distance: float) -> Mapping[str, Tensor]:
-                def moved(i: int, p: Tensor) -> Tensor:
-                    return torch.add(p, self._direction(p, i, seeds[k]), alpha=distance)
 
-                return {name: Displaced(p.detach(), moved, i) for i, (name, p) in enumerate(params.items())}
+class _DrawnAgain:
+    """Lines along directions that are drawn from their seeds wherever they are used, parameter by parameter."""
 
-            losses, derivatives = self.differences(model, loss_fn, at)
-            derivatives = derivatives.mean(1) if losses.dim() else derivatives
-            if reduce is not None:
-                derivatives = reduce(derivatives)
-            grads = self._weighted_sum(params, seeds, derivatives)
-        return Estimate(losses.mean(), grads, derivatives)
+    def __init__(self, params: Mapping[str, Tensor], seeds: list[int], tangents: Tangents) -> None:
+        self._params = params
+        self._seeds = seeds
+        self._tangents = tangents
 
-    def replay(self, model: nn.Module, derivatives: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        return self._weighted_sum(trainable_params(model), draw_seeds(generator, self.num_tangents), derivatives)
+    def at(self, k: int, distance: float) -> Mapping[str, Tensor]:
+        def moved(i: int, p: Tensor) -> Tensor:
+            return torch.add(p, self._direction(p, i, self._seeds[k]), alpha=distance)
+
+        return {name: Displaced(p.detach(), moved, i) for i, (name, p) in enumerate(self._params.items())}
 
     @torch.no_grad()
-    def _weighted_sum(self, params: Mapping[str, Tensor], seeds: list[int], derivatives: Tensor) -> dict[str, Tensor]:
-        grads, weights = {}, derivatives / self.num_tangents * self.shrinkage.factor(params)
-        for i, (name, p) in enumerate(params.items()):
+    def weighted_sum(self, weights: Tensor) -> dict[str, Tensor]:
+        grads = {}
+        for i, (name, p) in enumerate(self._params.items()):
             grads[name] = total = torch.zeros_like(p)
-            for seed, weight in zip(seeds, weights, strict=True):
+            for seed, weight in zip(self._seeds, weights, strict=True):
                 total.addcmul_(self._direction(p, i, seed), weight.to(p.dtype))
         return grads
 
     def _direction(self, p: Tensor, index: int, seed: int) -> Tensor:
-        """Direction `seed` of the parameter of this index, drawn by itself."""
-        return dense(self.tangents.sample({"": p}, [fold_in(seed, index)])[""])[0]
+        return dense(self._tangents.sample({"": p}, [fold_in(seed, index)])[""])[0]

@@ -63,21 +63,21 @@ class SecondOrder(GradientEstimator):
         self.num_tangents = num_tangents
         self.damping = damping
 
+    @torch.no_grad()
     def forward(
         self,
         model: nn.Module,
         loss_fn: Callable[[Any], Tensor],
         *,
-        generator: torch.Generator | None = None,
-        reduce: Reduce | None = None,
+        generator: torch.Generator,
+        reduce: Reduce | None,
     ) -> Estimate:
         params = trainable_params(model)
-        seeds = draw_seeds(generator or self.own_generator(), self.num_tangents)
-        with torch.inference_mode(False), torch.no_grad():
-            directions = self.tangents.sample(params, seeds)
-            tangents = {name: dense(tangent) for name, tangent in directions.items()}
-            loss, slopes, curvature = curvature_in_span(model, loss_fn, tangents)
-            grads = directions.weighted_sum(self._newton(directions.gram(), curvature, slopes))
+        seeds = draw_seeds(generator, self.num_tangents)
+        directions = self.tangents.sample(params, seeds)
+        tangents = {name: dense(tangent) for name, tangent in directions.items()}
+        loss, slopes, curvature = curvature_in_span(model, loss_fn, tangents)
+        grads = directions.weighted_sum(self._newton(directions.gram(), curvature, slopes))
         return Estimate(loss, average_grads(grads, reduce), slopes)
 
     def _newton(self, gram: Tensor, curvature: Tensor, slopes: Tensor) -> Tensor:

@@ -1,17 +1,13 @@
 """SPSA: central differences along random directions."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fgtrain.estimators.base import Estimate, Reduce
-from fgtrain.estimators.central_differences import CentralDifferences
-from fgtrain.network.parameters import trainable_params
-from fgtrain.random import draw_seeds
+from fgtrain.estimators.central_differences import CentralDifferences, Lines
 from fgtrain.tangents import Rademacher, Tangents, law_or
-from fgtrain.tangents.directions import dense
+from fgtrain.tangents.directions import Directions, dense
 
 
 class SPSA(CentralDifferences):
@@ -43,7 +39,7 @@ class SPSA(CentralDifferences):
 
     The derivative of x1^2 + x2^2 at (1, 2) along v = (1, 1) is (2, 4) . v = 6:
 
-    >>> model = nn.ParameterDict({"x": torch.tensor([1.0, 2.0])})
+    >>> model = torch.nn.ParameterDict({"x": torch.tensor([1.0, 2.0])})
     >>> estimate = SPSA()(model, lambda m: m["x"].square().sum(), generator=torch.Generator().manual_seed(1))
     >>> estimate.grads["x"].round(decimals=2)
     tensor([6., 6.])
@@ -60,39 +56,20 @@ class SPSA(CentralDifferences):
     ) -> None:
         super().__init__(law_or(tangents, Rademacher()), num_tangents, epsilon, shrinkage=shrinkage, rowwise=rowwise)
 
-    def forward(
-        self,
-        model: nn.Module,
-        loss_fn: Callable[[Any], Tensor],
-        *,
-        generator: torch.Generator | None = None,
-        reduce: Reduce | None = None,
-    ) -> Estimate:
-        params = trainable_params(model)
-        seeds = draw_seeds(generator or self.own_generator(), self.num_tangents)
-        with torch.inference_mode(False), torch.no_grad():
-            directions = self.tangents.sample(params, seeds, rowwise=self.rowwise)
-            tangents = {name: dense(tangent) for name, tangent in directions.items()}
+    def lines(self, params: Mapping[str, Tensor], seeds: list[int]) -> Lines:
+        return _Stored(params, self.tangents.sample(params, seeds, rowwise=self.rowwise))
 
-            def at(k: int, distance: float) -> Mapping[str, Tensor]:
-                return {name: torch.add(p, tangents[name][k], alpha=distance) for name, p in params.items()}
 
-            losses, derivatives = self.differences(model, loss_fn, at)
-            if self.rowwise:
-                derivatives = derivatives / losses.numel()
-            elif losses.dim():
-                derivatives = derivatives.mean(1)
-            if reduce is not None:
-                derivatives = reduce(derivatives)
-            grads = directions.weighted_sum(self._weights(params, derivatives))
-        return Estimate(losses.mean(), grads, derivatives.flatten())
+class _Stored:
+    """Lines along directions that are kept in memory."""
 
-    def replay(self, model: nn.Module, derivatives: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        params = trainable_params(model)
-        directions = self.tangents.sample(params, draw_seeds(generator, self.num_tangents), rowwise=self.rowwise)
-        if self.rowwise:
-            derivatives = derivatives.view(self.num_tangents, -1)
-        return directions.weighted_sum(self._weights(params, derivatives))
+    def __init__(self, params: Mapping[str, Tensor], directions: Directions) -> None:
+        self._params = params
+        self._tangents = {name: dense(tangent) for name, tangent in directions.items()}
+        self._directions = directions
 
-    def _weights(self, params: Mapping[str, Tensor], derivatives: Tensor) -> Tensor:
-        return derivatives / self.num_tangents * self.shrinkage.factor(params)
+    def at(self, k: int, distance: float) -> Mapping[str, Tensor]:
+        return {name: torch.add(p, self._tangents[name][k], alpha=distance) for name, p in self._params.items()}
+
+    def weighted_sum(self, weights: Tensor) -> dict[str, Tensor]:
+        return self._directions.weighted_sum(weights)

@@ -39,12 +39,12 @@ class Replayed(GradientEstimator):
         model: nn.Module,
         loss_fn: Callable[[Any], Tensor],
         *,
-        generator: torch.Generator | None = None,
-        reduce: Reduce | None = None,
+        generator: torch.Generator,
+        reduce: Reduce | None,
     ) -> Estimate:
         row = next(self.rows).to(next(model.parameters()).device)
         with torch.no_grad():
-            grads = self.estimator.replay(model, row, generator or self.own_generator())
+            grads = self.estimator.replay(model, row, generator)
         return Estimate(row.new_zeros(()), grads, row)
 
 

@@ -136,7 +136,7 @@ def test_feedback_brings_the_error_down():
     ("model", "inputs", "message"),
     [
         (nn.ParameterDict({"x": torch.ones(4, 3)}), INPUTS, r"has no trained Linear or convolution"),
-        (nn.Sequential(*[nn.Linear(3, 3)] * 2, nn.Linear(3, 3)), INPUTS, r"feedback matrix for a layer; \S+ is called"),
+        (nn.Sequential(*[nn.Linear(3, 3)] * 2, nn.Linear(3, 3)), INPUTS, r"feedback matrix per layer, but \S+ is called"),
     ],
     ids=["no layer", "a layer used twice"],
 )
@@ -163,7 +163,7 @@ def test_refuses_outputs_of_another_size():
         step = lambda inputs=inputs: estimator(model, lambda m: F.cross_entropy(m(inputs), LABELS, reduction="none"))  # noqa: E731
         if length == 6:
             step()
-    with pytest.raises(UnsupportedOperation, match=r"0 is of shape \(2, 5\) per example and was \(2, 4\)"):
+    with pytest.raises(UnsupportedOperation, match=r"0 has shape \(2, 5\) per example but had \(2, 4\)"):
         step()
 
 

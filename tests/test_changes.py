@@ -1,4 +1,4 @@
-"""A command that goes on with a run says what may change and what may not."""
+"""The settings that a command may change when it continues a run, and those that it may not."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""compile=true changes the time of a run and nothing else."""
+"""compile=true changes only the time of a run."""
 
 import copy
 import re
@@ -28,7 +28,7 @@ from tests.derivatives import COVERAGE, assert_derivatives
 
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
-    """Nothing compiled before is found; what is changed is put back."""
+    """Start without earlier compilations, and restore all changes."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     torch.compiler.reset()
     yield
@@ -75,7 +75,7 @@ def test_without_a_compiler_it_is_one_line(fresh):
 
 
 def run_as_it_is(graph, inputs):
-    """In place of Inductor: what is under test is how a pass is taken down."""
+    """Replaces Inductor, since only the tracing of a pass is tested."""
     return graph
 
 
@@ -97,8 +97,8 @@ UNSUITABLE = {
     "loss: gaussian nll",
     *(case.name for case in PENALTIES),
 }
-"""What is refused, and then runs as it is written: repeated random numbers, sizes that depend on numbers, and losses
-that take derivatives by themselves."""
+"""Passes that are refused and then run uncompiled: with repeated random numbers, with sizes that depend on values, and
+with losses that take derivatives themselves."""
 
 
 @pytest.mark.slow

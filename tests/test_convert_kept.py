@@ -1,4 +1,4 @@
-"""What a training step keeps under convert: metrics, which may be its loss, attributes and lists count once."""
+"""Metrics (which may be the loss), attributes and lists of a training step count once under convert."""
 
 import copy
 import io

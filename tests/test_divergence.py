@@ -1,4 +1,4 @@
-"""Numbers that are no numbers never reach the weights."""
+"""Non-finite numbers never reach the weights."""
 
 import math
 from collections import deque
@@ -20,7 +20,7 @@ from tests.small import Small, assert_equal_weights, make, trainer
 
 
 class Broken(GradientEstimator):
-    """Another estimator, with a value of its estimate replaced at certain calls."""
+    """An estimator that replaces a value of another one's estimate at certain calls."""
 
     scalar_reducible = True
 

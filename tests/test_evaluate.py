@@ -1,4 +1,4 @@
-"""scripts/evaluate.py gives what the run said of itself."""
+"""scripts/evaluate.py gives the metrics that the run reported."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""A run that is cut at any hook, once or often, ends as the undisturbed one: weights, best checkpoint and results."""
+"""A run interrupted at any hook, once or often, ends like an undisturbed one: weights, best checkpoint, results."""
 
 import contextlib
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Learnt feedback against the Jacobians it stands for, in float64."""
+"""Learnt feedback compared with the Jacobians that it approximates, in float64."""
 
 from unittest import mock
 

@@ -1,4 +1,4 @@
-"""Training a part of a network: what is frozen stays, costs nothing, and what is trained is exact."""
+"""Training a part of a network: frozen parameters do not change and cost nothing; trained ones have exact gradients."""
 
 import pytest
 import torch

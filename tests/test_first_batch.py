@@ -1,4 +1,4 @@
-"""Data that cannot be trained on, and training that did not take place, end in one line."""
+"""Unsuitable data and runs without a step give one-line errors."""
 
 import math
 

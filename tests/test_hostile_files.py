@@ -1,4 +1,4 @@
-"""Files that are damaged, huge, or no data at all: one line with the remedy, and no memory taken."""
+"""Files that are damaged, huge or not data give one line with the remedy, and take no memory."""
 
 import os
 import pickle

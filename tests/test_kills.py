@@ -1,4 +1,4 @@
-"""A run that is killed at any moment, whole or in part, leaves nothing behind and goes on to the undisturbed result."""
+"""A run killed at any moment, wholly or in part, leaves nothing behind and can continue to the undisturbed result."""
 
 import contextlib
 import json

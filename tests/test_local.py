@@ -1,4 +1,4 @@
-"""Local losses against separate losses and backpropagation by hand, in float64."""
+"""Local losses compared with separate losses and manual backpropagation, in float64."""
 
 import pytest
 import torch

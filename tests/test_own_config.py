@@ -1,4 +1,4 @@
-"""A project of one's own: modules, data and configurations beside the repository, nothing in it changed."""
+"""A user's project: modules, data and configurations outside of the repository, which is not changed."""
 
 import sys
 import textwrap

@@ -96,7 +96,7 @@ def test_learning_rate_of_a_method(method):
 
 @pytest.mark.parametrize("method", ["backprop", "fwdgrad_lowrank"])
 def test_learning_rates_are_those_of_the_optimizer(method):
-    """A method's is for SGD, Adam has its own, a task's and the user's come before both."""
+    """A method's rate is for SGD, and Adam has its own; a task's and the user's rate override both."""
     assert composed(f"method={method}", "optimizer=adam").optimizer.lr == 1e-3
     assert composed(f"method={method}", "optimizer=adam", "lr=0.01").optimizer.lr == 0.01
     assert composed(f"method={method}", "task=beale").optimizer.lr == 0.01

@@ -1,4 +1,4 @@
-"""The self-check names a model that breaks an assumption, and touches nothing."""
+"""The self-check reports a model that breaks an assumption, and changes nothing."""
 
 import os
 import re

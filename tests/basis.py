@@ -1,8 +1,8 @@
 """A complete basis in place of random directions: an unbiased estimate is then the exact gradient up to rounding.
 
 An estimate (1/K) sum_k (g . v_k) v_k is g if (1/K) sum_k v_k v_k^T is the identity. For random directions this holds
-only in the mean, so a test needs many draws and misses small errors. For a basis it holds in one call, and a wrong scale
-shows in every digit.
+only in the mean, so a test needs many draws and misses small errors. For a basis it holds in one call, and a wrong
+scale shows in every digit.
 """
 
 import math

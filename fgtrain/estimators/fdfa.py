@@ -20,9 +20,9 @@ from fgtrain.tangents import Rademacher
 class FDFA(GradientEstimator):
     """The output error, sent directly to every layer through feedback matrices that are learnt by forward AD.
 
-    Formula: random signs u_l,k,i are the tangents of the output z_l of every hidden layer l for example i. One pass
-    turns them into tangents t_k,i = sum_l J_l,i u_l,k,i of the network's output, with J_l,i = dy_i / dz_l,i. A feedback
-    matrix B_l is the running mean of their products:
+    Formula: random signs u_l,k,i are added to the tangents of the output z_l of every hidden layer l for example i. One
+    pass turns them into tangents t_k,i = sum_l J_l,i u_l,k,i of the network's output, with J_l,i = dy_i / dz_l,i. A
+    feedback matrix B_l is the running mean of the products t u^T:
 
         B_l <- B_l + beta ((1/(B K)) sum_i,k t_k,i u_l,k,i^T - B_l).
 

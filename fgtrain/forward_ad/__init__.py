@@ -38,8 +38,8 @@ def directional_derivatives(
     """Losses and the K directional derivatives of their mean along `tangents`, without a backward pass.
 
     Args:
-        model: any module. Its parameters and `.grad` do not change, and its buffers change as in one forward pass. The
-            global random state does not change.
+        model: any module. Its parameters and `.grad` do not change. Its buffers and the global random state change as
+            in one forward pass.
         loss_fn: maps the model to losses (B,) or ().
         tangents: {parameter name: (K, *p.shape)}, or low-rank tangents; missing parameters have the direction 0.
 

@@ -46,9 +46,9 @@ gradient:
 True
 
 A single g is noisy. With n parameters its squared error is (n + 1) ||grad f||^2, and the mean over K directions divides
-that by K. Training therefore needs smaller steps and more of them, and the more so the larger the model is. Everything
-else in fgtrain deals with that noise: better directions, better places to perturb, and a measurement of what is left.
-`python scripts/train.py task=rosenbrock method=fwdgrad` shows it on a function of two variables, where the noise hardly
+that by K. Training therefore needs smaller steps and more of them, and the more so the larger the model is. The rest of
+fgtrain deals with that noise: better directions, better places to perturb, and measurements of the error. `python
+scripts/train.py task=rosenbrock method=fwdgrad` shows it on a function of two variables, where the noise hardly
 matters: the run draws its path over the contours of the function.
 
 Rarer traps
@@ -59,10 +59,10 @@ The README lists the common traps of forward mode. Three more:
 - A loss that takes derivatives in its input (a PINN, a gradient penalty) needs forward mode over reverse mode. Dual
   tensors can do that in plain PyTorch. fgtrain does the same in its slower reference engine; `ActivityPerturbation` and
   `FDFA` refuse such a loss.
-- In plain PyTorch, `if h.requires_grad:` takes the branch of evaluation under forward mode, and `h.register_hook` is
-  never called. fgtrain takes the branch of training and refuses a hook on a gradient.
-- An exact last layer (`exact_head`) has a wrong gradient if examples are mixed behind it, as by BatchNorm or a
-  contrastive loss. fgtrain refuses it.
+- In plain PyTorch, `h.requires_grad` is False under forward mode, as in evaluation, and a hook of `h.register_hook` is
+  never called. In fgtrain it is True, as in training, and a hook on a gradient is refused.
+- An exact last layer (`exact_head`) has a wrong gradient if examples are mixed after it, as by BatchNorm or a
+  contrastive loss. fgtrain refuses this.
 """
 
 from importlib import import_module
@@ -114,7 +114,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`fgtrain.tasks` is loaded at its first use: it brings a catalogue of test functions."""
+    """`fgtrain.tasks` is loaded at its first use, because of its catalogue of test functions."""
     if name == "tasks":
         return import_module("fgtrain.tasks")
     raise AttributeError(f"module 'fgtrain' has no attribute {name!r}")

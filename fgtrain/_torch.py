@@ -1,9 +1,8 @@
-"""What fgtrain uses of PyTorch that its documentation does not promise, in one place.
+"""The undocumented parts of PyTorch that fgtrain uses, in one place.
 
-The engine stands where PyTorch's own does: it must run code on duals as if they were plain tensors, and reach
-functions that have no public name. A release that moves one of these breaks this file alone, and
-tests/test_private_api.py says which. What is needed of the compiler is here too; it is imported when it is used, since
-that takes seconds.
+The engine needs them to run code on duals as if they were plain tensors, and to call functions without a public name. A
+release that changes one of them breaks only this file, and tests/test_private_api.py shows which. Functions for the
+compiler are here too; the compiler is imported at its first use, since that takes seconds.
 """
 
 import sys
@@ -21,43 +20,43 @@ from torch.utils._pytree import tree_map as tree_map
 from torch.utils._pytree import tree_map_only as tree_map_only
 from torch.utils._pytree import tree_unflatten as tree_unflatten
 
-# Above: trees of arguments, as PyTorch itself walks them, and the mode that sees every operation.
+# Above: PyTorch's functions for trees of arguments, and the mode that intercepts every operation.
 
 plain_tensors = torch._C.DisableTorchFunctionSubclass
-"""A context in which a call with a tensor of a subclass asks for no `__torch_function__`. It has no public name."""
+"""A context in which tensor subclasses' `__torch_function__` is not called. It has no public name."""
 
 overrides_of_tensors = torch._C._EnableTorchFunction
-"""The context that undoes `plain_tensors` inside of it. It has no public name."""
+"""A context that undoes `plain_tensors`. It has no public name."""
 
 no_torch_function = torch._C._disabled_torch_function_impl
-"""For a subclass that overrides operations below `__torch_function__` alone; PyTorch's tutorials name it."""
+"""For subclasses that override only operations below `__torch_function__`; PyTorch's tutorials use it."""
 
 set_grad_enabled = torch._C._set_grad_enabled
-"""As torch.set_grad_enabled without its object, which takes longer than the rule of a small operation."""
+"""As torch.set_grad_enabled, without its context object, which takes longer than the rule of a small operation."""
 
 is_inside_transform = torch._C._functorch.is_functorch_wrapped_tensor
-"""Whether a transform of torch.func has wrapped a tensor; such a one cannot be asked for a tangent."""
+"""Whether a transform of torch.func has wrapped a tensor, whose tangent is then not accessible."""
 
 FUNCTION_OWNERS = (torch, Tensor, torch._C._nn)
-"""Where functions with one name are found: torch._C._nn has those of torch.nn.functional that are written in C++."""
+"""The places of functions with one name; torch._C._nn has those of torch.nn.functional that are implemented in C++."""
 
 REQUIRES_GRAD: Any = vars(torch._C.TensorBase)["requires_grad"].__get__
-"""What `__torch_function__` is given where a model asks for `x.requires_grad`."""
+"""The function that `__torch_function__` receives when a model reads `x.requires_grad`."""
 
 safe_softmax = torch._safe_softmax
-"""Softmax with rows of zeros where everything is masked, as in scaled_dot_product_attention."""
+"""Softmax with zeros in fully masked rows, as in scaled_dot_product_attention."""
 
 standard_gamma = torch._standard_gamma
-"""What torch.distributions.Gamma samples with."""
+"""The function that torch.distributions.Gamma samples with."""
 
 standard_gamma_grad = torch._standard_gamma_grad
 """The derivative of such a sample in its concentration."""
 
 pack_padded_sequence = torch._C._VariableFunctions._pack_padded_sequence
-"""What torch.nn.utils.rnn.pack_padded_sequence calls."""
+"""The function that torch.nn.utils.rnn.pack_padded_sequence calls."""
 
 pad_packed_sequence = torch._C._VariableFunctions._pad_packed_sequence
-"""What torch.nn.utils.rnn.pad_packed_sequence calls."""
+"""The function that torch.nn.utils.rnn.pad_packed_sequence calls."""
 
 foreach_norm = torch._foreach_norm
 """The norms of many tensors in one launch, as torch.optim's own kernels compute them."""
@@ -67,31 +66,31 @@ foreach_copy = torch._foreach_copy_
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether `model.compile()` was called, or this is what `torch.compile(model)` returned."""
+    """Whether `model.compile()` was called, or `model` is the result of `torch.compile`."""
     return model._compiled_call_impl is not None or is_wrapped(model)
 
 
 def is_wrapped(model: Any) -> bool:
-    """Whether this is what `torch.compile(model)` returned."""
+    """Whether `model` is the result of `torch.compile`."""
     return hasattr(model, "_orig_mod")
 
 
 def eager_functions() -> Any:
-    """A context in which compiled functions run as they were written: compiled, they drop tangents without a word."""
+    """A context in which compiled functions run uncompiled, because compiled ones drop tangents silently."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def compile_graph(graph: fx.GraphModule, inputs: list[Any], options: dict[str, Any]) -> Callable[..., Any]:
-    """Make a function of a graph of plain tensors, without tracing it again as torch.compile would."""
+    """Compile a graph of plain tensors, without tracing it again as torch.compile would."""
     import torch._inductor
 
     return torch._inductor.compile(graph, inputs, options=options)
 
 
 def no_fake_tensor_cache() -> Any:
-    """A context in which shapes are derived anew.
+    """A context in which shapes are computed without the cache.
 
-    What the cache remembers of an operation by itself may be wrong strides for the same one inside forward mode.
+    The strides that the cache stores for an operation may be wrong for the same operation under forward mode.
     """
     import torch._dynamo.config
 
@@ -102,7 +101,7 @@ def no_fake_tensor_cache() -> Any:
 def saved_tensor_hooks_as_they_were() -> Generator[None]:
     """Undo a ban on saved-tensor hooks, which activation checkpointing needs.
 
-    A refused pass may end inside a transform of torch.func, whose ban would stay.
+    A refused pass may end inside a transform of torch.func, whose ban would otherwise remain.
     """
     autograd: Any = _autograd
     ban = autograd._saved_tensors_hooks_get_disabled_error_message()

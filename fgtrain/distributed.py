@@ -1,19 +1,19 @@
-"""Several processes, one update: forward gradients need to send K numbers a step, whatever the model's size.
+"""Several processes, one update: forward gradients need to send only K numbers a step, whatever the model's size.
 
-The update is a function of a seed and of K directional derivatives, and every rank can draw the directions from the
-seed. So ranks exchange derivatives instead of gradients, in one of two ways (`distributed.tangents=...`):
+The update depends only on a seed and K directional derivatives, and every rank can draw the directions from the seed.
+So ranks exchange derivatives instead of gradients, in one of two ways (`distributed.tangents=...`):
 
-- shared: all ranks take the same K directions on their own shard of the batch. The mean of the K derivatives over
-  ranks is the derivative of the loss of the whole batch: R processes do what one process does on the R-fold batch. A
-  last batch that R does not divide is filled up with its first examples.
-- per_rank: R ranks take R K different directions, exchange the R K derivatives and rebuild the update of all of them.
-  The part of the variance that comes from the directions falls R-fold. Each rank draws (R - 1) K more directions for
-  that. Shrinkage counts all of them.
+- shared: all ranks use the same K directions on their own shard of the batch. The mean of each derivative over ranks is
+  the derivative of the loss of the whole batch, so R processes are equivalent to one process with an R times larger
+  batch. If R does not divide the last batch, it is filled up with its first examples.
+- per_rank: R ranks use R K different directions, exchange the R K derivatives and rebuild the update from all of them.
+  The part of the variance that comes from the directions is R times smaller. Each rank draws (R - 1) K more directions
+  for that. Shrinkage takes all R K into account.
 
-Methods whose estimate is not a function of seeds and derivatives (`scalar_reducible` is False, as for backpropagation
-and activity perturbation) average their gradients, in one flat bucket.
+Some methods need more than seeds and derivatives (`scalar_reducible` is False, as for backpropagation and activity
+perturbation). They average their gradients, in one flat bucket.
 
-Lightning itself sends 8 bytes a batch so that ranks agree on signals; `comm/bytes_per_step` leaves them out.
+Lightning itself sends 8 bytes a batch so that ranks agree on signals; `comm/bytes_per_step` excludes them.
 """
 
 from collections.abc import Callable, Generator
@@ -34,17 +34,17 @@ _TANGENTS_OVER = get_args(TangentsOver)
 
 
 class Ranks:
-    """The processes of a training run: what they tell each other, and how many bytes that takes.
+    """The processes of a training run, their communication and its size in bytes.
 
-    One process, or no process group, is the case without any communication. Create it on every rank at the same time.
+    A single process, or no process group, needs no communication. Create it on every rank at the same time.
 
     Args:
-        timeout_seconds: a rank that has waited so long for the others ends with an error.
+        timeout_seconds: how long a rank waits for the others before it ends with an error.
 
     Attributes:
-        rank: of this process.
+        rank: the index of this process.
         size: R, the number of processes.
-        bytes_sent: by this process so far, by the cost of the ring algorithms: all-reduce of m bytes sends
+        bytes_sent: bytes sent by this process so far, assuming ring algorithms: all-reduce of m bytes sends
             2 m (R - 1) / R, all-gather of m bytes from each rank sends m (R - 1).
 
     >>> ranks = Ranks()
@@ -59,17 +59,17 @@ class Ranks:
         self.bytes_sent = 0.0
         self._timeout = timedelta(seconds=timeout_seconds)
         self._group: Any = None
-        if self.size > 1:  # an own group: its deadline is not that of loading data
+        if self.size > 1:  # a separate group, whose deadline is not that of loading data
             self._group = dist.new_group(timeout=self._timeout)
 
     def end_startup(self) -> None:
-        """From now on others (Lightning, between steps) wait no longer for a rank than a step does."""
+        """Apply the deadline of a step to other communication (of Lightning, between steps) from now on."""
         if self.size > 1:
             set_timeout: Any = getattr(dist, "set_timeout", None) or vars(dist.distributed_c10d)["_set_pg_timeout"]
             set_timeout(self._timeout)
 
     def mean(self, tensor: Tensor) -> Tensor:
-        """The mean over ranks, bit for bit the same on each; an estimator's `reduce`."""
+        """The mean over ranks, equal bit for bit on all of them; used as an estimator's `reduce`."""
         if self.size == 1:
             return tensor
         total = tensor.detach().clone(memory_format=torch.contiguous_format)
@@ -78,7 +78,7 @@ class Ranks:
         return total / self.size
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
-        """The tensors of all ranks, which have one shape, in the order of the ranks."""
+        """The tensors of all ranks, which must have the same shape, in the order of the ranks."""
         if self.size == 1:
             return [tensor]
         tensor = tensor.detach().contiguous()
@@ -99,15 +99,15 @@ class Ranks:
         key: tuple[int, ...],
         tangents: TangentsOver = "shared",
     ) -> Estimate:
-        """The estimate of all ranks together, with the same gradients on each; the loss is that of the own shard.
+        """The joint estimate of all ranks, with the same gradients on each; the loss is that of the rank's own shard.
 
-        Unbiased if the estimator is, for the mean over ranks of their losses.
+        If the estimator is unbiased, so is this, for the mean of the losses over ranks.
 
         Args:
             estimator: any method.
             model: the same on all ranks.
             loss_fn: the loss on this rank's shard of the batch.
-            key: what the directions are a function of, such as (seed, step).
+            key: integers that determine the directions, such as (seed, step).
             tangents: "shared" or "per_rank".
 
         Raises:
@@ -134,7 +134,7 @@ class Ranks:
 
 
 def of_all_ranks(value: Any) -> list[Any]:
-    """What every process has in place of `value`, in the order of the ranks; all of them call it together."""
+    """The `value` of every process, in the order of the ranks; all of them must call this together."""
     if not (dist.is_available() and dist.is_initialized()):
         return [value]
     found: list[Any] = [None] * dist.get_world_size()
@@ -144,7 +144,7 @@ def of_all_ranks(value: Any) -> list[Any]:
 
 @contextmanager
 def lost_ranks_named(rank: int) -> Generator[None]:
-    """Raise RankFailed for what torch.distributed raises when a connection is closed or a deadline is over."""
+    """Raise RankFailed if torch.distributed reports a closed connection or an expired deadline."""
     try:
         yield
     except RuntimeError as error:
@@ -158,7 +158,7 @@ def lost_ranks_named(rank: int) -> Generator[None]:
 
 
 def _sum_of(parts: Any, divisor: float) -> dict[str, Tensor]:
-    """The sum of gradients, divided; added in their order so that every rank gets the same bits."""
+    """The sum of gradients over `divisor`, added in order so that every rank gets the same bits."""
     total: dict[str, Tensor] = {}
     for grads in parts:
         total = {name: total[name] + g if total else g for name, g in grads.items()}

@@ -1,10 +1,10 @@
-"""Mistakes of the user, each told in one line: what, why, and what to do."""
+"""Errors of the user; each message says in one line what is wrong, why, and what to do."""
 
 from pathlib import Path
 
 
 class UserError(Exception):
-    """Base of the errors a command line prints without a traceback."""
+    """Base of the errors that the command line prints without a traceback."""
 
 
 class ConfigError(UserError, ValueError):
@@ -12,15 +12,15 @@ class ConfigError(UserError, ValueError):
 
 
 class DataError(UserError, RuntimeError):
-    """The data cannot be had; says what is missing and where to put it."""
+    """The data is missing or invalid."""
 
 
 class LossError(UserError, ValueError):
-    """The loss function does not return what can be differentiated."""
+    """The loss function does not return a differentiable loss."""
 
 
 class ModelError(UserError, ValueError):
-    """The model has no parameters that can be trained, or not where they can be."""
+    """The model has no parameters to train, or they are on unsuitable devices."""
 
 
 class UnsupportedOperation(UserError, NotImplementedError):
@@ -28,7 +28,7 @@ class UnsupportedOperation(UserError, NotImplementedError):
 
 
 class RankFailed(UserError, RuntimeError):
-    """A process of a run on several ended; the others were ended with it."""
+    """One of several processes of a run ended; the others were ended too."""
 
 
 class RanksDiffer(UserError, RuntimeError):
@@ -36,7 +36,7 @@ class RanksDiffer(UserError, RuntimeError):
 
 
 class CheckpointError(UserError):
-    """A checkpoint is damaged, or of another run."""
+    """A checkpoint is damaged or belongs to another run."""
 
 
 class StorageError(UserError):
@@ -44,18 +44,18 @@ class StorageError(UserError):
 
 
 class DivergenceError(UserError):
-    """The loss, a derivative or the gradient is no longer a usable number."""
+    """The loss, a derivative or the gradient is no longer finite, or the loss has diverged."""
 
 
 class AssumptionError(UserError):
-    """The model breaks what gradient estimators assume of it."""
+    """The model breaks an assumption of gradient estimators."""
 
 
 class Interrupted(UserError):
     """A signal ended the run, which was saved.
 
     Args:
-        message: what was saved, where.
+        message: what was saved and where.
         signum: the signal.
     """
 
@@ -68,7 +68,7 @@ class JobFailed(UserError, RuntimeError):
     """A job of a sweep failed; its folder says why.
 
     Args:
-        message: why.
+        message: the reason.
         sweep_dir: folder of the sweep.
     """
 

@@ -1,4 +1,4 @@
-"""Memory: how much there is, and the C library's allocator, set for programs that make the same large tensors again."""
+"""Memory measurements, and settings of the C library's allocator for repeated allocations of large tensors."""
 
 import ctypes
 import re
@@ -15,10 +15,10 @@ _LARGEST = 2**31 - 1
 
 
 def keep_freed_memory() -> None:
-    """Let freed memory stay with the process, for its next tensor of that size.
+    """Let the process keep freed memory for its next tensor of that size.
 
-    By default glibc maps every large tensor anew and hands it back when it is freed, and the kernel fills it with zeros
-    page by page: 15 to 35 % of a step's time on a CPU. Does nothing on other systems.
+    By default glibc maps memory for every large tensor and returns it when the tensor is freed, and the kernel zeroes
+    it page by page. This takes 15 to 35 % of a step's time on a CPU. Does nothing on other systems.
     """
     mallopt = _of_glibc("mallopt")
     if mallopt is not None:
@@ -27,14 +27,14 @@ def keep_freed_memory() -> None:
 
 
 def return_freed_memory() -> None:
-    """Hand back to the system what `keep_freed_memory` kept. Does nothing on other systems."""
+    """Return the memory that `keep_freed_memory` kept to the system. Does nothing on other systems."""
     malloc_trim = _of_glibc("malloc_trim")
     if malloc_trim is not None:
         malloc_trim(0)
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Bytes that can be had on a device; None where nobody says."""
+    """Available bytes on a device; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     table = Path("/proc/meminfo")
@@ -45,13 +45,13 @@ def free_memory(device: torch.device) -> int | None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that there was not enough memory, of whatever device."""
+    """Whether an error reports too little memory on any device."""
     of_cpu = isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
     return of_cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
 def peak_mib(step: Callable[[], object], device: torch.device) -> float:
-    """Largest sum of living tensors during a step, above what lived before it."""
+    """Peak size in MiB of the live tensors during a step, above their size before it."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -69,7 +69,7 @@ def peak_mib(step: Callable[[], object], device: torch.device) -> float:
 
 
 def _of_glibc(name: str) -> Any:
-    """A function of the C library; None where it is another one."""
+    """A function of glibc; None with another C library."""
     if not sys.platform.startswith("linux"):
         return None
     try:

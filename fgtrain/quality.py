@@ -1,4 +1,4 @@
-"""How far an estimate is from the gradient."""
+"""The error of an estimate of the gradient."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -8,10 +8,10 @@ from torch import Tensor
 
 
 class Quality(NamedTuple):
-    """An estimate g_hat beside the gradient g.
+    """Comparison of an estimate g_hat with the gradient g.
 
     Args:
-        cosine: of the angle between them.
+        cosine: cosine of the angle between them.
         relative_squared_error: ||g_hat - g||^2 / ||g||^2.
         norm_ratio: ||g_hat|| / ||g||.
     """
@@ -22,11 +22,11 @@ class Quality(NamedTuple):
 
 
 def quality(estimate: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict[str, Quality]:
-    """Quality over all parameters, under the name "", and over those of every module, under the module's.
+    """Quality over all parameters, under the name "", and over those of every module, under the module's name.
 
     Args:
-        estimate: {parameter name: gradient}; one that is left out counts as 0.
-        exact: the gradient.
+        estimate: {parameter name: gradient}; a missing one counts as 0.
+        exact: the exact gradient.
 
     >>> g = {"layer.weight": torch.tensor([3.0, 0.0]), "layer.bias": torch.tensor([4.0])}
     >>> quality({"layer.weight": torch.tensor([3.0, 0.0])}, g)[""]

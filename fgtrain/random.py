@@ -1,4 +1,4 @@
-"""Random streams keyed by integers: what was drawn at any step can be drawn again from its key."""
+"""Random streams keyed by integers: the numbers of any step can be redrawn from its key."""
 
 import random
 from collections.abc import Generator
@@ -26,7 +26,7 @@ def fold_in(seed: int, number: int) -> int:
 
 
 def keyed_generator(*key: int) -> torch.Generator:
-    """A CPU generator whose stream is a function of the non-negative integers `key`, such as (seed, step).
+    """A CPU generator whose stream depends only on the non-negative integers `key`, such as (seed, step).
 
     >>> bool(torch.rand(1, generator=keyed_generator(7, 3)) == torch.rand(1, generator=keyed_generator(7, 3)))
     True
@@ -38,7 +38,7 @@ def keyed_generator(*key: int) -> torch.Generator:
 
 
 def draw_seeds(generator: torch.Generator, num_seeds: int) -> list[int]:
-    """`num_seeds` unrelated 64-bit seeds; the first ones do not depend on how many are drawn."""
+    """`num_seeds` unrelated 64-bit seeds; the first ones do not depend on `num_seeds`."""
     base = torch.empty((), dtype=torch.int64, device=generator.device).random_(generator=generator).item()
     return [fold_in(int(base), k) for k in range(num_seeds)]
 
@@ -56,7 +56,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put the global generators into a state from `random_state`."""
+    """Set the global generators to a state from `random_state`."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
@@ -68,7 +68,7 @@ def set_random_state(state: dict[str, Any]) -> None:
 
 @contextmanager
 def preserved_random_state() -> Generator[None]:
-    """Leave the global generators as they were."""
+    """A context that restores the global generators at its end."""
     state = random_state()
     try:
         yield

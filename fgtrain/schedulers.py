@@ -1,4 +1,4 @@
-"""Learning-rate schedules that PyTorch lacks in this form."""
+"""Learning-rate schedules that PyTorch does not have in this form."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Does a model do what gradient estimators assume of it? Tried on one batch, before training."""
+"""Checks on one batch, before training, that a model satisfies the assumptions of gradient estimators."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping
@@ -19,23 +19,23 @@ _TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
 
 
 def self_check(model: nn.Module, loss_fn: LossFn, estimator: GradientEstimator) -> list[str]:
-    """Try an estimator on a model; parameters, buffers and random states end as they were.
+    """Try an estimator on a model; parameters, buffers and random states are restored.
 
-    Two evaluations from one seed must agree, parameters must stay untouched, and the loss, the derivative along the
-    gradient and, of a method that claims to be exact, the gradient must be those of backpropagation. What may be meant
-    is only reported: a loss that depends on a buffer the model changes, parameters that get no gradient, and a loss
-    whose change is not what its derivative says, as after .detach(), .item() or rounding.
+    Two evaluations with one seed must agree, and the parameters must not change. The loss and the derivative along the
+    gradient must equal those of backpropagation. The gradient must too, if the method claims to be exact. Facts that
+    may be intended are only reported: a loss that depends on a buffer that the model changes, parameters without a
+    gradient, and a loss whose change disagrees with its derivative, as after .detach(), .item() or rounding.
 
     Args:
-        model: in the mode in which it is trained.
-        loss_fn: as an estimator takes it.
-        estimator: of the run.
+        model: the model, in training mode if it is trained so.
+        loss_fn: the loss, as for an estimator.
+        estimator: the estimator of the run.
 
     Returns:
-        What was noticed, a sentence each.
+        The reports, one sentence each.
 
     Raises:
-        AssumptionError: names what cannot be trained with these gradients, and why.
+        AssumptionError: the model cannot be trained with these gradients; the message says why.
     """
     again = RepeatedPass(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -49,7 +49,7 @@ def self_check(model: nn.Module, loss_fn: LossFn, estimator: GradientEstimator) 
     try:
         first, second = evaluate(), evaluate()
         if not first.loss.isfinite():
-            return []  # which training itself counts and reports
+            return []  # training counts and reports this itself
         _refuse_changed(model, before)
         tolerance = _tolerance(first)
         if not _agree(first, second, tolerance):
@@ -57,7 +57,7 @@ def self_check(model: nn.Module, loss_fn: LossFn, estimator: GradientEstimator) 
             raise AssumptionError(
                 f"self-check: two evaluations with the same seed differ (losses {first.loss:.6g} and "
                 f"{second.loss:.6g}); {where} draws random numbers that no generator of torch, numpy or Python's "
-                "random controls, or keeps a state of its own between calls"
+                "random controls, or keeps its own state between calls"
             )
         reference = _backpropagated(model, loss_fn, again)
         if reference is not None:
@@ -73,7 +73,7 @@ def self_check(model: nn.Module, loss_fn: LossFn, estimator: GradientEstimator) 
 
 
 def _tolerance(estimate: Estimate) -> float:
-    """Relative; None of the checks is about rounding."""
+    """A relative tolerance, well above rounding errors."""
     dtypes = {g.dtype for g in estimate.grads.values()}
     mixed = torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")
     return 0.1 if mixed else max((_TOLERANCE.get(dtype, 0.1) for dtype in dtypes), default=0.1)
@@ -95,27 +95,27 @@ def _backpropagated(model: nn.Module, loss_fn: LossFn, again: RepeatedPass) -> E
     try:
         return Backprop()(model, loss_fn)
     except (UserError, NotImplementedError, torch.OutOfMemoryError):
-        return None  # no reference here
+        return None  # there is no reference
 
 
 def _refuse_another_function(
     estimator: GradientEstimator, estimate: Estimate, reference: Estimate, tolerance: float
 ) -> None:
-    """Raise if the method has not looked at the function that the model and its loss are."""
+    """Raise if the method has evaluated another function than the model and its loss."""
     method = type(estimator).__name__
     loss, expected = float(estimate.loss), float(reference.loss)
     if estimator.loss_at_parameters and abs(loss - expected) > tolerance * abs(expected):
         raise AssumptionError(
             f"self-check: the loss is {loss:.6g} by {method} and {expected:.6g} by a plain pass: the method runs "
-            "another network than the model, or the model is another one without gradients; train with another method"
+            "another network than the model, or the model differs without gradients; train with another method"
         )
     if "exact" not in estimator.claims:
         return
     for name, g in reference.grads.items():
         if name not in estimate.grads or (estimate.grads[name] - g).norm() > tolerance * g.norm():
             raise AssumptionError(
-                f"self-check: {method}, which claims to be exact, has not the gradient of backpropagation for "
-                f"parameter {name!r}; train with another method"
+                f"self-check: {method} claims to be exact, but its gradient for parameter {name!r} differs from "
+                "backpropagation's; train with another method"
             )
 
 
@@ -156,8 +156,8 @@ def _changing_buffers(model: nn.Module, loss_fn: LossFn, again: RepeatedPass) ->
         changed = [name for name, b in model.named_buffers() if not torch.equal(b, values[name])]
     if changed and not torch.allclose(losses[0], losses[1], rtol=1e-5):
         yield (
-            f"the loss depends on what the model changes in its forward pass (buffers {', '.join(changed)}): every "
-            "evaluation of the same batch is another function"
+            f"the loss depends on state that the model changes in its forward pass (buffers {', '.join(changed)}): "
+            "every evaluation of the same batch gives another function"
         )
 
 
@@ -168,7 +168,7 @@ def _without_gradient(
     again: RepeatedPass,
     before: Mapping[str, Tensor],
 ) -> Iterator[str]:
-    """Parameters whose gradient is 0 here and elsewhere: a factor of 0, as adapters begin with, is no reason."""
+    """Report parameters with zero gradient here and at nearby values; so adapters that start at 0 are not reported."""
     params, generator = trainable_params(model), keyed_generator(0)
 
     def is_silent(name: str, grads: Mapping[str, Tensor]) -> bool:
@@ -203,7 +203,7 @@ def _derivatives(
     again: RepeatedPass,
     before: Mapping[str, Tensor],
 ) -> Iterator[str]:
-    """Forward mode against reverse mode, and the derivative against the change of the loss, along the gradient."""
+    """Compare forward mode with reverse mode, and the derivative with the change of the loss, along the gradient."""
     norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads.values()))
     if not norm or not math.isfinite(norm):
         return
@@ -218,17 +218,17 @@ def _derivatives(
             }
             raise AssumptionError(
                 f"self-check: the derivative along the gradient is {forward:.6g} by forward mode and {norm:.6g} by "
-                f"backpropagation, most apart for parameter {max(apart, key=apart.__getitem__)!r}; a custom "
-                "autograd.Function may have a jvp that is not its backward"
+                f"backpropagation, with the largest difference for parameter {max(apart, key=apart.__getitem__)!r}; a "
+                "custom autograd.Function may have a jvp that disagrees with its backward"
             )
     if tolerance > 0.01:
-        return  # differences of losses are all rounding
+        return  # differences of losses would only be rounding errors
     step = torch.finfo(next(iter(direction.values())).dtype).eps ** (1 / 3)
-    while True:  # what is left of a curved loss's third derivative falls with the step, what is hidden does not
+    while True:  # the error of the difference falls with the step; that of a hidden part does not
         change, floor = _difference(model, loss_fn, direction, again, before, step)
         if abs(change - norm) <= 0.05 * norm + floor:
             return
-        if 10 * floor > 0.2 * norm:  # of the next step, whose difference would be rounding
+        if 10 * floor > 0.2 * norm:  # the next difference would only be a rounding error
             break
         step /= 10
     if math.isfinite(change):
@@ -237,9 +237,9 @@ def _derivatives(
             one, _ = _difference(model, loss_fn, {name: v}, again, before, step)
             apart[name] = abs(one - float((grads[name] * v).sum()))
         yield (
-            f"along the gradient the loss changes by {change:.4g} per unit, its derivative is {norm:.4g}, most apart "
-            f"for parameter {max(apart, key=apart.__getitem__)!r}: something between it and the loss is hidden from "
-            "differentiation (.detach(), .item(), NumPy, rounding, a branch on values)"
+            f"along the gradient the loss changes by {change:.4g} per unit, but its derivative is {norm:.4g}, with the "
+            f"largest difference for parameter {max(apart, key=apart.__getitem__)!r}: something between it and the "
+            "loss is hidden from differentiation (.detach(), .item(), NumPy, rounding, a branch on values)"
         )
 
 
@@ -247,7 +247,7 @@ def _forward_mode(model: nn.Module, loss_fn: LossFn, v: Mapping[str, Tensor], ag
     again.rewind()
     try:
         _, derivative = directional_derivatives(model, loss_fn, {name: t.unsqueeze(0) for name, t in v.items()})
-    except UserError:  # a method without forward mode trains what has none
+    except UserError:  # the model has no forward mode, so other methods train it
         return None
     return float(derivative)
 
@@ -260,7 +260,7 @@ def _difference(
     before: Mapping[str, Tensor],
     step: float,
 ) -> tuple[float, float]:
-    """Central difference of the mean loss along `direction`, and how large its rounding error may be."""
+    """Central difference of the mean loss along `direction`, and a bound of its rounding error."""
     params = trainable_params(model)
     eps = torch.finfo(next(iter(direction.values())).dtype).eps
     losses = []

@@ -1,8 +1,9 @@
 """Measure training steps against backprop's: python scripts/bench.py --models mlp cnn --num-tangents 1 8
 
-Times are medians of rounds in which all methods take turns. Memory is the peak above the parameters. Both are given in
-units of one backprop step and of one forward pass without gradients of the same model in the same run. --scaling models
-the step of many processes from compute measured here and the bandwidths you name. results/README.md has measurements.
+Times are medians over rounds in which all methods take turns. Memory is the peak above the parameters. Both are also
+given relative to one backprop step and to one forward pass without gradients, of the same model in the same run.
+--scaling models a step with many processes from compute measured here and bandwidths you name. results/README.md has
+measurements.
 """
 
 import argparse
@@ -10,7 +11,7 @@ import json
 import os
 from pathlib import Path
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # before torch: its profiler talks otherwise
+os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # before torch: silences its profiler
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -30,16 +31,16 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=["mlp", "cnn"], help="mlp, cnn, deep24 or any of torchvision's")
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[64])
-    parser.add_argument("--methods", nargs="+", default=["fwdgrad"], help="files of conf/method")
-    parser.add_argument("--tangents", nargs="+", default=["low_rank"], help="files of conf/tangents")
+    parser.add_argument("--methods", nargs="+", default=["fwdgrad"], help="files in conf/method")
+    parser.add_argument("--tangents", nargs="+", default=["low_rank"], help="files in conf/tangents")
     parser.add_argument("--num-tangents", nargs="+", type=int, default=[1])
-    parser.add_argument("--compile", action="store_true", help="every method on a compiled model too, and backprop")
+    parser.add_argument("--compile", action="store_true", help="also measure all methods on a compiled model")
     parser.add_argument("--precision", default="32", choices=["32", "bf16-mixed", "bf16-true"])
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument(
-        "--loop", action="store_true", help="instead: a step of train.py beside plain PyTorch's and Lightning's"
+        "--loop", action="store_true", help="instead: compare a step of train.py with plain PyTorch and Lightning"
     )
     parser.add_argument("--scaling", action="store_true", help="instead: modelled step time against ranks")
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 8, 64], help="for --scaling")
@@ -66,7 +67,7 @@ def main() -> None:
     if args.compile:
         methods += [method._replace(compiled=True) for method in (*REFERENCES, *methods)]
     console, rows = Console(), []
-    console.width = max(console.width, 150)  # the table is not folded into a file or a narrow window
+    console.width = max(console.width, 150)  # do not fold the table in a file or a narrow window
     with Console(stderr=True).status("") as status:
         for model in args.models:
             for batch_size in args.batch_sizes:
@@ -78,7 +79,7 @@ def main() -> None:
 
 
 def table(rows: list[Row]) -> Table:
-    """The rows as a person reads them."""
+    """A printable table of the rows."""
     grid = Table(title=f"one training step on {rows[0].device}, threads: {rows[0].threads}", box=SIMPLE_HEAD)
     for heading in ("model", "batch", "method", "tangents", "K"):
         grid.add_column(heading, no_wrap=True)
@@ -96,7 +97,7 @@ def table(rows: list[Row]) -> Table:
 
 
 def print_loop_overhead(methods: list[str]) -> None:
-    """Microseconds of a step of the default run, with everything on, beside plain PyTorch's and Lightning's."""
+    """Print the microseconds per step of the default run, of plain PyTorch and of plain Lightning."""
     silence_libraries()
     grid = Table(title="microseconds a step, digits MLP, one thread", box=SIMPLE_HEAD)
     for heading in ("method", "bare loop", "plain Lightning", "scripts/train.py", "to plain Lightning"):
@@ -108,7 +109,7 @@ def print_loop_overhead(methods: list[str]) -> None:
 
 
 def print_scaling(args: argparse.Namespace, device: torch.device) -> None:
-    """Milliseconds of a step against the number of ranks, modelled from measured compute and the given link."""
+    """Print milliseconds per step against the number of ranks, modelled from measured compute and the given link."""
     computes = [
         measure_compute(model, batch_size, num_tangents, device, args.rounds)
         for model in args.models

@@ -2,13 +2,13 @@
 
 Every method gets the same initial parameters, the same batches in the same order and the same budget.
 
-    budget=60s           time, turned into steps by a trial run; budget=2000steps counts steps
-    lr=search            equally many learning rates tried for every method, instead of those of conf/method
-    target=0.95          the accuracy whose time is taken
-    anything else        passed on to every run as scripts/train.py takes it: data=mnist model=cnn, task=beale
+    budget=60s           time, converted to steps by a trial run; budget=2000steps counts steps
+    lr=search            try the same number of learning rates for every method, instead of those in conf/method
+    target=0.95          measure the time to this accuracy
+    anything else        goes to every run as an argument of scripts/train.py: data=mnist model=cnn, task=beale
 
-It writes one table (Markdown, JSON, CSV), and figures of loss and accuracy against steps and time and of the cosine to
-the exact gradient. The same command continues where it was stopped.
+It writes one table (Markdown, JSON, CSV) and figures: loss and accuracy against steps and time, and the cosine to the
+exact gradient. After an interruption, the same command continues.
 """
 
 import os
@@ -16,7 +16,7 @@ import shlex
 import signal
 import sys
 
-os.environ |= {"KINETO_LOG_LEVEL": "9", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # before torch: its profiler talks otherwise
+os.environ |= {"KINETO_LOG_LEVEL": "9", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # before torch: silences its profiler
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -29,7 +29,7 @@ from fgtrain.studies.compare.report import statement, table_of
 
 
 def main(arguments: list[str]) -> None:
-    """Run what is missing, write the report, show it."""
+    """Do the missing runs, then write and print the report."""
     keep_freed_memory()
     silence_libraries()
     plan = parse(arguments)
@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> None:
     command = shlex.join(["python", "scripts/compare.py", *arguments])
     rows = write_report(plan, outcome, command)
     out = Console()
-    out.width = max(out.width, 140)  # the table is not folded into a file or a narrow window
+    out.width = max(out.width, 140)  # do not fold the table in a file or a narrow window
     for line in statement(plan, outcome, command)[2:]:
         out.print(line, highlight=False, soft_wrap=True)
     out.print(table_of(rows))
@@ -62,6 +62,6 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1:])
     except (KeyboardInterrupt, Interrupted):
-        fail(Interrupted("stopped; the same command goes on with the run that was cut", signal.SIGINT))
+        fail(Interrupted("stopped; the same command continues the interrupted run", signal.SIGINT))
     except USER_ERRORS as error:
         fail(error)

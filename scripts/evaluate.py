@@ -13,9 +13,9 @@ from fgtrain.runs.messages import USER_ERRORS, fail, silence_libraries
 
 
 def main() -> None:
-    """Evaluate, write, print."""
+    """Evaluate a checkpoint, write the results and print them."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint", type=Path, help="a .ckpt file in the folder of its run, or the folder")
+    parser.add_argument("checkpoint", type=Path, help="a .ckpt file in its run's folder, or that folder")
     parser.add_argument("--split", default="test", help=", ".join(SPLITS))
     parser.add_argument("--out", type=Path, help="file for the results")
     args = parser.parse_args()

@@ -1,9 +1,9 @@
 """Performance profiles on test functions: python scripts/profiles.py --methods backprop fwdgrad spsa --dims 2 10
 
-Minimises 89 test functions from many starting points with a grid of learning rates. All starts and learning rates of
-a function are one batched step. Each method takes, for each function, the learning rate that solves most. The result
-is the share of problems solved (1 % of f(x_0) - f* left) against function evaluations: a pass counts 1, each
-derivative it carries 1, a reverse sweep 2. Writes profiles.json and profiles.png.
+Minimises 89 test functions from many starting points with a grid of learning rates. A step treats all starts and
+learning rates of a function as one batch. Each method uses, for each function, the learning rate that solves the most
+problems. The result is the share of problems solved (1 % of f(x_0) - f* left) against function evaluations: a pass
+counts 1, each derivative in it 1, a reverse sweep 2. Writes profiles.json and profiles.png.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from fgtrain.tasks import Rosenbrock
 def parse() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--methods", nargs="+", default=["backprop", "fwdgrad", "spsa"], help="files of conf/method")
+    parser.add_argument("--methods", nargs="+", default=["backprop", "fwdgrad", "spsa"], help="files in conf/method")
     parser.add_argument("--dims", nargs="+", type=int, default=[2, 10])
     parser.add_argument("--starts", type=int, default=20)
     parser.add_argument("--iterations", type=int, default=500)
@@ -37,7 +37,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Solve, print the table, write the results."""
+    """Solve the problems, write the results and print the table."""
     args = parse()
     silence_libraries()
     torch.set_default_dtype(torch.float64)

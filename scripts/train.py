@@ -7,7 +7,7 @@ task=beale, lr=0.01, trainer.max_steps=5000; -m method=backprop,fwdgrad seed=0,1
 import os
 from pathlib import Path
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # before torch: its profiler talks otherwise
+os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # before torch: silences its profiler
 
 from omegaconf import DictConfig
 
@@ -18,7 +18,7 @@ from fgtrain.runs.sweeps import objective
 
 
 def main(cfg: DictConfig) -> float:
-    """Train, and say where the results are; the value is what a search over configurations minimises."""
+    """Train, print where the results are, and return the value that a search over configurations minimises."""
     results = launch(cfg, choices())
     if not cfg.quiet:
         print_results(results, Path(os.path.relpath(cfg.run_dir)))

@@ -1,8 +1,8 @@
-"""A complete basis in place of random directions: what is unbiased gives the exact gradient to rounding.
+"""A complete basis in place of random directions: an unbiased estimate is then the exact gradient up to rounding.
 
-An estimate (1/K) sum_k (g . v_k) v_k is g if (1/K) sum_k v_k v_k^T is the identity. Random directions have that in the
-mean only, so that a test needs many draws and sees no small error. A basis has it in one call, and a wrong scale shows
-in every digit.
+An estimate (1/K) sum_k (g . v_k) v_k is g if (1/K) sum_k v_k v_k^T is the identity. For random directions this holds
+only in the mean, so a test needs many draws and misses small errors. For a basis it holds in one call, and a wrong
+scale shows in every digit.
 """
 
 import math
@@ -25,11 +25,11 @@ from tests.cases import Case
 class Basis(Tangents):
     """The unit vectors of all n trainable numbers, times sqrt(K); K = first + n directions are complete.
 
-    The k-th seed that the law has not seen before gives direction k (mod K), so chunks and replays get the same ones.
+    The k-th new seed gives direction k (mod K), so chunks and replays get the same directions.
 
     Args:
-        first: that many directions are 0 and come first: their turn belongs to something else, such as noise.
-        rank: 0 for dense directions; r writes a matrix as r equal products (1 / sqrt(r)) sum_a u_a z_a^T.
+        first: number of directions that come first and are 0, because something else, such as noise, takes their place.
+        rank: 0 for dense directions; r for a matrix as r equal products (1 / sqrt(r)) sum_a u_a z_a^T.
     """
 
     def __init__(self, first: int = 0, rank: int = 0) -> None:
@@ -94,11 +94,11 @@ class PartwiseBasis(Tangents):
 
 
 class Sizes(NamedTuple):
-    """How many directions are complete.
+    """The sizes of a complete set of directions.
 
     Args:
-        noise: N, the numbers of noise on layers for one direction, over the whole batch.
-        others: n, the numbers of the parameters that get directions of their own.
+        noise: N, the numbers of noise on layers per direction, over the whole batch.
+        others: n, the numbers in the parameters with their own directions.
     """
 
     noise: int
@@ -106,7 +106,7 @@ class Sizes(NamedTuple):
 
 
 def sizes_of(case: Case) -> Sizes:
-    """Those of one pass of activity perturbation."""
+    """The sizes for one pass of activity perturbation."""
     model, perturbed = case.build(), PerturbedPass(1, seed=0)
     with torch.random.fork_rng(), torch.no_grad():
         biases = perturbed_layers(model, case.loss).biases
@@ -117,7 +117,7 @@ def sizes_of(case: Case) -> Sizes:
 
 @contextmanager
 def noise_of(given: Tensor) -> Generator[None]:
-    """Within it the noise of one pass is `given`, (K, numbers): layer after layer, in the order of the calls."""
+    """A context in which the noise of one pass is `given`, (K, numbers), layer by layer in the order of the calls."""
 
     def draw(self: PerturbedPass, output: Tensor, channels: int) -> tuple[Tensor, None]:
         first = self.noise_size
@@ -130,7 +130,7 @@ def noise_of(given: Tensor) -> Generator[None]:
 
 
 def complete_noise(sizes: Sizes) -> AbstractContextManager[None]:
-    """Within it the noise is the first part of a basis whose second is `Basis(sizes.noise)`; K is their sum."""
+    """A context in which the noise is the first part of a basis; `Basis(sizes.noise)` is the second. K is their sum."""
     num = sum(sizes)
     return noise_of(math.sqrt(num) * torch.eye(num, dtype=torch.float64)[:, : sizes.noise])
 

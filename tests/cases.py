@@ -1,4 +1,4 @@
-"""Problems every estimator is tried on: a model, a loss of it, and nothing else."""
+"""The problems on which every estimator is tested: a model and a loss."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -24,7 +24,7 @@ class Case(NamedTuple):
 
 
 class NoJvp(torch.autograd.Function):
-    """The identity, differentiable in reverse mode alone."""
+    """The identity, differentiable only in reverse mode."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

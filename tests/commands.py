@@ -1,4 +1,4 @@
-"""Scripts run as their command lines do, in the process of the test."""
+"""Runs scripts like their command lines, in the process of the test."""
 
 import importlib.util
 import io
@@ -66,7 +66,7 @@ CONF = ROOT / "conf"
 
 
 def options(group):
-    """The names in a config group, helpers left out."""
+    """The names in a config group, without helpers."""
     return sorted(path.stem for path in (CONF / group).glob("*.yaml") if not path.stem.startswith("_"))
 
 

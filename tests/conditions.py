@@ -1,4 +1,4 @@
-"""What a test needs of the machine."""
+"""Conditions on the machine that tests need."""
 
 import shutil
 

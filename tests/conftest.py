@@ -1,4 +1,4 @@
-"""Exactness first: double precision by default, one thread, no plotting window."""
+"""Settings for exact tests: double precision by default, one thread, no plotting window."""
 
 import gc
 import signal

@@ -13,7 +13,7 @@ from fgtrain.lightning import convert
 
 
 class Plain(L.LightningModule):
-    """A module as people have them: nothing in it knows of fgtrain."""
+    """A typical user's module, written without fgtrain."""
 
     def __init__(self):
         super().__init__()
@@ -77,7 +77,7 @@ class Full(Plain):
 
 
 class NoDropout(Plain):
-    """No random numbers but the directions': Lightning's loaders draw from the global ones."""
+    """A module without random numbers except for directions, since Lightning's loaders use the global generator."""
 
     def __init__(self):
         super().__init__()

@@ -20,7 +20,7 @@ ROWS, SEQUENCES, IMAGES, VOLUMES = _normal(6, 5), _normal(4, 6, 8), _normal(4, 4
 
 
 def probe(out: Tensor) -> Tensor:
-    """Losses (B,) that no symmetry of a layer makes constant: squared distances from different numbers."""
+    """Losses (B,) that are not constant under any symmetry of a layer: squared distances from different numbers."""
     out = out if out.dim() > 1 else out.unsqueeze(1)
     goal = torch.linspace(-1, 1, out[0].numel(), dtype=torch.float64).view(out.shape[1:])
     return (out - goal.to(out.dtype)).square().flatten(1).mean(1)

@@ -1,7 +1,7 @@
 """PyTorch's own databases of modules and operations as problems: a model, a loss, and the gradient to find.
 
-The floating-point inputs of an operation, and those of a module beside its parameters, are the parameters of the
-problem. Its loss weighs every number that comes out.
+The parameters of a problem are the floating-point inputs of an operation, or the inputs and parameters of a module. Its
+loss weights every output number.
 """
 
 import copy
@@ -51,7 +51,7 @@ class Called(nn.Module):
 
 
 def weighed(outputs: Any) -> Tensor:
-    """The sum of all floating-point numbers that came out, each with a weight of its own."""
+    """The sum of all floating-point outputs, each with a different weight."""
     total: Any = 0.0
     for out in tree_leaves(outputs):
         if not isinstance(out, Tensor) or not (out.is_floating_point() or out.is_complex()):
@@ -111,7 +111,7 @@ def operations() -> Iterator[tuple[str, Callable[[], list[Problem]]]]:
 
 
 def _spread(samples: list[Any], most: int) -> list[Any]:
-    """At most so many samples, from the first to the last."""
+    """A limited number of samples, from the first to the last."""
     if len(samples) <= most:
         return samples
     return [samples[i * (len(samples) - 1) // (most - 1)] for i in range(most)]

@@ -1,4 +1,4 @@
-"""Derivatives of all parameters, held to backpropagation."""
+"""Derivatives of all parameters, compared with backpropagation."""
 
 from functools import partial
 
@@ -17,7 +17,7 @@ assert_equal = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-11)
 
 
 def gradient(case):
-    """Losses and gradient by backpropagation, and what one pass leaves behind."""
+    """Losses and gradient by backpropagation, and the state after one pass."""
     model = case.build()
     torch.manual_seed(3)
     losses = case.loss(model)

@@ -1,11 +1,11 @@
-"""Golden numbers: what every method trains to, bit for bit, before and after a change to the code.
+"""Golden numbers: the result of training with every method, bit for bit, before and after a change to the code.
 
     python -m tests.golden record FILE    # before
     python -m tests.golden compare FILE   # after, on the same machine with the same libraries
 
-A run is one of scripts/train.py, or of a LightningModule under `convert`. What is kept of it are the loss of every
-step, as hexadecimal floats, a digest of the weights and of what the estimator has learnt, and the results without
-times. Where two recordings differ, the command lists the runs and ends with status 1.
+A run is one of scripts/train.py, or of a LightningModule under `convert`. A recording holds the loss of every step as a
+hexadecimal float, a digest of the weights and of the estimator's state, and the results without times. If two
+recordings differ, the command lists the runs and ends with status 1.
 """
 
 import hashlib
@@ -63,7 +63,7 @@ def commands() -> Iterator[str]:
 
 
 def trained(command: str, folder: Path) -> dict[str, Any]:
-    """What a run of scripts/train.py leaves."""
+    """The recording of a run of scripts/train.py."""
     length = [] if "trainer.max" in command else ["trainer.max_steps=50"]
     options = [*length, "trainer.log_every_n_steps=1", "quiet=true", f"hydra.run.dir={folder}", *command.split()]
     run_script("train.py", *options)
@@ -120,7 +120,7 @@ class Own(L.LightningModule):
 
 
 def converted(seed: int, folder: Path) -> dict[str, Any]:
-    """What a converted module trains to."""
+    """The recording of a converted module."""
     L.seed_everything(seed, verbose=False)
     data = TensorDataset(torch.randn(80, 8), torch.randint(3, (80,)))
     module = convert(Own(), ForwardGradient(num_tangents=2, shrinkage=True))
@@ -138,7 +138,7 @@ def converted(seed: int, folder: Path) -> dict[str, Any]:
 
 
 def everything() -> dict[str, Any]:
-    """{run: what it leaves}."""
+    """{run: its recording}."""
     found = {}
     for command in commands():
         with TemporaryDirectory() as name:
@@ -151,7 +151,7 @@ def everything() -> dict[str, Any]:
 
 
 def differences(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """One line for each run that is not as it was."""
+    """One line for each run that differs."""
     lines = []
     for run in before.keys() | after.keys():
         old, new = before.get(run, {}), after.get(run, {})

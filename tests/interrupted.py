@@ -15,7 +15,7 @@ from fgtrain.lightning.checkpoints import read_checked
 
 
 class SignalAt(L.Callback):
-    """What a scheduler or a user does at a step."""
+    """Sends a signal at a step, as a scheduler or a user does."""
 
     def __init__(self, step, number=signal.SIGTERM):
         self.step = step
@@ -59,7 +59,7 @@ HOOKS = ["on_train_start", "on_train_epoch_start", "on_train_batch_start", "on_t
 
 
 class Killed(BaseException):
-    """Ends a run on the spot: nothing is saved."""
+    """Ends a run immediately, without saving."""
 
 
 class KillFirst(L.Callback):

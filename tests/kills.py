@@ -1,4 +1,4 @@
-"""Runs that are killed, stopped or robbed of their disk, as processes forked from a server that has imported all."""
+"""Runs that are killed, suspended or lose their disk, as processes forked from a server with all imports."""
 
 import errno
 import gc
@@ -24,14 +24,14 @@ _CHANGES = {"os.rename", "os.link", "os.remove", "os.mkdir"}
 
 
 class Started:
-    """A script that runs in `folder`, in a session and with a temporary folder of its own.
+    """A script that runs in `folder`, in a separate session and with a separate temporary folder.
 
-    What it prints is in out.txt and err.txt.
+    Its output is in out.txt and err.txt.
 
     Args:
-        folder: is made.
-        arguments: of the command line.
-        script: in scripts/.
+        folder: the folder, which is created.
+        arguments: arguments of the command line.
+        script: name of the script in scripts/.
         disturb: called in the process with its folder before the script runs.
     """
 
@@ -47,21 +47,21 @@ class Started:
         self.session = self.process.pid
 
     def wait(self, seconds: float = 120) -> int | None:
-        """The exit status; None if it goes on after so many seconds."""
+        """The exit status; None if it still runs after the timeout."""
         self.process.join(seconds)
         return self.process.exitcode
 
     def kill(self, number: int = signal.SIGKILL) -> None:
-        """A signal to all its processes, whose end is waited for."""
+        """Send a signal to all its processes and wait for their end."""
         os.killpg(self.session, number)
         self.process.join()
 
     def processes(self) -> list[int]:
-        """Those of its session that live."""
+        """The live processes of its session."""
         return [pid for pid, (_, session, state) in _processes().items() if session == self.session and state != "Z"]
 
     def ranks(self, depth: int = 1) -> list[int]:
-        """Its two ranks, which are waited for, in the order in which they were started.
+        """Wait for its two ranks, and return them in the order in which they were started.
 
         Args:
             depth: generations between the script and its ranks.
@@ -79,7 +79,7 @@ class Started:
 
     @property
     def err(self) -> str:
-        """What it has printed on stderr."""
+        """Its output on stderr."""
         return (self.folder / "err.txt").read_text()
 
 
@@ -110,9 +110,9 @@ def _run(folder: Path, script: str, arguments: tuple[str, ...], disturb: Callabl
 
 
 def kill_at_change(folder: Path, name: str = "", count: int = 1, alone: bool = False) -> None:
-    """Let the process and its children end by SIGKILL in the middle of a change to the folder of the run.
+    """Kill the process and its children by SIGKILL during a change to the folder of the run.
 
-    A file that was just opened to be written anew is left empty.
+    A file that was just opened for writing is left empty.
 
     Args:
         folder: of the script.
@@ -135,7 +135,7 @@ def kill_at_change(folder: Path, name: str = "", count: int = 1, alone: bool = F
 
 
 def read_only_once_saved(folder: Path) -> None:
-    """Let all changes to the folder fail, as on a read-only file system, from the second checkpoint on."""
+    """Make all changes to the folder fail, as on a read-only file system, from the second checkpoint on."""
 
     def change(path: Path, flags: int) -> None:
         if (folder / "run" / "checkpoints" / "previous.ckpt").exists():
@@ -145,7 +145,7 @@ def read_only_once_saved(folder: Path) -> None:
 
 
 def _before_changes(folder: Path, call: Callable[[Path, int], None]) -> None:
-    """Call with the path, and the flags with which it is opened, before anything below a folder is changed."""
+    """Call a function with the path and the open flags before anything below a folder is changed."""
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         flags = arguments[2] if event == "open" and isinstance(arguments[2], int) else 0

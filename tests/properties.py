@@ -1,4 +1,4 @@
-"""What an estimator claims, as assertions. Bounds come from closed forms, never from trial."""
+"""The claims of an estimator as assertions. Bounds come from closed forms, never from trial runs."""
 
 import math
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ def estimates_of(estimator: GradientEstimator, case: Case, draws: int) -> Tensor
 
 
 def assert_is(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], rounding: float = 1e-12) -> None:
-    """The same names with the same numbers, to `rounding` of the length of all of them."""
+    """The same names with the same values, up to `rounding` times the norm of all of them."""
     assert found.keys() == expected.keys()
     assert (flat(found) - flat(expected)).norm() <= rounding * flat(expected).norm()
 
@@ -65,7 +65,7 @@ def assert_mean_is(expected: Tensor, estimates: Tensor, variance: float | Tensor
 
 
 def assert_leaves_no_trace(estimator: GradientEstimator, case: Case) -> None:
-    """Parameters, .grad and requires_grad stay; buffers and the random state end as after one plain forward pass."""
+    """Parameters, .grad and requires_grad do not change; buffers and random state end as after one forward pass."""
     plain, model = case.build(), case.build()
     with torch.random.fork_rng():
         torch.manual_seed(5)

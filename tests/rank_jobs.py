@@ -1,4 +1,4 @@
-"""What the processes of tests/test_distributed.py do."""
+"""The jobs of the processes in tests/test_distributed.py."""
 
 import logging
 import os
@@ -104,7 +104,7 @@ def fit(module, batch_size, folder, *callbacks, max_steps=STEPS, data=None, **op
 
 
 def start(size, job, folder, *args):
-    """Run job(folder, *args) in `size` processes of one process group; what each returned, by rank."""
+    """Run job(folder, *args) in `size` processes of one process group; the return values by rank."""
     mp.get_context("forkserver").set_forkserver_preload(["tests.rank_jobs"])
     mp.start_processes(_run, (size, find_free_network_port(), job, folder, args), size, start_method="forkserver")
     return [torch.load(Path(folder) / f"{job.__name__}_{rank}_of_{size}.pt") for rank in range(size)]
@@ -185,7 +185,7 @@ def ahead(folder):
 
 
 class OneBadNumber(Data):
-    """The last example of the training set is no number."""
+    """The last example of the training set is nan."""
 
     def load(self):
         splits, convert = super().load()
@@ -194,7 +194,7 @@ class OneBadNumber(Data):
 
 
 def skipped(folder):
-    """Weights and skipped steps after an epoch in which one rank sees an example that is no number."""
+    """Weights and skipped steps after an epoch in which one rank has an example that is nan."""
     found = {}
     for name in ("normal", "activity", "backprop", "local"):
         module = make(ESTIMATORS[name]())
@@ -215,7 +215,7 @@ def blown_up(folder):
 
 
 class PlainModule(L.LightningModule):
-    """A module that knows nothing of fgtrain."""
+    """A module written without fgtrain."""
 
     def __init__(self):
         super().__init__()

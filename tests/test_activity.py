@@ -242,7 +242,7 @@ def test_exact_head_refuses_examples_mixed_behind_it(estimator, behind):
 
     losses = contrastive if isinstance(behind, nn.Identity) else MLP.loss
     case = Case("mixing", lambda: nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3), behind), losses)
-    with pytest.raises(UnsupportedOperation, match="examples are mixed behind it"):
+    with pytest.raises(UnsupportedOperation, match="examples are mixed after it"):
         estimated_grads(estimator, case)
 
 

@@ -170,6 +170,6 @@ def test_a_model_whose_parameters_are_not_there(estimator, monkeypatch):
 
     refused(nn.Sequential(nn.Linear(2, 2), nn.LazyLinear(2)), "'1.weight' has no shape yet; call it on a batch first$")
     frozen = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta").requires_grad_(False))
-    refused(frozen, r"'1.weight' of Sequential is on the meta device; give it numbers with .to_empty\(\)$")
+    refused(frozen, r"'1.weight' of Sequential is on the meta device; give it values with .to_empty\(\)$")
     monkeypatch.setattr("fgtrain.network.parameters._require_numbers", lambda *_: None)  # the second device a CPU has
     refused(frozen, r"^the parameters must be on one device, got cpu and meta; move the model with .to\(\)$")

@@ -1,4 +1,4 @@
-"""scripts/bench.py as a user runs it, by a clock that goes on by 10 ms whenever somebody looks."""
+"""scripts/bench.py as a user runs it, with a clock that advances by 10 ms at every reading."""
 
 import json
 import sys
@@ -40,7 +40,7 @@ def test_rows_and_table(tmp_path, monkeypatch, capsys):
 
 
 def test_memory_is_what_backprop_must_store():
-    """Inputs of every layer: of a deep network with wide batches everything else is small beside them."""
+    """The inputs of every layer; in a deep network with a large batch, everything else is small in comparison."""
     batch_size, width, layers = 4096, 256, 8
     forward, backprop = measure("deep8", batch_size, [], torch.device("cpu"), rounds=1)
     activation = 4 * batch_size * width / 2**20

@@ -1,4 +1,4 @@
-"""A command that goes on with a run says what may change and what may not."""
+"""The settings that a command may change when it continues a run, and those that it may not."""
 
 import json
 
@@ -30,7 +30,7 @@ def finished(tmp_path_factory):
         ("data.batch_size=64", "data.batch_size is 256 in the run of run and 64 in this command"),
         ("seed=1", "seed is 42 in the run of run and 1 in this command"),
         ("scheduler=cosine", "scheduler._target_ is not set in the run of run and fgtrain.schedulers.cosine in this"),
-        ("trainer.max_steps=30", "trainer.max_steps=30: the run of run has done 60 already; raise it to go on"),
+        ("trainer.max_steps=30", "trainer.max_steps=30: the run of run has done 60 already; raise it to continue"),
     ],
 )
 def test_what_may_not_change_is_refused(change, message, resume, finished):
@@ -96,7 +96,7 @@ def test_a_rate_that_jumps_is_named(tmp_path):
     assert train(tmp_path, *STEPS)[0] == 0
     status, _, err = train(tmp_path, *STEPS, "trainer.max_steps=80", "resume=auto")
     assert status == 0, err
-    assert "the learning rate jumps from 0 to 4.39 at step 60, since its schedule is one of 80 steps now" in err
+    assert "the learning rate jumps from 0 to 4.39 at step 60, since its schedule now has 80 steps" in err
 
 
 def test_a_schedule_that_is_over_is_refused(tmp_path):
@@ -106,7 +106,7 @@ def test_a_schedule_that_is_over_is_refused(tmp_path):
     assert status == 0, err
     status, _, err = train(tmp_path, *STEPS, *linear, "trainer.max_steps=80", "resume=auto")
     assert status == 2
-    assert "the learning rate is 0 at step 60, where the run goes on" in err.splitlines()[-1]
+    assert "the learning rate is 0 at step 60, where the run continues" in err.splitlines()[-1]
 
 
 def test_early_stop_is_kept_and_can_be_lifted(tmp_path):
@@ -117,7 +117,7 @@ def test_early_stop_is_kept_and_can_be_lifted(tmp_path):
     assert steps < 60
     status, _, err = train(tmp_path, *stopping, "trainer.max_steps=80")
     assert (status, err.count("\n")) == (2, 1), err
-    assert "was not ended by its length but by early stopping" in err
+    assert "was ended by early stopping or trainer.max_time, not by its length" in err
     status, _, err = train(tmp_path, *stopping, "callbacks.early_stopping.patience=100")
     assert status == 0, err
     assert results_under(tmp_path)[0]["steps"] == 60
@@ -127,7 +127,7 @@ def test_finished_run_without_checkpoints(tmp_path):
     assert train(tmp_path, *CONSTANT, "callbacks=none")[0] == 0
     status, _, err = train(tmp_path, *CONSTANT, "callbacks=none", "trainer.max_steps=80", "resume=auto")
     assert (status, err.count("\n")) == (2, 1), err
-    assert "holds a finished run without a checkpoint from which it could go on" in err
+    assert "holds a finished run without a checkpoint to continue from" in err
     assert results_under(tmp_path)
 
 

@@ -132,7 +132,7 @@ BAD = [
     ("methods=[backprop,nope]", "methods: there is no nope; conf/method has"),
     ("methods=[backprop] seeds=0", "seeds must be at least 1, got 0"),
     ("methods=[backprop] seeds=many", "Value 'many' of type 'str' could not be converted to Integer"),
-    ("methods=[backprop] budget=10", "budget must be a number of steps or seconds, as 2000steps or 60s, got 10"),
+    ("methods=[backprop] budget=10", "budget must be a number of steps or seconds, such as 2000steps or 60s, got 10"),
     ("methods=[backprop] budget=0steps", "budget must be a number of steps or seconds"),
     ("methods=[backprop] lr=0.1", "lr must be yaml or search, got 0.1: one rate for all methods favours one"),
     ("methods=[backprop] lr_points=4", "lr_points must be odd"),
@@ -158,10 +158,13 @@ def test_data_without_other_splits(tmp_path):
     data = ["methods=[backprop,fwdgrad]", "seeds=1", "budget=4steps", f"data._target_={target}", "out=here"]
     out, err = run_script(tmp_path, *data)
     assert f"data {target}, model mlp" in out
-    assert "There is no validation split: no time to a target, and the curves are of the training loss." in out
-    assert "There is no test split: no final accuracy or loss." in out
+    assert (
+        "There is no validation split, so the table has no time to a target and the curves show the training loss."
+        in out
+    )
+    assert "There is no test split, so the table has no final accuracy or loss." in out
     assert "never" not in out
     assert err.count("the test split of OnlyTraining is missing") == 2
     assert (tmp_path / "here" / "curves.png").exists()
-    with pytest.raises(ConfigError, match=r"lr=search chooses by the validation loss, and the data has no validation"):
+    with pytest.raises(ConfigError, match=r"lr=search chooses by the validation loss, but the data has no validation"):
         run_script(tmp_path, *data[:-1], "out=there", "lr=search")

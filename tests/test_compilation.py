@@ -1,4 +1,4 @@
-"""compile=true changes the time of a run and nothing else."""
+"""compile=true changes only the time of a run."""
 
 import copy
 import re
@@ -28,7 +28,7 @@ from tests.derivatives import COVERAGE, assert_derivatives
 
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
-    """Nothing compiled before is found; what is changed is put back."""
+    """Start without earlier compilations, and restore all changes."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
     torch.compiler.reset()
     yield
@@ -75,7 +75,7 @@ def test_without_a_compiler_it_is_one_line(fresh):
 
 
 def run_as_it_is(graph, inputs):
-    """In place of Inductor: what is under test is how a pass is taken down."""
+    """Replaces Inductor, since only the tracing of a pass is tested."""
     return graph
 
 
@@ -97,8 +97,8 @@ UNSUITABLE = {
     "loss: gaussian nll",
     *(case.name for case in PENALTIES),
 }
-"""What is refused, and then runs as it is written: repeated random numbers, sizes that depend on numbers, and losses
-that take derivatives by themselves."""
+"""Passes that are refused and then run uncompiled: with repeated random numbers, with sizes that depend on values, and
+with losses that take derivatives themselves."""
 
 
 @pytest.mark.slow
@@ -152,8 +152,8 @@ def test_a_compiled_model_has_compiled_derivatives(fresh, caplog):
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
-        (nn.RReLU(), "random numbers that every direction must see again"),
-        (nn.AlphaDropout(0.5), "random numbers that every direction must see again"),
+        (nn.RReLU(), "random numbers that must be the same for every direction"),
+        (nn.AlphaDropout(0.5), "random numbers that must be the same for every direction"),
     ],
 )
 def test_what_cannot_be_compiled_runs_as_it_is_written(layer, reason, caplog):
@@ -165,7 +165,7 @@ def test_what_cannot_be_compiled_runs_as_it_is_written(layer, reason, caplog):
         found.append(jvp(model, lambda m: m(x).square().sum(1), tangents))
         model.compile()
     torch.testing.assert_close(*found)
-    assert f"the derivatives of Sequential are taken uncompiled: {reason}" in caplog.text
+    assert f"the derivatives of Sequential are computed uncompiled: {reason}" in caplog.text
 
 
 def test_a_compiler_that_errs_is_not_used(monkeypatch, caplog):
@@ -179,7 +179,7 @@ def test_a_compiler_that_errs_is_not_used(monkeypatch, caplog):
     x = torch.randn(3, 5)
     found = jvp(model, lambda m: m(x).square().sum(1), tangents)
     torch.testing.assert_close(found, stacked.jvp(model, lambda m: m(x).square().sum(1), tangents))
-    assert "taken uncompiled: the compiled ones differ" in caplog.text
+    assert "computed uncompiled: the compiled derivatives differ" in caplog.text
 
 
 def test_batches_of_ever_other_shapes_are_not_compiled_for_ever(monkeypatch, caplog):
@@ -191,7 +191,7 @@ def test_batches_of_ever_other_shapes_are_not_compiled_for_ever(monkeypatch, cap
         x = torch.randn(rows, 5)
         found = jvp(model, lambda m, x=x: m(x).square().sum(1), tangents)
         torch.testing.assert_close(found, stacked.jvp(model, lambda m, x=x: m(x).square().sum(1), tangents))
-    assert caplog.text.count("are taken uncompiled") == 1
+    assert caplog.text.count("are computed uncompiled") == 1
 
 
 def test_another_batch_mode_or_constant_is_taken_down_anew():

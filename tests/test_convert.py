@@ -1,4 +1,4 @@
-"""Any LightningModule trains with any estimator, and everything around its gradients stays Lightning's."""
+"""Any LightningModule trains with any estimator; everything but the gradients is done by Lightning as before."""
 
 import copy
 import pickle
@@ -188,7 +188,7 @@ def test_what_is_logged_is_the_value_and_counts_once(estimator, tmp_path):
 
 
 class BadBatch(NoDropout):
-    """The loss of one batch of an epoch is no number, or of every batch from the second step on."""
+    """The loss is nan for one batch of an epoch, or for every batch from the second step on."""
 
     always = False
 
@@ -322,7 +322,7 @@ class Iterates(Plain):
     ("make", "message"),
     [
         (lambda: nn.Linear(2, 2), "convert takes a LightningModule, got a Linear; in a training loop of your own"),
-        (lambda: torch.compile(Plain()), "convert takes the module as it was written; compile what it returns"),
+        (lambda: torch.compile(Plain()), "convert takes an uncompiled module; compile the module that it returns"),
         (L.LightningModule, "LightningModule defines no training_step"),
         (Manual, "Manual sets automatic_optimization=False and steps its optimizers itself; return the loss"),
         (Iterates, "training_step takes dataloader_iter; let it take batch"),

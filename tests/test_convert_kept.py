@@ -1,4 +1,4 @@
-"""What a training step keeps under convert: metrics, which may be its loss, attributes and lists count once."""
+"""Metrics (which may be the loss), attributes and lists of a training step count once under convert."""
 
 import copy
 import io
@@ -329,4 +329,6 @@ fgtrain.lightning.convert(Old(), fgtrain.Backprop())
     line = run.stderr.splitlines()[-1]
     if "No module named 'pytorch_lightning'" in line:
         pytest.skip("pytorch_lightning is not installed")
-    assert re.search(r"ConfigError: .*a LightningModule of pytorch_lightning, .* lightning\.pytorch; write `imp", line)
+    assert re.search(
+        r"ConfigError: .*a LightningModule of pytorch_lightning, .* lightning\.pytorch; replace `imp", line
+    )

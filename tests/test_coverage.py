@@ -1,4 +1,4 @@
-"""The derivative of whatever networks are built of is the one backpropagation finds."""
+"""The derivatives of common building blocks of networks equal those of backpropagation."""
 
 import copy
 
@@ -19,7 +19,7 @@ from tests.derivatives import COVERAGE, assert_derivatives, assert_equal, refere
 from tests.small import Small, make, trainer
 
 SLOW = {case.name for case in PENALTIES}
-"""What the fast engine leaves to the reference engine."""
+"""Cases that the fast engine leaves to the reference engine."""
 
 # Rounding of float64, 2e-16, over the thousands of sums in a case.
 

@@ -1,4 +1,4 @@
-"""PyTorch's own databases of modules and operations: the derivative is backpropagation's, or refused by name."""
+"""PyTorch's databases of modules and operations: derivatives equal those of backpropagation or are refused by name."""
 
 import importlib
 import warnings
@@ -44,7 +44,7 @@ PRECISION = {"bfloat16": 2e-2, "half": 2e-3, "chalf": 2e-3, "float": 1e-6, "cflo
 
 
 def backpropagated(problem):
-    """Loss, gradients and whether all is finite; None where there is nothing to differentiate."""
+    """Loss, gradients and whether all are finite; None if there is nothing to differentiate."""
     model = problem.build()
     params = dict(model.named_parameters())
     torch.manual_seed(3)

@@ -1,4 +1,4 @@
-"""Several processes do what one does, send what they say, and never go on in disagreement."""
+"""Several processes give the result of one, send the reported bytes, and never continue with different parameters."""
 
 import math
 import os
@@ -48,7 +48,7 @@ def assert_close(weights, expected):
 def one_process_all_directions(name, size):
     """Weights of a plain loop that evaluates every rank's directions on that rank's shard.
 
-    What is shrunk by 1 / (1 + s) is to be shrunk by 1 / (1 + s / R), the mean being over R K directions.
+    Estimates shrunk by 1 / (1 + s) must be shrunk by 1 / (1 + s / R) instead, since the mean is over R K directions.
     """
     module, data = make(ESTIMATORS[name]()), Data(12)
     s = (sum(p.numel() for p in module.parameters()) - 1 + EXCESS.get(name, 0)) / 2

@@ -1,4 +1,4 @@
-"""Numbers that are no numbers never reach the weights."""
+"""Non-finite numbers never reach the weights."""
 
 import math
 from collections import deque
@@ -20,7 +20,7 @@ from tests.small import Small, assert_equal_weights, make, trainer
 
 
 class Broken(GradientEstimator):
-    """Another estimator, with a value of its estimate replaced at certain calls."""
+    """An estimator that replaces a value of another one's estimate at certain calls."""
 
     scalar_reducible = True
 
@@ -140,7 +140,9 @@ def test_loss_that_grows_slowly_from_its_best_stops_the_run():
     alone.optimizers = [torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)]
     losses = [2.0] + [2.0 * 0.9**k for k in range(60)] + [0.05 * 1.1**k for k in range(60)]
     estimates = [Estimate(torch.tensor(value), {"w": torch.ones(2)}, None) for value in losses]
-    with pytest.raises(DivergenceError, match=r"the loss is [\d.]+, it has been down to [\d.]+ and has been above"):
+    with pytest.raises(
+        DivergenceError, match=r"the loss is [\d.]+; its lowest value was [\d.]+, and it has been above"
+    ):
         deque(judge.inspect(estimate, alone) for estimate in estimates)
 
 

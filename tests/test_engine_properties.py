@@ -1,4 +1,4 @@
-"""Drawn by hypothesis: any model, shape, dtype, law, K and rank agree with backpropagation in float64."""
+"""Models, shapes, dtypes, laws, K and ranks drawn by hypothesis agree with backpropagation in float64."""
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ LOSSES = {
 
 @st.composite
 def models(draw):
-    """(module, shape of one input): layers that fit each other, in an order nobody thought of."""
+    """(module, shape of one input): layers that fit each other, in random order."""
     layers, wide = [], draw(st.booleans())
     if wide:
         channels, size = draw(st.integers(1, 3)), draw(st.integers(4, 6))

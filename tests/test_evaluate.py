@@ -1,4 +1,4 @@
-"""scripts/evaluate.py gives what the run said of itself."""
+"""scripts/evaluate.py gives the metrics that the run reported."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def test_script(folder, tmp_path, monkeypatch, capsys):
 
 
 def test_mistakes(folder, tmp_path):
-    with pytest.raises(USER_ERRORS, match=r"nope.ckpt is no file; give the path of a checkpoint"):
+    with pytest.raises(USER_ERRORS, match=r"nope.ckpt is not a file; give the path of a checkpoint"):
         evaluate(tmp_path / "nope.ckpt", "test")
     with pytest.raises(USER_ERRORS, match=r"split must be one of train, val, test, got all"):
         evaluate(folder / "checkpoints" / "best.ckpt", "all")
@@ -92,7 +92,7 @@ class Payload:
 def test_checkpoint_of_a_stranger_is_one_line(content, foreign, monkeypatch):
     monkeypatch.chdir(foreign)
     content(foreign / "checkpoints" / "best.ckpt")
-    with pytest.raises(CheckpointError, match=r"best.ckpt is damaged or no checkpoint"):
+    with pytest.raises(CheckpointError, match=r"best.ckpt is damaged or not a checkpoint"):
         evaluate(foreign / "checkpoints" / "best.ckpt", "test")
     assert not (foreign / "ran").exists()
 

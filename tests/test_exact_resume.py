@@ -1,4 +1,4 @@
-"""A run that is cut at any hook, once or often, ends as the undisturbed one: weights, best checkpoint and results."""
+"""A run interrupted at any hook, once or often, ends like an undisturbed one: weights, best checkpoint, results."""
 
 import contextlib
 from pathlib import Path
@@ -25,7 +25,7 @@ from tests.small import Small, make, trainer
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:Checkpoint directory .* exists",
-    "ignore:the run goes on in the middle",
+    "ignore:the run continues in the middle",
     "ignore:.* could not find the monitored key",  # of a run without validation
 )
 
@@ -290,14 +290,14 @@ def test_longer_run(short, long, tmp_path):
 
 def test_state_that_nobody_loads_is_refused(tmp_path):
     saved = cut(Plan(EPOCHS), tmp_path)
-    with pytest.raises(CheckpointError, match=r"holds the state of EarlyStopping.*, which this run has not; give it"):
+    with pytest.raises(CheckpointError, match=r"holds the state of EarlyStopping.*, which this run lacks; give it"):
         attempt(Plan(EPOCHS), tmp_path, saved, KillLast(0), early_stopping=False)
 
     class Forgetful(Small):
         def train_dataloader(self):
             return list(super().train_dataloader())
 
-    with pytest.raises(CheckpointError, match=r"positions of 1 training loaders, and 0 of this run's can take one up"):
+    with pytest.raises(CheckpointError, match=r"positions of 1 training loaders, but 0 of this run's can restore one"):
         attempt(Plan(EPOCHS), tmp_path, saved, KillLast(0), data=Forgetful)
 
     class Hasty(Small):

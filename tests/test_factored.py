@@ -1,4 +1,4 @@
-"""A gradient in factors is the tensor it stands for."""
+"""A factored gradient behaves like the tensor that it represents."""
 
 import copy
 

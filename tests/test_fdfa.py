@@ -1,4 +1,4 @@
-"""Learnt feedback against the Jacobians it stands for, in float64."""
+"""Learnt feedback compared with the Jacobians that it approximates, in float64."""
 
 from unittest import mock
 
@@ -136,7 +136,11 @@ def test_feedback_brings_the_error_down():
     ("model", "inputs", "message"),
     [
         (nn.ParameterDict({"x": torch.ones(4, 3)}), INPUTS, r"has no trained Linear or convolution"),
-        (nn.Sequential(*[nn.Linear(3, 3)] * 2, nn.Linear(3, 3)), INPUTS, r"feedback matrix for a layer; \S+ is called"),
+        (
+            nn.Sequential(*[nn.Linear(3, 3)] * 2, nn.Linear(3, 3)),
+            INPUTS,
+            r"feedback matrix per layer, but \S+ is called",
+        ),
     ],
     ids=["no layer", "a layer used twice"],
 )
@@ -163,7 +167,7 @@ def test_refuses_outputs_of_another_size():
         step = lambda inputs=inputs: estimator(model, lambda m: F.cross_entropy(m(inputs), LABELS, reduction="none"))  # noqa: E731
         if length == 6:
             step()
-    with pytest.raises(UnsupportedOperation, match=r"0 is of shape \(2, 5\) per example and was \(2, 4\)"):
+    with pytest.raises(UnsupportedOperation, match=r"0 has shape \(2, 5\) per example but had \(2, 4\)"):
         step()
 
 
@@ -179,7 +183,7 @@ def test_refuses_examples_elsewhere_than_first(batch_first):
             return self.out(self.layer(x if batch_first else x.transpose(0, 1)).mean(1 if batch_first else 0))
 
     inputs = torch.ones(4, 3, 6)
-    with pytest.raises(UnsupportedOperation, match=r"the 4 examples, layer.self_attn.out_proj gives \(12, 6\)"):
+    with pytest.raises(UnsupportedOperation, match=r"the 4 examples, but layer.self_attn.out_proj gives \(12, 6\)"):
         FDFA()(Encoder(), lambda m: F.cross_entropy(m(inputs), LABELS, reduction="none"))
 
 
@@ -195,7 +199,7 @@ class Square(nn.Module):
 
 
 def test_refuses_as_many_time_steps_as_examples_in_their_place():
-    with pytest.raises(UnsupportedOperation, match=r"the 4 examples, hidden gives \(4, 4, 5\)"):
+    with pytest.raises(UnsupportedOperation, match=r"the 4 examples, but hidden gives \(4, 4, 5\)"):
         FDFA()(Square(), lambda m: F.cross_entropy(m(torch.ones(4, 4, 6)), LABELS, reduction="none"))
 
 

@@ -1,4 +1,4 @@
-"""Training a part of a network: what is frozen stays, costs nothing, and what is trained is exact."""
+"""Training a part of a network: frozen parameters do not change and cost nothing; trained ones have exact gradients."""
 
 import pytest
 import torch
@@ -110,7 +110,7 @@ def test_networks_of_torchvision(name):
         ({"train": "tail"}, ConfigError, "train must be all, head, norms, lora or a list of patterns, got 'tail'"),
         ({"train": ["nope*"]}, ConfigError, "leaves no parameter of Sequential to train"),
         ({"train": "lora", "rank": 0}, ValueError, "rank must be at least 1, got 0"),
-        ({"train": "head", "weights": "nope.ckpt"}, DataError, "model.weights=nope.ckpt is no file"),
+        ({"train": "head", "weights": "nope.ckpt"}, DataError, "model.weights=nope.ckpt is not a file"),
     ],
 )
 def test_mistakes(options, error, message):

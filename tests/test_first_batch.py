@@ -1,4 +1,4 @@
-"""Data that cannot be trained on, and training that did not take place, end in one line."""
+"""Unsuitable data and runs without a step give one-line errors."""
 
 import math
 
@@ -94,11 +94,11 @@ def run(folder, how, *options):
     ("how", "message"),
     [
         ("one-based", "labels of the train split run from 1 to 3; they must be from 0 to 2, for num_classes=3"),
-        ("int32", "labels are int32 of shape (8,); classification takes the numbers of classes, int64 of shape (B,)"),
-        ("float32", "labels are float32 of shape (8,); classification takes the numbers of classes"),
-        ("float64", "the data gives float64, and the model has float32 parameters; convert it"),
-        ("shape", "inputs of the train split have the shape (3, 2, 2), and input_shape of the data says (1, 2, 2)"),
-        ("empty train", "the training set of Given is empty: its loader gives no batch"),
+        ("int32", "labels are int32 of shape (8,); classification needs class indices, int64 of shape (B,)"),
+        ("float32", "labels are float32 of shape (8,); classification needs class indices"),
+        ("float64", "the data gives float64, but the model has float32 parameters; convert the data"),
+        ("shape", "inputs of the train split have the shape (3, 2, 2), but input_shape of the data is (1, 2, 2)"),
+        ("empty train", "the training set of Given is empty: its loader yields no batch"),
     ],
 )
 def test_bad_data_is_one_line(how, message, tmp_path):
@@ -130,7 +130,7 @@ def test_directions_larger_than_the_memory_are_one_line(tangents, tmp_path):
 def test_data_without_num_classes_is_one_line(tmp_path):
     status, _, err = run(tmp_path, "", "data._target_=tests.test_first_batch.Unnumbered")
     assert (status, err.count("\n")) == (2, 1), err
-    assert "model: fgtrain.models.MLP needs num_classes, which the data has not; give the datamodule" in err
+    assert "model: fgtrain.models.MLP needs num_classes, which the data lacks; give the datamodule" in err
 
 
 @pytest.mark.parametrize("split", ["val", "test"])
@@ -205,7 +205,7 @@ def test_a_metric_that_there_is_not_is_told_before_training(callback, name, tmp_
         tmp_path, *QUICK, "quiet=true", "callbacks=early_stopping", f"callbacks.{callback}.monitor={name}"
     )
     assert (status, out, err.count("\n")) == (2, "", 1), err
-    assert f"monitor={name} is no metric; there are train/directional_derivative, " in err
+    assert f"monitor={name} is not a metric; there are train/directional_derivative, " in err
     assert "train/loss, train/lr, train/step_ms, val/acc, val/loss" in err
     assert not (tmp_path / "run" / "config.yaml").exists()
 

@@ -1,4 +1,4 @@
-"""Whatever is typed on a command line or written into a configuration: one line and a non-zero status, or a run."""
+"""Every command line and configuration gives a run, or one line and a non-zero status."""
 
 import io
 import random
@@ -63,7 +63,7 @@ def words(draw):
 
 
 def arguments(draw):
-    """A command line with at least one thing wrong in it, most probably."""
+    """A command line that very likely has at least one mistake."""
     kinds = [
         lambda: f"{draw.choice(GROUPS)}={draw.choice(BAD_VALUES)}",
         lambda: f"{draw.choice(['', '+', '++', '~'])}{draw.choice(KEYS)}={draw.choice(BAD_VALUES)}",

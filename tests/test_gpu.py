@@ -1,4 +1,4 @@
-"""What must also hold on an accelerator. Here each test runs on the CPU too, so that it is known to be right."""
+"""Tests for an accelerator. Each test also runs on the CPU, to check the test itself."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Files that are damaged, huge, or no data at all: one line with the remedy, and no memory taken."""
+"""Files that are damaged, huge or not data give one line with the remedy, and take no memory."""
 
 import os
 import pickle
@@ -54,16 +54,16 @@ def refusal(folder, *overrides):
     [
         (IMAGES, b"", "is empty"),
         (LABELS, b"", "is empty"),
-        (IMAGES, b"\0\0\x08", "is no unpacked idx file of 3 dimensions"),
-        (IMAGES, b"\x1f\x8b" + bytes(500), "is no unpacked idx file of 3 dimensions"),
-        (LABELS, b"garbage" * 50, "is no unpacked idx file of 1 dimensions"),
-        (IMAGES, idx((40, 28, 28), bytes(40 * 28 * 28), magic=0xD03), "is no unpacked idx file"),
+        (IMAGES, b"\0\0\x08", "is not an unpacked idx file of 3 dimensions"),
+        (IMAGES, b"\x1f\x8b" + bytes(500), "is not an unpacked idx file of 3 dimensions"),
+        (LABELS, b"garbage" * 50, "is not an unpacked idx file of 1 dimensions"),
+        (IMAGES, idx((40, 28, 28), bytes(40 * 28 * 28), magic=0xD03), "is not an unpacked idx file"),
         (IMAGES, idx((2**31, 2**31, 2**31)), r"shape \(2147483648, 2147483648\); they should be \(28, 28\)"),
         (IMAGES, idx((2**31, 28, 28), bytes(784)), r"has 800 bytes; the 2147483648 examples .* take 1683627180048"),
         (LABELS, idx((40,), bytes(39)), "has 47 bytes; the 40 examples that its header declares take 48"),
         ("t10k-images-idx3-ubyte", idx((20, 28, 28), bytes(20 * 784 + 1)), "has 15697 bytes; the 20 examples"),
-        ("t10k-labels-idx1-ubyte", idx((0,)), "holds no example"),
-        (LABELS, idx((39,), bytes(39)), r"do not belong together: \(40, 1, 28, 28\) torch.uint8 and \(39,\)"),
+        ("t10k-labels-idx1-ubyte", idx((0,)), "holds no examples"),
+        (LABELS, idx((39,), bytes(39)), r"do not match: \(40, 1, 28, 28\) torch.uint8 and \(39,\)"),
     ],
 )
 def test_damaged_idx_files(name, content, reason, raw):
@@ -78,12 +78,14 @@ def test_a_file_larger_than_the_memory_is_not_read(raw, tmp_path):
     with (raw / IMAGES).open("wb") as file:
         file.write(idx((count, 28, 28)))
         file.truncate(16 + count * 784)  # of which the disk holds nothing
-    assert "730 GiB; to read it takes 3 times as much memory" in refusal(
+    assert "730 GiB; reading it takes 3 times as much memory" in refusal(
         tmp_path, "data=mnist", f"data.root={tmp_path}"
     )
     with (tmp_path / "text").open("wb") as file:
         file.truncate(2**40)
-    with pytest.raises(DataError, match=r"1.02e\+03 GiB.*20 times as much memory.*; give data.path=\.\.\. a text file"):
+    with pytest.raises(
+        DataError, match=r"1.02e\+03 GiB.*20 times as much memory.*; set data.path=\.\.\. to a text file"
+    ):
         Text(4, str(tmp_path / "text"))
 
 
@@ -96,7 +98,7 @@ def test_torchvision_s_old_files_run_no_code(raw, tmp_path):
     for content in (pickle.dumps(Evil()), b"junk"):
         for name in ("training.pt", "test.pt"):
             (raw.parent / "processed" / name).write_bytes(content)
-        with pytest.raises(DataError, match=r"could not be put there, or is damaged \("):
+        with pytest.raises(DataError, match=r"cannot be downloaded, or is damaged \("):
             TorchvisionImages("MNIST", str(tmp_path), 8).prepare_data()
     assert not (tmp_path / "ran").exists()
 
@@ -123,7 +125,7 @@ def test_a_training_set_of_a_few_images_is_all_for_training(raw, tmp_path):
         (
             torch.zeros(4, 2),
             torch.zeros(4).long(),
-            r"SPLIT split have the shape \(2,\), and input_shape of the data says \(3,\)",
+            r"SPLIT split have the shape \(2,\), but input_shape of the data is \(3,\)",
         ),
     ],
 )
@@ -148,10 +150,10 @@ def text(folder, content, **options):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", r"file.txt is empty; give data.path=\.\.\. a text file"),
+        (b"", r"file.txt is empty; set data.path=\.\.\. to a text file"),
         (b"short", "has 5 tokens, too few for windows of 64"),
-        (b"\xff\xfe" + bytes(1000), "is no UTF-8 text"),
-        (b"hello\xc3(" * 200, "is no UTF-8 text"),
+        (b"\xff\xfe" + bytes(1000), "is not UTF-8 text"),
+        (b"hello\xc3(" * 200, "is not UTF-8 text"),
     ],
 )
 def test_what_is_no_text(content, reason, tmp_path):
@@ -163,7 +165,7 @@ def test_what_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     for path in (tmp_path / "pipe", "/dev/zero"):
-        assert "is a pipe or a device; copy what it holds into a file" in refusal(
+        assert "is a pipe or a device; copy its content into a file" in refusal(
             tmp_path, "data=text", "task=language_modeling", "model=lstm", f"data.path={path}"
         )
     for path in (tmp_path, tmp_path / "loop", "x" * 5000, "a\0b"):
@@ -194,7 +196,7 @@ def test_a_long_line_takes_memory_in_proportion(tmp_path):
 )
 def test_weights_without_names(content, tmp_path):
     torch.save(content, tmp_path / "weights.pt")
-    with pytest.raises(DataError, match=r"holds no weights by name; give the checkpoint of a run|of another network"):
+    with pytest.raises(DataError, match=r"holds no named weights; give the checkpoint of a run|of another network"):
         FineTuned(lambda: nn.Linear(3, 2), weights=str(tmp_path / "weights.pt"))
 
 
@@ -207,7 +209,7 @@ def test_a_checkpoint_that_unpacks_to_more_than_it_has(tmp_path):
 
 def test_a_checkpoint_that_is_a_pipe(tmp_path):
     os.mkfifo(tmp_path / "last.ckpt")
-    with pytest.raises(CheckpointError, match=r"is no checkpoint but a pipe or a device"):
+    with pytest.raises(CheckpointError, match=r"is not a checkpoint but a pipe or a device"):
         read_checked(tmp_path / "last.ckpt")
 
 

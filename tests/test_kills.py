@@ -1,4 +1,4 @@
-"""A run that is killed at any moment, whole or in part, leaves nothing behind and goes on to the undisturbed result."""
+"""A run killed at any moment, wholly or in part, leaves nothing behind and can continue to the undisturbed result."""
 
 import contextlib
 import json
@@ -146,7 +146,7 @@ def test_stopped_rank(tmp_path):
     time.sleep(2)
     os.kill(run.session, signal.SIGTERM)
     assert_all_end(run)
-    assert "fgtrain: stopped by SIGTERM, which ranks" in run.err.splitlines()[-1]
+    assert "fgtrain: stopped by SIGTERM, to which ranks" in run.err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("ranks", [(), (*RANKS, "trainer=ddp_fork")], ids=["one process", "two processes"])

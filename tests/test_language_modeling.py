@@ -101,7 +101,7 @@ def test_forward_gradients_learn_the_text(tmp_path):
     ("content", "options", "message"),
     [
         (None, {}, r"data.path=.*text.txt cannot be read \(No such file or directory\); give a text file"),
-        (b"\xff\xfe", {}, r"is no UTF-8 text \(invalid start byte\); use data.tokens=bytes"),
+        (b"\xff\xfe", {}, r"is not UTF-8 text \(invalid start byte\); use data.tokens=bytes"),
         (b"too short", {"context": 64}, r"has 9 tokens, too few for windows of 64; set a smaller data.context"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Imports point downwards: the order of the storeys is that in which data flows, and what is below stands alone."""
+"""Imports point downwards: storeys are in the order of the data flow, and lower ones do not depend on higher ones."""
 
 import ast
 import subprocess

@@ -1,4 +1,4 @@
-"""Local losses against separate losses and backpropagation by hand, in float64."""
+"""Local losses compared with separate losses and manual backpropagation, in float64."""
 
 import pytest
 import torch
@@ -173,7 +173,7 @@ def test_mixer_of_parts_that_do_not_fit():
 @pytest.mark.parametrize(
     ("model", "loss_fn", "message"),
     [
-        (nn.ParameterDict({"x": torch.ones(2)}), lambda m: m["x"].sum(), "block by block in an nn.Sequential"),
+        (nn.ParameterDict({"x": torch.ones(2)}), lambda m: m["x"].sum(), "local losses need an nn.Sequential"),
         (mlp(), lambda m: m[2:](m[:2](INPUTS)).sum(1), "not parts of the model"),
     ],
     ids=["no chain", "parts of the model"],

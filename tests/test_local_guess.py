@@ -126,8 +126,8 @@ def test_ranks_average_guesses_heads_and_derivatives():
 
 
 REFUSED = [
-    (CASES[4], "in an nn.Sequential, which Tied is not; make it one or train with another method"),
-    (CASES[5], "in an nn.Sequential, which ParameterDict is not"),
+    (CASES[4], "need an nn.Sequential, got Tied; make the model one or train with another method"),
+    (CASES[5], "need an nn.Sequential, got ParameterDict"),
     (CASES[1], r"calls model\(inputs\), not parts of the model"),
     (
         Case("tokens", lambda: nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)), lambda m: m(INPUTS[None]).sum()),

@@ -1,4 +1,4 @@
-"""The LightningModule does what a plain loop does, under every flag of the trainer."""
+"""The LightningModule gives the results of a plain loop, under every flag of the trainer."""
 
 import sys
 
@@ -27,7 +27,7 @@ ESTIMATORS = [
 
 
 def plain_loop(module, data, steps, accumulate=1, clip=None):
-    """The same updates without Lightning: weights after so many optimizer steps."""
+    """The same updates without Lightning: the weights after a number of optimizer steps."""
     data.setup("fit")
     model, loader = module.model, data.train_dataloader()
     optimizer = module.make_optimizer(model.parameters())

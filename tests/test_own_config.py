@@ -1,4 +1,4 @@
-"""A project of one's own: modules, data and configurations beside the repository, nothing in it changed."""
+"""A user's project: modules, data and configurations outside of the repository, which is not changed."""
 
 import sys
 import textwrap
@@ -65,7 +65,7 @@ def test_a_class_of_ones_own_has_its_own_defaults(project):
     status, _, err = train(folder, *targets, "lr=0.1", "quiet=true", *SHORT)
     assert status == 0, err
     assert err.splitlines()[0] == (
-        "fgtrain: data.classes=None of the chosen file, since what _target_ names has no default for it"
+        "fgtrain: kept from the chosen file, since the new _target_ has no default: data.classes=None"
     )
     (run_dir,) = (path.parent for path in folder.rglob("config.yaml"))
     assert "_Doubled_" in run_dir.name

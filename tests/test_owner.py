@@ -39,9 +39,7 @@ def test_second_comer_is_told_in_one_line(holder, tmp_path):
     for options in ((), ("resume=auto",)):
         status, out, err = train(tmp_path, "hydra.run.dir=run", "trainer.max_steps=3", *options)
         assert (status, out, err.count("\n")) == (2, "", 1)
-        assert f"run_dir=run belongs to a run that is going on (process {holder.pid} on " in err.replace(
-            f"{tmp_path}/", ""
-        )
+        assert f"run_dir=run belongs to a run in progress (process {holder.pid} on " in err.replace(f"{tmp_path}/", "")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock"}
 
 
@@ -54,7 +52,7 @@ def test_a_killed_owner_holds_nothing(holder, tmp_path):
 
 
 def test_held_against_the_same_process_and_given_back(tmp_path):
-    with owned(tmp_path), pytest.raises(ConfigError, match="belongs to a run that is going on"), owned(tmp_path):
+    with owned(tmp_path), pytest.raises(ConfigError, match="belongs to a run in progress"), owned(tmp_path):
         pass
     with owned(tmp_path):
         pass
@@ -81,9 +79,7 @@ def test_file_system_that_cannot_lock(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fcntl, "flock", refuse)  # no such file system is at hand
     with owned(tmp_path):
         pass
-    assert capsys.readouterr().err.endswith(
-        "cannot lock (Operation not supported): start no second run in this folder\n"
-    )
+    assert capsys.readouterr().err.endswith("cannot lock (Operation not supported): do not start another run in it\n")
 
 
 @pytest.mark.slow
@@ -111,12 +107,12 @@ def test_of_two_runs_of_two_processes_one_trains(tmp_path):
         first.wait()
     assert second.returncode == 2
     assert second.stderr.count("\n") == 1, second.stderr
-    assert "belongs to a run that is going on" in second.stderr
+    assert "belongs to a run in progress" in second.stderr
     command += ["trainer.devices=1", "trainer=default", "trainer.max_steps=20", "callbacks.recovery.every_n_steps=100"]
     deadline = time.monotonic() + 60
     while True:  # the ranks of the killed launcher save and end
         resumed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-        if "belongs to a run that is going on" not in resumed.stderr or time.monotonic() > deadline:
+        if "belongs to a run in progress" not in resumed.stderr or time.monotonic() > deadline:
             break
     assert "has done" in resumed.stderr, resumed.stderr
 

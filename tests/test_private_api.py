@@ -1,4 +1,4 @@
-"""Where fgtrain uses more of PyTorch and Lightning than they document: a release that changes it fails here by name."""
+"""The undocumented parts of PyTorch and Lightning that fgtrain uses; a release that changes one fails here by name."""
 
 import re
 from importlib.metadata import version

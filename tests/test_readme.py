@@ -1,4 +1,4 @@
-"""Every block of the README and of the results' README runs as it stands, and every link leads to something."""
+"""Every block of the README and of the results' README runs unchanged, and every link has a target."""
 
 import os
 import pydoc
@@ -45,7 +45,7 @@ SHORTENED = {
     "compare": "seeds=1 budget=3steps",
     "profiles": "--iterations 2",
 }
-"""What each script is given besides, because the commands as they stand take minutes to hours."""
+"""Additional arguments of each script, because the original commands take minutes to hours."""
 
 SWEPT = {
     r"seed=0,[\d,]+": "seed=0",
@@ -53,7 +53,7 @@ SWEPT = {
     r"deep8 deep24 deep64": "deep8",
     r"methods=\[(\w+,\w+,\w+),[\w,]+\]": r"methods=[\1]",
 }
-"""What is swept over fewer values."""
+"""Sweeps, and replacements with fewer values."""
 
 
 def longer_commands(text):
@@ -110,7 +110,7 @@ def test_tables_list_every_choice(group):
 
 
 def test_public_names_exist():
-    """What the README calls is public after its own imports, and every name that it has for something exists."""
+    """Functions that the README calls are public after its own imports, and every name in it exists."""
     called, named = (set(re.findall(rf"(?<![\w/.])fgtrain(?:\.\w+)+{end}", README)) for end in (r"(?=\()", r"(?!\w)"))
     assert {"fgtrain.ForwardGradient", "fgtrain.directional_derivatives"} <= called
     assert "fgtrain.quality" in named

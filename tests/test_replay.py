@@ -97,12 +97,12 @@ def test_altered_logs_are_refused(tmp_path):
         altered(derivatives=good["derivatives"][:-1])
     with pytest.raises(CheckpointError, match="starts from other weights"):
         altered(initial="0")
-    with pytest.raises(CheckpointError, match="is no replay log of format 1"):
+    with pytest.raises(CheckpointError, match="is not a replay log of format 1"):
         altered(format=2)
-    with pytest.raises(CheckpointError, match="derivatives cannot be those of a run"):
+    with pytest.raises(CheckpointError, match="derivatives cannot come from a run"):
         altered(derivatives=good["derivatives"][:0])
     save_atomically({name: value for name, value in good.items() if name != "final"}, path)
-    with pytest.raises(CheckpointError, match="is no replay log of format 1"):
+    with pytest.raises(CheckpointError, match="is not a replay log of format 1"):
         replay(tmp_path / "run")
     save_atomically(good["derivatives"], path)
     with pytest.raises(CheckpointError, match="it holds a Tensor"):
@@ -116,7 +116,7 @@ def test_altered_logs_are_refused(tmp_path):
 def test_methods_that_need_the_data_are_refused(tmp_path):
     status, _, err = train(tmp_path, "method=backprop", *LOGGED)
     assert (status, err.count("\n")) == (2, 1), err
-    assert "which Backprop is not; use ForwardGradient, SPSA or MeZO (" in err
+    assert "unlike those of Backprop; use ForwardGradient, SPSA or MeZO (" in err
 
 
 def test_saved_configuration_runs_again(tmp_path):
@@ -158,5 +158,5 @@ def test_saved_configuration_runs_again(tmp_path):
 def test_log_of_a_stranger_is_one_line(part, value, tmp_path):
     log = {"format": 1, "initial": "a", "final": "b", "steps": 30, "batches_per_epoch": 5}
     save_atomically(log | {"derivatives": torch.zeros(30, 1), part: value}, tmp_path / "replay.pt")
-    with pytest.raises(CheckpointError, match=rf"replay.pt is damaged: {part} cannot be those of a run"):
+    with pytest.raises(CheckpointError, match=rf"replay.pt is damaged: {part} cannot come from a run"):
         replay(tmp_path)

@@ -1,4 +1,4 @@
-"""A derivative is right or refused: what looked like one and was none, and what failed though it could be had."""
+"""A derivative is right or refused: cases that once gave a wrong one, or failed although one exists."""
 
 import copy
 import pickle

@@ -96,7 +96,7 @@ def test_learning_rate_of_a_method(method):
 
 @pytest.mark.parametrize("method", ["backprop", "fwdgrad_lowrank"])
 def test_learning_rates_are_those_of_the_optimizer(method):
-    """A method's is for SGD, Adam has its own, a task's and the user's come before both."""
+    """A method's rate is for SGD, and Adam has its own; a task's and the user's rate override both."""
     assert composed(f"method={method}", "optimizer=adam").optimizer.lr == 1e-3
     assert composed(f"method={method}", "optimizer=adam", "lr=0.01").optimizer.lr == 0.01
     assert composed(f"method={method}", "task=beale").optimizer.lr == 0.01
@@ -154,13 +154,13 @@ BAD = [
     ("seed=abc", r"Value 'abc' of type 'str' could not be converted to Integer"),
     ("accumulate_grad_batches=0", r"accumulate_grad_batches must be at least 1, got 0"),
     ("clip_grad_norm=-1", r"clip_grad_norm must be positive, got -1.0"),
-    ("nope=1", r"nope is no key of the configuration; --cfg job prints the keys there are"),
+    ("nope=1", r"nope is not a key of the configuration; --cfg job prints the keys"),
     (
         "run_dir=a=b",
-        r"'run_dir=a=b' cannot be read \(mismatched .*\); a value with = or , in it stands in quotes: 'key=\"a=b\"'",
+        r"'run_dir=a=b' cannot be read \(mismatched .*\); put a value that contains = or , in quotes: 'key=\"a=b\"'",
     ),
     ("+nope=1", r"nope: no such key; the top level has seed, lr"),
-    ("trainer.max_epoch=3", r"trainer.max_epoch is no key of the configuration"),
+    ("trainer.max_epoch=3", r"trainer.max_epoch is not a key of the configuration"),
     (
         "+trainer.max_epoch=3",
         r"trainer.max_epoch: lightning.Trainer takes no argument 'max_epoch'; did you mean max_epochs",
@@ -174,18 +174,18 @@ BAD = [
     ("data.batch_size=0", r"data: batch_size must be at least 1, got 0"),
     (
         "resume=nope.ckpt",
-        r"resume=nope.ckpt is no file; give the path of a checkpoint \(.ckpt\), a run's folder, or auto",
+        r"resume=nope.ckpt is not a file; give the path of a checkpoint \(.ckpt\), a run's folder, or auto",
     ),
     (
         "task=beale trainer.max_steps=-1",
         r"data: a task without data counts steps: trainer.max_steps must be at least 1",
     ),
-    ("data=mnist data.root=/dev/null/x", r"MNIST is not in data.root=/dev/null/x and could not be put there"),
+    ("data=mnist data.root=/dev/null/x", r"MNIST is not in data.root=/dev/null/x and cannot be downloaded"),
     ("model=torchvision model.name=resnet19", r"model: torchvision has no classification model 'resnet19'; it has"),
     ("--nope", r"unrecognized arguments: --nope"),
-    ("lr=0.1 -m lr=0.2", r"unrecognized arguments: lr=0.2; options such as -m .* before or after all key=value"),
+    ("lr=0.1 -m lr=0.2", r"unrecognized arguments: lr=0.2; put options such as -m .* before or after all key=value"),
     ("lr=${nope}", r"Interpolation key 'nope' not found"),
-    ("model._target_=builtins.int", r"model: _target_ 'builtins.int' is built in and does not say what it takes"),
+    ("model._target_=builtins.int", r"model: _target_ 'builtins.int' is built in and has no signature"),
     ("lr", r"missing EQUAL"),
     ("data=7", r"Config group override must be a string or a list. Got int"),
 ]

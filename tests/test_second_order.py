@@ -67,7 +67,7 @@ def test_curvature_is_exact(case):
     ("loss", "operation"),
     [
         (lambda m: Doubled.apply(m(ROWS)).sum(1), "a custom autograd.Function without setup_context"),
-        (lambda m: slopes(m).square().sum(1), "a derivative in an input of its own"),
+        (lambda m: slopes(m).square().sum(1), "a derivative with respect to its own input"),
     ],
 )
 def test_what_cannot_be_differentiated_twice_is_one_line(loss, operation):

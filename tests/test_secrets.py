@@ -1,4 +1,4 @@
-"""What the environment gives is in nothing that a run writes, and the run can be repeated and resumed all the same."""
+"""A run writes no values from the environment anywhere, and it can still be repeated and resumed."""
 
 import pytest
 import torch

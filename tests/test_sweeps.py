@@ -28,7 +28,7 @@ def test_best_first_and_failed_last(sweep):
     assert status == 2
     lines = err.splitlines()
     assert lines[0] == "fgtrain: job 2_lr=-1,method=backprop failed: lr must be positive, got -1.0"
-    assert re.match(r"fgtrain: some jobs of multirun/.* failed; the others are whole", lines[1])
+    assert re.match(r"fgtrain: some jobs of multirun/.* failed; the others are complete", lines[1])
     (path,) = folder.rglob("sweep.csv")
     with path.open() as file:
         rows = list(csv.DictReader(file))
@@ -88,7 +88,7 @@ def test_optuna_is_optional():
     ):
         compose("train", ["experiment=optuna"])
     assert one_line(caught.value) == (
-        'hydra/sweeper=optuna is not installed; pip install -e ".[sweeps]" brings optuna and joblib'
+        'hydra/sweeper=optuna is not installed; pip install -e ".[sweeps]" installs optuna and joblib'
     )
 
 

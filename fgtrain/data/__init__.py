@@ -1,4 +1,4 @@
-"""LightningDataModules. Those with `input_shape` and `num_classes` tell a model what it has to be built for."""
+"""LightningDataModules. Their `input_shape` and `num_classes`, if any, are passed to the model's constructor."""
 
 from fgtrain.data.digits import Digits
 from fgtrain.data.in_memory import InMemoryDataModule, TensorLoader

@@ -1,4 +1,4 @@
-"""scikit-learn's handwritten digits: real, small, and always there."""
+"""scikit-learn's handwritten digits: a small, real data set that needs no download."""
 
 from collections.abc import Sequence
 
@@ -17,8 +17,8 @@ class Digits(InMemoryDataModule):
 
     Args:
         batch_size: training examples per step and process.
-        seed: key of the order of the training examples.
-        classes: use these digits alone, labelled 0, 1, ... in this order; None uses all.
+        seed: seed of the order of the training examples.
+        classes: use only these digits, labelled 0, 1, ... in this order; None uses all.
     """
 
     input_shape = (1, 8, 8)

@@ -1,6 +1,6 @@
-"""Data sets that fit in memory, served as batches cut out of tensors.
+"""Data sets that fit in memory, with batches taken from tensors.
 
-On small inputs a worker-based loader costs more than the training step; indexing a tensor does not.
+For small inputs, a loader with workers takes longer than the training step; indexing a tensor does not.
 """
 
 import math
@@ -19,7 +19,7 @@ Transform = Callable[[Tensor], Tensor]
 
 
 class TensorLoader:
-    """Batches (inputs, labels) in an order that is a function of (seed, epoch); its position can be saved.
+    """Batches (inputs, labels) in an order that depends only on (seed, epoch). The position can be saved.
 
     Every rank draws the same order and takes its own part of each batch of world_size * batch_size examples.
 
@@ -28,9 +28,9 @@ class TensorLoader:
         labels: (N,).
         batch_size: examples per batch and rank.
         transform: applied to the inputs of each batch.
-        shuffle: a new order every epoch, else the order of the tensors.
-        seed: key of the orders.
-        rank: this process.
+        shuffle: use a new order every epoch, else the order of the tensors.
+        seed: seed of the orders.
+        rank: index of this process.
         world_size: number of processes.
     """
 
@@ -78,7 +78,7 @@ class TensorLoader:
         return torch.randperm(len(self.labels), generator=keyed_generator(self.seed, self._epoch))
 
     def _shard(self, index: Tensor) -> Tensor:
-        """This rank's part: equal for all ranks when training (a last batch is filled up from its start)."""
+        """This rank's part. In training all parts have equal size: the first examples of the last batch fill it up."""
         if self.world_size == 1:
             return index
         if self.shuffle and len(index) % self.world_size:
@@ -94,11 +94,11 @@ class TensorLoader:
 
 
 class InMemoryDataModule(L.LightningDataModule):
-    """Base of data sets held as tensors: subclasses say how to load them.
+    """Base of data sets held as tensors; subclasses implement `load`.
 
     Args:
         batch_size: training examples per step and process.
-        seed: key of the order of the training examples.
+        seed: seed of the order of the training examples.
 
     Attributes:
         input_shape: shape of one input.
@@ -145,7 +145,7 @@ class InMemoryDataModule(L.LightningDataModule):
 
 
 def standardize(train_inputs: Tensor) -> Transform:
-    """X -> (x - mean) / std per channel, with the statistics of the training inputs (N, C, H, W)."""
+    """The map x -> (x - mean) / std per channel, with the statistics of the training inputs (N, C, H, W)."""
     values = train_inputs.float()
     mean = values.mean((0, 2, 3)).view(1, -1, 1, 1)
     std = values.std((0, 2, 3)).view(1, -1, 1, 1).clamp_min(1e-6)
@@ -155,10 +155,10 @@ def standardize(train_inputs: Tensor) -> Transform:
 def refuse_other_examples(
     where: str, inputs: Tensor, labels: Tensor, num_classes: int | None, input_shape: Sequence[int] | None
 ) -> None:
-    """Compare examples with each other and with what their data module says of them.
+    """Check that inputs and labels agree with each other and with the attributes of their data module.
 
     Raises:
-        DataError: names `where` they differ.
+        DataError: they differ; the message begins with `where`, the name of their split or batch.
     """
     if len(inputs) != len(labels):
         raise DataError(f"{where} has {len(inputs)} inputs and {len(labels)} labels")
@@ -170,6 +170,6 @@ def refuse_other_examples(
         )
     if input_shape is not None and math.prod(inputs.shape[1:]) != math.prod(input_shape):
         raise DataError(
-            f"inputs of {where} have the shape {tuple(inputs.shape[1:])}, and input_shape of the data says "
+            f"inputs of {where} have the shape {tuple(inputs.shape[1:])}, but input_shape of the data is "
             f"{tuple(input_shape)}"
         )

@@ -1,4 +1,4 @@
-"""A stand-in for data where there is none."""
+"""A stand-in for the data of tasks without data."""
 
 from collections.abc import Iterator
 
@@ -7,7 +7,7 @@ import torch
 
 
 class Steps(L.LightningDataModule):
-    """`num_steps` empty batches: the clock of a task without data, such as a test function."""
+    """`num_steps` empty batches, which count the steps of a task without data, such as a test function."""
 
     def __init__(self, num_steps: int) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class Steps(L.LightningDataModule):
 
 
 class _Clock:
-    """Yields an empty tensor so many times; its position can be saved."""
+    """Yields an empty tensor `ticks` times; its position can be saved."""
 
     def __init__(self, ticks: int) -> None:
         self.ticks = ticks

@@ -14,25 +14,26 @@ from fgtrain.errors import DataError
 
 
 class Text(InMemoryDataModule):
-    """Windows of a text file: `context` tokens, and the token after each of them.
+    """Windows of a text file: `context` tokens, and the token that follows each of them.
 
-    The first 80 % of the text are for training, the next 10 % for validation, the rest for testing. Windows do not
+    The first 80 % of the text are for training, the next 10 % for validation, and the rest for testing. Windows do not
     overlap.
 
     Args:
         batch_size: windows per step and process.
-        path: a UTF-8 text file; None takes the text that comes with fgtrain, Lewis Carroll's "Jabberwocky" and
-            other public-domain verse.
+        path: a UTF-8 text file; None for the text that comes with fgtrain, Lewis Carroll's "Jabberwocky" and other
+            public-domain verse.
         context: T, tokens per window.
-        tokens: "chars", one token per different character of the file, or "bytes", 256 of them for any file.
-        seed: key of the order of the training windows.
+        tokens: "chars", one token per distinct character of the file, or "bytes", 256 tokens for any file.
+        seed: seed of the order of the training windows.
 
     Attributes:
         vocab_size: number of tokens.
         vocab: the characters in the order of their tokens; None for bytes.
 
     Raises:
-        DataError: there is no such file, it is no UTF-8 text, larger than the memory, or too short for three windows.
+        DataError: the file does not exist, is not UTF-8 text, is larger than the memory, or too short for three
+            windows.
     """
 
     def __init__(
@@ -84,11 +85,11 @@ def _read(path: str | None) -> bytes:
     if path is None:
         return files("fgtrain.data").joinpath("verse.txt").read_bytes()
     try:
-        refuse_unreadable(Path(path), 20)  # the text, the numbers of its characters and those of its tokens
+        refuse_unreadable(Path(path), 20)  # bytes for the text, its code points and its tokens
         return Path(path).read_bytes()
     except DataError as error:
-        raise DataError(f"{error}; give data.path=... a text file") from error
-    except (OSError, ValueError) as error:  # the second of a path that cannot be one
+        raise DataError(f"{error}; set data.path=... to a text file") from error
+    except (OSError, ValueError) as error:  # ValueError: an invalid path
         reason = getattr(error, "strerror", None) or error
         raise DataError(f"data.path={path} cannot be read ({reason}); give a text file") from error
 
@@ -97,4 +98,4 @@ def _decode(content: bytes, path: str | None) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        raise DataError(f"data.path={path} is no UTF-8 text ({error.reason}); use data.tokens=bytes") from error
+        raise DataError(f"data.path={path} is not UTF-8 text ({error.reason}); use data.tokens=bytes") from error

@@ -35,11 +35,11 @@ class TorchvisionImages(InMemoryDataModule):
     The validation set is the last part of torchvision's training set: 5000 images, or a tenth of a smaller one.
 
     Args:
-        name: torchvision's class.
-        root: folder of the data, as torchvision lays it out.
+        name: name of torchvision's class.
+        root: folder of the data, in torchvision's layout.
         batch_size: training examples per step and process.
-        train_size: use the first so many training images; None uses all.
-        seed: key of the order of the training examples.
+        train_size: use only the first `train_size` training images; None uses all.
+        seed: seed of the order of the training examples.
     """
 
     def __init__(
@@ -85,10 +85,10 @@ class TorchvisionImages(InMemoryDataModule):
             return _tensors(found)
         except DataError as error:
             raise DataError(f"{error}; {remedy}") from error
-        except Exception as error:  # torchvision's readers meet what is damaged in many ways
+        except Exception as error:  # torchvision raises many errors for damaged files
             reason = " ".join(str(error).split()) or type(error).__name__
             raise DataError(
-                f"{self.dataset} is not in data.root={self.root} and could not be put there, or is damaged ({reason}); "
+                f"{self.dataset} is not in data.root={self.root} and cannot be downloaded, or is damaged ({reason}); "
                 f"{remedy}"
             ) from error
 
@@ -99,5 +99,5 @@ def _tensors(dataset: Any) -> tuple[Tensor, Tensor]:
     labels = torch.as_tensor(dataset.targets)
     if images.dtype != torch.uint8 or labels.shape != (len(images),):
         shapes = f"{tuple(images.shape)} {images.dtype} and {tuple(labels.shape)}"
-        raise DataError(f"images and labels in {dataset.root} do not belong together: {shapes}")
+        raise DataError(f"images and labels in {dataset.root} do not match: {shapes}")
     return images, labels

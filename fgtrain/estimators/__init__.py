@@ -1,4 +1,4 @@
-"""Gradient estimators, one method a file. They know nothing of Lightning, Hydra or process groups."""
+"""Gradient estimators, one method per file. They do not depend on Lightning, Hydra or process groups."""
 
 from fgtrain.estimators.activity import ActivityPerturbation
 from fgtrain.estimators.backprop import Backprop

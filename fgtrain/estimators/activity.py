@@ -1,4 +1,4 @@
-"""Forward gradients by activity perturbation: directions in the space of the layers' outputs."""
+"""Forward gradients by activity perturbation: directions in the space of layer outputs."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -31,12 +31,12 @@ class ActivityPerturbation(GradientEstimator):
         g_W = (1/B) sum_i (1/K) sum_k d_k,i u_k,i x_i^T.
 
     Units zeroed by the following ReLU have zero gradient, and their estimate is exactly zero. Parameters of other
-    layers (norms, embeddings, tied weights) are perturbed themselves in the same pass, with the law `tangents`.
+    layers (norms, embeddings, tied weights) are perturbed directly in the same pass, with the law `tangents`.
 
     Losses: return per-example losses (B,), reduction="none". A scalar loss gives one derivative for all examples. The
-    estimate is still unbiased but has the variance of all examples' noise; a warning says so once. The first call
-    finds the rows of each layer's output that belong to an example. Where it cannot tell, the layer gets the derivative
-    of the mean loss for all rows.
+    estimate is still unbiased but has the variance of all examples' noise; a warning says so once. The first call finds
+    the rows of each layer's output that belong to each example. If it cannot, all rows of the layer use the derivative
+    of the mean loss.
 
     Bias: unbiased if neither layers nor losses mix examples, or with examples="mixed". If BatchNorm in training mode or
     a contrastive loss mixes them, examples="independent" ignores the effect of one example's noise on the losses of the
@@ -55,15 +55,14 @@ class ActivityPerturbation(GradientEstimator):
     rows (examples times positions) that share the layer's weight. This s is the geometric mean of the two cases above.
     Backpropagation's learning rate then serves every width and K.
 
-    Cost: one forward pass with K derivatives. It keeps the inputs of all layers (memory="keep"), or draws the noise
-    again in a second forward pass (memory="replay"). Ranks exchange the whole gradient.
+    Cost: one forward pass with K derivatives. It keeps the inputs of all layers (memory="keep"), or redraws the noise
+    in a second forward pass (memory="replay"). Ranks exchange the whole gradient.
 
     Args:
         num_tangents: K >= 1.
         noise: "balanced", "rademacher" or "normal", see `PerturbedPass`.
-        exact_head: compute the gradient of the last layer and of its output exactly, from C more directions that go
-            through the loss alone. Needs per-example losses (B,), and no BatchNorm or contrastive loss behind the
-            last layer.
+        exact_head: compute the gradient of the last layer exactly, from C more directions that go only through the
+            loss. Needs per-example losses (B,), and no BatchNorm or contrastive loss after the last layer.
         positions: "independent" noise for every position of a map or sequence, or one "shared" draw for all.
         examples: "independent" or "mixed", see Bias.
         memory: "keep" or "replay", see Cost.
@@ -73,7 +72,7 @@ class ActivityPerturbation(GradientEstimator):
     Raises:
         ValueError: an argument is out of its range.
         UnsupportedOperation: the model has no Linear or convolution to perturb, or uses an operation that the engine
-            cannot follow.
+            cannot handle.
 
     Source: Ren, Kornblith, Liao, Hinton 2023, arXiv:2210.03310, section 3. The balanced noise, the exact head and the
     shrinkage are fgtrain's own, tested in tests/test_activity.py.
@@ -177,18 +176,18 @@ class ActivityPerturbation(GradientEstimator):
         return Estimate(losses.mean(), average_grads(collected.grads, reduce), collected.derivatives)
 
     def _warn_of_scalar(self, calls: list[LayerCall]) -> None:
-        """One loss for several rows gives away what the method gains by its examples; said once."""
+        """Warn once that a scalar loss for several rows loses the method's advantage."""
         rows = max(call.shape[0] for call in calls)
         if rows > 1 and not self._has_warned:
             self._has_warned = True
             _log.warning(
-                "activity perturbation got one loss for %d rows: the variance is that of the noise on all of them; "
+                "activity perturbation got one loss for %d rows: the variance is that of the noise on all rows; "
                 "return per-example losses (B,), reduction='none', or set examples=mixed if examples belong together",
                 rows,
             )
 
     def _variance(self, units: float) -> float:
-        """For one example, of `units` numbers of noise; what the length of the estimate is to allow for."""
+        """The relative variance for one example with `units` numbers of noise, for shrinkage; 0 without it."""
         excess = {"rademacher": -1.0, "normal": 1.0, "balanced": -self.num_tangents}[self.noise]
         return max(0.0, units + excess) / self.num_tangents if self.shrinkage else 0.0
 
@@ -200,8 +199,8 @@ class _Collected:
     """Gradients of the layers' parameters, from the derivatives of a pass and its calls.
 
     Attributes:
-        derivatives: of the mean loss, (K,).
-        grads: what has been added up so far.
+        derivatives: derivatives of the mean loss, (K,).
+        grads: the gradients added up so far.
     """
 
     def __init__(
@@ -225,7 +224,7 @@ class _Collected:
         self._variance = variance
 
     def length(self, num_rows: int) -> float:
-        """What the gradient of a layer that sees this many rows is multiplied by."""
+        """The shrinkage factor for the gradient of a layer with `num_rows` rows."""
         return 1 / (1 + self._variance / num_rows**0.5)
 
     def add(self, call: LayerCall, local_grads: LocalGrads) -> None:

@@ -1,4 +1,4 @@
-"""Reverse mode: the exact gradient, against which every estimator is measured."""
+"""Reverse mode: the exact gradient, the reference for every estimator."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,9 +16,12 @@ class Backprop(GradientEstimator):
     """The exact gradient by backpropagation.
 
     Formula: g = grad f, from one reverse sweep over the stored activations.
-    Unbiased; variance 0 given the batch.
-    Cost: one forward and one backward pass (about three forwards), memory for every activation, the whole gradient
-    sent between ranks.
+
+    Bias: unbiased, with variance 0 given the batch.
+
+    Cost: one forward and one backward pass (about three forward passes) and memory for every activation. Ranks exchange
+    the whole gradient.
+
     Source: Rumelhart, Hinton, Williams 1986.
 
     >>> model = nn.ParameterDict({"x": torch.tensor(3.0)})

@@ -1,4 +1,4 @@
-"""The one noun and one verb of fgtrain: an estimator, called with a model and a loss, returns gradients."""
+"""The base of all methods: an estimator, called with a model and a loss, returns gradients."""
 
 import math
 from abc import ABC, abstractmethod
@@ -17,12 +17,12 @@ Claim = Literal["exact", "unbiased", "descent"]
 
 
 class Estimate(NamedTuple):
-    """What an estimator found out about the loss at the current parameters.
+    """The result of an estimator at the current parameters.
 
     Args:
         loss: mean loss, ().
-        grads: {parameter name: tensor like the parameter}; a parameter the loss does not reach is left out.
-        directional_derivatives: grad f . v_k of each direction, (K,); None for methods that take none.
+        grads: {parameter name: tensor like the parameter}, without parameters on which the loss does not depend.
+        directional_derivatives: grad f . v_k for each direction, (K,); None for methods without directions.
     """
 
     loss: Tensor
@@ -33,21 +33,20 @@ class Estimate(NamedTuple):
 class GradientEstimator(nn.Module, ABC):
     """Estimates the gradient of a loss. Subclasses implement `forward`; call the estimator itself.
 
-    The call changes no parameter and no `.grad`, leaves the random state and the buffers (BatchNorm statistics) as one
-    plain forward pass would, and puts the model's gradient nowhere: `write_grads` does that.
+    The call changes no parameter and no `.grad`; `write_grads` stores the gradients. It leaves the random state and the
+    buffers (BatchNorm statistics) in the state that one plain forward pass leaves.
 
     Attributes:
-        scalar_reducible: with the same directions on every rank, the mean over ranks of `directional_derivatives`
-            makes the estimate that of the whole batch, and `replay` rebuilds the gradients from them; otherwise the
-            gradients themselves must be averaged.
-        claims: what holds of every estimate g_hat, and is tested on every problem: "exact", it is the gradient to
-            rounding, which implies the others; "unbiased", E[g_hat] = grad f; "descent", g_hat . grad f >= 0 in
-            every draw.
-        backpropagates: gradients travel backwards through the activations, so that in float16 the loss must be scaled
-            before it is differentiated.
-        loss_at_parameters: the loss of an estimate is that of the parameters as they are, not of perturbed ones.
-        shardable: trains parameters whose rows are spread over ranks.
-        directions_at_a_time: how many directions over all parameters are in memory at once.
+        scalar_reducible: with the same directions on every rank, the mean over ranks of `directional_derivatives` gives
+            the estimate of the whole batch, and `replay` rebuilds the gradients from them. Otherwise the gradients
+            themselves must be averaged.
+        claims: properties of every estimate g_hat, tested on every problem. "exact": it is the gradient up to rounding,
+            which implies the others. "unbiased": E[g_hat] = grad f. "descent": g_hat . grad f >= 0 in every draw.
+        backpropagates: whether gradients pass backwards through the activations, so that in float16 the loss must be
+            scaled before it is differentiated.
+        loss_at_parameters: whether the loss of an estimate is that of the unperturbed parameters.
+        shardable: whether it can train parameters whose rows are distributed over ranks.
+        directions_at_a_time: number of directions over all parameters that are in memory together.
     """
 
     scalar_reducible: bool
@@ -57,7 +56,7 @@ class GradientEstimator(nn.Module, ABC):
     shardable: bool = False
     directions_at_a_time: int = 0
 
-    def __init__(self) -> None:  # nn.Module's takes any argument; a configuration is checked against this one
+    def __init__(self) -> None:  # nn.Module's accepts any argument; this signature checks configurations
         super().__init__()
         self._generator: torch.Generator | None = None
         self.register_load_state_dict_pre_hook(_make_room)
@@ -75,7 +74,7 @@ class GradientEstimator(nn.Module, ABC):
         Args:
             model: module whose parameters with requires_grad=True are differentiated.
             loss_fn: maps the model to per-example losses (B,), whose mean is taken, or to a scalar ().
-            generator: source of the directions. None draws from a generator of the estimator's own, seeded from
+            generator: source of the directions. None draws from the estimator's own generator, which is seeded from
                 torch.initial_seed() at its first use.
             reduce: mean over ranks of a tensor; None on one device.
         """
@@ -83,7 +82,7 @@ class GradientEstimator(nn.Module, ABC):
             return super().__call__(model, loss_fn, generator=generator or self.own_generator(), reduce=reduce)
 
     def own_generator(self) -> torch.Generator:
-        """Where directions come from when the caller names no generator."""
+        """The source of directions if the caller passes no generator."""
         if self._generator is None:
             self._generator = torch.Generator().manual_seed(torch.initial_seed())
         return self._generator
@@ -97,47 +96,47 @@ class GradientEstimator(nn.Module, ABC):
         generator: torch.Generator,
         reduce: Reduce | None,
     ) -> Estimate:
-        """The method itself, with the arguments of the call; it runs outside inference mode."""
+        """The method, called by `__call__` with its arguments, outside inference mode."""
 
     def make_room(self, state: Mapping[str, Tensor]) -> None:
-        """Have the tensors that a saved state has, where the first call creates some; few methods have any."""
+        """Create the tensors in a saved state that otherwise the first call creates; few methods have any."""
 
     def direction_bytes(self, params: Mapping[str, Tensor]) -> int:
         """Memory of one direction over `params`."""
         return 0
 
     def relative_squared_error(self, grads: Mapping[str, Tensor]) -> float | None:
-        """E ||g_hat - g||^2 / ||g||^2 in closed form, where g is the gradient `grads`; None where there is none."""
+        """E ||g_hat - g||^2 / ||g||^2 for the gradient g, `grads`; None if there is no closed form."""
         return None
 
     def mean_length(self, grads: Mapping[str, Tensor]) -> float:
-        """a, where the estimates of the gradient `grads` have the mean a g: 1, unless they are shrunk."""
+        """The factor a in E[g_hat] = a g for the gradient g, `grads`: 1, unless the estimates are shrunk."""
         return 1.0
 
     def mean_length_of(self, estimates: int, grads: Mapping[str, Tensor]) -> float:
-        """a for the mean of so many independent estimates, lengthened to be of least error again if they are shrunk."""
+        """`a` for the average of `estimates` estimates, with the shrinkage factor recomputed for that many."""
         return self.mean_length(grads)
 
     def expected_cosine(self, grads: Mapping[str, Tensor]) -> float | None:
-        """About the root mean square of the cosine between g_hat and g, `grads`; None as for the squared error.
+        """An approximation of the root mean square cosine between g_hat and g, `grads`; None as for the squared error.
 
-        It is a / sqrt(e + 2 a - 1), e being the relative squared error: e + 2 a - 1 = E ||g_hat||^2 / ||g||^2. Unlike e
-        it does not change with the length of the estimate.
+        It is a / sqrt(e + 2 a - 1), where e is the relative squared error and e + 2 a - 1 = E ||g_hat||^2 / ||g||^2.
+        Unlike e, it does not depend on the length of the estimate.
         """
         error, a = self.relative_squared_error(grads), self.mean_length(grads)
         return None if error is None else a / math.sqrt(error + 2 * a - 1)
 
     def replay(self, model: nn.Module, derivatives: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """The gradients of an estimate from its directional derivatives and its generator, without data.
+        """Rebuild the gradients of an estimate from its directional derivatives and its generator, without data.
 
-        Methods that are `scalar_reducible` have it.
+        Methods with `scalar_reducible` implement it.
 
         Args:
-            model: as in the estimate.
+            model: the model of the estimate.
             derivatives: the estimate's `directional_derivatives`.
-            generator: in the state in which the estimate was given it.
+            generator: the generator, in its state before the estimate.
         """
-        raise NotImplementedError(f"{type(self).__name__} is not a function of seeds and derivatives alone")
+        raise NotImplementedError(f"{type(self).__name__} cannot be rebuilt from seeds and derivatives")
 
 
 def _make_room(estimator: GradientEstimator, state: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
@@ -151,7 +150,7 @@ def require_positive_int(name: str, value: object) -> None:
 
 
 def average_grads(grads: dict[str, Tensor], reduce: Reduce | None) -> dict[str, Tensor]:
-    """The mean over ranks of all gradients, sent as one flat bucket."""
+    """The mean over ranks of all gradients, sent in one flat bucket."""
     if reduce is None or not grads:
         return grads
     flat = reduce(torch.cat([g.flatten() for g in grads.values()]))
@@ -162,17 +161,16 @@ def average_grads(grads: dict[str, Tensor], reduce: Reduce | None) -> dict[str, 
 def write_grads(
     model: nn.Module, grads: Mapping[str, Tensor], *, accumulate: bool = False, check_finite: bool = True
 ) -> None:
-    """Put gradients into `.grad`: the only function of fgtrain that does.
+    """Write gradients to `.grad`; no other function of fgtrain does this.
 
-    Gradients that hold a nan or inf are refused, and `.grad` stays as it was: to skip such a batch, catch the error and
-    go on with the next one.
+    Gradients with a nan or inf are refused, and `.grad` is not changed. To skip such a batch, catch the error and
+    continue with the next one.
 
     Args:
         model: owner of the parameters.
         grads: {parameter name: tensor like the parameter}.
-        accumulate: add to what `.grad` holds, as backward() does, instead of replacing it (by None where `grads`
-            has no entry).
-        check_finite: look for nan and inf, by the norm of each gradient; on a GPU that waits for the gradients.
+        accumulate: add to `.grad`, as backward() does, instead of replacing it (by None if `grads` has no entry).
+        check_finite: check the norm of each gradient for nan and inf; on a GPU this waits for the gradients.
 
     Raises:
         DivergenceError: a gradient is not finite.
@@ -197,5 +195,5 @@ def _refuse_non_finite(grads: Mapping[str, Tensor]) -> None:
 
 
 def norms(tensors: list[Tensor]) -> tuple[Tensor, ...]:
-    """Not finite where an entry is not; in half precision the squares need the range of single."""
+    """The norms, not finite if an entry is not; half precision is squared in single, to avoid overflow."""
     return foreach_norm(tensors, 2, dtype=torch.float32 if tensors[0].dtype.itemsize < 4 else None)

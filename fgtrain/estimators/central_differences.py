@@ -1,4 +1,4 @@
-"""What zeroth-order methods share: the directional derivative from two losses instead of one JVP."""
+"""The base of zeroth-order methods: directional derivatives from two losses instead of one JVP."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ from fgtrain.tangents.combine import Shrinkage
 
 
 class Lines(Protocol):
-    """The straight lines through the parameters along K directions."""
+    """Straight lines through the parameters along K directions."""
 
     def at(self, k: int, distance: float) -> Mapping[str, Tensor]:
         """The parameters moved by `distance` times direction k."""
@@ -35,10 +35,10 @@ class CentralDifferences(GradientEstimator):
         num_tangents: K >= 1.
         epsilon: half the distance of the two points, in units of a direction.
         shrinkage: multiply the mean by 1 / (1 + s).
-        rowwise: example i of the loss depends on row i of every parameter alone.
+        rowwise: example i of the loss depends only on row i of every parameter.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument is out of its range.
     """
 
     scalar_reducible = True
@@ -58,7 +58,7 @@ class CentralDifferences(GradientEstimator):
         self.rowwise = rowwise
 
     def relative_squared_error(self, grads: Mapping[str, Tensor]) -> float | None:
-        """For small epsilon."""
+        """The limit for small epsilon."""
         return None if self.rowwise else self.shrinkage.relative_squared_error(grads)
 
     def mean_length(self, grads: Mapping[str, Tensor]) -> float:
@@ -69,7 +69,7 @@ class CentralDifferences(GradientEstimator):
 
     @abstractmethod
     def lines(self, params: Mapping[str, Tensor], seeds: list[int]) -> Lines:
-        """The lines along the directions of these seeds."""
+        """The lines along the directions drawn from `seeds`."""
 
     @torch.no_grad()
     def forward(
@@ -100,7 +100,7 @@ class CentralDifferences(GradientEstimator):
         return lines.weighted_sum(derivatives / self.num_tangents * self.shrinkage.factor(params))
 
     def _differences(self, model: nn.Module, loss_fn: Callable[[Any], Tensor], lines: Lines) -> tuple[Tensor, Tensor]:
-        """Losses (B,) or (), averaged over all passes, and derivatives (K, B) or (K,); the trace of one plain pass."""
+        """Losses (B,) or (), averaged over all passes, and derivatives (K, B) or (K,); leaves the state of one pass."""
         repeated = RepeatedPass(model)
 
         def losses_at(k: int, distance: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Backpropagation that stores few activations and computes the others anew: the honest rival in memory."""
+"""Backpropagation that stores few activations and recomputes the others, for a fair comparison of memory."""
 
 import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -24,14 +24,17 @@ _log = logging.getLogger(__name__)
 class CheckpointedBackprop(GradientEstimator):
     """The exact gradient by backpropagation with activation checkpointing.
 
-    Formula: g = grad f. A chain of n equal layers (`nn.Sequential`, nested ones read as one chain) is cut into sqrt(n)
-    segments; what passes between segments is stored, and the backward sweep runs each segment forward again. The
-    members of an `nn.ModuleList` (the blocks of a transformer) are a segment each. What stands in neither is stored as
-    in plain backpropagation; a model that has neither is trained as by `Backprop`, and a warning says so.
-    Exact, to the bit where the layers' kernels are deterministic: Dropout draws its masks again, BatchNorm counts the
-    batch once.
-    Cost: up to one forward pass more than backpropagation, with about 2 sqrt(n) instead of n activations in memory; the
-    whole gradient sent between ranks.
+    Formula: g = grad f. A chain of n equal layers (`nn.Sequential`, nested ones read as one chain) is split into
+    sqrt(n) segments. Only the tensors between segments are stored, and the backward sweep runs each segment forward
+    again. Each member of an `nn.ModuleList` (a block of a transformer) is a segment. Other modules store their
+    activations as in plain backpropagation. A model without a chain or list is trained as by `Backprop`, and a warning
+    says so.
+
+    Bias: exact, bit for bit if the layers' kernels are deterministic. Dropout uses the same masks again, and BatchNorm
+    counts the batch once.
+
+    Cost: up to one forward pass more than backpropagation, with about 2 sqrt(n) instead of n activations in memory.
+    Ranks exchange the whole gradient.
 
     Raises:
         UnsupportedOperation: a segment changes its input in place, so it cannot be run twice.
@@ -59,13 +62,13 @@ class CheckpointedBackprop(GradientEstimator):
         generator: torch.Generator,
         reduce: Reduce | None,
     ) -> Estimate:
-        with eager_functions(), _in_segments(model):  # what was compiled does not look at replaced forwards
+        with eager_functions(), _in_segments(model):  # compiled code would ignore replaced forwards
             return Backprop()(model, loss_fn, reduce=reduce)
 
 
 @contextmanager
 def _in_segments(model: nn.Module) -> Generator[None]:
-    """Let the chains and lists of modules in `model` store no more than what enters their segments."""
+    """A context in which the chains and lists of modules in `model` store only the inputs of their segments."""
     with ExitStack() as stack:
         containers = list(dict.fromkeys(_containers(model)))
         for container in containers:
@@ -96,9 +99,9 @@ def _containers(module: nn.Module) -> Iterator[nn.Sequential | nn.ModuleList]:
 
 
 def _segments(chain: nn.Sequential) -> tuple[list[nn.Module], list[list[nn.Module]]]:
-    """The chain cut into segments of equal length, as many as make (segments + layers in the longest) least.
+    """The chain split into segments of equal length that minimises (segments + layers in the longest).
 
-    What changes the chain's own input in place cannot be run again from it, and goes ahead of the segments.
+    Modules that change the chain's input in place cannot be run again from it, so they run before the segments.
     """
     first, *others = links(chain) or [[]]
     ahead = list(takewhile(lambda module: getattr(module, "inplace", False), first))
@@ -117,7 +120,7 @@ def _segments(chain: nn.Sequential) -> tuple[list[nn.Module], list[list[nn.Modul
 
 
 def _modules_of(parts: list[nn.Module]) -> Iterator[nn.Module]:
-    """All modules in the given ones."""
+    """All modules within the given ones."""
     for part in parts:
         yield from part.modules()
 
@@ -129,7 +132,7 @@ def _run(steps: Sequence[Callable[[Any], Any]], x: Any) -> Any:
 
 
 def _stored_by_input(run: Callable[..., Any], modules: list[nn.Module]) -> Callable[..., Any]:
-    """`run`, whose activations are computed again when the backward sweep needs them."""
+    """`run`, with its activations recomputed when the backward sweep needs them."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
@@ -149,7 +152,7 @@ def _stored_by_input(run: Callable[..., Any], modules: list[nn.Module]) -> Calla
 
 
 class _BuffersAsBefore:
-    """Within it, the modules' buffers hold what they held at its construction; what happens to them is forgotten."""
+    """A context in which the modules' buffers have their values from its construction; later changes are discarded."""
 
     def __init__(self, modules: list[nn.Module]) -> None:
         held = [module._buffers for module in _modules_of(modules) if module._buffers]

@@ -1,4 +1,4 @@
-"""The exact gradient of the last layer beside an estimate for the other parameters, by one pass for both."""
+"""The exact gradient of the last layer and an estimate for the other parameters, from one pass."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,15 +24,15 @@ def with_exact_head(
     params: Mapping[str, Tensor],
     reduce: Reduce | None,
 ) -> Estimate:
-    """The estimate for all parameters but those of the last layer, and the exact gradient of these.
+    """An estimate for all parameters except those of the last layer, and the exact gradient for these.
 
-    C unit directions of the last layer's outputs go through the loss, in the pass that carries the estimate's own.
+    C unit directions of the last layer's outputs go through the loss, in the same pass as the estimate's directions.
 
     Args:
-        estimate: maps parameters, and a function that takes derivatives as `fgtrain.forward_ad.jvp` does, to theirs.
-        model: has a Linear layer last.
-        loss_fn: maps the model to losses (B,), each of one row of the last layer.
-        params: that are trained.
+        estimate: maps parameters and a function like `fgtrain.forward_ad.jvp` to an estimate for these parameters.
+        model: a model whose last layer is a Linear.
+        loss_fn: maps the model to losses (B,), each of which depends on one row of the last layer.
+        params: the trained parameters.
         reduce: mean over ranks.
     """
     layers = perturbed_layers(model, loss_fn)

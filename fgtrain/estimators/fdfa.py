@@ -1,4 +1,4 @@
-"""Direct feedback alignment whose feedback is learnt from forward-mode derivatives."""
+"""Direct feedback alignment with feedback matrices that are learnt from forward-mode derivatives."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -18,28 +18,28 @@ from fgtrain.tangents import Rademacher
 
 
 class FDFA(GradientEstimator):
-    """The error of the output, sent straight to every layer through feedback matrices that forward AD learns.
+    """The output error, sent directly to every layer through feedback matrices that are learnt by forward AD.
 
-    Formula: random signs u_l,k,i are added as noise to the output z_l of every hidden layer l for example i. One pass
-    carries them to the network's output as tangents t_k,i = sum_l J_l,i u_l,k,i with J_l,i = dy_i / dz_l,i. A feedback
-    matrix B_l is the running mean of their products:
+    Formula: random signs u_l,k,i are added to the tangents of the output z_l of every hidden layer l for example i. One
+    pass turns them into tangents t_k,i = sum_l J_l,i u_l,k,i of the network's output, with J_l,i = dy_i / dz_l,i. A
+    feedback matrix B_l is the running mean of the products t u^T:
 
         B_l <- B_l + beta ((1/(B K)) sum_i,k t_k,i u_l,k,i^T - B_l).
 
-    Its fixed point is E[J_l]. The error e_i = df_i / dy_i is exact; C more directions through the loss alone give it.
-    Then
+    Its fixed point is E[J_l]. The error e_i = df_i / dy_i is exact: C more directions that go only through the loss
+    give it. Then
 
         g_W of layer l = (1/B) sum_i (B_l^T e_i) x_i^T,        g_W of the last layer = (1/B) sum_i e_i x_i^T.
 
-    If a ReLU is all that follows a layer, the mean for a unit is taken over the examples in which the unit is active,
-    and inactive units get 0. Parameters of other layers (norms, embeddings) are perturbed in the same pass and
-    shrunk, as by `ActivityPerturbation` with shrinkage=True.
+    If only a ReLU uses a layer's output, the mean for a unit is over the examples in which the unit is active, and
+    inactive units get 0. Parameters of other layers (norms, embeddings) are perturbed in the same pass and shrunk, as
+    by `ActivityPerturbation` with shrinkage=True.
 
     Bias: biased, because B_l is one matrix for all examples and lags behind the changing weights. At its fixed point
     the gradient is exact for linear networks and for networks with one hidden layer of ReLUs.
 
     Variance: the entry (c, j) of B_l has the variance beta / (2 - beta) / (B K) sum_m J_cm^2 over the other N - 1 units
-    m, for noise on N units of a linear network. The estimate itself adds none.
+    m, for noise on N units of a linear network. The estimate itself adds no variance.
 
     Cost: one forward pass with K directions, and K + C through the last layer and the loss. The inputs of all layers
     and C numbers for every unit are kept. Ranks exchange the whole gradient and the feedback.
@@ -48,16 +48,16 @@ class FDFA(GradientEstimator):
 
     Args:
         num_tangents: K >= 1.
-        feedback_lr: beta, in (0, 1]. The first 1 / beta steps take the plain mean.
+        feedback_lr: beta, in (0, 1]. The first 1 / beta steps use the plain mean.
 
     Raises:
         ValueError: an argument is out of its range.
         UnsupportedOperation: the model has no Linear or convolution; it uses one twice; the size of a layer's output
-            changes; examples are not its first dimension; or examples are mixed behind the last layer.
-        LossError: losses are not per example (B,).
+            changes; examples are not its first dimension; or examples are mixed after the last layer.
+        LossError: the losses are not per example (B,).
 
-    Source: Bacho and Chu 2022, arXiv:2212.07282. There the noise is added behind the activation function; the mean over
-    active units is equivalent.
+    Source: Bacho and Chu 2022, arXiv:2212.07282. There the noise is added after the activation function; the mean over
+        active units is equivalent.
 
     On a linear network the estimate approaches the gradient as the feedback is learnt:
 
@@ -128,10 +128,10 @@ class FDFA(GradientEstimator):
         return Estimate(losses.mean(), average_grads(grads, reduce), derivatives)
 
     def _learn(self, hidden: list[LayerCall], tangent: Tensor, reduce: Reduce | None) -> None:
-        """Move every feedback matrix towards the mean of the output's tangents times the layer's noise."""
+        """Move every feedback matrix towards the mean product of the output's tangents and the layer's noise."""
         self.num_updates = self.num_updates + 1  # in place it would fail on one made in inference mode
         rate = max(self.feedback_lr, 1 / int(self.num_updates))
-        # Half precision has too few bits for a running mean: (K B, C) in single at least.
+        # (K B, C), at least in single precision: half has too few bits for a running mean.
         rows = tangent.flatten(0, 1).to(torch.promote_types(tangent.dtype, torch.float32))
         for call in hidden:
             assert call.noise is not None
@@ -144,7 +144,7 @@ class FDFA(GradientEstimator):
             if reduce is not None:
                 total, passed = reduce(total), reduce(passed)
             feedback = self._feedback_of(call, total)
-            teaches = (passed > 0) & total.isfinite().all()  # a batch that is not finite must not stay in the feedback
+            teaches = (passed > 0) & total.isfinite().all()  # skip batches that are not finite
             feedback.add_(torch.where(teaches, total / passed - feedback, 0), alpha=rate)
 
     def _feedback_of(self, call: LayerCall, like: Tensor) -> Tensor:
@@ -156,13 +156,13 @@ class FDFA(GradientEstimator):
         if buffers[key].shape != like.shape:
             layer, now, before = call.name.removesuffix(".weight"), like.shape[1:], buffers[key].shape[1:]
             raise UnsupportedOperation(
-                f"the output of {layer} is of shape {tuple(now)} per example and was {tuple(before)}; FDFA has "
-                "feedback for one size: give inputs of one size, or use ActivityPerturbation"
+                f"the output of {layer} has shape {tuple(now)} per example but had {tuple(before)}; FDFA has "
+                "feedback for one size only: use inputs of one size, or ActivityPerturbation"
             )
         return buffers[key]
 
     def _through_feedback(self, error: Tensor, call: LayerCall) -> Tensor:
-        """The gradient at the layer's output, from that at the network's (B, C)."""
+        """The gradient at the layer's output, from that at the network's output (B, C)."""
         feedback = self.feedback.get_buffer(call.name.replace(".", "/"))
         return call.cut_off((error @ feedback.flatten(1).to(error.dtype)).view(call.shape))
 
@@ -180,7 +180,7 @@ def _in_order(calls: list[LayerCall]) -> list[LayerCall]:
     names = [call.name for call in calls]
     twice = sorted({name.removesuffix(".weight") for name in names if names.count(name) > 1})
     if twice:
-        raise UnsupportedOperation(f"FDFA has one feedback matrix for a layer; {', '.join(twice)} is called twice")
+        raise UnsupportedOperation(f"FDFA has one feedback matrix per layer, but {', '.join(twice)} is called twice")
     return calls
 
 
@@ -188,6 +188,6 @@ def _refuse_other_rows(calls: list[LayerCall], rows: Mapping[str, Rows], num_exa
     for call in calls:
         if call.shape[0] != num_examples or (rows and rows.get(call.name) != Rows()):
             raise UnsupportedOperation(
-                f"FDFA needs outputs whose first dimension is the {num_examples} examples, "
+                f"FDFA needs outputs whose first dimension is the {num_examples} examples, but "
                 f"{call.name.removesuffix('.weight')} gives {tuple(call.shape)}; use ActivityPerturbation"
             )

@@ -18,41 +18,41 @@ from fgtrain.tangents.combine import Combine, Shrinkage, coefficients
 
 
 class ForwardGradient(GradientEstimator):
-    """The forward gradient of Baydin et al., for any law of directions and any number of them.
+    """The forward gradient of Baydin et al., with any law of directions and any number of them.
 
-    Formula: g = (1/K) sum_k (grad f . v_k) v_k with v_k from `tangents` (combine="mean"); or the orthogonal projection
-    of grad f on span(v_1 .. v_K) (combine="projection").
+    Formula: with combine="mean", g = (1/K) sum_k (grad f . v_k) v_k with v_k from `tangents`. With
+    combine="projection", g is the orthogonal projection of grad f on span(v_1 .. v_K).
 
-    Unbiased for combine="mean": E[(grad f . v) v] = E[v v^T] grad f = grad f. The projection is K/n of the gradient in
-    the mean. `clip_derivative` biases both.
+    Bias: combine="mean" is unbiased: E[(grad f . v) v] = E[v v^T] grad f = grad f. The mean of the projection is K/n of
+    the gradient. `clip_derivative` biases both.
 
-    Relative variance: s = (n - 1 + excess) / K for the mean, with n trainable numbers and the law's excess
-    (`fgtrain.tangents`); 1 - K/n is the projection's relative squared error.
+    Relative variance: s = (n - 1 + excess) / K for combine="mean", with n trainable numbers and the law's excess
+    (`fgtrain.tangents.laws`). The projection's relative squared error is 1 - K/n.
 
-    `shrinkage` multiplies the mean by 1 / (1 + s), the factor of least squared error: s / (1 + s) instead of s. It
-    changes no direction, only the length, so that one learning rate serves every K and n. E[g] = grad f / (1 + s). A
-    projection has that length by itself.
+    Shrinkage: the mean is multiplied by 1 / (1 + s), the factor of least squared error, which is then s / (1 + s)
+    instead of s, and E[g] = grad f / (1 + s). Only the length changes, not the direction, so that one learning rate
+    serves every K and n. A projection has this length already.
 
-    `exact_head` takes the gradient of the last layer exactly, by C unit directions of its outputs that go through the
-    loss alone; n then counts the other parameters.
+    Exact head: the gradient of the last layer is computed exactly, from C unit directions of its outputs that go only
+    through the loss. n then counts the other parameters.
 
-    Cost: one forward pass that carries K derivatives, the memory of inference, K floats sent between ranks (and the
-    last layer's gradient, if exact). In chunks of c directions: K / c passes in the memory of c directions.
+    Cost: one forward pass with K derivatives, in the memory of inference. In chunks of c directions: K / c passes in
+    the memory of c directions. Ranks exchange K floats (and the last layer's gradient, if exact).
 
     Args:
         tangents: law of the directions.
         num_tangents: K >= 1.
         combine: "mean" or "projection" (least squares in the span of the directions).
         shrinkage: multiply the mean by 1 / (1 + s), see `fgtrain.tangents.combine.Shrinkage`.
-        clip_derivative: cap on |grad f . v_k|, against rare large values; None for none.
-        chunk_size: at most so many directions in one pass; None for all. The estimate is the same, to rounding.
-        exact_head: as above; needs per-example losses (B,) and a Linear layer last, with no BatchNorm or contrastive
-            loss behind it.
-        rowwise: example i of the loss depends on row i of every parameter alone (many starting points of one
-            function): each row gets the derivative of its own loss.
+        clip_derivative: cap on |grad f . v_k|, against rare large values; None for no cap.
+        chunk_size: the largest number of directions in one pass; None for all. The estimate is the same up to rounding.
+        exact_head: see Exact head. Needs per-example losses (B,) and a Linear layer at the end, with no BatchNorm or
+            contrastive loss after it.
+        rowwise: example i of the loss depends only on row i of every parameter (many starting points of one
+            function), so each row gets the derivative of its own loss.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument is out of its range.
 
     Source: Baydin, Pearlmutter, Syme, Wood, Torr 2022, arXiv:2202.08587, equation 4; K directions: Fluegel et al.
     2024, arXiv:2410.17764; shrinkage: Shukla and Shin 2023, arXiv:2310.14168.
@@ -89,7 +89,7 @@ class ForwardGradient(GradientEstimator):
         if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
             raise ValueError(f"chunk_size must be an integer of at least 1 or None, got {chunk_size!r}")
         if exact_head and rowwise:
-            raise ValueError("exact_head and rowwise exclude each other: a function of points has no last layer")
+            raise ValueError("exact_head and rowwise cannot be combined: a function of points has no last layer")
         self.tangents = law_or(tangents, Normal())
         self.num_tangents = num_tangents
         self.combine: Combine = combine
@@ -143,7 +143,7 @@ class ForwardGradient(GradientEstimator):
             chunks = self._chunks(params, draw_seeds(generator, self.num_tangents))
             losses, derivatives = _along(chunks, jvp, model, loss_fn)
             if self.rowwise:
-                derivatives = derivatives / losses.numel()  # of the mean loss, like every gradient here
+                derivatives = derivatives / losses.numel()  # of the mean loss, like all gradients here
             elif losses.dim():
                 derivatives = derivatives.mean(1)
             if reduce is not None:

@@ -1,4 +1,4 @@
-"""A loss of its own for every block, and any estimator for its gradient."""
+"""A separate loss for every block, with any estimator for its gradient."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,22 +18,23 @@ from fgtrain.network.parameters import slots_of, trainable_params
 
 
 class LocalLosses(LocalHeads):
-    """A loss of its own for every block; no derivative crosses from one block to the next.
+    """A separate loss for every block; no derivative crosses from one block to the next.
 
-    Formula: block l is a layer with parameters and what follows it. It takes the output h_{l-1} of the previous block
-    as a constant and feeds a linear head A_l. With the local loss F_l = (1/B) sum_i loss(A_l h_l,i),
+    Formula: block l is a layer with parameters and the modules up to the next such layer. Its input is the output
+    h_{l-1} of the previous block, as a constant. Its output h_l feeds a linear head A_l. With the local loss
+    F_l = (1/B) sum_i loss(A_l h_l,i),
 
         g_l = estimate of dF_l / d(parameters of block l),
 
     by any estimator, by default activity perturbation. The last block needs no head: its loss is the model's. The heads
-    learn from the same losses by gradient descent. A block that is one `SideBySide` has a head and a loss for each of
-    its modules (the groupwise losses of Ren et al.), so that the noise on one group's units affects its own loss only.
+    learn from the same losses by gradient descent. If a block is one `SideBySide`, each of its modules has a head and a
+    loss (the groupwise losses of Ren et al.), so the noise on one group's units affects only its own loss.
 
     Bias: local gradients differ from those of the model's loss, except in the last block. Bias and variance with
     respect to the local gradients are those of `estimator`. The variance is smaller than for the whole model, because
     the noise is on one block's units at a time.
 
-    Cost: that of `estimator` on every block with its head, one after the other. Only one block's activations are kept
+    Cost: that of `estimator` for each block with its head, one after the other. Only one block's activations are kept
     at a time. Ranks exchange the whole gradient.
 
     State: the heads are created at the first call, at zero, and are saved with the estimator's state.
@@ -93,7 +94,7 @@ class LocalLosses(LocalHeads):
                     own = names.get(id(params[name]))
                     if own is None:
                         of_head[name] = g
-                    else:  # a weight that two blocks share has two losses
+                    else:  # two blocks may share a weight
                         grads[own] = grads[own] + g if own in grads else g
                 self.descend([params[name] for name in of_head], of_head.values())
             hidden = joined(outputs)
@@ -103,7 +104,7 @@ class LocalLosses(LocalHeads):
     def _estimate_of(self, net: nn.Module, loss_fn: Callable[[Any], Tensor], generator: torch.Generator) -> Estimate:
         if any(p.requires_grad for p in net.parameters()):
             return self.estimator(net, loss_fn, generator=generator)
-        with torch.no_grad():  # a frozen last block only tells the loss
+        with torch.no_grad():  # a frozen last block only gives the loss
             return Estimate(check_losses(loss_fn(net)).mean(), {})
 
     def parts_of(self, block: list[nn.Module]) -> list[list[nn.Module]]:
@@ -111,7 +112,7 @@ class LocalLosses(LocalHeads):
         return [[module] for module in only] if isinstance(only, SideBySide) else [block]
 
     def _nets(self, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> "list[list[LocalBlock]]":
-        """Every part of every block as a model; the same ones for the same parts, since engines remember models."""
+        """Every part of every block as a model; the models are reused, since engines store data with a model."""
         blocks = self.blocks_with_heads(model, loss_fn)
         kept = slots_of(model).kept(self, list)
         if [[net.part for net in nets] for nets in kept] != blocks:
@@ -123,14 +124,14 @@ class LocalLosses(LocalHeads):
 
 
 class LocalBlock(nn.Module):
-    """A part of a block and its head as a model of their own.
+    """A part of a block and its head as a separate model.
 
     Args:
         part: see `Part`.
         features: see `LocalHeads.features`.
 
     Attributes:
-        hidden: what enters the block; None for the first, which takes the model's inputs.
+        hidden: the block's input; None for the first block, which takes the model's inputs.
     """
 
     def __init__(self, part: Part, features: Callable[[Tensor], Tensor]) -> None:
@@ -148,7 +149,7 @@ class LocalBlock(nn.Module):
         return x if self.head is None else self.head(self.features(x))
 
     def take_output(self) -> Tensor:
-        """What has left the block; nothing of the pass is kept any longer."""
+        """Return the block's output, and free all tensors of the pass."""
         if self._output is None:
             raise UnsupportedOperation(WHOLE)
         output, self._output, self.hidden = self._output, None, None
@@ -159,5 +160,5 @@ class LocalBlock(nn.Module):
 
 
 def _value(x: Tensor) -> Tensor:
-    """What a tensor is without its derivatives, of whichever kind."""
+    """A tensor without derivatives of any kind."""
     return x.primal.detach() if isinstance(x, Dual) else forward_ad.unpack_dual(x).primal.detach()

@@ -1,4 +1,4 @@
-"""Gradients of small local losses as directions, with true directional derivatives for coefficients."""
+"""Gradients of small local losses as directions, with exact directional derivatives as coefficients."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -17,33 +17,34 @@ from fgtrain.network.parameters import trainable_params
 class LocalGuess(LocalHeads):
     """The gradient, projected block by block on the gradient of a local loss (Fournier et al.).
 
-    Formula: block l of the network (a layer with parameters and what follows it) feeds a linear head, and the loss of
-    the head's output has the gradient v_l in the block's parameters. Then g_l = d_l v_l / ||v_l||^2 with the true
-    d_l = grad f . v_l, all d_l from one forward pass that carries L directions. The last block needs no head: its v_L
-    is the gradient itself. The heads learn from the same local losses by gradient descent.
+    Formula: block l of the network (a layer with parameters and the modules up to the next such layer) feeds a linear
+    head. The loss of the head's output has the gradient v_l in the block's parameters. Then g_l = d_l v_l / ||v_l||^2
+    with the exact d_l = grad f . v_l. One forward pass with L directions gives all d_l. The last block needs no head:
+    its v_L is the gradient itself. The heads learn from the same local losses by gradient descent.
 
-    Biased: g is the projection of the gradient on span(v_1 .. v_L); it always descends, grad f . g = ||g||^2.
+    Bias: biased, since g is the projection of the gradient on span(v_1 .. v_L). It is always a descent direction:
+    grad f . g = ||g||^2.
 
-    Relative squared error: 1 - ||g||^2 / ||grad f||^2; how good the guesses are decides, there is no closed form.
+    Relative squared error: 1 - ||g||^2 / ||grad f||^2. It depends on the guesses and has no closed form.
 
-    Cost: a forward and a backward pass of every block and its head, one block's activations in memory, and one forward
-    pass that carries L dense directions. Not free of backpropagation: it stays within a block. Ranks average guesses,
-    head gradients and the L derivatives, so that R processes do what one does on the whole batch.
+    Cost: a forward and a backward pass of every block and its head, with one block's activations in memory, and one
+    forward pass with L dense directions. It uses backpropagation, but only within a block. Ranks average guesses, head
+    gradients and the L derivatives, so that R processes are equivalent to one on the whole batch.
+
+    State: the heads are created at the first call, at zero, and are saved with the estimator's state.
 
     Args:
         head_lr: learning rate of the heads.
         head_size: spatial size, per dimension, to which images are averaged before a head.
 
     Raises:
-        ValueError: an argument out of its range.
-        UnsupportedOperation: the model is no `nn.Sequential` (nested ones are read as one), or loss_fn does not call it
-            exactly as a whole.
-
-    The heads are created at the first call, at zero, and are saved with the estimator's state.
+        ValueError: an argument is out of its range.
+        UnsupportedOperation: the model is not an `nn.Sequential` (nested ones are read as one), or loss_fn does not
+            call it as model(inputs).
 
     Source: Fournier, Rivaud, Belilovsky, Eickenberg, Oyallon 2023, arXiv:2306.06968.
 
-    A network of one block has nothing to guess:
+    With one block, the estimate is the gradient itself:
 
     >>> model, x = nn.Sequential(nn.Linear(3, 1)), torch.ones(2, 3)
     >>> estimate = LocalGuess()(model, lambda m: m(x).square().mean())
@@ -82,14 +83,14 @@ class LocalGuess(LocalHeads):
             grads = {}
             for guess, d in zip(guesses, derivatives, strict=True):
                 square = torch.stack([v.square().sum() for _, v in guess]).sum()
-                factor = torch.where(square > 0, d / square, 0.0)  # a head that knows nothing guesses nothing
+                factor = torch.where(square > 0, d / square, 0.0)  # no guess from a head that is still zero
                 grads |= {names[id(p)]: factor * v for p, v in guess}
         return Estimate(losses.mean(), grads, derivatives)
 
     def _guesses(
         self, blocks: list[list[Part]], loss_fn: Callable[[Any], Tensor], reduce: Reduce | None
     ) -> list[list[tuple[nn.Parameter, Tensor]]]:
-        """(parameter, direction) for every trainable parameter, block by block; the heads take their step."""
+        """(parameter, direction) for every trainable parameter, block by block; also does the heads' step."""
         found, hidden, seen = [], None, set()
         for ((block, head),) in blocks:
             stage = Stage([block], hidden, None if head is None else partial(self._read, head))

@@ -1,4 +1,4 @@
-"""Blocks of a network and the small heads that give each of them a loss of its own."""
+"""Blocks of a network and the small heads that give each of them a separate loss."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -14,11 +14,11 @@ from fgtrain.network.chains import is_chain, links
 
 
 class Part(NamedTuple):
-    """A block, or one of the modules side by side that it consists of, with its head.
+    """A block, or one of its parallel modules, with its head.
 
     Args:
-        modules: run in turn.
-        head: maps features of what leaves them to an output of the model; None if that is one already.
+        modules: the modules, which run in turn.
+        head: maps features of their output to an output of the model; None for the last block.
     """
 
     modules: list[nn.Module]
@@ -26,17 +26,18 @@ class Part(NamedTuple):
 
 
 class LocalHeads(GradientEstimator):
-    """An estimator with a linear head behind every block but the last, which learns by gradient descent.
+    """An estimator with a linear head after every block but the last; the heads learn by gradient descent.
 
-    A block is a layer with parameters and what follows it; it has one part, or several (`parts_of`) with a head each.
-    The heads are created at the first call, at zero, and are saved with the estimator's state.
+    A block is a layer with parameters and the modules up to the next such layer. It has one or several parts
+    (`parts_of`), each with a head. The heads are created at the first call, at zero, and are saved with the estimator's
+    state.
 
     Args:
         head_lr: learning rate of the heads.
         head_size: spatial size, per dimension, to which images are averaged before a head.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument is out of its range.
     """
 
     def __init__(self, head_lr: float = 0.1, *, head_size: int = 2) -> None:
@@ -50,10 +51,10 @@ class LocalHeads(GradientEstimator):
         self.heads = nn.ModuleDict()
 
     def blocks_with_heads(self, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> list[list[Part]]:
-        """The parts of every block, whose heads are there afterwards; the trial that may take leaves no trace.
+        """The parts of every block; creates missing heads, with a trial pass that has no side effects.
 
         Raises:
-            UnsupportedOperation: the model is no chain of modules with outputs (B, classes).
+            UnsupportedOperation: the model is not a chain of modules with outputs (B, classes).
         """
         *blocks, last = blocks_of(model)
         parts = {str(i): self.parts_of(block) for i, block in enumerate(blocks)}
@@ -70,11 +71,11 @@ class LocalHeads(GradientEstimator):
         return [*with_heads, [Part(last, None)]]
 
     def parts_of(self, block: list[nn.Module]) -> list[list[nn.Module]]:
-        """What gets a head of its own in a block."""
+        """The parts of a block that each get a head."""
         return [block]
 
     def features(self, hidden: Tensor) -> Tensor:
-        """(B, features) of a block's output (B, ...)."""
+        """The features (B, features) of a block's output (B, ...)."""
         if hidden.dim() == 4:
             height, width = (min(self.head_size, size) for size in hidden.shape[2:])
             hidden = F.adaptive_avg_pool2d(hidden, (height, width))
@@ -102,15 +103,15 @@ class LocalHeads(GradientEstimator):
                 self.add_head(key, self.features(output).shape[1], logits.shape[1], output)
 
     def add_head(self, key: str, num_features: int, num_outputs: int, like: Tensor) -> None:
-        """A head that knows nothing yet, for the block of this index."""
-        head = nn.Linear(num_features, num_outputs, device="meta", dtype=like.dtype)  # initialising would draw numbers
+        """Add a head with zero weights, named `key`."""
+        head = nn.Linear(num_features, num_outputs, device="meta", dtype=like.dtype)  # avoids drawing random numbers
         self.heads[key] = head.to_empty(device=like.device)
         for p in head.parameters():
             nn.init.zeros_(p)
 
     @torch.no_grad()
     def descend(self, params: Iterable[Tensor], grads: Iterable[Tensor]) -> None:
-        """The heads' step of gradient descent; a batch that is not finite teaches nothing."""
+        """Do the heads' step of gradient descent; gradients that are not finite are ignored."""
         for p, g in zip(params, grads, strict=True):
             p.sub_(torch.where(g.isfinite().all(), g, 0.0), alpha=self.head_lr)
 
@@ -123,11 +124,11 @@ class LocalHeads(GradientEstimator):
 
 
 def blocks_of(model: nn.Module) -> list[list[nn.Module]]:
-    """Layers with parameters, each with what follows it; what precedes the first goes with it."""
+    """Layers with parameters, each with the modules up to the next; modules before the first belong to it."""
     if not is_chain(model):
         raise UnsupportedOperation(
-            f"local losses are taken block by block in an nn.Sequential, which {type(model).__name__} is not; "
-            "make it one or train with another method"
+            f"local losses need an nn.Sequential, got {type(model).__name__}; make the model one or train with "
+            "another method"
         )
     blocks = links(model)
     if len(blocks) > 1 and not any(True for module in blocks[0] for _ in module.parameters()):
@@ -136,12 +137,12 @@ def blocks_of(model: nn.Module) -> list[list[nn.Module]]:
 
 
 class Stage(nn.Module):
-    """Stands for the model in a loss function, but runs one block and its head.
+    """Replaces the model in a loss function, but runs only one block and its head.
 
     Args:
-        parts: side by side, each of them modules run in turn.
-        hidden: what enters the block; None for the first, which takes the model's inputs.
-        head: maps what leaves the block to an output of the model; None if that is one already.
+        parts: the block's parallel parts, each of them modules that run in turn.
+        hidden: the block's input; None for the first block, which takes the model's inputs.
+        head: maps the block's output to an output of the model; None if it is one already.
     """
 
     def __init__(
@@ -161,7 +162,7 @@ class Stage(nn.Module):
         return x if head is None else head(x)
 
     def outputs(self) -> list[Tensor]:
-        """What has left each part."""
+        """The output of each part."""
         if not self._outputs:
             raise UnsupportedOperation(WHOLE)
         return [output.detach() for output in self._outputs]
@@ -171,19 +172,19 @@ class Stage(nn.Module):
 
 
 def run(modules: Iterable[nn.Module], x: Any) -> Any:
-    """The output of modules run in turn."""
+    """The output of modules that run in turn."""
     for module in modules:
         x = module(x)
     return x
 
 
 def joined(outputs: Sequence[Tensor]) -> Tensor:
-    """What leaves a block, from what leaves its parts."""
+    """The output of a block from the outputs of its parts."""
     return outputs[0] if len(outputs) == 1 else torch.cat(list(outputs), dim=1)
 
 
 class Stages(nn.Module):
-    """The model again, block after block."""
+    """The model, run block by block."""
 
     def __init__(self, stages: list[Stage]) -> None:
         super().__init__()

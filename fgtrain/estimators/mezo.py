@@ -1,4 +1,4 @@
-"""MeZO: central differences in the memory of inference."""
+"""MeZO: central differences with the memory use of inference."""
 
 from collections.abc import Mapping
 
@@ -13,19 +13,19 @@ from fgtrain.tangents.directions import dense
 
 
 class MeZO(CentralDifferences):
-    """Zeroth-order steps in the memory of inference: directions are drawn again from their seeds, never stored.
+    """Zeroth-order steps with the memory use of inference: directions are redrawn from their seeds and never stored.
 
     Formula, bias and relative variance: those of `SPSA`, with normal directions by default.
 
-    MeZO adds epsilon z to the parameters and subtracts it again, which in floating point does not give them back. Here
-    a perturbed weight exists only while an operation uses it: the parameters stay as they are, bit for bit, also when
+    The original adds epsilon z to the parameters and subtracts it again, which in floating point does not restore them.
+    Here a perturbed weight exists only while an operation uses it. So the parameters stay the same bit for bit, even if
     the loss raises an error.
 
-    Cost: 2 K forward passes, and an unperturbed one if the model has buffers; memory of inference and one perturbed
-    parameter at a time. K floats sent between ranks. A direction is drawn anew wherever a parameter is used, so a
-    recurrent layer written as a loop pays for it at every step.
+    Cost: 2 K forward passes, and an unperturbed one if the model has buffers. Memory: that of inference, and one
+    perturbed parameter at a time. Ranks exchange K floats. A direction is redrawn at every use of a parameter, so a
+    recurrent layer in a loop draws it at every time step.
 
-    A step can be made again without model, loss or data, from its K directional derivatives and the generator's state:
+    A step can be repeated without the loss or the data, from its K directional derivatives and the generator's state:
     see `replay`.
 
     Args:
@@ -35,7 +35,7 @@ class MeZO(CentralDifferences):
         shrinkage: multiply the mean by 1 / (1 + s), see `fgtrain.tangents.combine.Shrinkage`.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument is out of its range.
 
     Source: Malladi, Gao, Nichani, Damian, Lee, Chen, Arora 2023, arXiv:2305.17333, algorithm 1.
 
@@ -62,7 +62,7 @@ class MeZO(CentralDifferences):
 
 
 class _DrawnAgain:
-    """Lines along directions that are drawn from their seeds wherever they are used, parameter by parameter."""
+    """Lines along directions that are redrawn from their seeds at every use, one parameter at a time."""
 
     def __init__(self, params: Mapping[str, Tensor], seeds: list[int], tangents: Tangents) -> None:
         self._params = params

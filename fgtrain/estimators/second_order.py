@@ -21,16 +21,16 @@ class SecondOrder(GradientEstimator):
     """Forward mode of second order: the Newton step in the span of K directions (FoMoH-KD).
 
     Formula: g = Q |H|^-1 Q^T grad f, where the columns of Q are an orthonormal basis of span(v_1 .. v_K) and
-    H = Q^T (Hessian of f) Q; |H| has the absolute eigenvalues of H, none smaller than `damping` times the largest. So
+    H = Q^T (Hessian of f) Q. |H| has the absolute eigenvalues of H, each at least `damping` times the largest. So
     p - lr g with lr = 1 goes to the minimum of the quadratic model in the plane, and away from its saddle points. Only
-    the span of the directions matters. Q^T grad f and H are made of d_k = grad f . v_k and of v_j^T (Hessian of f) v_k.
+    the span of the directions matters. Q^T grad f and H follow from d_k = grad f . v_k and v_j^T (Hessian of f) v_k.
 
-    Biased: g is no estimate of the gradient but a step; it always descends, as |H| is positive.
+    Bias: g is not an estimate of the gradient but a step. It is always a descent direction, because |H| is positive.
 
-    Cost: one pass that carries K first and K^2 second derivatives, in K^2 times the memory of inference; on a small
-    MLP 10, 23 and 125 times a backprop step at K = 1, 4 and 16. The Hessian of the span is exact, whatever PyTorch's
-    forward mode can differentiate twice; a ReLU network is curved through its loss alone. The whole gradient is sent
-    between ranks, each of which takes its own plane.
+    Cost: one pass with K first and K^2 second derivatives, in K^2 times the memory of inference. On a small MLP it
+    takes 10, 23 and 125 times a backprop step for K = 1, 4 and 16. The Hessian in the span is exact for all operations
+    that PyTorch's forward mode can differentiate twice. The curvature of a ReLU network comes only from its loss. Each
+    rank uses its own plane, and ranks exchange the whole gradient.
 
     Args:
         tangents: law of the directions.
@@ -38,7 +38,7 @@ class SecondOrder(GradientEstimator):
         damping: least eigenvalue of |H|, relative to the largest.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument is out of its range.
         UnsupportedOperation: an operation has no second derivative in forward mode.
 
     Source: Cobb, Baydin, Pearlmutter, Jha 2024, arXiv:2408.10419, section 4.
@@ -83,7 +83,7 @@ class SecondOrder(GradientEstimator):
     def _newton(self, gram: Tensor, curvature: Tensor, slopes: Tensor) -> Tensor:
         """The weights of the directions, (K,), found in an orthonormal basis of their span."""
         lengths, axes = torch.linalg.eigh(gram)
-        keep = lengths > 1e-12 * lengths[-1]  # directions can depend on each other
+        keep = lengths > 1e-12 * lengths[-1]  # directions may be linearly dependent
         basis = axes[:, keep] * lengths[keep].rsqrt()  # (K, rank)
         sizes, vectors = torch.linalg.eigh(basis.mT @ curvature.double() @ basis)
         sizes = sizes.abs()
@@ -101,8 +101,8 @@ def curvature_in_span(
     """Mean loss (), first derivatives (K,) and second derivatives (K, K) along K directions.
 
     Args:
-        model: ends with the trace of one plain pass.
-        loss_fn: of the model.
+        model: any module; afterwards its state is that after one plain pass.
+        loss_fn: its loss function.
         tangents: {name: (K, *p.shape)}.
     """
     slots, repeated = slots_of(model), RepeatedPass(model)
@@ -138,7 +138,7 @@ def curvature_in_span(
 
 
 class _own_buffers:  # noqa: N801 - a context manager used like a function
-    """Within it the model works on copies of its buffers: a derivative of a pass must not change what it was given."""
+    """A context in which the model uses copies of its buffers: a derivative of a pass must not change its inputs."""
 
     def __init__(self, model: nn.Module) -> None:
         self._held = [(m._buffers, dict(m._buffers)) for m in model.modules() if m._buffers]

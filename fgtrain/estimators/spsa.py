@@ -15,25 +15,25 @@ class SPSA(CentralDifferences):
 
     Formula: g = (1/K) sum_k d_k v_k, d_k = (f(p + epsilon v_k) - f(p - epsilon v_k)) / (2 epsilon).
 
-    Bias: d_k = grad f . v_k + (epsilon^2 / 6) D^3 f[v_k, v_k, v_k] + O(epsilon^4): none for a quadratic, a quarter for
-    half the epsilon. Rounding adds about |f| / epsilon times the unit roundoff to d_k.
+    Bias: d_k = grad f . v_k + (epsilon^2 / 6) D^3 f[v_k, v_k, v_k] + O(epsilon^4). It is zero for a quadratic, and half
+    the epsilon gives a quarter of it. Rounding adds about |f| / epsilon times the unit roundoff to d_k.
 
     Relative variance: that of `ForwardGradient`, s = (n - 1 + excess) / K, for small epsilon. `shrinkage` multiplies
     the mean by 1 / (1 + s), so that one learning rate serves every K and n.
 
-    Cost: 2 K forward passes, and an unperturbed one if the model has buffers, which come from it; memory of inference,
-    K directions and a second copy of the parameters; K floats sent between ranks. Needs no derivative of any operation.
-    The loss reported is the mean of the 2 K losses, f + O(epsilon^2).
+    Cost: 2 K forward passes, and an unperturbed one if the model has buffers, to update them. Memory: that of
+    inference, K directions and a second copy of the parameters. Ranks exchange K floats. No operation needs a
+    derivative. The reported loss is the mean of the 2 K losses, f + O(epsilon^2).
 
     Args:
         tangents: law of the directions; signs by default, as in Spall's article.
         num_tangents: K >= 1.
         epsilon: half the distance of the two points, in units of a direction.
         shrinkage: multiply the mean by 1 / (1 + s), see `fgtrain.tangents.combine.Shrinkage`.
-        rowwise: example i of the loss depends on row i of every parameter alone, as in `ForwardGradient`.
+        rowwise: example i of the loss depends only on row i of every parameter, as in `ForwardGradient`.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument is out of its range.
 
     Source: Spall 1992, IEEE Transactions on Automatic Control 37(3), equation 2.2.
 

@@ -1,11 +1,10 @@
 """Forward-mode automatic differentiation of a whole loss: one pass returns its value and its derivatives.
 
-Three engines answer the same call. `stacked` carries the value and all K directions through one pass, with rules for
-the layers networks are made of. `compiled` makes one compiled function of that pass, for models that were compiled.
-`native` is PyTorch's own forward mode, one pass per direction: slower, and the reference the others are tested against.
-Each pass runs through the fastest engine that can follow it. Where an engine fails, the next one takes the pass, which
-starts from the same buffers and random numbers; the log says so once. A derivative that no engine can be sure of is
-refused by name.
+There are three engines with the same interface. `stacked` computes the value and all K directions in one pass, with
+rules for the usual layers. `compiled` turns that pass into one compiled function, for models that were compiled.
+`native` is PyTorch's own forward mode, one pass per direction: slower, and the reference for tests of the others. A
+pass runs in the fastest engine that can handle it. If an engine fails, the next one repeats the pass with the same
+buffers and random numbers, and the log says so once. If no engine can guarantee a derivative, an error names the cause.
 """
 
 import logging
@@ -39,18 +38,18 @@ def directional_derivatives(
     """Losses and the K directional derivatives of their mean along `tangents`, without a backward pass.
 
     Args:
-        model: any module. Its parameters, `.grad` and the global random state stay as they are; its buffers change as
-            by one forward pass.
+        model: any module. Its parameters and `.grad` do not change. Its buffers and the global random state change as
+            in one forward pass.
         loss_fn: maps the model to losses (B,) or ().
-        tangents: {parameter name: (K, *p.shape)}, or low-rank forms; parameters left out have the direction 0.
+        tangents: {parameter name: (K, *p.shape)}, or low-rank tangents; missing parameters have the direction 0.
 
     Returns:
         losses (B,) or (), and the derivatives (K,).
 
     Raises:
-        UnsupportedOperation: an operation has no forward-mode derivative; says where and what to do.
+        UnsupportedOperation: an operation has no forward-mode derivative; the message says where and what to do.
         LossError: the loss depends on no parameter, or is not of shape (B,) or ().
-        ValueError: a name that is no parameter.
+        ValueError: a name is not that of a parameter.
 
     The derivative of x^2 at x = 3 along v = 1 is 6:
 
@@ -75,12 +74,12 @@ def jvp(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> t
 
 @dataclass
 class _Plan:
-    """Which engine a pass starts with.
+    """The engine with which a pass starts.
 
     Args:
-        first: its place in the list of engines.
-        left: how many more passes start with it before the fastest engine is tried again.
-        wait: what `left` becomes at the next failure.
+        first: its index in the list of engines.
+        left: the number of passes that still start with it before the fastest engine is tried again.
+        wait: the value of `left` after the next failure.
     """
 
     first: int = 0
@@ -89,11 +88,11 @@ class _Plan:
 
 
 class _Engines:
-    """The engines of a model, the fastest first; the next one takes what an engine cannot.
+    """The engines of a model, fastest first; if one fails, the next one runs the pass.
 
-    What an engine meets is the number and kind of the directions, the mode, dtype and layout of the model, and whether
-    the model is compiled. An engine that failed is tried again when it meets something else, and after a while that
-    doubles with each failure.
+    The conditions of a pass are the number and kind of the directions, the mode, dtype and layout of the model, and
+    whether the model is compiled. An engine that failed is tried again under other conditions, and after a number of
+    passes that doubles with each failure.
     """
 
     def __init__(self, slots: ParameterSlots) -> None:
@@ -106,12 +105,12 @@ class _Engines:
     def run(
         self, model: nn.Module, slots: ParameterSlots, loss_fn: LossFn, tangents: Mapping[str, Tangent]
     ) -> tuple[Tensor, Tensor]:
-        """As `jvp`, of a model with these slots."""
+        """As `jvp`, for a model with these slots."""
         met = self._met(model, tangents)
         engines, plan = self._all(compiled=met[-1]), self._plans.get(met)
         first = plan.first if plan is not None and plan.left else 0
-        # Where an engine is likely to fail, everything that a pass can change is kept; that takes longer than a step of
-        # a small model.
+        # If an engine is likely to fail, the state that a pass can change is saved; this takes longer than a step of a
+        # small model.
         before = RepeatedPass(model) if plan is None or first < plan.first else LightPass(slots)
         for i in range(first, len(engines)):
             engine, otherwise = engines[i]
@@ -134,12 +133,12 @@ class _Engines:
         raise AssertionError("the last engine returns or raises")
 
     def _met(self, model: nn.Module, tangents: Mapping[str, Tangent]) -> tuple[Any, ...]:
-        """What decides which engines can run, as far as it can be seen beforehand."""
+        """The conditions that decide which engines can run, as far as they are known before the pass."""
         first, p = next(iter(tangents.values())), self._one
         return type(first), num_of(tangents), model.training, p.dtype, p.stride(), is_compiled(model)
 
     def _all(self, *, compiled: bool) -> list[tuple[Engine, str]]:
-        """(engine, what is said where it fails)."""
+        """(engine, log message for its failure)."""
         if self._is_sharded:
             return [(_sharded, "")]
         engines = [(_stacked, "%s runs through the slower reference engine: %s"), (_native, "")]
@@ -149,12 +148,12 @@ class _Engines:
             from fgtrain.forward_ad.compiled import CompiledPass  # importing the compiler takes seconds
 
             self._compiled = CompiledPass()
-        return [(self._run_compiled, "the derivatives of %s are taken uncompiled: %s"), *engines]
+        return [(self._run_compiled, "the derivatives of %s are computed uncompiled: %s"), *engines]
 
     def _run_compiled(
         self, model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent], before: Before
     ) -> tuple[Tensor, Tensor]:
-        """The compiled engine; what it has just compiled is compared with the stacked engine."""
+        """Run the compiled engine; the first result of a new compilation is compared with the stacked engine."""
         known = self._compiled.num_compilations
         found = self._compiled(model, loss_fn, tangents)
         if self._compiled.num_compilations == known:
@@ -162,7 +161,7 @@ class _Engines:
         before.rewind()
         expected = _stacked(model, loss_fn, tangents, before)
         if not all(map(_agree, found, expected)):
-            raise NotIntercepted("the compiled ones differ")
+            raise NotIntercepted("the compiled derivatives differ")
         return expected
 
     def _tell(self, message: str, *parts: str) -> None:
@@ -190,6 +189,6 @@ def _sharded(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent],
 
 
 def _agree(found: Tensor, expected: Tensor) -> bool:
-    """Whether they differ by what rounding does to a long sum in their dtype."""
+    """Whether they are equal up to the rounding error of a long sum in their dtype."""
     tolerance = torch.finfo(expected.dtype).eps ** (2 / 3)
     return found.shape == expected.shape and bool((found - expected).norm() <= tolerance * expected.norm())

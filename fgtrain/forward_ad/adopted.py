@@ -1,7 +1,7 @@
-"""Plain tensors that duals are written into: from then on they, and all that share their memory, are duals.
+"""Plain tensors into which duals are written: from then on they, and all tensors that share their memory, are duals.
 
-`out = torch.zeros(n, d); out.index_add_(0, index, h)` makes a tensor that moves of one that did not, and Python still
-holds the plain one. A mode looks at every call of the pass for it.
+`out = torch.zeros(n, d); out.index_add_(0, index, h)` gives a plain tensor derivatives, but Python still refers to the
+plain one. A mode replaces it by its dual in every later call of the pass.
 """
 
 from typing import Any
@@ -17,7 +17,7 @@ from fgtrain.forward_ad.dual import Dual, is_differentiable
 class Adopting(TorchFunctionMode):
     """A mode in which calls see the duals of adopted tensors.
 
-    Adopted is memory, not a tensor: views made before and after the write are followed too.
+    Memory is adopted, not a tensor, so views made before and after the write are followed too.
     """
 
     def __init__(self) -> None:
@@ -31,7 +31,7 @@ class Adopting(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def adopt(self, x: Tensor, num_directions: int) -> Dual:
-        """The dual that `x`, a plain tensor of real or complex numbers, is from here on; its tangents are 0."""
+        """Adopt `x`, a plain tensor of real or complex numbers, and return its dual; its tangents are 0."""
         memory = x.untyped_storage()
         if memory._cdata not in self._tangents:
             size = memory.nbytes() // x.element_size()

@@ -1,14 +1,14 @@
-"""The compiled engine: a pass of stacked duals, taken down once and run as one compiled function ever after.
+"""The compiled engine: a pass of stacked duals, traced once and then run as one compiled function.
 
-A compiled function drops the tangent of a dual tensor without a word, so none is ever called with one. Instead
+A compiled function silently drops the tangent of a dual tensor, so it is never called with one. Instead
 
-1. Dynamo takes down what the loss calls, with guards on everything it depends on: a loss, a model or a batch of another
-   shape that does not pass the guards is taken down anew;
-2. these calls run once on stacked duals of tensors without numbers, and what the rules did is taken down in turn: a
-   graph of plain tensors, with inputs, parameters and directions going in, losses and derivatives coming out;
+1. Dynamo traces the calls of the loss, with guards on everything they depend on. If the guards fail, for another loss,
+   model or batch shape, it traces again;
+2. the traced calls run once on stacked duals of fake tensors. The operations of the rules are traced in turn, into a
+   graph of plain tensors that maps inputs, parameters and directions to losses and derivatives;
 3. Inductor compiles that graph.
 
-What cannot be taken down goes through the stacked engine as it is written.
+A pass that cannot be traced runs in the stacked engine.
 """
 
 from collections.abc import Callable, Mapping
@@ -31,7 +31,7 @@ from fgtrain.tangents.directions import LowRankTangent, Tangent
 
 
 def inductor(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-    """The graph, compiled for inputs like these."""
+    """Compile the graph for inputs of these shapes and types."""
     return compile_graph(graph, inputs, OPTIONS)
 
 
@@ -39,19 +39,19 @@ class CompiledPass:
     """The compiled engine of one model; called like `fgtrain.forward_ad.jvp`.
 
     Args:
-        backend: what makes a function of a graph of plain tensors.
+        backend: turns a graph of plain tensors into a function.
 
     Attributes:
-        num_compilations: how many functions have been made.
+        num_compilations: number of functions compiled so far.
 
     Raises:
-        NotIntercepted: something cannot be compiled; the stacked engine can take it, or say what is wrong.
+        NotIntercepted: the pass cannot be compiled; the stacked engine can run it, or name the error.
     """
 
     def __init__(self, backend: Callable[[fx.GraphModule, list[Any]], Callable[..., Any]] = inductor) -> None:
         self._backend = backend
         self.num_compilations = 0
-        # What Dynamo takes down it keeps with the code, so every model has its own.
+        # Dynamo stores its traces with the code object, so every model gets its own.
         run = FunctionType(_loss.__code__.replace(), globals())
         self._run = torch.compile(run, backend=self._take_down, fullgraph=True, dynamic=False)
         self._names: dict[int, str] = {}
@@ -64,7 +64,7 @@ class CompiledPass:
         params = slots_of(model).params
         self._names, self._tangents = {id(params[name]): name for name in tangents}, tangents
         try:
-            with saved_tensor_hooks_as_they_were(), torch.enable_grad():  # to tell the model's own no_grad
+            with saved_tensor_hooks_as_they_were(), torch.enable_grad():  # to recognise the model's no_grad
                 losses = check_losses(self._run(_with_defaults_as_keywords(loss_fn), model))
             derivatives = next((tangent for value, tangent in self._outputs if value is losses), None)
         except (UserError, NotIntercepted):
@@ -78,7 +78,7 @@ class CompiledPass:
         return losses, derivatives
 
     def _take_down(self, taken: fx.GraphModule, _: list[Any]) -> Callable[..., tuple[Tensor, ...]]:
-        """What Dynamo has taken down, as a function that runs it on values and leaves the tangents in `_outputs`."""
+        """Turn Dynamo's trace into a function that runs it on values and stores the tangents in `_outputs`."""
         compiled: dict[tuple[Any, ...], Callable[..., list[Tensor]]] = {}
 
         def run(*inputs: Any) -> tuple[Any, ...]:
@@ -102,7 +102,7 @@ def _loss(loss_fn: Callable[[Any], Tensor], model: nn.Module) -> Tensor:
 
 
 def _with_defaults_as_keywords(loss_fn: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
-    """The same function. In torch 2.11 Dynamo guards keywords, and takes functions that differ in defaults for one."""
+    """The same function. In torch 2.11 Dynamo guards keywords, but does not distinguish functions by their defaults."""
     if not isinstance(loss_fn, FunctionType) or not loss_fn.__defaults__:
         return loss_fn
     code = loss_fn.__code__
@@ -111,7 +111,7 @@ def _with_defaults_as_keywords(loss_fn: Callable[[Any], Tensor]) -> Callable[[An
 
 
 class _Form(NamedTuple):
-    """A tangent as plain tensors, and how to make it of such ones again."""
+    """A tangent as plain tensors, and a function that rebuilds it from them."""
 
     parts: tuple[Tensor, ...]
     key: tuple[Any, ...]
@@ -124,7 +124,7 @@ def _form_of(tangent: Any) -> _Form:
         parts = (tangent.left, tangent.right)
         return _Form(parts, (*map(_layout, parts), rank), lambda left, right: LowRankTangent(left, right, rank, shape))
     if not isinstance(tangent, Tensor):
-        raise NotIntercepted(f"{type(tangent).__name__} is no tensor")
+        raise NotIntercepted(f"{type(tangent).__name__} is not a tensor")
     return _Form((tangent,), _layout(tangent), lambda t: t)
 
 
@@ -135,12 +135,12 @@ def _layout(x: Tensor) -> tuple[Any, ...]:
 def _derived(
     taken: fx.GraphModule, inputs: tuple[Any, ...], moving: list[int], forms: list[_Form]
 ) -> tuple[fx.GraphModule, list[Any]]:
-    """The calls of `taken` with the inputs `moving` along tangents, and what the result takes: (*inputs, *parts).
+    """A graph of the calls of `taken` with tangents at the inputs `moving`, and its arguments: (*inputs, *parts).
 
-    Its outputs are those of `taken`, each followed by its tangents, or None.
+    Its outputs are those of `taken`, each followed by its tangents or None.
     """
     if not moving or next(taken.parameters(), None) is not None:
-        raise NotIntercepted("the parameters are no inputs of what was taken down")
+        raise NotIntercepted("the parameters are not inputs of the traced graph")
 
     def along(*tensors: Any) -> list[Tensor | None]:
         values, parts = list(tensors[: len(inputs)]), iter(tensors[len(inputs) :])
@@ -160,5 +160,5 @@ def _derived(
 
 def _unpacked(out: Any) -> tuple[Any, Any]:
     if not isinstance(out, Tensor):
-        raise NotIntercepted(f"the loss gives a {type(out).__name__} away")
+        raise NotIntercepted(f"the traced loss returns a {type(out).__name__}")
     return (out.primal, out.tangent) if isinstance(out, Dual) else (out, None)

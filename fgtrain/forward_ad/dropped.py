@@ -1,4 +1,4 @@
-"""Derivatives that get lost: backpropagation would follow a result that comes out of forward mode without a tangent."""
+"""Lost derivatives: results without a tangent in forward mode that backpropagation would differentiate."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,13 +17,13 @@ READS_THE_VALUE = frozenset(
     ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full new_tensor bernoulli
     nonzero logical_not logical_and logical_or signbit all any count_nonzero is_nonzero is_tensor is_same_size
     result_type can_cast
-    """.split()  # noqa: SIM905 - a list of eighty names reads worse
+    """.split()  # noqa: SIM905 - a list of eighty names is harder to read
 )
 DIFFERENTIABLE_PROPERTIES = frozenset({"T", "mT", "H", "mH", "real", "imag"})
 
 
 def only_reads(func: Any) -> bool:
-    """Whether a function of PyTorch takes nothing from its arguments that could be differentiated."""
+    """Whether the results of a function of PyTorch are never differentiable."""
     name = getattr(func, "__name__", "")
     return name in READS_THE_VALUE or (name == "__get__" and func.__self__.__name__ not in DIFFERENTIABLE_PROPERTIES)
 
@@ -41,18 +41,18 @@ def refuse_if_lost(
     moves: Callable[[Tensor], bool],
     value_of: Callable[[Tensor], Tensor],
 ) -> None:
-    """Look at what a call has made of tensors that carry tangents.
+    """Check the result of a call whose arguments carry tangents.
 
     Args:
         func: the function that was called.
-        args: its arguments.
-        kwargs: its arguments by name.
-        result: what it returned.
-        moves: whether a tensor carries a tangent.
-        value_of: a tensor without its tangent.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        result: its return value.
+        moves: tells whether a tensor carries a tangent.
+        value_of: returns a tensor without its tangent.
 
     Raises:
-        NotImplementedError: a result has no tangent, though backpropagation would follow it to these arguments.
+        NotImplementedError: a result has no tangent, though backpropagation would differentiate it in these arguments.
     """
     if only_reads(func):
         return
@@ -73,7 +73,7 @@ def refuse_if_lost(
         positional, keywords = tree_unflatten(copies, spec)
         try:
             recorded = [out for out in tree_leaves(func(*positional, **keywords)) if isinstance(out, Tensor)]
-        except RuntimeError:  # backpropagation does not follow these arguments either
+        except RuntimeError:  # not differentiable by backpropagation either
             return
         finally:
             random_state.restore()

@@ -1,20 +1,20 @@
 """Stacked dual numbers: a value together with its derivatives along K directions, all carried by one pass.
 
-PyTorch's own dual tensors hold one tangent. A `Dual` holds K of them as one tensor (K, *shape), so that a layer does
-its work for the value and for all directions in a few large operations. It is a tensor without storage: Python calls
-reach `__torch_function__` and find a rule there; whatever would slip past it (a compiled extension, say) arrives at
-`__torch_dispatch__`, which refuses. So a derivative can be slow to get or refused, but never silently lost.
+PyTorch's own dual tensors hold one tangent. A `Dual` holds K of them as one tensor (K, *shape), so that a layer
+processes the value and all directions in a few large operations. It is a tensor without storage. Python calls reach
+`__torch_function__`, which looks up a rule. Other calls (such as those of a compiled extension) reach
+`__torch_dispatch__`, which refuses them. So a derivative can be slow or refused, but is never lost silently.
 
-What is done with a call, in this order:
+A call is handled by the first of these that applies:
 
-1. a rule: of `fgtrain.forward_ad.rules.operations`, `.products`, `.layers` or `.losses`;
-2. a function that is written out in others: the calls in it are looked up in turn;
-3. what only reads the value is asked of the value; what changes its argument in place is computed anew and copied;
-4. a function that PyTorch writes in Python is opened: its body runs, and the calls in it are looked up in turn;
+1. a rule: of `fgtrain.forward_ad.rules.operations`, `.matrix_products`, `.layers` or `.losses`;
+2. a composition of other functions, whose calls are handled in turn;
+3. for a function that only reads values, a call on the values; for a change in place, a copy of the new result;
+4. for a function that PyTorch implements in Python, its body, whose calls are handled in turn;
 5. PyTorch's own forward mode, one direction at a time.
 
-A result that comes out without tangents, though backpropagation would follow it, is refused. A dual belongs to its
-pass: in a later one it is refused, and between passes it is its value.
+A result without tangents is refused if backpropagation would differentiate it. A dual belongs to its pass: a later pass
+refuses it, and between passes it acts as its value.
 """
 
 import threading
@@ -47,16 +47,16 @@ Rule = Callable[..., Any]
 LocalGrads = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 RULES: dict[Any, Rule] = {}
-"""Rules that work on values and tangents; they may answer NotImplemented."""
+"""Rules for values and tangents; they may return NotImplemented."""
 
 
 class Fallback(NamedTuple):
-    """What is done with a function that has no rule.
+    """The treatment of a function without a rule.
 
     Args:
-        rule: called with its arguments.
-        is_opened: the rule is the function's own body, in which calls are looked up in turn.
-        reads: it takes nothing that could be differentiated.
+        rule: called with the function's arguments.
+        is_opened: whether the rule is the function's own body, whose calls are handled in turn.
+        reads: whether the results are never differentiable.
     """
 
     rule: Rule
@@ -65,7 +65,7 @@ class Fallback(NamedTuple):
 
 
 class _Fallbacks(dict[Any, Fallback]):
-    """{function: what is done with it}, decided at its first call by `find`, which `rules.fallbacks` brings."""
+    """{function: its fallback}, determined at the first call by `find`, which `rules.fallbacks` sets."""
 
     find: Callable[[Any], Fallback]
 
@@ -79,7 +79,7 @@ FALLBACKS = _Fallbacks()
 
 @contextmanager
 def without_rules() -> Generator[None]:
-    """A context in which no fast rule is used: slower, with the same numbers. For tests, and to suspect a rule."""
+    """A context without fast rules: slower, with the same results. For tests, and to check a suspicious rule."""
     kept = dict(RULES)
     try:
         RULES.clear()
@@ -89,14 +89,14 @@ def without_rules() -> Generator[None]:
 
 
 class running_pass:  # noqa: N801 - a context manager used like a function
-    """A context in which the duals made in it carry derivatives.
+    """A context whose duals carry derivatives.
 
     Args:
         follows: whether to check that results without tangents have not lost them.
-        adopting: follows plain tensors that duals are written into; None where the model writes into none.
+        adopting: tracks plain tensors into which duals are written; None if the model does not do this.
 
     Attributes:
-        width: the number of directions, if duals that were made before have fewer: see `widen`.
+        width: the number of directions if some earlier duals have fewer: see `widen`.
     """
 
     def __init__(self, *, follows: bool = True, adopting: Any = None) -> None:
@@ -113,7 +113,7 @@ class running_pass:  # noqa: N801 - a context manager used like a function
 
 
 class _Running(threading.local):
-    """The pass that runs in a thread."""
+    """The current pass of a thread."""
 
     one: running_pass | None = None
 
@@ -122,7 +122,7 @@ _running = _Running()
 
 
 def widen(num: int) -> None:
-    """Carry `num` directions from here on: a dual of the pass that has fewer gets zeros for the others."""
+    """Use `num` directions from now on; a dual of the pass with fewer directions gets zeros for the others."""
     assert _running.one is not None
     _running.one.width = num
 
@@ -135,27 +135,27 @@ def _widened(args: Any, kwargs: Any, width: int) -> None:
 
 
 class OutputTangent(ABC):
-    """The tangent of a weight that acts at its layer's output: the rule of the layer hands the output over."""
+    """The tangent of a weight that acts at its layer's output: the layer's rule passes the output to `perturb`."""
 
     @property
     @abstractmethod
     def num(self) -> int:
-        """K."""
+        """K, the number of directions."""
 
     @abstractmethod
     def perturb(self, inputs: Tensor, output: Tensor, local_grads: LocalGrads, channels: int) -> Tensor:
-        """What takes the place of the output.
+        """The replacement of the layer's output.
 
         Args:
-            inputs: of the layer, its value.
-            output: what the layer gives with the weight as it is.
+            inputs: the value of the layer's input.
+            output: the layer's output with the unperturbed weight.
             local_grads: maps the gradient of the output to those of weight and bias.
             channels: dimension of the output's channels.
         """
 
     @abstractmethod
     def dense(self) -> Tensor:
-        """Raises: the weight is used by something that is not its layer."""
+        """Raises, because something other than its layer uses the weight."""
 
 
 class Dual(Tensor):
@@ -173,7 +173,7 @@ class Dual(Tensor):
 
     @staticmethod
     def __new__(cls: type, primal: Tensor, tangent: Tangent, *_: Any) -> "Dual":
-        # requires_grad: a custom autograd.Function leaves its mark on what it returns, see `primal_of`.
+        # requires_grad makes a custom autograd.Function detectable in its result, see `primal_of`.
         make: Any = torch.Tensor._make_wrapper_subclass
         return make(
             cls, primal.shape, strides=primal.stride(), dtype=primal.dtype, device=primal.device, requires_grad=True
@@ -184,7 +184,7 @@ class Dual(Tensor):
         self.renew(tangent)
 
     def renew(self, tangent: Any) -> None:
-        """Carry this tangent in the pass that runs."""
+        """Set the tangent for the current pass."""
         self.tangent = tangent
         self.of_pass = _running.one
         self.aliased = False
@@ -201,16 +201,17 @@ class Dual(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return call(func, args, kwargs or {})
 
-    @classmethod  # torch's stub has the parameters in another order than its callers
+    @classmethod  # torch's stub and its callers differ in the order of parameters
     def __torch_dispatch__(  # ty: ignore[incompatible-method-override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        raise NotIntercepted(f"{func} was reached past the functions of PyTorch")
+        raise NotIntercepted(f"{func} was called without passing a function of PyTorch")
 
 
 def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The result of func(*args, **kwargs), some of whose arguments are duals."""
-    # The model's own no_grad makes constants for backpropagation, and so here; a dual outside its pass is a constant.
+    # Under the model's no_grad, results are constants, as for backpropagation; outside its pass a dual is a constant
+    # too.
     running = _running.one
     if running is None or not torch.is_grad_enabled():
         with plain_tensors():
@@ -227,7 +228,7 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if kwargs.get("out") is not None:
             raise NotIntercepted(f"{getattr(func, '__name__', func)} writes into its argument out")
         result = (_as_user_code if fallback.is_opened else _on_values)(fallback.rule, args, kwargs)
-        if fallback.reads or fallback.is_opened:  # the calls in it have been looked at
+        if fallback.reads or fallback.is_opened:  # its calls have been checked
             return result
     if not isinstance(result, Dual) and isinstance(result, (Tensor, tuple, list)) and running.follows:
         _on_values(refuse_if_lost, (func, args, kwargs, result, _is_dual, _value_of), {})
@@ -243,7 +244,7 @@ def _value_of(x: Any) -> Any:
 
 
 def _on_values(rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a rule: no graph is recorded, and duals are plain objects to it."""
+    """Run a rule without recording a graph and without overrides for duals."""
     set_grad_enabled(False)
     try:
         with plain_tensors():
@@ -253,7 +254,7 @@ def _on_values(rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
 
 
 def _as_user_code(rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Run a body as if its lines stood in the user's model."""
+    """Run a body like code of the user's model."""
     adopting = _running.one.adopting if _running.one is not None else None
     with overrides_of_tensors(), adopting or _NOTHING:
         return rule(*args, **kwargs)
@@ -263,7 +264,7 @@ _NOTHING = nullcontext()
 
 
 def adopted(x: Tensor, name: str, num: int) -> Dual:
-    """The dual of a plain tensor that `name` writes duals of `num` directions into.
+    """The dual of a plain tensor into which the function `name` writes duals of `num` directions.
 
     Raises:
         WritesIntoPlain: the pass was not prepared for it.
@@ -274,15 +275,15 @@ def adopted(x: Tensor, name: str, num: int) -> Dual:
     return _running.one.adopting.adopt(x, num)
 
 
-# --- what rules are written with ----------------------------------------------------------------------------------
+# --- helpers for rules --------------------------------------------------------------------------------------------
 
 
 def primal_of(x: Any) -> Any:
-    """The value of a dual, anything else as it is.
+    """The value of a dual; other objects are returned unchanged.
 
     Raises:
-        NotIntercepted: a backward pass is prepared for: the tensor comes out of a custom autograd.Function, whose own
-            rule was passed by, or the loss takes a derivative in this tensor, by torch.autograd.grad say.
+        NotIntercepted: the tensor was prepared for a backward pass. It is the result of a custom autograd.Function,
+            whose own rule was not used, or the loss differentiates with respect to it, as by torch.autograd.grad.
     """
     if isinstance(x, Tensor):
         if x.grad_fn is not None:
@@ -290,15 +291,15 @@ def primal_of(x: Any) -> Any:
         if isinstance(x, Dual):
             return x.primal
         if x.requires_grad:
-            raise NotIntercepted("a tensor that is no parameter of the model requires a gradient")
+            raise NotIntercepted("a tensor that is not a parameter of the model requires a gradient")
     return x
 
 
 def tangent_of(x: Any) -> Any:
-    """The tangent of a dual written out, a tensor (K, *shape); None of anything else.
+    """The tangent of a dual as a dense tensor (K, *shape); None for other objects.
 
     Raises:
-        UnsupportedOperation: the dual is of an earlier pass.
+        UnsupportedOperation: the dual belongs to an earlier pass.
     """
     if not isinstance(x, Dual):
         return None
@@ -310,7 +311,7 @@ def tangent_of(x: Any) -> Any:
 
 
 def joint_of(x: Any) -> Tensor | None:
-    """(1 + K, *shape): the value and the tangents of a dual as one tensor, if they are the parts of one."""
+    """The value and the tangents of a dual as one tensor (1 + K, *shape), if they are adjacent in memory; else None."""
     if not isinstance(x, Dual) or not isinstance(x.tangent, Tensor) or x.primal._base is None:
         return None
     if x.of_pass is not _running.one:
@@ -324,24 +325,24 @@ def joint_of(x: Any) -> Tensor | None:
 
 
 def num_directions(*arguments: Any) -> int:
-    """K, of the first dual among the arguments."""
+    """K, the number of directions of the first dual among the arguments."""
     tangent = next(x.tangent for x in arguments if isinstance(x, Dual))
     return tangent.shape[0] if isinstance(tangent, Tensor) else tangent.num
 
 
 def dual(primal: Tensor, tangent: Tensor | None, *sources: Dual) -> Tensor:
-    """A dual; the value itself where there is no tangent.
+    """A dual, or the value itself if there is no tangent.
 
     Args:
         primal: the value.
-        tangent: (K, *primal.shape), or what expands and converts to it.
-        sources: duals of which this one may be a view. A value that shares their memory while the tangent does not
-            must never be changed in place.
+        tangent: (K, *primal.shape), or a tensor that expands and converts to it.
+        sources: duals whose memory the result may share. If it shares the memory of their value but not of their
+            tangent, changes in place are refused.
     """
     if tangent is None or not is_differentiable(primal):
         return primal
     if primal.layout != torch.strided:
-        raise NotIntercepted("a sparse tensor moves")
+        raise NotIntercepted("a sparse tensor has a tangent")
     if tangent.dtype != primal.dtype:
         tangent = tangent.to(primal.dtype)
     if tangent.shape[1:] != primal.shape:
@@ -358,7 +359,7 @@ def _share_memory(a: Tensor, b: Tensor | None) -> bool:
 
 
 def values(tree: Any) -> Any:
-    """A nest of arguments with every dual replaced by its value."""
+    """Nested arguments with every dual replaced by its value."""
     return tree_map_only(Dual, _value_of, tree)
 
 
@@ -366,7 +367,7 @@ def values(tree: Any) -> Any:
 
 
 def per_direction(func: Any) -> Rule:
-    """Func by PyTorch's forward mode, once per direction; every repetition sees the same random numbers."""
+    """A rule for `func` by PyTorch's forward mode, once per direction, each time with the same random numbers."""
 
     def rule(*args: Any, **kwargs: Any) -> Any:
         leaves, spec = tree_flatten((args, kwargs))
@@ -380,9 +381,9 @@ def per_direction(func: Any) -> Rule:
         for k in range(num_tangents):
             if random_state is not None:
                 if TakenDown.draws != drawn:
-                    raise NotIntercepted("random numbers that every direction must see again")
+                    raise NotIntercepted("random numbers that must be the same for every direction")
                 random_state.restore()
-            if k:  # running statistics and the like have changed already
+            if k:  # earlier directions may have changed running statistics
                 for i, leaf in zip(plain, untouched, strict=True):
                     leaves[i] = leaf.clone()
             with fwAD.dual_level():
@@ -404,5 +405,5 @@ def per_direction(func: Any) -> Rule:
 
 
 def laid_out(primal: Tensor) -> Tensor:
-    """An expanded tensor in memory of its own: forward mode wants the tangent in the layout of the value."""
+    """A copy of an expanded tensor, since forward mode requires the tangent in the layout of the value."""
     return primal.contiguous() if 0 in primal.stride() else primal

@@ -1,9 +1,9 @@
-"""What a model keeps of a pass: attributes that its forward sets.
+"""Attributes that a model sets in its forward pass and keeps.
 
-A forward may count its calls, or keep a tensor for later: an attention map to look at, a bias computed once in eval
-mode. A pass that is repeated has to begin with the attributes of the first one. A tensor that depends on the parameters
-loses its derivative when its pass ends: the model keeps its value, marked, and a later pass that would take it for a
-constant refuses it.
+A forward pass may count its calls, or store a tensor for later use: an attention map for inspection, a bias computed
+once in eval mode. A repeated pass must start with the same attributes. A stored tensor that depends on the parameters
+loses its derivative at the end of its pass. The model keeps its value with a mark, and a later pass refuses to use it
+as a constant.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 _OWN = frozenset(vars(nn.Module())) - {"_buffers"}
-"""What every module has."""
+"""The attributes of every module."""
 
 
 def is_kept(x: Tensor) -> bool:
@@ -21,19 +21,19 @@ def is_kept(x: Tensor) -> bool:
 
 
 def of_earlier_pass(x: Tensor) -> str:
-    """What to say of a tensor that was made from parameters outside of the pass that takes it."""
+    """The error message for a tensor that was computed from parameters outside of the pass that uses it."""
     return (
-        f"the loss takes a tensor of shape {tuple(x.shape)} that was computed from the model's parameters before this "
+        f"the loss uses a tensor of shape {tuple(x.shape)} that was computed from the model's parameters before this "
         "pass, so its derivative is not known; compute it inside loss_fn, or .detach() it if it is a constant"
     )
 
 
 def release(model: nn.Module, value_of: Callable[[Tensor], Tensor | None]) -> None:
-    """End the derivatives of all tensors that the model's attributes hold.
+    """Remove the derivatives of all tensors in the model's attributes.
 
     Args:
-        model: after a pass.
-        value_of: what is to stand for a tensor that has a derivative; None for others, which stay.
+        model: the model after a pass.
+        value_of: maps a tensor with a derivative to its replacement, and other tensors, which stay, to None.
     """
     for attributes in _attributes_of(model):
         for name in attributes.keys() - _OWN:
@@ -62,14 +62,14 @@ def _released(held: Any, value_of: Callable[[Tensor], Tensor | None], depth: int
 
 
 def marked(value: Tensor) -> Tensor:
-    """A value as the model keeps it; like a tensor with a graph it requires a gradient."""
+    """A value as the model keeps it, marked; it requires a gradient, like a tensor with a graph."""
     kept = value.detach().requires_grad_()
     setattr(kept, "_of_earlier_pass", True)
     return kept
 
 
 class Attributes:
-    """The attributes of a model's modules as they stand, with what their lists, dictionaries and tensors hold."""
+    """A copy of the attributes of a model's modules, with the contents of their lists, dictionaries and tensors."""
 
     def __init__(self, model: nn.Module) -> None:
         self._before = [
@@ -81,7 +81,7 @@ class Attributes:
         self._tensors = [(x, x._version, x.detach().clone()) for x in values if type(x) is Tensor and x.grad_fn is None]
 
     def restore(self) -> None:
-        """Put back what has changed."""
+        """Restore the attributes that have changed."""
         for attributes, before in self._before:
             for name in attributes.keys() - _OWN - before.keys():
                 del attributes[name]

@@ -1,7 +1,7 @@
 """The reference engine: PyTorch's own forward mode, one pass per direction, for everything PyTorch can differentiate.
 
-Parameters become dual numbers (p, v); every operation of the model then carries the pair (value, derivative along v)
-and the loss comes out as (f, grad f . v). Nothing is stored for a backward pass, so memory is that of inference.
+Parameters become dual numbers (p, v). Every operation of the model then computes the pair (value, derivative along v),
+and the loss is (f, grad f . v). Nothing is stored for a backward pass, so the memory use is that of inference.
 """
 
 import re
@@ -47,7 +47,8 @@ def jvp(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> t
     repeated = RepeatedPass(model) if num_tangents > 1 else None
     losses, derivatives = None, []
     with torch.enable_grad(), no_fast_paths(), named_errors(model):
-        # With gradients enabled the model's own no_grad can be told; the parameters are detached: nothing is recorded.
+        # Gradients are enabled so that the model's no_grad can be recognised; no graph is recorded for detached
+        # parameters.
         for k in range(num_tangents):
             if repeated and k:
                 repeated.rewind()
@@ -67,7 +68,7 @@ def jvp(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> t
 
 
 def _require_repetition(before: Tensor | None, now: Tensor) -> None:
-    """Refuse a loss that is another function of the parameters for every direction."""
+    """Refuse a loss whose function changes from direction to direction."""
     if before is None:
         return
     tolerance = torch.finfo(now.dtype).eps ** 0.5
@@ -80,7 +81,7 @@ def _require_repetition(before: Tensor | None, now: Tensor) -> None:
 
 @contextmanager
 def no_fast_paths() -> Generator[None]:
-    """Keep PyTorch from computing by what has no forward-mode derivative: fused layers and compiled functions."""
+    """Disable fused layers and compiled functions, which have no forward-mode derivative."""
     fastpath = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -91,25 +92,25 @@ def no_fast_paths() -> Generator[None]:
 
 
 class _CheckedCalls(TorchFunctionMode):
-    """Looks at every call of a pass: nothing may lose its derivative on the way.
+    """Checks that no call of a pass loses its derivative.
 
-    A function that PyTorch cannot differentiate, or not rightly, is replaced by what it does written out in others; a
-    function that PyTorch writes in Python is opened, so that the calls in it are looked at too.
+    A function that PyTorch cannot differentiate, or not correctly, is replaced by a composition of others. A function
+    that PyTorch implements in Python is opened, so that the calls in it are checked too.
 
     Args:
         params: {name: parameter} of the model.
-        duals: {name: dual} of those that move.
+        duals: {name: dual} of the parameters that have a tangent.
     """
 
     def __init__(self, params: Mapping[str, Tensor], duals: Mapping[str, Tensor]) -> None:
         super().__init__()
         self._names = {id(p): name for name, p in params.items()}
         self._duals = duals
-        self._clean: set[Any] = set()  # nodes of graphs that lead to no parameter
+        self._clean: set[Any] = set()  # graph nodes that depend on no parameter
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if not torch.is_grad_enabled():  # the model's own no_grad: constants to backpropagation, and so here
+        if not torch.is_grad_enabled():  # the model's no_grad: constants, as for backpropagation
             return func(*tree_map_only(Tensor, primal_of, args), **tree_map_only(Tensor, primal_of, kwargs))
         if func == REQUIRES_GRAD:
             return func(*args) or has_tangent(args[0])
@@ -130,7 +131,7 @@ class _CheckedCalls(TorchFunctionMode):
         return result
 
     def checked(self, x: Tensor) -> Tensor:
-        """`x`, or its dual if it is a parameter that was not asked of the model.
+        """`x`, or its dual if it is a parameter that the loss accesses directly, not through the model.
 
         Raises:
             UnsupportedOperation: it was computed from a parameter outside of this pass.
@@ -162,7 +163,7 @@ class _CheckedCalls(TorchFunctionMode):
 def has_tangent(x: Tensor) -> bool:
     """Whether a tensor carries a tangent.
 
-    Sparse tensors carry none, and those inside a transform of torch.func cannot be asked.
+    Sparse tensors carry none. For tensors inside a transform of torch.func this is unknown, so the answer is False.
     """
     return _can_be_dual(x) and fwAD.unpack_dual(x).tangent is not None
 
@@ -208,20 +209,20 @@ _INSTEAD = {
     "_scaled_dot_product": "call F.scaled_dot_product_attention",
     "sparse": "multiply by a sparse matrix that is a constant",
 }
-"""{part of an operation's name: what has a derivative}."""
+"""{part of an operation's name: a replacement that has a derivative}."""
 
 
 _REFUSALS = {
     "jvp function for custom autograd.Function": "a custom autograd.Function without jvp",
     "it must override the setup_context": "a custom autograd.Function without setup_context",
-    "attempting to call Tensor.requires_grad_": "a derivative in an input of its own",
+    "attempting to call Tensor.requires_grad_": "a derivative with respect to its own input",
     "Cannot access data pointer of Tensor": "an operation that reads memory itself",
 }
-"""{part of what PyTorch says: the operation}."""
+"""{part of PyTorch's message: the operation}."""
 
 
 def _refused_operation(message: str) -> str | None:
-    """What has no derivative in forward mode, by PyTorch's message; None if it speaks of something else."""
+    """The operation without a forward-mode derivative that PyTorch's message names; None if it names none."""
     match = re.search(r"forward AD with (.+?) that", message)
     return match.group(1) if match else next((name for part, name in _REFUSALS.items() if part in message), None)
 

@@ -1,4 +1,4 @@
-"""What every engine asks of a loss function, and what leaves no trace of running it more than once."""
+"""Checks of a loss function for every engine, and repeated passes that leave the state of a single pass."""
 
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
@@ -36,24 +36,24 @@ def check_losses(losses: object) -> Tensor:
 def plain_losses(
     model: nn.Module, loss_fn: Callable[[Any], Tensor], values: Mapping[str, Tensor] | None = None
 ) -> Tensor:
-    """Losses (B,) or () of the model, with `values` for these of its parameters, recorded for no backward pass.
+    """Losses (B,) or () of the model without a graph, with `values` in place of some of its parameters.
 
-    The model finds gradients enabled, as in training: a loss may take derivatives in its inputs by itself.
+    Gradients are enabled, as in training, so the loss itself may differentiate with respect to its inputs.
     """
     with torch.enable_grad(), slots_of(model).exchanged(values or {}):
         return check_losses(loss_fn(model)).detach()
 
 
 class NotIntercepted(Exception):
-    """The pass does something an engine cannot follow; a slower one can."""
+    """The pass does something that this engine cannot handle; a slower one may."""
 
 
 class WritesIntoPlain(NotIntercepted):
-    """The pass writes a dual into a tensor that had no tangent; prepared for that, it can be followed."""
+    """The pass writes a dual into a tensor without a tangent; the engine can handle it if it knows beforehand."""
 
 
 class TakenDown(TorchDispatchMode):
-    """Counts how often random numbers are drawn while a pass is taken down, not run: that cannot be rewound."""
+    """Counts draws of random numbers while a pass is traced, since they cannot be repeated then."""
 
     draws: ClassVar[int] = 0
 
@@ -63,7 +63,7 @@ class TakenDown(TorchDispatchMode):
 
 
 class RandomState:
-    """PyTorch's global random state, on the CPU and on those of `devices` that have their own."""
+    """PyTorch's global random state, of the CPU and of the CUDA devices in `devices`."""
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
         self._cpu = torch.get_rng_state()
@@ -83,7 +83,7 @@ class Buffers:
         self._values = [b.clone() for _, buffers in self._buffers for b in buffers.values() if b is not None]
 
     def restore(self) -> None:
-        """Put the values back; by `.data`, so that it does not count as a change to what the buffer was used for."""
+        """Restore the values; `.data` avoids a version change, which autograd would report as an in-place change."""
         values = iter(self._values)
         for held, buffers in self._buffers:
             held.update(buffers)
@@ -93,7 +93,7 @@ class Buffers:
 
 
 class LightPass:
-    """Lets a model run again, as `RepeatedPass` but for its attributes and the random numbers of NumPy and Python."""
+    """As `RepeatedPass`, but does not restore attributes or the random states of NumPy and Python."""
 
     def __init__(self, slots: ParameterSlots) -> None:
         self._buffers = Buffers(slots)
@@ -105,11 +105,11 @@ class LightPass:
 
 
 class RepeatedPass:
-    """Lets a model run several times and leave the trace of one run.
+    """Lets a model run several times with the side effects of one run.
 
-    Each `rewind` puts buffers (BatchNorm statistics), the modules' other attributes and the random state (Dropout
-    masks) back to where they stood at construction, so that every pass sees the same function and the last one leaves
-    them as one plain forward would.
+    Each `rewind` restores the buffers (BatchNorm statistics), the modules' other attributes and the random state
+    (Dropout masks) from construction. So every pass evaluates the same function, and the last one leaves the state that
+    a single forward pass leaves.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -128,7 +128,7 @@ class RepeatedPass:
 
     @contextmanager
     def again(self) -> Generator[None]:
-        """A repetition after the last pass: it sees the same function, and what that pass left stays."""
+        """A context for a repetition after the last pass: it evaluates the same function, without side effects."""
         after = RepeatedPass(self._model)
         self.rewind()
         try:

@@ -1,8 +1,8 @@
-"""Functions written out for forward mode over forward mode.
+"""Functions written as elementary operations for forward mode over forward mode.
 
-Nested in itself, PyTorch's forward mode returns wrong second derivatives of batch, layer and instance norms, without a
-word: its rules take the statistics that the kernel saved for constants. Written out in elementary operations they are
-right. tests/test_second_order.py holds every one of them to backpropagation twice.
+Nested in itself, PyTorch's forward mode silently returns wrong second derivatives of batch, layer and instance norms:
+its rules treat the statistics that the kernel saved as constants. As elementary operations they are right.
+tests/test_second_order.py compares every one of them with double backpropagation.
 """
 
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ from fgtrain.forward_ad.rules.written_out import IN_OTHERS
 
 
 class WrittenOut(TorchFunctionMode):
-    """A context in which functions without a right second derivative run as elementary operations.
+    """A context in which functions without a correct second derivative run as elementary operations.
 
     Running statistics are not updated.
     """
@@ -28,7 +28,7 @@ class WrittenOut(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _FIRST_ORDER:
-            raise NotImplementedError(f"forward AD with {func.__name__} that is right for first derivatives alone")
+            raise NotImplementedError(f"forward AD with {func.__name__} that is correct only for first derivatives")
         if func in _WRITTEN_OUT:
             return _WRITTEN_OUT[func](*args, **kwargs)
         for body in (IN_OTHERS.get(func), opened(func)):

@@ -1,7 +1,7 @@
-"""The stacked engine on parameters sharded by FSDP2: a module's parameters are whole only while its forward runs.
+"""The stacked engine for parameters sharded by FSDP2: a module's parameters are whole only during its forward pass.
 
-FSDP2 gathers them in a hook before the forward and lets go of them in a hook after it. Between the two, hooks of this
-engine put duals in their place. No gradient exists, so none is gathered or scattered.
+FSDP2 gathers them in a hook before the forward pass and frees them in a hook after it. Between the two, hooks of this
+engine replace them by duals. There is no gradient, so none is gathered or scattered.
 """
 
 from collections.abc import Callable, Mapping
@@ -24,7 +24,7 @@ def jvp(model: nn.Module, loss_fn: Callable[[Any], Tensor], tangents: Mapping[st
     """Losses (B,) or () and their derivatives (K, B) or (K,), as `fgtrain.forward_ad.jvp`.
 
     Raises:
-        UnsupportedOperation: the directions are dense, or the model's pass is not one that stacked duals can follow.
+        UnsupportedOperation: the directions are dense, or stacked duals cannot handle the model's pass.
     """
     for name, tangent in tangents.items():
         if not isinstance(tangent, LowRankTangent) and tangent[0].dim() > 1:
@@ -38,14 +38,16 @@ def jvp(model: nn.Module, loss_fn: Callable[[Any], Tensor], tangents: Mapping[st
                 found = loss_fn(model)
             values, derivatives = check_losses(primal_of(found)), tangent_of(found)
     except NotIntercepted as reason:
-        raise UnsupportedOperation(f"sharded parameters need the stacked engine, which stops here: {reason}") from None
+        raise UnsupportedOperation(
+            f"sharded parameters need the stacked engine, which cannot run this model: {reason}"
+        ) from None
     if derivatives is None:
         raise LossError(NO_TANGENT)
     return values, derivatives
 
 
 class _DualsInForward:
-    """While it is entered, modules see duals for their gathered parameters."""
+    """A context in which duals replace the gathered parameters of modules."""
 
     def __init__(self, model: nn.Module, tangents: Mapping[str, Tangent]) -> None:
         self._model = model
@@ -63,14 +65,14 @@ class _DualsInForward:
                 if p is not None and is_sharded(p)
                 for name in [f"{prefix}.{key}" if prefix else key]
             ]
-            if unit is self._model:  # of the root only what no unit below has gathered by itself
+            if unit is self._model:  # of the root, only parameters that no unit below gathers
                 places = [place for place in places if "." not in place[2]]
             self._hook(unit, places)
 
     def __exit__(self, *_: object) -> None:
         self._hooks.close()
         modules: Any = self._model.modules()
-        for unit in modules:  # the root keeps its parameters gathered, expecting a backward pass
+        for unit in modules:  # the root keeps its parameters gathered for a backward pass
             if hasattr(unit, "unshard"):
                 unit.reshard()
 
@@ -90,7 +92,7 @@ class _DualsInForward:
             gathered.clear()
             set_grad_enabled(False)
 
-        # FSDP2's own hooks stand between these and run without grad mode, in which they would prepare for a backward.
+        # FSDP2's own hooks run between these two without grad mode, so that they do not prepare a backward pass.
         before = unit.register_forward_pre_hook(lambda *_: set_grad_enabled(False), prepend=True)
         after = unit.register_forward_hook(lambda *_: set_grad_enabled(True))
         for handle in (

@@ -28,11 +28,11 @@ from fgtrain.tangents.directions import Tangent
 
 @dataclass
 class _Known:
-    """What is known of a model from its earlier passes.
+    """Facts about a model from its earlier passes.
 
     Args:
         duals: {name: parameter as a dual}.
-        writes_into_plain: the model writes duals into plain tensors.
+        writes_into_plain: whether the model writes duals into plain tensors.
     """
 
     duals: dict[str, Dual] = field(default_factory=dict)
@@ -43,8 +43,8 @@ def jvp(model: nn.Module, loss_fn: Callable[[Any], Tensor], tangents: Mapping[st
     """Losses (B,) or () and their derivatives (K, B) or (K,), as `fgtrain.forward_ad.jvp`.
 
     Raises:
-        WritesIntoPlain: the model does, which is known from here on: the next pass follows it.
-        NotIntercepted: the model does what stacked duals cannot follow.
+        WritesIntoPlain: the model writes duals into plain tensors; this is remembered, and the next pass handles it.
+        NotIntercepted: the model does something that stacked duals cannot handle.
     """
     values, derivatives = evaluate(model, loss_fn, tangents)
     if derivatives is None:
@@ -55,12 +55,12 @@ def jvp(model: nn.Module, loss_fn: Callable[[Any], Tensor], tangents: Mapping[st
 def evaluate(
     model: nn.Module, loss_fn: Callable[[Any], Tensor], tangents: Mapping[str, Any], *, follows: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """As `jvp`; None for the derivatives where the loss carries none.
+    """As `jvp`; the derivatives are None if the loss carries none.
 
     Args:
         model: as in `jvp`.
         loss_fn: as in `jvp`.
-        tangents: as in `jvp`, or what a rule knows to do something with.
+        tangents: as in `jvp`, or other objects that rules can handle.
         follows: as in `running_pass`.
     """
     slots = slots_of(model)
@@ -74,7 +74,7 @@ def evaluate(
                 named_errors(model),
                 eager_functions(),
                 slots.exchanged(duals),
-                torch.enable_grad(),  # so that a custom autograd.Function leaves its mark, see `primal_of`
+                torch.enable_grad(),  # so that a custom autograd.Function is detected, see `primal_of`
                 adopting or nullcontext(),
             ):
                 found = loss_fn(model)
@@ -86,15 +86,15 @@ def evaluate(
             known.writes_into_plain = True
             raise
         finally:
-            if sys.getrefcount(running) > references:  # duals of this pass live on
+            if sys.getrefcount(running) > references:  # duals of this pass are still alive
                 _release(model, slots, duals)
             for dual in duals.values():
-                dual.tangent = None  # the duals are kept, the directions are not
+                dual.tangent = None  # duals are kept, directions are freed
     return losses, derivatives
 
 
 def _release(model: nn.Module, slots: ParameterSlots, duals: Mapping[str, Dual]) -> None:
-    """The model keeps no dual: its parameters for theirs, marked values for others."""
+    """Replace duals that the model has stored: by its parameters if they stand for these, else by marked values."""
     names = {id(dual): name for name, dual in duals.items()}
 
     def value_of(x: Tensor) -> Tensor | None:
@@ -106,7 +106,7 @@ def _release(model: nn.Module, slots: ParameterSlots, duals: Mapping[str, Dual])
 
 
 def _parameter_duals(slots: ParameterSlots, kept: dict[str, Dual], tangents: Mapping[str, Any]) -> dict[str, Dual]:
-    """The parameters as duals; made anew only for those that have moved in memory."""
+    """The parameters as duals; only those whose memory has moved are created anew."""
     for name, tangent in tangents.items():
         p, dual = slots.params[name], kept.get(name)
         if dual is None or dual.primal.data_ptr() != p.data_ptr():

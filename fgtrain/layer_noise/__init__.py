@@ -1,5 +1,5 @@
-"""Noise at the outputs of layers instead of in their weights, and the gradients that follow from it.
+"""Noise at the outputs of layers instead of in their weights, and gradients estimated with it.
 
-`noise` perturbs outputs in a pass. `layers` finds which layers can be perturbed, `rows` which rows of an output belong
-to which example. `second_pass` draws the noise again instead of keeping it.
+`noise` perturbs outputs in a pass. `layers` finds the layers that can be perturbed, `rows` assigns the rows of an
+output to examples. `second_pass` redraws the noise instead of storing it.
 """

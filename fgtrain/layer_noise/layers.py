@@ -1,4 +1,4 @@
-"""Which layers of a model can be perturbed at their outputs, found in a trial pass."""
+"""The layers of a model that can be perturbed at their outputs, found in a trial pass."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -27,7 +27,7 @@ class PerturbedLayers(NamedTuple):
 
 
 def perturbed_layers(model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> PerturbedLayers:
-    """Linear layers and convolutions whose weight is trained and used by them alone, found in a trial pass.
+    """Linear layers and convolutions whose weight is trained and not used elsewhere, found in a trial pass.
 
     Raises:
         UnsupportedOperation: there is none.
@@ -58,7 +58,8 @@ def _find_layers(model: nn.Module, loss_fn: Callable[[Any], Tensor], slots: Para
             return PerturbedLayers({name: biases[name] for name in biases if name in used}, used[-1])
         break
     raise UnsupportedOperation(
-        f"{type(model).__name__} has no trained Linear or convolution of its own to perturb; use ForwardGradient"
+        f"{type(model).__name__} has no trained Linear or convolution with a weight of its own to perturb; use "
+        "ForwardGradient"
     )
 
 
@@ -82,8 +83,8 @@ def run_perturbed(
     """Losses and derivatives of a pass with noise; `follows` is False if its layers give no tangents.
 
     Raises:
-        UnsupportedOperation: the pass leaves the engine.
-        WritesIntoPlain: it does for the first time.
+        UnsupportedOperation: the engine cannot handle the pass.
+        WritesIntoPlain: the pass writes into plain tensors for the first time.
     """
     try:
         return stacked.evaluate(model, loss_fn, tangents, follows=follows)

@@ -1,8 +1,8 @@
-"""Noise on the outputs of layers: the pass behind activity perturbation.
+"""Noise on the outputs of layers: the pass of activity perturbation.
 
-A layer that is linear in its weight has, for one example with input x and output z, the weight gradient g_z x^T. So
-it is enough to perturb z, which has far fewer numbers than W. Here a weight's tangent is a `LayerNoise`: the rule of
-the layer adds noise u_k to the tangents of its output and notes down what the local gradient is made of.
+A layer that is linear in its weight W has, for one example with input x and output z, the weight gradient g_z x^T. So
+it is enough to perturb z, which is far smaller than W. Here a weight's tangent is a `LayerNoise`: the rule of the layer
+adds noise u_k to the tangents of its output and records the parts of the local gradient.
 
 Shapes: K directions, B examples, q channels of a layer's output z (B, .., q), or (B, q, ..) of a convolution.
 """
@@ -29,7 +29,7 @@ _RELU = {torch.relu, torch.Tensor.relu, F.relu, torch.relu_, torch.Tensor.relu_,
 
 
 class UsedElsewhere(Exception):
-    """A weight is used by something that is not its layer, so noise on its layer's output says too little about it."""
+    """A weight is used outside its layer, so noise on the layer's output is not enough to estimate its gradient."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -41,14 +41,14 @@ class LayerCall:
     """One call of a layer in a pass.
 
     Args:
-        name: of the weight.
-        local_grads: the gradients of weight and bias from that of the output.
-        noise: what was drawn, u up to `pattern`.
-        pattern: (K, q) or None; direction k is noise * pattern[k] where there is one.
+        name: name of the weight.
+        local_grads: maps the gradient of the output to those of weight and bias.
+        noise: the noise u as drawn, without `pattern`.
+        pattern: (K, q) or None; if there is one, direction k is noise * pattern[k].
         channels: dimension of the channels in the output.
-        shape: of the output.
-        inputs: of the layer, and their version when it was called.
-        tangent: of the head's output (K, B, C), before the unit directions.
+        shape: shape of the output.
+        inputs: the layer's input, and its version at the time of the call.
+        tangent: tangent (K, B, C) of the head's output, without the unit directions.
     """
 
     name: str
@@ -59,34 +59,34 @@ class LayerCall:
     shape: torch.Size
     inputs: tuple[Tensor, int] | None
     tangent: Tensor | None = None
-    active: Tensor | None = None  # where the ReLU behind the layer let it pass
+    active: Tensor | None = None  # where the output passes the ReLU that follows
     used_otherwise: bool = False
     settled: bool = False
 
     @property
     def is_rectified(self) -> bool:
-        """Whether a ReLU is all that the output goes into: then units it cuts off have the gradient 0."""
+        """Whether only a ReLU uses the output: then units that it zeroes have zero gradient."""
         return self.active is not None and not self.used_otherwise
 
     def noted(self, func: Any, result: Any, output: Dual) -> None:
-        """Note what the layer's output went into."""
+        """Record a function that used the layer's output."""
         if self.settled or only_reads(func):
             return
         if func in _RELU:
             self.active = primal_of(result) > 0
-            self.settled = result is output  # changed in place: whoever uses the output now uses the ReLU's
+            self.settled = result is output  # in place: later uses are of the ReLU's output
         else:
             self.used_otherwise = True
 
     def forget(self) -> None:
-        """Let go of everything as large as an activation."""
+        """Free all tensors as large as an activation."""
         self.local_grads = self.noise = self.inputs = self.tangent = None
-        self.active = None if self.active is None else self.active[:0]  # that there is one counts
+        self.active = None if self.active is None else self.active[:0]  # an empty tensor marks that there is one
 
     def grad_output(self, derivatives: Tensor, dim: int = 0) -> Tensor:
-        """(1/K) sum_k d_k u_k in every row of the output, from the derivatives (K, rows) along a dimension of it.
+        """(1/K) sum_k d_k u_k in every row of the output, from derivatives (K, rows) of the rows in dimension `dim`.
 
-        A single row stands for all.
+        Derivatives with a single row apply to all rows.
         """
         assert self.noise is not None
         self.check_inputs()
@@ -94,22 +94,22 @@ class LayerCall:
         return self.cut_off(signal).expand(self.shape)
 
     def cut_off(self, signal: Tensor) -> Tensor:
-        """`signal` at the layer's output, but 0 where nothing passes the ReLU behind it."""
+        """`signal` at the layer's output, set to 0 where the following ReLU is zero."""
         return signal if self.active is None or self.used_otherwise else signal * self.active
 
     def check_inputs(self) -> None:
-        """Refuse local gradients with inputs that are no longer what the layer has seen."""
+        """Refuse local gradients if the layer's input was changed in place after the call."""
         assert self.inputs is not None
         inputs, version = self.inputs
         if inputs._version != version:
             raise UnsupportedOperation(
                 f"the input of {self.name.removesuffix('.weight')} is changed in place after the layer has used it; "
-                "use the form that is not in place, memory='replay', or ForwardGradient"
+                "use the out-of-place form, memory='replay', or ForwardGradient"
             )
 
 
 def _local_signal(noise: Tensor, pattern: Tensor | None, derivatives: Tensor, channels: int, dim: int) -> Tensor:
-    """(1/K) sum_k d_k u_k, with a single position where all share one.
+    """(1/K) sum_k d_k u_k, with a single position if all positions share their noise.
 
     Args:
         noise: (B, .., q), or (K, B, .., q) without a pattern.
@@ -129,7 +129,7 @@ def _local_signal(noise: Tensor, pattern: Tensor | None, derivatives: Tensor, ch
 
 
 class PerturbedDual(Dual):
-    """The output of a perturbed layer, which notes what it goes into."""
+    """The output of a perturbed layer, which records the functions that use it."""
 
     layer: LayerCall
 
@@ -148,20 +148,20 @@ class PerturbedDual(Dual):
 
 @dataclass(eq=False)
 class PerturbedPass:
-    """Noise for one pass and what was noted down in it.
+    """The noise of one pass, and the record of its layer calls.
 
     Args:
         num_tangents: K.
-        seed: of the noise; with the number of the call it fixes the noise of every layer.
-        noise: "rademacher" and "normal" draw every entry of every direction; "balanced" gives every unit to one of the
-            K directions (entries sqrt(K) times a sign, 0 in the others): the least variance K directions allow.
-        shared_positions: one draw for all positions of a map or sequence.
-        head: name of the weight whose output gets the C unit directions behind the K; None for no such layer.
+        seed: seed of the noise; with the index of the call it determines the noise of every layer.
+        noise: "rademacher" and "normal" draw every entry of every direction; "balanced" assigns every unit to one of
+            the K directions (entries sqrt(K) times a sign, 0 in the others), which gives the least variance.
+        shared_positions: use one draw for all positions of a map or sequence.
+        head: name of the weight whose output gets C unit directions in addition to the K; None for no such layer.
         keeps: whether inputs and noise are kept for `LayerCall.grad_output`.
 
     Attributes:
-        calls: of layers, in their order.
-        noise_size: numbers drawn for one direction, over the whole batch.
+        calls: the calls of layers, in order.
+        noise_size: numbers drawn per direction, over the whole batch.
     """
 
     num_tangents: int
@@ -192,7 +192,7 @@ class PerturbedPass:
         return PerturbedDual(primal, tangent, layer)
 
     def draw(self, output: Tensor, channels: int) -> tuple[Tensor, Tensor | None]:
-        """The noise of the next layer, for an output of this shape: (noise, pattern) of `LayerCall`."""
+        """The noise for the output of the next layer: (noise, pattern) of `LayerCall`."""
         shape = list(output.shape)
         if self.shared_positions:
             shape = [n if dim in (0, channels % output.dim()) else 1 for dim, n in enumerate(shape)]
@@ -212,14 +212,14 @@ class PerturbedPass:
         layer = name.removesuffix(".weight")
         if primal.dim() != 2:
             raise UnsupportedOperation(
-                f"the exact gradient of the last layer needs outputs (B, C), {layer} gives {tuple(primal.shape)}; "
+                f"the exact gradient of the last layer needs outputs (B, C), but {layer} gives {tuple(primal.shape)}; "
                 f"{WITHOUT_HEAD}"
             )
         if any(call.name == name for call in self.calls):
             raise UnsupportedOperation(f"{layer}, the last layer, is called twice; {WITHOUT_HEAD}")
         widen(
             self.num_tangents + primal.shape[1]
-        )  # what was made before the last layer and meets its output moves along
+        )  # earlier duals that are combined with its output get these directions too
         units = torch.eye(primal.shape[1], dtype=primal.dtype, device=primal.device)
         return torch.cat([tangent, units.unsqueeze(1).expand(-1, len(primal), -1)])
 
@@ -234,7 +234,7 @@ def _signs(shape: list[int], generator: torch.Generator, like: Tensor) -> Tensor
 def _add_noise(tangent: Tensor | None, noise: Tensor, pattern: Tensor | None, output: Tensor, channels: int) -> Tensor:
     if pattern is None:
         if tangent is None:
-            return noise.expand(-1, *output.shape).clone()  # the tangent may be changed in place, the noise not
+            return noise.expand(-1, *output.shape).clone()  # the tangent may change in place, the noise must not
         return tangent.add_(noise)
     shape = [1] * (output.dim() + 1)
     shape[0], shape[channels if channels < 0 else channels + 1] = pattern.shape
@@ -245,15 +245,15 @@ def _add_noise(tangent: Tensor | None, noise: Tensor, pattern: Tensor | None, ou
 
 
 class Owner(Protocol):
-    """A pass that decides what a layer's output is."""
+    """A pass that may replace the outputs of layers."""
 
     @property
     def num_tangents(self) -> int:
-        """K."""
+        """K, the number of directions."""
         ...
 
     def perturb(self, name: str, inputs: Tensor, output: Tensor, local_grads: LocalGrads, channels: int) -> Tensor:
-        """What takes the place of the output that the layer gives without noise."""
+        """The replacement of the layer's output without noise."""
         ...
 
 
@@ -261,7 +261,7 @@ class LayerNoise(OutputTangent):
     """The tangent of a weight whose layer is perturbed at its output.
 
     Args:
-        name: of the weight.
+        name: name of the weight.
         owner: the pass.
     """
 
@@ -271,7 +271,7 @@ class LayerNoise(OutputTangent):
 
     @property
     def num(self) -> int:
-        """K."""
+        """K, the number of directions."""
         return self.owner.num_tangents
 
     def dense(self) -> Tensor:

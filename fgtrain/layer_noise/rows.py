@@ -1,7 +1,8 @@
-"""Which rows of a layer's output belong to which example, found by looking which losses they can move.
+"""Assigns the rows of a layer's output to examples by testing which losses depend on them.
 
-A pass marks rows: it gives them tangents of nan, and whatever depends on them, be it by a factor of 0, turns nan. Every
-row but those of the first example is marked; they are the other examples' where the first loss alone stays a number.
+A pass marks rows with tangents of nan. Every loss that depends on a marked row, even by a factor of 0, gets the tangent
+nan. All rows but those assigned to the first example are marked. The assignment is right if only the first loss has a
+tangent other than nan.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,24 +20,24 @@ from fgtrain.network.parameters import slots_of
 
 
 class Rows(NamedTuple):
-    """Where the examples stand in the output of a layer.
+    """The position of the examples in the output of a layer.
 
     Args:
-        dim: the dimension.
-        order: "single", a row for each; "blocks", all rows of one, then those of the next; "interleaved", a row of
-            each, then the next row of each.
+        dim: the dimension of the examples.
+        order: "single" for one row per example; "blocks" for all rows of one example, then those of the next;
+            "interleaved" for one row of each example, then the next row of each.
     """
 
     dim: int = 0
     order: Literal["single", "blocks", "interleaved"] = "single"
 
     def fits(self, shape: torch.Size, num_examples: int) -> bool:
-        """Whether an output of this shape can have the examples there."""
+        """Whether an output of this shape can hold the examples in this way."""
         size = shape[self.dim]
         return size == num_examples if self.order == "single" else size > 0 and size % num_examples == 0
 
     def spread(self, values: Tensor, size: int) -> Tensor:
-        """Values (.., B) of the examples as those of the rows, (.., size)."""
+        """Repeat values (.., B) of the examples for their rows, (.., size)."""
         times = size // values.shape[-1]
         if times == 1:
             return values
@@ -46,11 +47,11 @@ class Rows(NamedTuple):
 
 
 class ExaminedPass:
-    """A pass that is about to run; afterwards one can look at it again, and no trace of that is left.
+    """A pass that can be repeated for tests after it has run, without side effects. Create it before the pass.
 
     Args:
-        model: as in the pass.
-        loss_fn: as in the pass.
+        model: the model of the pass.
+        loss_fn: its loss function.
     """
 
     def __init__(self, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> None:
@@ -59,7 +60,7 @@ class ExaminedPass:
         self._repeated = RepeatedPass(model)
 
     def separates(self, rows: Mapping[str, Rows], num_examples: int) -> bool:
-        """Whether the first loss depends on none of the rows that are said to be other examples'."""
+        """Whether the first loss depends on no row that is assigned to another example."""
         marks = _Marks(rows, num_examples)
         with self._repeated.again():
             _, found = run_perturbed(self.model, self._loss_fn, {name: LayerNoise(name, marks) for name in rows})
@@ -70,16 +71,16 @@ class ExaminedPass:
 
 
 def rows_of_examples(examined: ExaminedPass, calls: Sequence[LayerCall], losses: Tensor) -> Mapping[str, Rows]:
-    """{name of the weight: where its layer's output has the examples}, found at the first use.
+    """{name of the weight: position of the examples in its layer's output}, found at the first use.
 
-    Left out are layers whose rows are not one example's each. Where examples are mixed behind a layer (BatchNorm, a
-    contrastive loss) nothing can be told: then its first dimension is taken for the examples, if it has their number
-    and no other dimension has.
+    Layers with rows that belong to several examples are omitted. If later layers or the loss mix the examples
+    (BatchNorm, a contrastive loss), a test is impossible. Then the first dimension is assumed to be the examples, if it
+    is the only one of their number.
 
     Args:
         examined: the pass.
-        calls: of the pass.
-        losses: of the pass.
+        calls: the layer calls of the pass.
+        losses: the losses of the pass.
     """
     kept, names = slots_of(examined.model).kept(rows_of_examples, dict), frozenset(call.name for call in calls)
     if names in kept:
@@ -103,7 +104,7 @@ def _find_rows(examined: ExaminedPass, calls: Sequence[LayerCall], num_examples:
 
 
 def _choices(calls: Sequence[LayerCall], num_examples: int) -> list[Rows]:
-    """Where the output of a layer can have the examples: not among the channels or the positions of a convolution."""
+    """Possible positions of the examples in a layer's output: not the channels or the positions of a convolution."""
     before_channels = min(call.channels % len(call.shape) for call in calls)
     several = [Rows(0, "blocks"), Rows(0, "interleaved")] if before_channels else []
     choices = [*(Rows(dim) for dim in range(before_channels)), *several]
@@ -115,7 +116,7 @@ class _Marks:
     """A pass with marked rows.
 
     Args:
-        rows: of the layers.
+        rows: {name of the weight: position of the examples in its layer's output}.
         num_examples: B.
     """
 
@@ -135,23 +136,23 @@ class _Marks:
 
 
 def gradient_of_head(examined: ExaminedPass, calls: Sequence[LayerCall], name: str, unit_derivatives: Tensor) -> Tensor:
-    """The gradient of the mean loss in the last layer's output (B, C), from the losses' unit derivatives (C, B).
+    """The gradient (B, C) of the mean loss in the last layer's output, from the losses' unit derivatives (C, B).
 
     Args:
         examined: the pass.
-        calls: of the pass.
-        name: of the last layer's weight.
-        unit_derivatives: of the losses.
+        calls: the layer calls of the pass.
+        name: name of the last layer's weight.
+        unit_derivatives: derivatives of the losses along the unit directions of the output.
 
     Raises:
-        LossError: the losses are not those of the rows.
+        LossError: there is not one loss per row.
         UnsupportedOperation: a loss depends on the rows of other examples, or the layer was not called.
     """
     layer = name.removesuffix(".weight")
     head = next((call for call in calls if call.name == name), None)
     if head is None:
         raise UnsupportedOperation(
-            f"{layer} was the last layer of the model's first pass and is not called in this; {WITHOUT_HEAD}"
+            f"{layer} was the last layer of the model's first pass but is not called in this one; {WITHOUT_HEAD}"
         )
     if unit_derivatives.dim() != 2 or unit_derivatives.shape[1] != head.shape[0]:
         raise LossError(
@@ -162,8 +163,8 @@ def gradient_of_head(examined: ExaminedPass, calls: Sequence[LayerCall], name: s
     if num_examples > 1 and name not in separate and unit_derivatives.isfinite().all():
         if not examined.separates({name: Rows()}, num_examples):
             raise UnsupportedOperation(
-                f"the exact gradient of the last layer needs losses that depend on one row of {layer} each, here "
-                f"examples are mixed behind it (BatchNorm in training mode, a contrastive loss); {WITHOUT_HEAD}"
+                f"the exact gradient of the last layer needs losses that each depend on one row of {layer}, but "
+                f"examples are mixed after it (BatchNorm in training mode, a contrastive loss); {WITHOUT_HEAD}"
             )
         separate.add(name)
     return unit_derivatives.T / num_examples

@@ -1,4 +1,4 @@
-"""The second pass of activity perturbation that keeps nothing: layer by layer it draws the noise again."""
+"""The second pass of activity perturbation without stored inputs: it redraws the noise layer by layer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,10 +10,10 @@ from fgtrain.layer_noise.noise import LayerCall, LocalGrads, PerturbedPass
 
 @dataclass(eq=False)
 class ReplayedPass:
-    """A second pass without tangents that draws the noise again and takes every layer's gradient on the spot.
+    """A second pass without tangents that redraws the noise and computes every layer's gradient immediately.
 
     Args:
-        first: the pass with noise; its calls tell where a ReLU follows.
+        first: the pass with noise; its calls record which layers a ReLU follows.
         collect: called at every layer with its call and local gradients.
     """
 
@@ -27,11 +27,11 @@ class ReplayedPass:
 
     @property
     def num_tangents(self) -> int:
-        """K."""
+        """K, the number of directions."""
         return self.first.num_tangents
 
     def perturb(self, name: str, inputs: Tensor, output: Tensor, local_grads: LocalGrads, channels: int) -> Tensor:
-        """The layer's output as it is."""
+        """Collect the layer's gradient; the output is unchanged."""
         call = next(self._remaining)
         call.inputs = (inputs, inputs._version)
         if name != self.first.head:

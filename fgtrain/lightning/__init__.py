@@ -1,4 +1,4 @@
-"""Everything that needs Lightning."""
+"""The parts of fgtrain that need Lightning."""
 
 from fgtrain.lightning.convert import convert
 from fgtrain.lightning.module import EstimatorModule

@@ -1,6 +1,6 @@
-"""What fgtrain uses of Lightning that its documentation does not promise, in one place.
+"""The undocumented parts of Lightning that fgtrain uses, in one place.
 
-tests/test_private_api.py says which release broke it.
+tests/test_private_api.py shows which of them a new release breaks.
 """
 
 from typing import Any, NamedTuple
@@ -8,28 +8,28 @@ from typing import Any, NamedTuple
 from lightning.pytorch.core.optimizer import _configure_optimizers
 
 configure_optimizers = _configure_optimizers
-"""(optimizers, scheduler configurations, monitor) of whatever a module's configure_optimizers may return."""
+"""(optimizers, scheduler configurations, monitor) from any return value of a module's configure_optimizers."""
 
 
 def raise_limits(trainer: Any, steps: int, epochs: int) -> None:
-    """Let a run be so much longer, or shorter again; `trainer.max_steps` and `max_epochs` can only be read.
+    """Add to the limits of a run; `trainer.max_steps` and `max_epochs` are read-only.
 
-    Its loops do not even enter a run that has reached its length, though it may owe a validation or an epoch's end.
+    The loops do not enter a run that has reached its limits, even if a validation or the end of an epoch is pending.
     """
     trainer.fit_loop.epoch_loop.max_steps += steps
     trainer.fit_loop.max_epochs += epochs
 
 
 class Counters(NamedTuple):
-    """Where a run stands, as the counters in a checkpoint say.
+    """The position of a run, as the counters in a checkpoint record it.
 
     Attributes:
-        epochs: that are over.
-        in_epoch: one has been begun and is not over.
-        batch: batches trained on in the epoch under way, or in the last one if none is.
-        total: in the run.
+        epochs: finished epochs.
+        in_epoch: whether an epoch has begun and not finished.
+        batch: batches trained on in the current epoch, or else in the last one.
+        total: batches trained on in the run.
         is_last: whether the epoch has no more batches.
-        step_is_over: whether the validation that falls on the last step, if any, has been done.
+        step_is_over: whether the validation after the last step, if any, has been done.
     """
 
     epochs: int
@@ -54,13 +54,13 @@ class Counters(NamedTuple):
         )
 
     def write(self, fit: dict[str, Any], logged: int) -> None:
-        """Put `fit` into one of the states from which the loops go on correctly.
+        """Set `fit` to one of the states from which the loops continue correctly.
 
-        Before an epoch is what Lightning calls RESTARTED_ON_EPOCH_START, in one RESTARTED_MID_EPOCH; the last batch is
-        over, RESTARTED_ON_LAST, and the validation on it has been done, or is RESTARTED_MID_EVALUATION.
+        Lightning calls these states RESTARTED_ON_EPOCH_START before an epoch, RESTARTED_MID_EPOCH within one,
+        RESTARTED_ON_LAST after the last batch and its validation, and RESTARTED_MID_EVALUATION before that validation.
 
         Args:
-            fit: is changed.
+            fit: the state to change.
             logged: steps on the x axis of the logs.
         """
         for counter in fit["epoch_progress"].values():

@@ -21,8 +21,8 @@ from fgtrain.errors import CheckpointError, ConfigError, StorageError
 from fgtrain.estimators import GradientEstimator
 
 NAMES = ("last.ckpt", "previous.ckpt")
-PARTS = ("state_dict", "optimizer_states", "loops", "pytorch-lightning_version")  # what a run goes on from
-_DISK_ERRORS = {  # or of the network behind it, or of a pipe
+PARTS = ("state_dict", "optimizer_states", "loops", "pytorch-lightning_version")  # required to continue a run
+_DISK_ERRORS = {  # of the disk, of the network behind it, or of a pipe
     errno.ENOENT,
     errno.ESTALE,
     errno.EPIPE,
@@ -44,8 +44,8 @@ _DISK_ERRORS = {  # or of the network behind it, or of a pipe
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's reader and writer of checkpoints, made safe against a crash at any moment.
 
-    A checkpoint is written beside its place, flushed to the disk and renamed: its name always means a whole file. Its
-    folder is made once: one that is moved away in the middle of a run is not made again.
+    A checkpoint is written to a temporary file, flushed to the disk and renamed, so its name always means a complete
+    file. Its folder is made only once: if it is moved away during a run, it is not made again.
     """
 
     def __init__(self) -> None:
@@ -68,13 +68,13 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
 
 def make_atomic(strategy: Strategy) -> None:
-    """Let a strategy that writes a checkpoint as one file write it atomically."""
-    if not isinstance(strategy, ModelParallelStrategy):  # which has its own way and takes no other
+    """Make a strategy that writes checkpoints as one file write them atomically."""
+    if not isinstance(strategy, ModelParallelStrategy):  # it accepts no other reader and writer
         strategy.checkpoint_io = AtomicCheckpointIO()
 
 
 def save_atomically(content: Any, path: Path) -> None:
-    """torch.save, so that `path` is either what it was or all of `content`.
+    """torch.save, so that `path` holds either its old content or all of `content`.
 
     Raises:
         StorageError: the disk is full or cannot be written to.
@@ -83,7 +83,7 @@ def save_atomically(content: Any, path: Path) -> None:
 
 
 def write_atomically(text: str, path: Path) -> None:
-    """Path.write_text, in the way of `save_atomically`.
+    """Path.write_text, as atomic as `save_atomically`.
 
     Raises:
         StorageError: the disk is full or cannot be written to.
@@ -105,11 +105,11 @@ def _atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
             raise
         with contextlib.suppress(OSError):
             beside.unlink()
-        raise StorageError(f"cannot write {path}: {reason.strerror}; what was saved before is intact") from error
+        raise StorageError(f"cannot write {path}: {reason.strerror}; earlier files are intact") from error
 
 
 def make_folder(path: Path) -> None:
-    """Make a folder, with those above it.
+    """Make a folder and its parents.
 
     Raises:
         StorageError: it cannot be made.
@@ -121,8 +121,8 @@ def make_folder(path: Path) -> None:
 
 
 def disk_error(error: BaseException | None) -> OSError | None:
-    """The error of the disk that `error` is, or came from."""
-    seen: set[int] = set()  # what two threads raise to each other may be a circle
+    """The disk error that `error` is or was caused by, if any."""
+    seen: set[int] = set()  # causes may form a cycle
     while error is not None and id(error) not in seen:
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
             return error
@@ -132,37 +132,37 @@ def disk_error(error: BaseException | None) -> OSError | None:
 
 
 def read_checked(path: Path) -> dict[str, Any]:
-    """The checkpoint at `path`, on the CPU. Nothing in it is run: only tensors and plain values are read.
+    """The checkpoint at `path`, on the CPU. It cannot run code: only tensors and plain values are read.
 
     Raises:
-        CheckpointError: the file is truncated, altered, or no checkpoint.
+        CheckpointError: the file is truncated, altered, or not a checkpoint.
     """
     if path.exists() and not (path.is_file() or path.is_dir()):
-        raise CheckpointError(f"{path} is no checkpoint but a pipe or a device")
+        raise CheckpointError(f"{path} is not a checkpoint but a pipe or a device")
     try:
         with zipfile.ZipFile(path) as archive:
             if sum(part.file_size for part in archive.infolist()) > path.stat().st_size:
-                raise CheckpointError(f"{path} is no checkpoint: it unpacks to more bytes than it has")
+                raise CheckpointError(f"{path} is not a checkpoint: it unpacks to more bytes than it has")
             damaged = archive.testzip()
         if damaged is not None:
             raise CheckpointError(f"checkpoint {path} is damaged: {damaged} has another checksum")
         content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict):
-            raise CheckpointError(f"{path} is no checkpoint: it holds a {type(content).__name__}, not named parts")
+            raise CheckpointError(f"{path} is not a checkpoint: it holds a {type(content).__name__}, not named parts")
         return content
     except CheckpointError:
         raise
     except Exception as error:  # a zip archive can be broken in many ways
         reason = " ".join(str(error).split())[:100] or type(error).__name__
-        raise CheckpointError(f"checkpoint {path} is damaged or no checkpoint ({reason})") from error
+        raise CheckpointError(f"checkpoint {path} is damaged or not a checkpoint ({reason})") from error
 
 
 def checkpoint_to_resume(resume: str | None, run_dir: Path) -> Path | None:
-    """The checkpoint `resume` stands for: a file, the latest good one of a run's folder, or of `run_dir` for "auto".
+    """The checkpoint that `resume` means: a file, or the latest good one in a run's folder; "auto" means `run_dir`.
 
     Raises:
-        ConfigError: there is none, or `run_dir` holds a run that would be written over.
-        CheckpointError: what there is cannot be used.
+        ConfigError: there is none, or `run_dir` holds a run that would be overwritten.
+        CheckpointError: none of them can be used.
     """
     inside = resume is not None and run_dir.absolute() in (Path(resume).absolute(), *Path(resume).absolute().parents)
     if resume != "auto" and not inside and list_checkpoints(run_dir):
@@ -179,33 +179,35 @@ def checkpoint_to_resume(resume: str | None, run_dir: Path) -> Path | None:
     if path.is_dir():
         found = list_checkpoints(path)
         if not found:
-            raise ConfigError(f"resume={resume} holds no checkpoint ({' or '.join(NAMES)}); give a run's folder")
+            raise ConfigError(f"resume={resume} contains no checkpoint ({' or '.join(NAMES)}); give a run's folder")
         return first_good(found)
     if not path.is_file():
-        raise ConfigError(f"resume={resume} is no file; give the path of a checkpoint (.ckpt), a run's folder, or auto")
+        raise ConfigError(
+            f"resume={resume} is not a file; give the path of a checkpoint (.ckpt), a run's folder, or auto"
+        )
     try:
         read_checked(path)
     except CheckpointError as error:
         other = next((p for p in list_checkpoints(path.parent) if p != path), None)
-        hint = f"; another one is resume={other}" if other else "; there is no other one beside it"
+        hint = f"; try resume={other}" if other else "; there is no other checkpoint beside it"
         raise CheckpointError(f"{error}{hint}") from error
     return path
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints a run can be continued from, latest first, in a run's folder or in its folder of checkpoints."""
+    """The checkpoints from which a run can continue, latest first, in its folder or in its folder of checkpoints."""
     return [path for place in (folder / "checkpoints", folder) for name in NAMES if (path := place / name).exists()]
 
 
 def first_good(paths: list[Path]) -> Path:
-    """The first whole checkpoint; those passed over are named on stderr.
+    """The first undamaged checkpoint; damaged ones before it are named on stderr.
 
     Raises:
         CheckpointError: all are damaged.
     """
     refused = []
     for path in paths:
-        if path.is_dir():  # sharded: its reader knows
+        if path.is_dir():  # sharded: checked by its own reader
             return path
         try:
             read_checked(path)
@@ -219,21 +221,23 @@ def first_good(paths: list[Path]) -> Path:
 
 
 def refuse_incomplete(checkpoint: Mapping[str, Any], path: Any) -> None:
-    """Raise unless a checkpoint holds the whole state of a run, and not its weights alone.
+    """Raise unless a checkpoint holds the whole state of a run, not only its weights.
 
     Raises:
-        CheckpointError: names what is missing.
+        CheckpointError: the message names the missing parts.
     """
     missing = [part for part in PARTS if part not in checkpoint]
     if missing:
-        raise CheckpointError(f"{path} is no checkpoint a run can be continued from: it has no {', '.join(missing)}")
+        raise CheckpointError(
+            f"{path} is not a checkpoint from which a run can continue: it has no {', '.join(missing)}"
+        )
 
 
 def refuse_foreign(checkpoint: Mapping[str, Any], module: nn.Module) -> None:
-    """Raise unless the weights of a checkpoint are those of `module`, by name and shape.
+    """Raise unless the weights of a checkpoint have the names and shapes of those of `module`.
 
     Raises:
-        CheckpointError: names the first difference.
+        CheckpointError: the message names the first difference.
     """
     saved = checkpoint["state_dict"]
     for path, part in list(module.named_modules()):
@@ -250,28 +254,28 @@ def refuse_foreign(checkpoint: Mapping[str, Any], module: nn.Module) -> None:
 
 
 def refuse_unclaimed(checkpoint: Mapping[str, Any], callbacks: Iterable[Callback]) -> None:
-    """Raise if a checkpoint holds the state of a callback that the run has not: best scores, patience, a log.
+    """Raise if a checkpoint holds the state of a callback that the run lacks: best scores, patience, a log.
 
     Raises:
-        CheckpointError: names it.
+        CheckpointError: the message names the callback.
     """
-    own = {callback.state_key for callback in callbacks} | {"Timer"}  # that of trainer.max_time, which is a length
+    own = {callback.state_key for callback in callbacks} | {"Timer"}  # of trainer.max_time, which may change
     left = sorted(checkpoint.get("callbacks", {}).keys() - own)
     if left:
         raise CheckpointError(
-            f"the checkpoint holds the state of {', '.join(left)}, which this run has not; give it the callbacks it "
+            f"the checkpoint holds the state of {', '.join(left)}, which this run lacks; give it the callbacks it "
             "began with (callbacks=...)"
         )
 
 
 def machine(device: torch.device) -> dict[str, str]:
-    """What the last bits of a run depend on."""
+    """The software and hardware on which the last bits of a run depend."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     return {"torch": str(torch.__version__), "device": name, "threads": str(torch.get_num_threads())}
 
 
 def name_other_machine(checkpoint: Mapping[str, Any], device: torch.device) -> None:
-    """Say on stderr where a checkpoint was written on other hardware or by another version, which may change bits."""
+    """Warn on stderr if a checkpoint was written on other hardware or by another version, which may change bits."""
     own, saved = machine(device), checkpoint.get("machine", {})
     other = [f"{name} {saved[name]}, not {own[name]}" for name in own if saved.get(name, own[name]) != own[name]]
     if other:
@@ -279,12 +283,12 @@ def name_other_machine(checkpoint: Mapping[str, Any], device: torch.device) -> N
 
 
 def take_along(checkpoint: Mapping[str, Any], callbacks: Iterable[Callback], origin: Path, writes: bool) -> None:
-    """Let a resumed run have the best checkpoints so far, with their scores, in its own folder, and its own patience.
+    """Copy the best checkpoints so far into the folder of a resumed run, keep their scores and use its own patience.
 
     Args:
-        checkpoint: whose ModelCheckpoint states are changed to the paths of this run.
-        callbacks: of the run.
-        origin: where the checkpoint is; the best ones are looked for beside it, wherever they were written.
+        checkpoint: the resumed checkpoint; its ModelCheckpoint states are changed to the paths of this run.
+        callbacks: the callbacks of the run.
+        origin: the file of the checkpoint; the best ones are expected in its folder, wherever they were written.
         writes: whether this process copies them.
     """
     for callback in callbacks:
@@ -307,14 +311,14 @@ def take_along(checkpoint: Mapping[str, Any], callbacks: Iterable[Callback], ori
 
 
 def refuse_other_optimizer(saved: Mapping[str, Any], own: Optimizer) -> None:
-    """Raise unless the settings in an optimizer's saved state, which replace those of `own`, are the same.
+    """Raise unless the settings in an optimizer's saved state, which would replace those of `own`, are the same.
 
     Raises:
-        CheckpointError: names the first difference.
+        CheckpointError: the message names the first difference.
     """
     for before, group in zip(saved["param_groups"], own.param_groups, strict=False):
         asked = {name: value for name, value in group.items() if name not in ("params", "lr")}
-        if "initial_lr" in before:  # which the scheduler starts from; without one lr itself may have been moved
+        if "initial_lr" in before:  # the scheduler's start; without a scheduler lr may have changed
             asked["initial_lr"] = group["lr"]
         if before.keys() - group.keys() - {"initial_lr"} and asked.keys() - before.keys():
             raise CheckpointError(f"the checkpoint is of another run: its optimizer was not {type(own).__name__}")
@@ -322,5 +326,5 @@ def refuse_other_optimizer(saved: Mapping[str, Any], own: Optimizer) -> None:
             if before[name] != asked[name]:
                 raise CheckpointError(
                     f"the checkpoint is of another run: {name.removeprefix('initial_')} of its optimizer is "
-                    f"{before[name]}, and that of this run {asked[name]}; a run goes on with what it began with"
+                    f"{before[name]}, but {asked[name]} in this run; a run must keep the settings it began with"
                 )

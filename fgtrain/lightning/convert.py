@@ -31,42 +31,43 @@ def convert(
     distributed_tangents: TangentsOver = "shared",
     divergence: Divergence | None = None,
 ) -> Module:
-    """Make a LightningModule train with gradients from `estimator`; everything else stays as it was written.
+    """Make a LightningModule train with gradients from `estimator`; nothing else changes.
 
     The module keeps its class (as a base), parameters, state_dict and hooks, and Lightning keeps optimizing it
-    automatically: what is exchanged is the one call in which Lightning computes gradients. So schedulers,
-    `Trainer(accumulate_grad_batches=..., gradient_clip_val=...)`, `configure_gradient_clipping` and callbacks do what
-    they always do, and with `Backprop()` the weights are those of plain Lightning, bit for bit.
+    automatically. Only the call in which Lightning computes gradients is replaced. So schedulers,
+    `Trainer(accumulate_grad_batches=..., gradient_clip_val=...)`, `configure_gradient_clipping` and callbacks work as
+    usual, and with `Backprop()` the weights are those of plain Lightning, bit for bit.
 
     `training_step` is called as the loss function: once per batch by most estimators, several times by those that
-    compare losses. What it logs counts once, and so do torchmetrics, attributes it sets and what it appends to lists of
-    the module; all of these keep values, without the derivatives they may carry. A metric may be the loss. It must
-    return a loss (or a dict with "loss", or None to skip the batch) and never call `.backward()`.
-    A batch whose loss, derivative or gradient is not finite is skipped, as if training_step had returned None, and too
-    many in a row end the run, see `Divergence`. Several optimizers, which Lightning refuses under automatic
-    optimization, all step on the same gradient.
+    compare losses. Its logs, torchmetrics, the attributes it sets and the items it appends to lists of the module count
+    once, and are stored as values without derivatives. A metric may be the loss. `training_step` must return a loss (or
+    a dict with "loss", or None to skip the batch) and never call `.backward()`.
+
+    A batch whose loss, derivative or gradient is not finite is skipped, as if training_step had returned None. Too many
+    in a row end the run, see `Divergence`. Several optimizers, which Lightning refuses under automatic optimization,
+    all step on the same gradient.
 
     Args:
-        module: changed in place. Converting it again exchanges the estimator, also in the middle of training.
-        estimator: where gradients come from; its state is kept in the module's checkpoints.
+        module: changed in place. Converting it again replaces the estimator, even during training.
+        estimator: the source of the gradients; its state is saved in the module's checkpoints.
         seed: the directions of a step are a function of (seed, optimizer step, micro-batch).
         distributed_tangents: whether the ranks share their directions, see `fgtrain.distributed`.
-        divergence: what judges the estimates; converting again without one keeps the one there is.
+        divergence: checks the estimates; converting again without one keeps the current one.
 
     Returns:
         `module` itself.
 
     Raises:
-        ConfigError: these are no LightningModule and estimator, or the module optimizes manually, or takes the data
-            iterator itself.
+        ConfigError: the arguments are not a LightningModule and an estimator, or the module uses manual optimization or
+            takes the data iterator.
     """
     if is_wrapped(module):
-        raise ConfigError("convert takes the module as it was written; compile what it returns")
+        raise ConfigError("convert takes an uncompiled module; compile the module that it returns")
     if any(base.__module__.startswith("pytorch_lightning.") for base in type(module).__mro__):
         raise ConfigError(
             f"{type(module).__name__} is a LightningModule of pytorch_lightning, and convert takes those of "
-            "lightning.pytorch; write `import lightning.pytorch as pl` where it says `import pytorch_lightning as pl`, "
-            "for the Trainer and callbacks too"
+            "lightning.pytorch; replace `import pytorch_lightning as pl` by `import lightning.pytorch as pl`, for the "
+            "Trainer and callbacks too"
         )
     if not isinstance(module, L.LightningModule):
         raise ConfigError(
@@ -92,7 +93,7 @@ def _require_hooks(module: L.LightningModule) -> None:
         if not is_overridden(hook, module):
             raise ConfigError(f"{type(module).__name__} defines no {hook}")
     if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
-        raise ConfigError("training_step takes dataloader_iter; let it take batch, which can be run more than once")
+        raise ConfigError("training_step takes dataloader_iter; let it take batch, so that it can run more than once")
     _require_automatic_optimization(module)
 
 
@@ -105,16 +106,16 @@ def _require_automatic_optimization(module: L.LightningModule) -> None:
 
 
 class _Converted(L.LightningModule):
-    """What a converted module does differently; stands before the user's class in the order of its bases."""
+    """The changed methods of a converted module; a base that comes before the user's class."""
 
     _step: ObservedStep
 
-    def __reduce_ex__(self, protocol: Any) -> Any:  # the class was made here and cannot be found by its name
+    def __reduce_ex__(self, protocol: Any) -> Any:  # pickle cannot find the class by its name
         return _restore, (_user_class(self), self.__dict__.copy())
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        if self._compiler_ctx is not None:  # torch.compile(module): compile the loss, not what surrounds it
+        if self._compiler_ctx is not None:  # torch.compile(module): compile the loss only
             self._step.user_step = self._compiler_ctx["dynamo_ctx"](self._step.user_step)
             to_uncompiled(self)
 
@@ -135,9 +136,9 @@ class _Converted(L.LightningModule):
     def _estimate(self, args: tuple[Any, ...]) -> Any:
         trainer, step = self.trainer, self._step
         if isinstance(trainer.strategy.model, DistributedDataParallel):
-            trainer.strategy.model.require_backward_grad_sync = False  # no backward pass will come
+            trainer.strategy.model.require_backward_grad_sync = False  # there is no backward pass
         estimate = self._estimate_by(step.estimator, trainer.fit_loop.batch_idx)
-        scales = getattr(trainer.precision_plugin, "scaler", None) is not None  # which skips such steps itself
+        scales = getattr(trainer.precision_plugin, "scaler", None) is not None  # it skips such steps itself
 
         def is_sound(found: Estimate) -> bool:
             return scales or step.divergence.inspect(found, trainer)
@@ -159,10 +160,10 @@ class _Converted(L.LightningModule):
         )
 
     def estimates_at_step(self) -> StepEstimates:
-        """The current step, for callbacks that look at estimates."""
+        """The current step, for callbacks that need estimates."""
 
         def estimate(estimator: GradientEstimator, batch: Any, batch_idx: int) -> Estimate | None:
-            takes_index = is_param_in_hook_signature(self.training_step, "batch_idx", min_args=2)  # as Lightning asks
+            takes_index = is_param_in_hook_signature(self.training_step, "batch_idx", min_args=2)  # as in Lightning
             args = (batch, batch_idx) if takes_index else (batch,)
             return self._step.look(self, args, self._estimate_by(estimator, batch_idx))
 

@@ -1,4 +1,4 @@
-"""Numbers that are no longer usable never reach the weights, and a run that has blown up ends with advice."""
+"""Non-finite numbers never reach the weights, and a run that has diverged ends with advice."""
 
 import math
 import sys
@@ -21,24 +21,24 @@ ADVICE = (
 
 
 class Divergence(L.Callback):
-    """Judges every estimate before it becomes a step.
+    """Checks every estimate before a step uses it.
 
     A step with a non-finite loss, derivative or gradient is skipped and counted, and buffers (BatchNorm statistics) are
-    put back to where they were before it. The first one and their number are told on stderr. On several processes only
-    what all of them share is judged, so that they agree.
+    restored. The first such step and the final count are printed on stderr. With several processes only values that all
+    of them share are checked, so that they agree.
 
     Args:
-        max_skipped_steps: so many in a row end the run.
-        detect_divergence: a loss above this multiple of its lowest smoothed value so far (or of a thousandth of the
-            first one, if that is more), for as many steps in a row, ends the run; None looks at no multiple.
-        max_skipped_share: a larger part of all batches skipped ends the run, once there are a hundred of them or
-            training is over; None for none.
+        max_skipped_steps: end the run after this many skipped steps in a row.
+        detect_divergence: end the run if the loss is above this multiple of its lowest smoothed value so far (or of a
+            thousandth of the first loss, if that is more) for max_skipped_steps steps in a row; None for no limit.
+        max_skipped_share: end the run if a larger share of its batches was skipped, counting at least a hundred batches
+            before training is over; None for no limit.
 
     Attributes:
-        skipped_steps: so far.
+        skipped_steps: the number of skipped steps so far.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument is out of its range.
     """
 
     def __init__(
@@ -96,15 +96,15 @@ class Divergence(L.Callback):
             foreach_copy(self._copies, self._buffers)
 
     def inspect(self, estimate: Estimate, trainer: L.Trainer) -> bool:
-        """Whether an estimate is of finite numbers; one that is not makes the optimizer step it belongs to unsound.
+        """Whether an estimate is finite. An optimizer step with an estimate that is not will be skipped.
 
         Raises:
-            DivergenceError: it is one too many.
+            DivergenceError: too many estimates were not finite.
         """
         self._batches += 1
         alone = trainer.world_size == 1
         loss, *sizes = _sizes(estimate, alone)
-        shared = [loss, *sizes] if alone else sizes  # the loss of a rank is that of its shard
+        shared = [loss, *sizes] if alone else sizes  # ranks have different losses
         if all(map(math.isfinite, shared)):
             self._in_a_row = 0
             self._watch(loss, trainer)
@@ -128,7 +128,7 @@ class Divergence(L.Callback):
         return False
 
     def step_is_sound(self) -> bool:
-        """Whether all estimates of the optimizer step that is due were finite; the next step starts anew."""
+        """Whether all estimates since the last call were finite, so that the optimizer step can be done."""
         sound, self._sound = self._sound, True
         return sound
 
@@ -144,8 +144,8 @@ class Divergence(L.Callback):
         self._above_in_a_row = self._above_in_a_row + 1 if above else 0
         if self._above_in_a_row == self.max_skipped_steps:
             raise DivergenceError(
-                f"step {trainer.global_step}: the loss is {loss:.4g}, it has been down to {reference:.4g} and has been "
-                f"above detect_divergence={self.detect_divergence:g} times that for {self._above_in_a_row} steps; "
+                f"step {trainer.global_step}: the loss is {loss:.4g}; its lowest value was {reference:.4g}, and it has "
+                f"been above detect_divergence={self.detect_divergence:g} times that for {self._above_in_a_row} steps; "
                 f"{ADVICE}; lr is {_lr(trainer):.3g}"
             )
 
@@ -159,7 +159,7 @@ class Divergence(L.Callback):
         if share is not None and self.skipped_steps > share * max(self._batches, at_least):
             raise DivergenceError(
                 f"{self._share()} were skipped, more than max_skipped_share={share:g}: their loss, a derivative or the "
-                f"gradient was not finite; look for what is not finite in the data, or {ADVICE}"
+                f"gradient was not finite; look for non-finite values in the data, or {ADVICE}"
             )
 
     def _share(self) -> str:
@@ -170,9 +170,9 @@ def _sizes(estimate: Estimate, alone: bool) -> list[float]:
     """The loss and the norms of gradients and derivatives, in one transfer from the device.
 
     Args:
-        estimate: of a step.
-        alone: there is one process; of several all have the gradients, but some estimators keep their own derivatives.
-            Gradients that are sharded come from derivatives that all have.
+        estimate: the estimate of a step.
+        alone: whether there is one process. Of several, all have the same gradients, but with some estimators each has
+            its own derivatives. If the gradients are sharded, all have the same derivatives.
     """
     grads, derivatives = list(estimate.grads.values()), estimate.directional_derivatives
     tensors = [] if any(map(is_sharded, grads)) else grads

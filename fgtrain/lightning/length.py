@@ -1,4 +1,4 @@
-"""How long a run is, known before it has asked for its own loader."""
+"""The length of a run, computed before it has made its own loader."""
 
 import copy
 import math
@@ -14,9 +14,9 @@ from fgtrain.random import preserved_random_state
 
 
 def train_loaders(trainer: Any) -> CombinedLoader | None:
-    """Training loaders like those of the run, asked from the data anew; None where they were given to `fit` alone.
+    """New training loaders equal to those of the run; None if the loaders were passed to `fit` directly.
 
-    A resumed run must read its state before its own loader is made, as Lightning does when asked for a length.
+    A resumed run must read its state before it makes its own loader; asking Lightning for a length would make it.
     """
     for source in (trainer.datamodule, trainer.lightning_module):
         if is_overridden("train_dataloader", source):
@@ -27,10 +27,10 @@ def train_loaders(trainer: Any) -> CombinedLoader | None:
 
 
 def batches_per_epoch(trainer: Any) -> int | float:
-    """Training batches of an epoch; infinite where the loader does not know its length."""
+    """Training batches of an epoch; infinite if the loader does not know its length."""
     if trainer.train_dataloader is None and (loaders := train_loaders(trainer)) is not None:
         lengths = [_length(loader, trainer) for loader in loaders.flattened]
-        stand_in = copy.copy(loaders)  # combined in the same way, and nothing is drawn from the data
+        stand_in = copy.copy(loaders)  # combined in the same way, but without drawing data
         stand_in.flattened = [count() if math.isinf(length) else range(int(length)) for length in lengths]
         length = sized_len(iter(stand_in))
         return math.inf if length is None else length
@@ -40,7 +40,7 @@ def batches_per_epoch(trainer: Any) -> int | float:
 
 
 def total_steps(trainer: Any, accumulate_grad_batches: int = 1) -> int | None:
-    """Optimizer steps of the whole run, if it has an end; Lightning's estimate knows of no manual accumulation."""
+    """Optimizer steps of the whole run, None if endless; Lightning's estimate ignores manual accumulation."""
     position = getattr(trainer.lightning_module, "position", None)
     max_steps, max_epochs = (trainer.max_steps, trainer.max_epochs) if position is None else position.limits(trainer)
     limits: list[int] = [max_steps] if max_steps >= 0 else []
@@ -50,7 +50,7 @@ def total_steps(trainer: Any, accumulate_grad_batches: int = 1) -> int | None:
 
 
 def _length(loader: Any, trainer: Any) -> int | float:
-    """Batches of a loader, shared among the processes as Lightning does it and limited by `limit_train_batches`."""
+    """Batches per process of a loader, split as Lightning splits them and limited by `limit_train_batches`."""
     length, limit, shares = sized_len(loader), trainer.limit_train_batches, trainer.distributed_sampler_kwargs
     if length is None:
         return limit if isinstance(limit, int) else math.inf

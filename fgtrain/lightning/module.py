@@ -1,4 +1,4 @@
-"""The one LightningModule: manual optimization with whatever estimator it is given."""
+"""The LightningModule of all runs: manual optimization with any estimator."""
 
 import inspect
 import sys
@@ -35,24 +35,25 @@ from fgtrain.tasks import Task
 
 
 class EstimatorModule(L.LightningModule):
-    """Trains `model` on `task` with gradients from `estimator`; methods differ in nothing but the estimator.
+    """Trains `model` on `task` with gradients from `estimator`; methods differ only in the estimator.
 
     Args:
         model: the network.
         task: its loss and metrics.
-        estimator: where gradients come from.
+        estimator: the source of the gradients.
         optimizer: called with the parameters.
-        scheduler: called with the optimizer, and with `total_steps` if it takes that; stepped once per optimizer step.
+        scheduler: called with the optimizer, and with `total_steps` if it takes that; stepped after each optimizer
+            step.
         seed: the directions of a step are a function of (seed, optimizer step, micro-batch).
         accumulate_grad_batches: batches averaged into one optimizer step.
         clip_grad_norm: largest norm of the whole gradient; None for none.
-        divergence: judges every estimate before it becomes a step.
-        distributed_tangents: what several processes share, see `fgtrain.distributed`.
+        divergence: checks every estimate before a step uses it.
+        distributed_tangents: whether processes share their directions, see `fgtrain.distributed`.
         distributed_timeout: seconds a process waits for the others, once training has begun.
 
     Attributes:
         ranks: the processes, once the trainer has set them up.
-        position: where the run stands, for its checkpoints.
+        position: saves and restores the position of the run in its data.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class EstimatorModule(L.LightningModule):
             self._meet_schedule(length)
 
     def _meet_schedule(self, length: int | None) -> None:
-        """Take the learning rate of this run's schedule; say so where it is not that of the checkpoint.
+        """Use the learning rate of this run's schedule; report it if the checkpoint has another one.
 
         Raises:
             ConfigError: it is 0, so that nothing would be trained.
@@ -113,20 +114,20 @@ class EstimatorModule(L.LightningModule):
         step, groups = self.trainer.global_step, self.trainer.optimizers[0].param_groups
         for config in self.trainer.lr_scheduler_configs:
             if not isinstance(schedule := config.scheduler, LambdaLR):
-                continue  # goes on from the rate there is
+                continue  # continues from the current rate
             for group, base, factor in zip(groups, schedule.base_lrs, schedule.lr_lambdas, strict=True):
                 planned = base * factor(schedule.last_epoch)
                 if planned != group["lr"] and self.trainer.is_global_zero:
                     print(
                         f"fgtrain: the learning rate jumps from {group['lr']:.3g} to {planned:.3g} at step {step}, "
-                        f"since its schedule is one of {length} steps now",
+                        f"since its schedule now has {length} steps",
                         file=sys.stderr,
                     )
                 group["lr"] = planned
         if not any(group["lr"] for group in groups):
             raise ConfigError(
-                f"the learning rate is 0 at step {step}, where the run goes on: its schedule ends there; give it a "
-                "longer one, or start another run from its weights"
+                f"the learning rate is 0 at step {step}, where the run continues: its schedule ends there; give it "
+                "a longer one, or start another run from its weights"
             )
 
     def configure_callbacks(self) -> list[L.Callback]:
@@ -150,7 +151,7 @@ class EstimatorModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         refuse_foreign(checkpoint, self)
-        trainer: Any = self.trainer  # which Lightning gives its callbacks where no checker sees them
+        trainer: Any = self.trainer  # type checkers do not see its callbacks
         refuse_unclaimed(checkpoint, trainer.callbacks)
         if trainer.is_global_zero:
             name_other_machine(checkpoint, trainer.strategy.root_device)
@@ -167,7 +168,7 @@ class EstimatorModule(L.LightningModule):
                 raise ConfigError("sharded parameters take clip_grad_norm=null and distributed.tangents=shared")
 
     def estimate(self, estimator: GradientEstimator, batch: Any, batch_idx: int) -> Estimate:
-        """What all ranks would add to `.grad` at the current step; nothing is written or stepped."""
+        """The estimate that all ranks would add to `.grad` at the current step; changes nothing."""
         trainer = self.trainer
         return estimate_for_step(
             trainer.precision_plugin,
@@ -181,7 +182,7 @@ class EstimatorModule(L.LightningModule):
         )
 
     def estimates_at_step(self) -> StepEstimates:
-        """The current step, for callbacks that look at estimates."""
+        """The current step, for callbacks that need estimates."""
         return StepEstimates(
             self.estimator,
             self.model,
@@ -197,7 +198,7 @@ class EstimatorModule(L.LightningModule):
         scales = getattr(trainer.precision_plugin, "scaler", None) is not None
         sound = scales or self.divergence.inspect(estimate, trainer)  # a loss scaler skips such steps itself
         self.ranks.bytes_sent += self._gathered_bytes
-        write_grads(self.model, estimate.grads, accumulate=micro_batch > 0, check_finite=False)  # judged above
+        write_grads(self.model, estimate.grads, accumulate=micro_batch > 0, check_finite=False)  # checked above
         due = micro_batch + 1 == self.accumulate_grad_batches or trainer.is_last_batch
         self._is_accumulating = not due
         if due and self.divergence.step_is_sound():
@@ -227,10 +228,10 @@ class EstimatorModule(L.LightningModule):
         metrics = self.task.metrics(self.model, batch)
         counts = [len(values) for values in metrics.values()]
         sums = torch.stack([values.sum().float() for values in metrics.values()])
-        # Not by Lightning's sync_dist: over gloo it rounds the mean number of examples down to an integer.
+        # Not with Lightning's sync_dist: over gloo it rounds the mean number of examples down to an integer.
         total = self.ranks.mean(torch.stack([sums, sums.new_tensor(counts)])) * self.ranks.size
         for name, value, count in zip(metrics, *total, strict=True):
-            # Equal on all ranks already; sync_dist=True is there for Lightning, which would warn.
+            # The value is equal on all ranks already; sync_dist=True only prevents Lightning's warning.
             size = round(count.item())
             self.log(f"{split}/{name}", value / count, batch_size=size, on_epoch=True, sync_dist=True)
 

@@ -1,4 +1,4 @@
-"""A user's training_step as a loss function: however often it is run, what it logs and measures counts once."""
+"""A user's training_step as a loss function: logs and metrics count once, however often it is called."""
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -25,18 +25,18 @@ BACKWARD_CALLED = (
 
 
 class _Skipped(BaseException):
-    """The user's training_step returned None: no error, and nothing that an engine should take for one."""
+    """The user's training_step returned None. A BaseException, so that no engine handles it as an error."""
 
 
 class ObservedStep:
     """Runs the training_step of a module under an estimator.
 
     Args:
-        estimator: where gradients come from.
-        seed: key of its directions.
-        tangents: whether ranks share them.
+        estimator: the source of the gradients.
+        seed: the seed of its directions.
+        tangents: whether ranks share the directions.
         user_step: training_step as the user's class defines it.
-        divergence: judges the estimates.
+        divergence: checks the estimates.
     """
 
     def __init__(
@@ -64,9 +64,9 @@ class ObservedStep:
         estimate: Callable[[LossFn], Estimate],
         is_sound: Callable[[Estimate], bool],
     ) -> Any:
-        """What training_step returns to Lightning: the user's output without tangents, and the estimated loss.
+        """The return value of training_step for Lightning: the user's output without tangents, with the estimated loss.
 
-        None, which skips the batch, if the user's does or the estimate is not sound.
+        It is None, which skips the batch, if the user's step returned None or the estimate is not finite.
         """
         found, output = self._observe(module, args, estimate, self._keep(module))
         for log in self._logs:
@@ -81,7 +81,7 @@ class ObservedStep:
         return extra | {"loss": found.loss}
 
     def look(self, module: Any, args: tuple[Any, ...], estimate: Callable[[LossFn], Estimate]) -> Estimate | None:
-        """The estimate alone: nothing is logged, and metrics stay as they were; None where training_step skips."""
+        """The estimate, without logging and without a change of metrics; None if training_step skips the batch."""
         kept = self._keep(module)
         try:
             return self._observe(module, args, estimate, kept)[0]
@@ -96,7 +96,7 @@ class ObservedStep:
         estimate: Callable[[LossFn], Estimate],
         kept: "_Kept",
     ) -> tuple[Estimate | None, Any]:
-        """An estimate, None if the batch is skipped, and what training_step returned."""
+        """The estimate, or None if the batch is skipped, and the return value of training_step."""
         output: Any = None
 
         def loss_fn(model: nn.Module) -> Tensor:
@@ -121,25 +121,25 @@ class ObservedStep:
         return _Kept(module, is_compiled=hasattr(self.user_step, "_torchdynamo_orig_callable"))
 
     def take_grads(self) -> dict[str, Tensor]:
-        """The gradients of the last batch, once."""
+        """Return the gradients of the last batch and forget them."""
         grads, self._grads = self._grads, {}
         return grads
 
     def keep_log(self, name: str, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Take a value to log while the loss function runs; False at any other time."""
+        """Keep a value to log later while the loss function runs; returns False at any other time."""
         if self._running:
             self._logs.append(_Log(name, without_tangents(value), args, kwargs))
         return self._running
 
 
 class _Log:
-    """A call of `log`, to be made after the step.
+    """A call of `log`, made after the step.
 
     Args:
-        name: of what is logged.
-        value: a number, a tensor or a metric; of a metric, its last result is logged, and that may change by then.
-        args: what follows.
-        kwargs: by name.
+        name: the logged name.
+        value: a number, a tensor or a metric. For a metric, its last result is kept here, since it may change.
+        args: the other positional arguments.
+        kwargs: the keyword arguments.
     """
 
     def __init__(self, name: str, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -167,7 +167,7 @@ def _loss_of(output: Any) -> Tensor:
 
 
 def without_tangents(tree: Any) -> Any:
-    """A nest of values in which every tensor is its value alone: no tangent, no graph."""
+    """The same nested values with tensors reduced to their values: no tangent, no graph."""
 
     def value(x: Any) -> Any:
         if isinstance(x, Dual):
@@ -178,27 +178,28 @@ def without_tangents(tree: Any) -> Any:
 
 
 class _Kept:
-    """What a training step changes besides the loss, to be put back: attributes of the module, its lists, metrics.
+    """A copy of the state that a training step may change: attributes of the module, its lists, metrics.
 
-    Metrics are found where they are used, so they may be held anywhere, and unused ones cost nothing.
+    A metric is copied when it is first used, so it may be stored anywhere, and unused metrics cost nothing.
 
     Args:
-        module: of the step.
-        is_compiled: the step is, and finds nothing: the metrics among the module's parts are taken instead.
+        module: the module of the step.
+        is_compiled: whether the step is compiled. Its use of metrics is not noticed, so all metrics of the module are
+            copied.
     """
 
     def __init__(self, module: nn.Module, *, is_compiled: bool) -> None:
         self._module = module
         self._attributes = dict(vars(module))
-        self._lengths = [(x, len(x)) for x in self._attributes.values() if isinstance(x, list)]  # they grow
-        self._metrics: dict[int, tuple[Metric, dict[str, Any]]] = {}  # by id: a metric's hash is that of its state
+        self._lengths = [(x, len(x)) for x in self._attributes.values() if isinstance(x, list)]  # lists that may grow
+        self._metrics: dict[int, tuple[Metric, dict[str, Any]]] = {}  # by id, as a metric's hash depends on its state
         for part in module.modules():
-            if isinstance(part, Metric if is_compiled else WrapperMetric):  # wrappers change before they can be noticed
+            if isinstance(part, Metric if is_compiled else WrapperMetric):  # wrappers change unnoticed
                 self._notice(part)
 
     @contextmanager
     def metrics_noticed(self) -> Generator[None]:
-        """A context in which a metric is remembered before it changes: it drops its result or its count first."""
+        """A context that copies a metric before it changes: a change begins with its cached result or its count."""
         try:
             for noticed in _NOTICED:
                 noticed.notice = self._notice
@@ -213,7 +214,7 @@ class _Kept:
             self._metrics[id(metric)] = metric, {name: _copied(value) for name, value in _attributes_of(metric)}
 
     def restore(self) -> None:
-        """Put everything back to where it was before the step."""
+        """Restore the state before the step."""
         kept = vars(self._module)
         for name in kept.keys() - self._attributes.keys():
             del kept[name]
@@ -226,13 +227,13 @@ class _Kept:
             vars(metric).update({name: _copied(value) for name, value in before.items()})
 
     def drop_tangents(self) -> None:
-        """Metrics go on with values alone; what other parts keep is the engine's to mark, see `forward_ad.kept`."""
+        """Reduce the state of metrics to values; the engine handles other parts, see `forward_ad.kept`."""
         for metric, _ in self._metrics.values():
             vars(metric).update({name: _value_of(value) for name, value in _attributes_of(metric)})
 
 
 class _Noticed:
-    """An attribute of metrics whose change is noticed before it is made."""
+    """An attribute of metrics that calls `notice` before it is set."""
 
     notice: Callable[[Metric], None]
 
@@ -243,22 +244,22 @@ class _Noticed:
         return vars(metric)[self.name]
 
     def __set__(self, metric: Metric, value: Any) -> None:
-        if not torch.compiler.is_compiling() and self.name in vars(metric):  # else the metric is being made
+        if not torch.compiler.is_compiling() and self.name in vars(metric):  # else the metric is being constructed
             self.notice(metric)
         vars(metric)[self.name] = value
 
 
-_NOTICED = (_Noticed("_computed"), _Noticed("_update_count"))  # made once: compiled code looks whether they changed
+_NOTICED = (_Noticed("_computed"), _Noticed("_update_count"))  # created once, as compiled code has guards on them
 _OF_MODULES = frozenset(vars(nn.Module()))
 
 
 def _attributes_of(metric: Metric) -> list[tuple[str, Any]]:
-    """Its states among them, but no parameters, buffers and other modules."""
+    """The attributes of a metric, its states included, without parameters, buffers and submodules."""
     return [(name, value) for name, value in vars(metric).items() if name not in _OF_MODULES]
 
 
 def _copied(x: Any) -> Any:
-    """As copy.deepcopy of tensors, lists and dicts; anything else is the same object."""
+    """A copy of tensors, lists and dicts as by copy.deepcopy; other objects are returned uncopied."""
     if isinstance(x, Tensor):
         return x.clone()
     if isinstance(x, list):
@@ -269,7 +270,7 @@ def _copied(x: Any) -> Any:
 
 
 def _value_of(x: Any) -> Any:
-    """What a metric keeps after the step: the same lists and dicts, with values alone in them."""
+    """An attribute of a metric after the step: the same lists and dicts, with tensors reduced to values."""
     if isinstance(x, Tensor):
         return without_tangents(x) if isinstance(x, Dual) or x.requires_grad else x
     if isinstance(x, list):

@@ -1,4 +1,4 @@
-"""Several optimizers as one, for Lightning's automatic optimization takes one."""
+"""Several optimizers as one, since Lightning's automatic optimization accepts only one."""
 
 from collections import ChainMap
 from collections.abc import Callable
@@ -20,7 +20,7 @@ class Together(Optimizer):
         self.optimizers = optimizers
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         super().__init__(groups, {})
-        self.param_groups = groups  # the optimizers' own, so that a change of learning rate reaches them
+        self.param_groups = groups  # shared with the optimizers, so that they see changes of the learning rate
         self.state = ChainMap(*(optimizer.state for optimizer in optimizers))  # ty: ignore[invalid-assignment]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -42,14 +42,14 @@ class Together(Optimizer):
         self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         self.state = ChainMap(*(optimizer.state for optimizer in self.optimizers))  # ty: ignore[invalid-assignment]
 
-    def __eq__(self, other: object) -> bool:  # a scheduler belongs to one of them
+    def __eq__(self, other: object) -> bool:  # a scheduler refers to one of them
         return self is other or any(optimizer is other for optimizer in self.optimizers)
 
     __hash__ = Optimizer.__hash__
 
 
 def step_together(configured: Any) -> Any:
-    """What configure_optimizers returned, with several optimizers made one; a single one is left as it is."""
+    """The return value of configure_optimizers, with several optimizers merged into one; a single one is unchanged."""
     if configured is None:
         return None
     optimizers, schedulers, _ = configure_optimizers(configured)

@@ -1,4 +1,4 @@
-"""Where a run stands, written into its checkpoints and taken up from them by Lightning's own loops."""
+"""The position of a run in its data, saved in checkpoints and restored from them for Lightning's own loops."""
 
 import math
 import warnings
@@ -18,35 +18,36 @@ from fgtrain.random import preserved_random_state, random_state, set_random_stat
 
 
 class Position(L.Callback):
-    """Lets a resumed run do what the undisturbed one does, whichever hook its checkpoint was written in.
+    """Makes a resumed run equal to an undisturbed one, whichever hook wrote its checkpoint.
 
-    Lightning guesses from the counters in a checkpoint what of an epoch has been done, and where it guesses wrong it
-    validates twice or not at all, leaves out the hooks of an epoch's end, or starts an epoch's data anew. Here the
-    counters are put, when they are read, to one of the few states from which its loops go on correctly:
+    Lightning guesses the progress of an epoch from the counters in a checkpoint. If it guesses wrong, it validates
+    twice or not at all, omits the hooks at the end of an epoch, or starts the epoch's data anew. When this callback
+    reads the counters, it sets them to one of the few states from which Lightning's loops continue correctly:
 
-    - before an epoch, or in it after a step that is over: the next batch comes next;
-    - after a step whose validation has not been done: as if in the middle of it, so that it comes first;
-    - after the last step of an epoch, or of the run, whose end has not been done: one step earlier. Lightning then
-      fetches a batch, on which `EstimatorModule.on_train_batch_start` ends the epoch, and the loader is put back.
+    - before an epoch, or within it after a finished step: the next batch follows;
+    - after a step whose validation is pending: as if during that validation, so that it runs first;
+    - after the last step of an epoch or of the run, if the end of the epoch is pending: one step earlier. Lightning
+      then fetches a batch, `EstimatorModule.on_train_batch_start` ends the epoch instead of training, and the loader is
+      reset.
 
-    A run that has reached its length, or was stopped, would not be entered at all: its limits are one higher until what
-    it owes is under way.
+    Lightning does not enter a run that has reached its limits or was stopped. The limits are therefore raised by one
+    until the pending work has begun.
 
     Attributes:
-        keeps_stop: a run that was stopped before its length (by early stopping) stays so when it is resumed.
-        ends_epoch: the batch that is fetched next is not to be trained on.
+        keeps_stop: whether a run that was stopped early (by early stopping) stays stopped when it is resumed.
+        ends_epoch: whether the next batch only ends the epoch and is not trained on.
     """
 
     def __init__(self) -> None:
         self.keeps_stop = True
         self.ends_epoch = False
         self._added_steps = self._added_epochs = 0
-        self._stops = False  # once what is owed is under way
-        self._was_last: bool | None = None  # whether the batch was, after which an epoch was ended here
+        self._stops = False  # once the pending work has begun
+        self._was_last: bool | None = None  # is_last_batch before `_enter` moved one step back
         self._metrics: dict[str, Any] = {}
         self._loaders: list[Any] = []
-        self._random: dict[str, Any] | None = None  # to be taken up when the epoch's own loader has been left
-        self._intervals: tuple[Any, Any] | None = None  # of validation
+        self._random: dict[str, Any] | None = None  # from before the loaders were made
+        self._intervals: tuple[Any, Any] | None = None  # of validation, while they are overridden
         self._reads = self._is_complete = self._validates = self._leaves = self._loses_place = False
 
     def limits(self, trainer: Any) -> tuple[int, int]:
@@ -69,20 +70,20 @@ class Position(L.Callback):
         self._metrics = fit["state_dict"].get("callback_metrics", {})
         self._loaders = fit["state_dict"].get("combined_loader", [])
         loaders = train_loaders(trainer)
-        able = len(self._loaders) if loaders is None else len(_stateful(loaders))  # Lightning looks at those of `fit`
+        able = len(self._loaders) if loaders is None else len(_stateful(loaders))  # Lightning checks those of `fit`
         if self._loaders and len(self._loaders) != able:
             raise CheckpointError(
-                f"the checkpoint holds the positions of {len(self._loaders)} training loaders, and {able} of this "
-                "run's can take one up, so it would train on other batches; use the data the run began with"
+                f"the checkpoint holds the positions of {len(self._loaders)} training loaders, but {able} of this "
+                "run's can restore one, so it would train on other batches; use the data the run began with"
             )
         self._loses_place = loaders is not None and able < len(loaders.flattened)
         self._enter(trainer, fit, checkpoint["global_step"])
 
     def _enter(self, trainer: Any, fit: dict[str, Any], step: int) -> None:
-        """Put the counters of the loops into a state from which Lightning goes on correctly."""
+        """Set the counters of the loops to a state from which Lightning continues correctly."""
         found = Counters.of(fit)
         epoch, batch, total = found.epochs, found.batch, found.total
-        is_inside = batch > 0 and (found.in_epoch or not found.is_last)  # also where the run ended in its middle
+        is_inside = batch > 0 and (found.in_epoch or not found.is_last)  # also if the run ended within it
         if is_inside and not found.in_epoch:
             epoch -= 1
         steps_reached, epochs_reached = 0 <= trainer.max_steps <= step, 0 <= trainer.max_epochs <= epoch
@@ -103,7 +104,7 @@ class Position(L.Callback):
         trainer.should_stop = trainer.should_stop or (stopped and not is_over)
 
         batch, total = batch - self.ends_epoch if is_inside else 0, total - self.ends_epoch
-        # Lightning adds a step to the x axis of its logs where it validates, or would, had it not done so before.
+        # Lightning adds a step to the x axis of its logs if a validation is due here, even if it was done before.
         adds = validates or (not self._is_complete and _validation_is_due(trainer, epoch, total, batch, is_last=False))
         state = Counters(epoch, is_inside, batch, total, validates and found.is_last, not validates)
         state.write(fit, total + self.ends_epoch - adds)
@@ -112,8 +113,8 @@ class Position(L.Callback):
         self._random = random_state() if self.ends_epoch or (validates and found.is_last) else None
         if is_inside and not (found.is_last or is_over) and self._loses_place:
             rank_zero_warn(
-                "the run goes on in the middle of an epoch, but its training loader has no state_dict and "
-                "load_state_dict: it begins anew, so that some examples come twice and others not at all"
+                "the run continues in the middle of an epoch, but its training loader has no state_dict and "
+                "load_state_dict: it starts over, so that some examples come twice and others not at all"
             )
         warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
 
@@ -133,14 +134,14 @@ class Position(L.Callback):
             return
         self._reads = False
         trainer.callback_metrics.update(self._metrics)
-        if self._validates:  # on whatever step it is
+        if self._validates:  # whatever the step
             self._intervals = trainer.val_check_batch, trainer.check_val_every_n_epoch
             trainer.val_check_batch, trainer.check_val_every_n_epoch = 1, None
             self._restore_random_state()
         if self._leaves and not self.ends_epoch:
             with preserved_random_state():
                 for loader in filter(partial(_is_limited, trainer), _loaders(trainer)):
-                    next(iter(loader), None)  # a pass that was left is over when the one after it begins
+                    next(iter(loader), None)  # starting the next pass ends an unfinished one
         if self._is_complete:
             self._restore_limits(trainer)
 
@@ -154,7 +155,7 @@ class Position(L.Callback):
         self._restore_limits(trainer)
 
     def leave_epoch(self, trainer: L.Trainer) -> None:
-        """Put back what was drawn from the loaders when an epoch was entered only for its end."""
+        """Reset the loaders after an epoch was entered only to end it."""
         self.ends_epoch = False
         for loader, state in zip(_loaders(trainer), self._loaders, strict=False):
             if not (self._leaves and _is_limited(trainer, loader)):
@@ -179,7 +180,7 @@ class Position(L.Callback):
 
 
 def _loaders(trainer: Any) -> list[Any]:
-    """Those of the run that have a position."""
+    """The loaders of the run that have a position."""
     return _stateful(CombinedLoader(trainer.train_dataloader))
 
 
@@ -194,14 +195,14 @@ def _stateful(loaders: CombinedLoader) -> list[Any]:
 
 
 def _validation_is_due(trainer: Any, epoch: int, total: int, batch: int, *, is_last: bool) -> bool:
-    """Whether a validation by count falls on the step that was the last one so far.
+    """Whether a validation is due after the last step so far.
 
     Args:
-        trainer: of the run.
-        epoch: the step is in.
+        trainer: the trainer of the run.
+        epoch: the epoch of that step.
         total: batches of the run so far.
-        batch: of them, those in the epoch.
-        is_last: whether the epoch has no more.
+        batch: batches of the epoch so far.
+        is_last: whether the epoch has no more batches.
     """
     interval, every = trainer.val_check_interval, trainer.check_val_every_n_epoch
     if not trainer.enable_validation or (every is not None and (epoch + 1) % every):

@@ -1,4 +1,4 @@
-"""One call of an estimator in a training step: precision, accumulation and ranks are settled here."""
+"""One call of an estimator in a training step, with precision, gradient accumulation and ranks."""
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -13,16 +13,16 @@ from fgtrain.estimators import Estimate, GradientEstimator
 
 
 class StepEstimates(NamedTuple):
-    """What a module that trains with an estimator tells of its current step, by `estimates_at_step()`.
+    """The current step of a module that trains with an estimator, as its `estimates_at_step()` returns it.
 
     Args:
-        estimator: of the run.
-        model: whose parameters it trains.
+        estimator: the run's estimator.
+        model: the module whose parameters are trained.
         ranks: the processes.
-        tangents: what they share.
-        micro_batches: batches of an optimizer step.
-        estimate: called with an estimator, a batch and its index, returns what all ranks would add to `.grad`, or None
-            where training_step skips the batch; nothing is written, stepped or logged.
+        tangents: whether they share their tangents.
+        micro_batches: batches per optimizer step.
+        estimate: called with an estimator, a batch and its index, returns the estimate that all ranks would add to
+            `.grad`, or None if training_step skips the batch. It writes and logs nothing.
     """
 
     estimator: GradientEstimator
@@ -44,11 +44,11 @@ def estimate_for_step(
     tangents: TangentsOver = "shared",
     micro_batches: int = 1,
 ) -> Estimate:
-    """An estimate whose gradients are what `.grad` has to receive from this batch.
+    """An estimate whose gradients can be added to `.grad` unchanged.
 
-    They are divided by the number of accumulated batches, averaged over ranks and, under `16-mixed`, multiplied by the
-    loss scale, which the optimizer step takes out again. Autocast holds for the loss alone: the arithmetic that makes a
-    gradient out of derivatives is done in the precision of the parameters.
+    They are divided by the number of accumulated batches and averaged over ranks. Under `16-mixed` they are multiplied
+    by the loss scale, which the optimizer step removes. Autocast applies to the loss only: gradients are computed from
+    derivatives in the precision of the parameters.
     """
     scaler = getattr(plugin, "scaler", None)
     is_scaled = micro_batches > 1 or scaler is not None
@@ -59,7 +59,7 @@ def estimate_for_step(
     def losses(model: nn.Module) -> Tensor:
         with plugin.forward_context():
             found = loss_fn(model)
-        # What travels backwards in half precision must be scaled before it sets out.
+        # A backward pass in half precision needs a loss that is already scaled.
         return scaled(found / micro_batches) if is_scaled and estimator.backpropagates else found
 
     with _full_precision(plugin):

@@ -1,4 +1,4 @@
-"""How Lightning runs several processes of fgtrain: replicas without a gradient all-reduce."""
+"""Lightning strategies for several processes: replicas without a gradient all-reduce, and FSDP2."""
 
 from datetime import timedelta
 from typing import Any
@@ -19,13 +19,13 @@ STARTUP = timedelta(minutes=10)  # one rank may be downloading the data
 class Replicas(DDPStrategy):
     """The same model on every rank, without DistributedDataParallel around it.
 
-    Estimators do their own, small, communication (`fgtrain.distributed`), so DDP's gradient buckets, as large as the
-    model, and its broadcast of all buffers at every forward pass are never made. Ranks start from rank 0's parameters
-    and buffers; buffers (BatchNorm statistics) are rank 0's whenever the model is evaluated or saved, as under DDP.
+    Estimators communicate little and by themselves (`fgtrain.distributed`). So there are no gradient buckets as large
+    as the model and no broadcast of all buffers at every forward pass, which DDP makes. Ranks start from rank 0's
+    parameters and buffers. As under DDP, evaluation and checkpoints use rank 0's buffers (BatchNorm statistics).
 
     Args:
-        start_method: how processes are started where nothing else (torchrun, SLURM, scripts/train.py) has.
-        timeout: deadline of start-up, such as loading data; from the first step on that of `Ranks` holds.
+        start_method: how to start processes if nothing else (torchrun, SLURM, scripts/train.py) has started them.
+        timeout: deadline of start-up, such as loading data; from the first step on, the one of `Ranks` applies.
         options: passed on to Lightning's DDPStrategy.
     """
 
@@ -38,10 +38,10 @@ class Replicas(DDPStrategy):
 
 
 class Sharded(ModelParallelStrategy):
-    """FSDP2 over all ranks, with checkpoints in one file, which also one process can read.
+    """FSDP2 over all ranks, with checkpoints in one file, which a single process can read too.
 
     Args:
-        num_ranks: R, over which the rows of parameters are spread.
+        num_ranks: R, the number of ranks that share the rows of parameters.
     """
 
     def __init__(self, num_ranks: int) -> None:
@@ -55,9 +55,9 @@ class Sharded(ModelParallelStrategy):
         refuse_incomplete(whole, checkpoint_path)
         refuse_foreign(whole, self.lightning_module)
         optimizers, states = self.optimizers, whole["optimizer_states"]
-        if not any(saved["state"] for saved in states):  # SGD without momentum, of which Lightning can load nothing
+        if not any(saved["state"] for saved in states):  # Lightning cannot load SGD without momentum
             self.optimizers = []
-        rest = super().load_checkpoint(checkpoint_path, weights_only)  # without the weights, which are now loaded
+        rest = super().load_checkpoint(checkpoint_path, weights_only)  # without the weights, which are loaded already
         if not self.optimizers:
             self.optimizers = optimizers
             for optimizer, saved in zip(optimizers, states, strict=True):
@@ -75,7 +75,7 @@ def equalize(model: nn.Module) -> None:
 
 
 def shard_model(model: nn.Module, estimator: GradientEstimator, strategy: ModelParallelStrategy) -> int:
-    """Spread the parameters over ranks by FSDP2; returns the bytes that a rank sends to gather them once.
+    """Shard the parameters over ranks by FSDP2; returns the bytes that a rank sends to gather them once.
 
     Raises:
         ConfigError: the method cannot train sharded parameters.

@@ -1,4 +1,4 @@
-"""The models the configs name. Any other nn.Module serves as well."""
+"""The models that the configs name. Any other nn.Module works too."""
 
 from fgtrain.models.basic import CNN, MLP, ImageAdapter
 from fgtrain.models.finetune import FineTuned, LoRA, add_lora

@@ -32,7 +32,7 @@ class CNN(nn.Sequential):
     Args:
         input_shape: (channels, height, width), height and width at least 4.
         num_classes: number of outputs.
-        channels: of every convolution.
+        channels: output channels of every convolution.
         hidden: width of the dense layer.
     """
 
@@ -59,11 +59,11 @@ def _conv_relu(in_channels: int, out_channels: int) -> nn.Sequential:
 
 
 class ImageAdapter(nn.Module):
-    """Gives a network made for colour images what it expects: three channels and a least size.
+    """Adapts images to a network that expects three channels and a minimum size.
 
     Args:
-        network: takes images (B, 3, H, W).
-        size: images are enlarged to this height and width; None leaves them as they are.
+        network: a network that takes images (B, 3, H, W).
+        size: height and width to which images are enlarged; None to keep their size.
     """
 
     def __init__(self, network: nn.Module, size: int | None = None) -> None:

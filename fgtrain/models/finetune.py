@@ -1,7 +1,7 @@
 """Training a part of a network: its head, its normalization layers, low-rank adapters, or parameters by name.
 
-What is frozen gets no tangent: it costs no random numbers, adds no variance, and until the first trained parameter the
-forward pass carries no derivative at all.
+Frozen parameters get no tangent: they need no random numbers and add no variance. Before the first trained parameter,
+the forward pass carries no derivatives.
 """
 
 import inspect
@@ -22,13 +22,13 @@ NORMS = (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 class LoRA(nn.Module):
     """A frozen layer plus a trained map of low rank: x -> layer(x) + (alpha / rank) up(down(x)).
 
-    `up` starts at zero, so the network starts as it was. With m outputs and n inputs the layer trains (m + n) rank
-    numbers instead of m n.
+    `up` starts at zero, so the network is unchanged at the start. With m outputs and n inputs the layer trains
+    (m + n) rank numbers instead of m n.
 
     Args:
         layer: a Linear or a Conv2d without groups.
-        rank: of the added map.
-        alpha: its scale; None takes the rank, a factor of 1.
+        rank: rank of the added map.
+        alpha: its scale; None for the rank, a factor of 1.
 
     Source: Hu et al. 2021, arXiv:2106.09685.
     """
@@ -58,10 +58,10 @@ class LoRA(nn.Module):
 
 
 def add_lora(model: nn.Module, rank: int, alpha: float | None = None) -> nn.Module:
-    """Freeze a model and give every Linear and Conv2d in it a `LoRA`; returns the model.
+    """Freeze a model and wrap every Linear and Conv2d in it in a `LoRA`; returns the model.
 
-    Layers whose weight others read (subclasses of Linear, such as the projection inside nn.MultiheadAttention) and
-    grouped convolutions stay frozen.
+    Grouped convolutions stay frozen, and so do layers whose weight other modules read (subclasses of Linear, such as
+    the projection in nn.MultiheadAttention).
     """
     model.requires_grad_(False)
     places = [
@@ -76,25 +76,25 @@ def add_lora(model: nn.Module, rank: int, alpha: float | None = None) -> nn.Modu
 
 
 class FineTuned(nn.Module):
-    """A pre-trained network of which a part is trained.
+    """A pre-trained network, a part of which is trained.
 
-    BatchNorm layers that are frozen keep their statistics, in training mode too.
+    Frozen BatchNorm layers keep their statistics, even in training mode.
 
     Args:
-        network: makes the network; called with those of `input_shape` and `num_classes` that it takes.
+        network: a function that makes the network; called with those of `input_shape` and `num_classes` that it takes.
         train: "all"; "head", the last Linear layer; "norms" or "lora", these and the head; or patterns of parameter
             names such as ["*layer4*", "*fc*"].
-        weights: checkpoint of a former run of scripts/train.py, or a state_dict saved by torch.save; None keeps what
-            `network` brings.
-        new_head: initialise the head anew, for other classes than those of the weights.
-        rank: of the adapters of train="lora".
-        alpha: their scale, see `LoRA`.
+        weights: checkpoint of an earlier run of scripts/train.py, or a state_dict saved by torch.save; None keeps the
+            weights of `network`.
+        new_head: initialise a new head, for other classes than those of the weights.
+        rank: rank of the adapters for train="lora".
+        alpha: scale of the adapters, see `LoRA`.
         input_shape: shape of one input.
         num_classes: number of classes.
 
     Raises:
         ConfigError: nothing is left to train.
-        DataError: the weights cannot be read or are of another network.
+        DataError: the weights cannot be read or belong to another network.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class FineTuned(nn.Module):
     def _head(self) -> nn.Linear:
         linear = [module for module in self.modules() if isinstance(module, nn.Linear)]
         if not linear:
-            raise ConfigError(f"{type(self.network).__name__} has no Linear layer to be its head; name parameters")
+            raise ConfigError(f"{type(self.network).__name__} has no Linear layer as its head; name parameters")
         return linear[-1]
 
     def _choose(self, train: str | Sequence[str], head: nn.Linear, rank: int, alpha: float | None) -> None:
@@ -163,17 +163,17 @@ class FineTuned(nn.Module):
 
 def _load(network: nn.Module, path: str) -> None:
     if not Path(path).is_file():
-        raise DataError(f"model.weights={path} is no file; give the checkpoint of a run of scripts/train.py")
+        raise DataError(f"model.weights={path} is not a file; give the checkpoint of a run of scripts/train.py")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise DataError(f"model.weights={path} cannot be read: {' '.join(str(error).split())[:200]}") from error
     named = saved.get("state_dict", saved) if isinstance(saved, dict) else None
     if not (isinstance(named, dict) and all(isinstance(name, str) for name in named)):
-        raise DataError(f"model.weights={path} holds no weights by name; give the checkpoint of a run")
-    if "state_dict" in saved:  # of a Lightning module, whose network may itself have been fine-tuned
+        raise DataError(f"model.weights={path} holds no named weights; give the checkpoint of a run")
+    if "state_dict" in saved:  # from a Lightning module, maybe of a fine-tuned network
         saved = {name.removeprefix("model.").removeprefix("network."): v for name, v in saved["state_dict"].items()}
-        if not saved.keys() & network.state_dict().keys():  # names that begin with network. belong to it
+        if not saved.keys() & network.state_dict().keys():  # the network's names start with network.
             saved = {f"network.{name}": value for name, value in saved.items()}
     try:
         network.load_state_dict(saved)

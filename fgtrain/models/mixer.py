@@ -1,4 +1,4 @@
-"""A network for local losses: patches mixed by linear layers, every one of them between two normalisations."""
+"""A network for local losses: linear layers mix patches and channels, each between two normalisations."""
 
 import math
 from collections.abc import Sequence
@@ -11,9 +11,9 @@ from fgtrain.network.chains import SideBySide
 class LocalMixer(nn.Sequential):
     """Patches, `depth` mixing blocks, the mean over patches, a linear output; after Ren et al. 2023 (arXiv:2210.03310).
 
-    Blocks are links of one `nn.Sequential`, and the groups of channels within a block are modules side by side, so that
-    `method=local` gives every group of every block a loss of its own. Normalisations stand before and after every
-    linear layer and have no parameters: for noisy gradients they matter far more than for exact ones.
+    The blocks form one `nn.Sequential`, and the channel groups of a block are parallel modules, so that `method=local`
+    gives every group of every block its own loss. Every linear layer has a normalisation without parameters before and
+    after it. Normalisations matter far more for noisy gradients than for exact ones.
 
     Args:
         input_shape: (channels, height, width).
@@ -21,10 +21,10 @@ class LocalMixer(nn.Sequential):
         patch_size: height and width of a patch; must divide those of the image.
         channels: numbers per patch.
         depth: number of mixing blocks.
-        groups: of channels; must divide them.
+        groups: number of channel groups; must divide `channels`.
 
     Raises:
-        ValueError: patches or groups that do not fit.
+        ValueError: the patches do not divide the image, or the groups do not divide the channels.
     """
 
     def __init__(
@@ -56,12 +56,12 @@ class LocalMixer(nn.Sequential):
 
 
 class MixerGroup(nn.Module):
-    """(B, C, T) to (B, S, T): all channels are mixed into the group's, then its patches, each added to what is there.
+    """Maps (B, C, T) to (B, S, T): mixes all channels into the group's S, then its patches, with residual connections.
 
     Args:
         channels: C.
         num_patches: T.
-        group: which of the channels are the group's S.
+        group: the group's S channels.
     """
 
     def __init__(self, channels: int, num_patches: int, group: slice) -> None:
@@ -81,7 +81,7 @@ class MixerGroup(nn.Module):
 
 
 class MixerOutput(nn.Module):
-    """(B, C, T) to (B, classes): the mean over patches, normalised, and a linear layer.
+    """Maps (B, C, T) to (B, classes): the mean over patches, a normalisation and a linear layer.
 
     Args:
         channels: C.

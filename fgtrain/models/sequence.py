@@ -11,9 +11,9 @@ class TransformerLM(nn.Module):
     Args:
         vocab_size: number of tokens.
         context: longest sequence.
-        width: of the residual stream; a multiple of `heads`.
+        width: width of the residual stream; a multiple of `heads`.
         depth: number of blocks.
-        heads: of the attention.
+        heads: number of attention heads.
         dropout: probability in [0, 1) of dropping an entry of a block's output.
         tie: use the embedding as output layer too.
 
@@ -73,7 +73,7 @@ class LSTMLM(nn.Module):
 
     Args:
         vocab_size: number of tokens.
-        width: of the embedding and of the hidden state.
+        width: width of the embedding and of the hidden state.
         depth: number of layers.
         dropout: probability in [0, 1) between layers.
 

@@ -14,8 +14,9 @@ def torchvision_model(
     Args:
         name: as in torchvision.models.list_models(), for example "resnet18".
         num_classes: number of outputs.
-        image_size: enlarge images to this size. Networks with a least size need it: 224 for vit_b_16, 32 for vgg11_bn.
-        weights: name of pre-trained weights, for example "DEFAULT" (downloaded by torchvision); None initialises.
+        image_size: enlarge images to this size. Networks with a minimum size need it: 224 for vit_b_16, 32 for
+            vgg11_bn.
+        weights: name of pre-trained weights, for example "DEFAULT" (downloaded by torchvision); None for random ones.
 
     Raises:
         ValueError: torchvision has no classification model of that name.
@@ -32,7 +33,7 @@ def torchvision_model(
 
 
 def _replace_head(network: nn.Module, num_classes: int) -> None:
-    """A new last Linear layer: pre-trained heads have the classes of their own data."""
+    """Replace the last Linear layer, since a pre-trained head has the classes of its own data."""
     path, head = [(path, m) for path, m in network.named_modules() if isinstance(m, nn.Linear)][-1]
     parent, _, attribute = path.rpartition(".")
     setattr(network.get_submodule(parent), attribute, nn.Linear(head.in_features, num_classes))

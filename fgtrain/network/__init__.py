@@ -1,1 +1,1 @@
-"""The network that a user brings: its parameters, chains of modules, shards, compiled form."""
+"""The user's network: its parameters, chains of modules, shards, compiled form."""

@@ -1,4 +1,4 @@
-"""Modules that run one after the other, or side by side, found in a model."""
+"""Modules of a model that run one after the other, or in parallel."""
 
 from collections.abc import Iterator
 from typing import TypeGuard
@@ -8,9 +8,9 @@ from torch import Tensor, nn
 
 
 class SideBySide(nn.ModuleList):
-    """Modules that all see the whole input and whose outputs are concatenated along the channels, dimension 1.
+    """Modules that all take the whole input; their outputs are concatenated along the channels, dimension 1.
 
-    What one of them computes does not depend on the others: `LocalLosses` gives each a loss of its own.
+    They do not depend on each other, so `LocalLosses` gives each its own loss.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -18,7 +18,7 @@ class SideBySide(nn.ModuleList):
 
 
 def is_chain(module: nn.Module) -> TypeGuard[nn.Sequential]:
-    """Whether the module does nothing but call its children in turn."""
+    """Whether the module only calls its children in turn."""
     return (
         isinstance(module, nn.Sequential)
         and type(module).forward is nn.Sequential.forward
@@ -29,8 +29,8 @@ def is_chain(module: nn.Module) -> TypeGuard[nn.Sequential]:
 
 
 def members(chain: nn.Sequential) -> Iterator[nn.Module]:
-    """The modules of a chain as it calls them, one that it holds twice twice; chains within it opened."""
-    for child in chain:  # not children(), which leaves out repetitions
+    """The modules of a chain in the order of its calls, with repetitions; nested chains are expanded."""
+    for child in chain:  # children() would omit repetitions
         if is_chain(child):
             yield from members(child)
         else:
@@ -38,7 +38,7 @@ def members(chain: nn.Sequential) -> Iterator[nn.Module]:
 
 
 def links(chain: nn.Sequential) -> list[list[nn.Module]]:
-    """The chain cut before every module that has parameters; what precedes the first is a link of its own."""
+    """The chain, split before every module with parameters; modules before the first of these are a separate link."""
     found: list[list[nn.Module]] = []
     for module in members(chain):
         if not found or any(True for _ in module.parameters()):

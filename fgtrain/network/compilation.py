@@ -1,13 +1,13 @@
-"""torch.compile, with the numbers of a model that is not compiled.
+"""torch.compile, with the same results as the uncompiled model.
 
-`compile=true`, or `model.compile()` in a training loop of your own:
+`compile=true`, or `model.compile()` in your own training loop, has these effects:
 
-- `fwdgrad`, `fwdgrad_lowrank` and `local_guess` have their pass compiled together with its derivatives;
-- `backprop`, `spsa` and `mezo` are compiled as PyTorch does it;
-- `activity` and `second_order` run as written.
+- for `fwdgrad`, `fwdgrad_lowrank` and `local_guess`, the forward pass is compiled together with its derivatives;
+- for `backprop`, `spsa` and `mezo`, the model is compiled as usual in PyTorch;
+- `activity` and `second_order` run uncompiled.
 
-Compiling takes 5 to 30 seconds for every shape of a batch. After eight shapes, derivatives run as written. It pays for
-small networks and long runs; scripts/results/README.md has the measurements.
+Compilation takes 5 to 30 seconds for every shape of a batch. After eight shapes, derivatives run uncompiled. It pays
+off for small networks and long runs; scripts/results/README.md has the measurements.
 """
 
 import sys
@@ -19,19 +19,19 @@ from torch import nn
 from fgtrain.errors import ConfigError
 
 OPTIONS: dict[str, Any] = {"fallback_random": True}
-"""Of the compiler: without this Dropout has a generator of the compiler's own, and draws other masks."""
+"""Compiler options: without this one, Dropout uses the compiler's own generator and draws other masks."""
 
 
 def compile_model(model: nn.Module, device: torch.device) -> None:
     """Compile `model` in place; parameters keep their names.
 
-    Passes along directions in the weights are compiled with their derivatives (`fgtrain.forward_ad.compiled`), and so
-    are passes without any: backpropagation, zeroth-order methods, validation. Activity perturbation runs the model as
-    it was written. Dropout draws the masks it would draw uncompiled, and other numbers agree to rounding.
+    Passes along directions in the weights are compiled with their derivatives (`fgtrain.forward_ad.compiled`). Passes
+    without derivatives are compiled too: backpropagation, zeroth-order methods, validation. Activity perturbation runs
+    the uncompiled model. Dropout draws the same masks as uncompiled, and other results agree to rounding.
 
     Args:
         model: any module.
-        device: where it will run; the compiler is tried there once.
+        device: the device of the model; the compiler is tested once on it.
 
     Raises:
         ConfigError: torch.compile does not work on this machine.

@@ -1,4 +1,4 @@
-"""Parameters that are something else while an operation uses them."""
+"""Parameters that have another value while an operation uses them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,12 +10,12 @@ from fgtrain._torch import plain_tensors, tree_map
 
 
 class Displaced(Tensor):
-    """Stands for moved(index, p), which is computed at every use and forgotten after it.
+    """Stands for moved(index, p), which is computed at every use and then freed.
 
     Args:
-        p: the tensor itself, unchanged.
-        moved: maps (index, p) to what operations see.
-        index: which of the tensors this is.
+        p: the original tensor, unchanged.
+        moved: maps (index, p) to the value that operations use.
+        index: the index of this tensor.
     """
 
     _value: Callable[[], Tensor]
@@ -36,7 +36,7 @@ class Displaced(Tensor):
             args, kwargs = tree_map(_value, (args, kwargs or {}))
         return func(*args, **kwargs)
 
-    @classmethod  # torch's stub has the parameters in another order than its callers
+    @classmethod  # torch's stub and its callers differ in the order of parameters
     def __torch_dispatch__(  # ty: ignore[incompatible-method-override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
@@ -48,7 +48,7 @@ def _value(x: Any) -> Any:
     return x._value() if isinstance(x, Displaced) else x
 
 
-# What asks for nothing that a move changes; drawing a direction to learn a shape would be dear.
+# These do not depend on the moved value; drawing a direction just to read a shape would be expensive.
 _OF_THE_OUTSIDE = {
     getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "requires_grad", "ndim", "is_cuda", "layout")
 } | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_contiguous, Tensor.is_floating_point}

@@ -1,7 +1,7 @@
-"""The parameters of a model, found once and exchanged for a forward pass.
+"""The parameters of a model, found once and replaced during a forward pass.
 
-Walking a model's modules costs more than a small layer's arithmetic, so what was found is kept for as long as the model
-is built the same way.
+A walk over a model's modules takes longer than the arithmetic of a small layer, so its result is kept until the
+structure of the model changes.
 """
 
 import threading
@@ -17,28 +17,28 @@ from fgtrain.errors import ModelError
 T = TypeVar("T")
 
 one_at_a_time = threading.RLock()
-"""Held during an estimate: levels of forward mode and random numbers belong to the process, not to a thread."""
+"""Held during an estimate, because forward-mode levels and random states belong to the process, not to a thread."""
 
 
 class ParameterSlots:
-    """Where a model keeps its parameters.
+    """The places in which a model stores its parameters.
 
     Args:
         model: any module.
 
     Attributes:
-        params: {name: parameter}, as named_parameters() lists them: tied ones once.
-        buffers: {name: buffer} of every module, the dictionaries in which the modules hold them.
+        params: {name: parameter} from named_parameters(), tied parameters once.
+        buffers: {name: buffer} of every module, the dictionaries in which the modules store them.
 
     Raises:
-        ModelError: a parameter has no numbers yet: that of a lazy module, or on the meta device.
+        ModelError: a parameter has no values yet: it belongs to a lazy module or is on the meta device.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.params: dict[str, nn.Parameter] = dict(model.named_parameters())
         _require_numbers(model, self.params)
         names = {id(p): name for name, p in self.params.items()}
-        # The dictionaries, not the modules: what is kept here must not keep the model alive.
+        # The dictionaries, not the modules, so that the model can be freed.
         self.buffers: list[dict[str, Tensor | None]] = [module._buffers for module in model.modules()]
         self._parts = [(module._parameters, module._modules) for module in model.modules()]
         self._places = [
@@ -48,7 +48,7 @@ class ParameterSlots:
         self._kept: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
     def _take_fingerprint(self) -> list[str | int]:
-        """What is where: taken at every step, so names and ids in one flat list."""
+        """The names and ids of all parts; one flat list, because it is made at every step."""
         found: list[str | int] = []
         for held, children in self._parts:
             if held:
@@ -56,7 +56,8 @@ class ParameterSlots:
                 found += map(id, held.values())
             if children:
                 found += children
-                # A module is known by its dictionary, which is kept here: the id of one that is gone may come again.
+                # A module is identified by its dictionary, which is kept here, since the id of a freed module may
+                # recur.
                 found += [id(child if child is None else child._parameters) for child in children.values()]
         return found
 
@@ -69,11 +70,11 @@ class ParameterSlots:
         return {name: p for name, p in self.params.items() if p.requires_grad}
 
     def kept(self, owner: Any, make: Callable[[], T]) -> T:
-        """What `owner` knows about this model: made at the first call, forgotten when the model changes.
+        """A value that `owner` stores with this model: computed at the first call, discarded when the model changes.
 
         Args:
             owner: a function, class or estimator.
-            make: called once for it.
+            make: computes the value.
         """
         try:
             return self._kept[owner]
@@ -81,7 +82,7 @@ class ParameterSlots:
             return self._kept.setdefault(owner, make())
 
     def exchanged(self, values: Mapping[str, Tensor]) -> "_Exchanged":
-        """A context in which the model has `values` for parameters; those left out are detached."""
+        """A context in which `values` replace the model's parameters; parameters without a value are detached."""
         return _Exchanged(self._places, self.params, values)
 
 
@@ -105,7 +106,7 @@ _slots: WeakKeyDictionary[nn.Module, ParameterSlots] = WeakKeyDictionary()
 
 
 def slots_of(model: nn.Module) -> ParameterSlots:
-    """The model's slots, found anew only when the model has changed."""
+    """The model's slots, rebuilt only when the model has changed."""
     slots = _slots.get(model)
     if slots is None or not slots.is_current():
         slots = _slots[model] = ParameterSlots(model)
@@ -116,7 +117,7 @@ def trainable_params(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are trained: requires_grad=True, tied ones once.
 
     Raises:
-        ModelError: there is none, or the parameters, also those that are not trained, are on several devices.
+        ModelError: there is none, or the parameters, trained or not, are on several devices.
     """
     slots = slots_of(model)
     params = slots.trainable()
@@ -133,9 +134,9 @@ def _require_numbers(model: nn.Module, params: Mapping[str, Tensor]) -> None:
     for name, p in params.items():
         if is_lazy(p):
             raise ModelError(
-                f"{type(model).__name__} has not been run: '{name}' has no shape yet; call it on a batch first"
+                f"{type(model).__name__} has not been called: '{name}' has no shape yet; call it on a batch first"
             )
         if p.is_meta:
             raise ModelError(
-                f"'{name}' of {type(model).__name__} is on the meta device; give it numbers with .to_empty()"
+                f"'{name}' of {type(model).__name__} is on the meta device; give it values with .to_empty()"
             )

@@ -1,7 +1,7 @@
-"""Parameters whose rows are spread over ranks (FSDP2): found, and their own rows cut out of a whole.
+"""Parameters whose rows are distributed over ranks (FSDP2).
 
-A sharded parameter is a DTensor whose shape is that of the whole. Low-rank directions are drawn whole on every rank,
-m + n numbers each, so a rank knows its own rows of the update without asking anybody.
+A sharded parameter is a DTensor with the shape of the whole parameter. Every rank draws whole low-rank directions, m +
+n numbers each, so a rank knows its own rows of the update without communication.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from fgtrain.errors import ConfigError
 
 
 def is_sharded(p: Tensor) -> bool:
-    """Whether p is a DTensor; asked in this way it need not be imported."""
+    """Whether p is a DTensor, tested without importing it."""
     return hasattr(p, "to_local")
 
 
@@ -25,7 +25,7 @@ def own_rows(p: Any) -> slice:
 
 
 def from_own_rows(rows: Tensor, p: Any) -> Tensor:
-    """A tensor sharded like p, of which this rank has `rows`."""
+    """A tensor sharded like p, with `rows` as this rank's rows."""
     from torch.distributed.tensor import DTensor
 
     return DTensor.from_local(
@@ -39,20 +39,20 @@ def from_own_rows(rows: Tensor, p: Any) -> Tensor:
 
 
 def whole(tensor: Any) -> Tensor:
-    """A tensor with the rows of all ranks, which ask for it together; one that is not sharded as it is."""
+    """The tensor with the rows of all ranks, which must call this together; an unsharded tensor is unchanged."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def like_parameter(tensor: Tensor, p: Any) -> Tensor:
-    """A whole tensor on the device of p, sharded as p is."""
+    """A whole tensor, moved to the device of p and sharded like p."""
     tensor = tensor.to(p.device)
     return from_own_rows(tensor[own_rows(p)], p) if is_sharded(p) else tensor
 
 
 def shard(model: nn.Module, mesh: Any) -> None:
-    """Spread the rows of every parameter over the ranks of `mesh`, which must start from equal parameters.
+    """Distribute the rows of every parameter over the ranks of `mesh`, which must start from equal parameters.
 
-    A module that owns parameters is gathered as a whole while its forward runs, and let go of after it.
+    A module that owns parameters is gathered for its forward pass and freed after it.
 
     Raises:
         ConfigError: two modules share a parameter.

@@ -1,4 +1,4 @@
-"""What the command of a resumed run may say differently from the command it began with."""
+"""The keys that the command of a resumed run may change."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,7 +13,7 @@ from fgtrain.runs.provenance import load_config
 
 LENGTH = ("trainer.max_steps", "trainer.max_epochs", "trainer.max_time", "trainer.min_steps", "trainer.min_epochs")
 LENGTH += ("data.num_steps", "callbacks.early_stopping")
-"""How long it trains; data.num_steps is the clock of a task without data."""
+"""The length of training; a task without data counts its steps in data.num_steps."""
 
 STOPS = ("trainer.max_time", "callbacks.early_stopping")
 
@@ -23,15 +23,15 @@ FREE += ("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer
 FREE += ("trainer.log_every_n_steps", "trainer.val_check_interval", "trainer.check_val_every_n_epoch")
 FREE += ("trainer.limit_val_batches", "trainer.limit_test_batches", "trainer.num_sanity_val_steps")
 FREE += ("distributed.check_every_n_steps", "distributed.timeout_seconds")
-"""What changes nothing of the updates: what is logged, looked at and saved, and where it runs."""
+"""Keys that do not affect the updates: logging, checks, checkpoints and hardware."""
 
 
 def stop_holds(cfg: DictConfig, checkpoint: Path) -> bool:
-    """Whether a stop before the run's length, by early stopping or trainer.max_time, still holds under `cfg`.
+    """Whether an earlier stop, by early stopping or trainer.max_time, still holds under `cfg`.
 
     Raises:
-        ConfigError: the run that the checkpoint is of cannot go on under `cfg`: names a key that differs, with both
-            values, or a length that is over already.
+        ConfigError: the run of the checkpoint cannot continue under `cfg`. The message names a key that differs, with
+            both values, or a length that the run has already reached.
     """
     run_dir = next((folder for folder in checkpoint.absolute().parents[:2] if (folder / "config.yaml").is_file()), None)
     changed = {} if run_dir is None else _changes(cfg, run_dir)
@@ -45,29 +45,29 @@ def stop_holds(cfg: DictConfig, checkpoint: Path) -> bool:
         limit = cfg.trainer.get(key)
         if f"trainer.{key}" in changed and limit is not None and 0 <= limit <= done:
             raise ConfigError(
-                f"trainer.{key}={limit}: the run of {run_dir} has done {done} already; raise it to go on, or start "
+                f"trainer.{key}={limit}: the run of {run_dir} has done {done} already; raise it to continue, or start "
                 "another run in another folder with hydra.run.dir=..."
             )
     stops = {key for key in longer if _is_of(STOPS, key)}
     if loops["state_dict"].get("should_stop", False) and not stops:
         raise ConfigError(
-            f"the run of {run_dir} was not ended by its length but by early stopping or trainer.max_time; to go on "
+            f"the run of {run_dir} was ended by early stopping or trainer.max_time, not by its length; to continue, "
             "raise callbacks.early_stopping.patience or trainer.max_time"
         )
     return not stops
 
 
 def is_extended(cfg: DictConfig, run_dir: Path) -> bool:
-    """Whether `cfg` asks a run that is in a folder for another length.
+    """Whether `cfg` changes the length of the run in a folder.
 
     Raises:
-        ConfigError: it asks for something that cannot change.
+        ConfigError: it changes a key that must not change.
     """
     return any(_is_of(LENGTH, key) for key in _changes(cfg, run_dir))
 
 
 def _changes(cfg: DictConfig, run_dir: Path) -> dict[str, tuple[Any, Any]]:
-    """{key: (in the folder, in `cfg`)} of what differs and may."""
+    """{key: (value in the folder, value in `cfg`)} of the keys that differ and may differ."""
     if not (run_dir / "config.yaml").is_file():
         return {}
     saved = load_config(run_dir)
@@ -75,14 +75,14 @@ def _changes(cfg: DictConfig, run_dir: Path) -> dict[str, tuple[Any, Any]]:
     before, now = (dict(_leaves(to_plain(config))) for config in (saved, cfg))
     said_before, said_now = (dict(_leaves(to_saved(config))) for config in (saved, cfg))
     keys = [key for key in (*now, *(before.keys() - now.keys())) if before.get(key, _NONE) != now.get(key, _NONE)]
-    keys.sort(key=lambda key: not key.endswith("_target_"))  # what it is, before what it is given
+    keys.sort(key=lambda key: not key.endswith("_target_"))  # classes before their arguments
     for key in keys:
         if not _is_of(FREE + LENGTH, key):
             others = sum(not _is_of(FREE + LENGTH, k) for k in keys) - 1
             raise ConfigError(
                 f"{key} is {said_before.get(key, _NONE)} in the run of {run_dir} and {said_now.get(key, _NONE)} in "
-                f"this command{f' ({others} keys more differ)' if others else ''}: a run goes on with what it began "
-                "with; say the same, or start another run in another folder with hydra.run.dir=..."
+                f"this command{f' ({others} more keys differ)' if others else ''}: a run must continue with the values "
+                "it began with; use the same value, or start another run in another folder with hydra.run.dir=..."
             )
     return {key: (before.get(key, _NONE), now.get(key, _NONE)) for key in keys}
 

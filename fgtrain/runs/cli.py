@@ -1,4 +1,4 @@
-"""What a command line owes its user: a mistake ends in one line and a non-zero exit status, without a traceback."""
+"""The command line: a user's mistake gives one line and a non-zero exit status, without a traceback."""
 
 import argparse
 import os
@@ -27,13 +27,13 @@ ERROR_FILE = "error.txt"
 
 
 def run_app(task: Callable[[DictConfig], Any], config_name: str) -> None:
-    """Run `task`, whose value a search minimises, as a Hydra application.
+    """Run `task` as a Hydra application. A search over configurations minimises its return value.
 
-    `HYDRA_FULL_ERROR=1` in the environment brings tracebacks back.
+    `HYDRA_FULL_ERROR=1` in the environment shows tracebacks.
     """
     silence_libraries()
-    sys.path.append(os.getcwd())  # _target_ may name a module of the user's own
-    if is_follower():  # the folder of the run is rank 0's, whatever the clock of this process says
+    sys.path.append(os.getcwd())  # _target_ may name a module in the current folder
+    if is_follower():  # rank 0 names the run's folder; the clock of this process may differ
         if {"-m", "--multirun"} & set(sys.argv):
             fail("a sweep starts the processes of its jobs itself; start it once, without torchrun or srun")
         sys.argv += ["hydra.output_subdir=null"]
@@ -47,30 +47,30 @@ def run_app(task: Callable[[DictConfig], Any], config_name: str) -> None:
     def job(cfg: DictConfig) -> Any:
         nonlocal composed
         composed = True
-        silence_libraries()  # the process may be a launcher's
+        silence_libraries()  # a launcher may have started this process
         try:
             return task(cfg)
         except Exception as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN and not isinstance(error, Interrupted):
-                raise job_failed(error) from error  # and the other jobs go on
+                raise job_failed(error) from error  # the other jobs continue
             if isinstance(error, USER_ERRORS):
                 fail(error)
             raise
 
-    setattr(argparse.ArgumentParser, "error", lambda _, message: fail(_usage(message)))  # instead of eleven lines
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises what it would print over many lines
+    setattr(argparse.ArgumentParser, "error", lambda _, message: fail(_usage(message)))  # instead of the whole usage
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise errors instead of printing them
     try:
         _hydra_main(job, config_name)
         sys.stdout.flush()
     except BrokenPipeError:
-        if not _nobody_reads():  # a pipe of the run's own
+        if not _nobody_reads():  # another pipe broke
             raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # where what is left is flushed at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the rest is flushed there at exit
         sys.exit(128 + signal.SIGPIPE)
     except JobFailed as error:
         for failed in sorted(error.sweep_dir.glob(f"*/{ERROR_FILE}")):
             print(f"fgtrain: job {failed.parent.name} failed: {failed.read_text().splitlines()[0]}", file=sys.stderr)
-        fail(f"some jobs of {os.path.relpath(error.sweep_dir)} failed; the others are whole")
+        fail(f"some jobs of {os.path.relpath(error.sweep_dir)} failed; the others are complete")
     except USER_ERRORS as error:
         fail(error)
     except KeyboardInterrupt:
@@ -81,10 +81,10 @@ def run_app(task: Callable[[DictConfig], Any], config_name: str) -> None:
         fail(cannot_write(error))
     except Exception as error:
         if is_out_of_memory(error):
-            fail(f"not enough memory ({str(error)[-200:] or 'MemoryError'}); take a smaller data.batch_size or model")
+            fail(f"not enough memory ({str(error)[-200:] or 'MemoryError'}); use a smaller data.batch_size or model")
         if composed:
             raise
-        # Of YAML's parser, or an assertion of Hydra's: there is no program of ours yet.
+        # The error is from the YAML parser or Hydra, since no code of fgtrain has run yet.
         fail(one_line(error) or "the command line or a configuration file is malformed, and Hydra does not say where")
     finally:
         SweepTable.close()
@@ -92,20 +92,20 @@ def run_app(task: Callable[[DictConfig], Any], config_name: str) -> None:
 
 
 def _nobody_reads() -> bool:
-    """Whether stdout is a pipe whose reader has seen enough, as `| head` has."""
+    """Whether stdout is a pipe whose reader has closed it, as `| head` does."""
     poll = select.poll()
-    poll.register(sys.stdout, 0)  # that the other end is gone is told unasked
+    poll.register(sys.stdout, 0)  # poll always reports a closed reader
     return bool(poll.poll(0))
 
 
 def _names_run_dir(arguments: list[str]) -> bool:
-    """Whether a command line names the folder of the run, which all of its processes then know, with what is in it."""
+    """Whether a command line names the folder of the run, so that all processes know it."""
     named = [argument for argument in arguments if argument.startswith("hydra.run.dir=")]
     return bool(named) and "${" not in named[-1]
 
 
 def job_failed(error: Exception) -> JobFailed:
-    """Write down in the folder of a sweep's job why it failed: its output may be in another process or file."""
+    """Write the reason of a failure into the job's folder: the job may have run in another process."""
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     text = one_line(error) or type(error).__name__
@@ -116,13 +116,13 @@ def job_failed(error: Exception) -> JobFailed:
 
 
 def _usage(message: str) -> str:
-    """What argparse says, and the one rule of its that surprises."""
-    hint = "; options such as -m or --config-dir stand before or after all key=value, not among them"
+    """A message of argparse, with a hint on the order of options."""
+    hint = "; put options such as -m or --config-dir before or after all key=value, not between them"
     return message + hint * message.startswith("unrecognized")
 
 
 def _overrides() -> list[str]:
-    """key=value of the command line, as they were typed: a ${...} in them is not resolved here."""
+    """The key=value arguments as typed; a ${...} in them stays unresolved."""
     found = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
     assert isinstance(found, list)
     return [str(override) for override in found]
@@ -132,7 +132,7 @@ def _hydra_main(task: Callable[[DictConfig], Any], config_name: str) -> None:
     def job(cfg: DictConfig) -> Any:
         lent = drop_arguments_of_replaced_targets(cfg, _overrides())
         if lent and not is_follower():
-            said = f"{', '.join(lent)} of the chosen file, since what _target_ names has no default for it"
+            said = f"kept from the chosen file, since the new _target_ has no default: {', '.join(lent)}"
             print(f"fgtrain: {said}", file=sys.stderr)
         return task(cfg)
 
@@ -140,5 +140,5 @@ def _hydra_main(task: Callable[[DictConfig], Any], config_name: str) -> None:
 
 
 def choices() -> dict[str, str]:
-    """The chosen file of every group; a `_target_` given on the command line stands for itself."""
+    """The chosen file of every group, or the `_target_` that the command line gives instead."""
     return name_targets(HydraConfig.get().runtime.choices, _overrides())

@@ -1,7 +1,7 @@
 """The configuration of a run, checked before anything is built.
 
-Keys of the top level are typed by `TrainConfig`. The nodes of the groups mirror constructors: whatever `_target_` they
-name, its signature says which arguments exist and of which type they are, for fgtrain's classes and the user's own.
+`TrainConfig` types the keys of the top level. The nodes of the groups mirror constructors: the signature of a node's
+`_target_` determines its arguments and their types, for fgtrain's classes and for the user's own.
 """
 
 import difflib
@@ -27,12 +27,12 @@ CONF = Path(__file__).resolve().parents[2] / "conf"
 
 @dataclass
 class DistributedConfig:
-    """What several processes do, see `fgtrain.distributed`; one process ignores it.
+    """Settings for several processes, see `fgtrain.distributed`; a single process ignores them.
 
     Args:
         tangents: "shared" or "per_rank" directions.
         check_every_n_steps: optimizer steps between two checks that all ranks have the same parameters; 0 for none.
-        timeout_seconds: a rank that has waited so long for the others in a step gives up.
+        timeout_seconds: how long a rank waits for the others within a step before it gives up.
     """
 
     tangents: str = "shared"
@@ -45,23 +45,23 @@ class TrainConfig:
     """Top-level keys of a training run; the groups are nodes with a `_target_`.
 
     Args:
-        seed: of initialisation, data order and directions.
+        seed: seed of the initialisation, data order and directions.
         lr: learning rate; each method brings its own.
         accumulate_grad_batches: batches averaged into one optimizer step.
         clip_grad_norm: largest norm of the gradient; null for none.
-        shrinkage: estimates by perturbation have the length of least squared error, so that the learning rate that was
-            tuned on one model serves others, see fgtrain.tangents.combine.Shrinkage.
-        rowwise: example i of the loss depends on row i of every parameter alone (the starting points of a function).
-        max_skipped_steps: so many batches in a row whose loss, derivative or gradient is not finite end the run.
-        max_skipped_share: a larger part of all batches ends it too; null for none.
-        detect_divergence: a loss above this multiple of its lowest value so far, for as many steps, ends it too; null
-            for none.
+        shrinkage: scale estimates to the length of least squared error, so that a learning rate tuned on one model
+            serves others, see fgtrain.tangents.combine.Shrinkage.
+        rowwise: example i of the loss depends only on row i of every parameter (a starting point of a function).
+        max_skipped_steps: end the run after this many batches in a row with a non-finite loss, derivative or gradient.
+        max_skipped_share: end it also if a larger share of all batches was skipped; null for no limit.
+        detect_divergence: end it also if the loss stays above this multiple of its lowest value so far for
+            max_skipped_steps steps; null for no limit.
         compile: pass the model through torch.compile, see fgtrain.network.compilation.
         self_check: try the method on the first batch before training, see fgtrain.self_check.
-        resume: what to continue from: a checkpoint, the folder of a run, or auto for the run in run_dir, if any.
+        resume: where to continue: a checkpoint, the folder of a run, or auto for the run in run_dir, if any.
         run_dir: folder of the run.
-        distributed: what several processes share and check.
-        quiet: print nothing but errors.
+        distributed: settings for several processes.
+        quiet: print only errors.
     """
 
     seed: int = 42
@@ -91,16 +91,16 @@ class TrainConfig:
 
 
 ConfigStore.instance().store(name="schema", node=TrainConfig)
-OmegaConf.register_new_resolver("unique", lambda: secrets.token_hex(3), use_cache=True)  # runs that start together
+OmegaConf.register_new_resolver("unique", lambda: secrets.token_hex(3), use_cache=True)  # for simultaneous starts
 OmegaConf.register_new_resolver("method_name", lambda _root_: _method_name(_root_))
-OmegaConf.register_new_resolver("file_name", lambda _root_: _file_name(_root_))  # of a run in a sweep
+OmegaConf.register_new_resolver("file_name", lambda _root_: _file_name(_root_))  # names the folder of a run in a sweep
 
 
 def check(cfg: DictConfig) -> None:
-    """Refuse values that are out of range, of the wrong type, or of no argument of the thing they configure.
+    """Refuse values that are out of range or of the wrong type, and keys that are not an argument of their `_target_`.
 
     Raises:
-        ConfigError: names the key, the value and what is allowed.
+        ConfigError: the message names the key, the value and what is allowed.
     """
     unknown = sorted(set(map(str, cfg)) - {field.name for field in fields(TrainConfig)})
     if unknown:
@@ -144,7 +144,7 @@ def to_plain(cfg: DictConfig) -> dict[str, Any]:
 
 
 def to_saved(cfg: DictConfig) -> dict[str, Any]:
-    """`to_plain` for what is written down: what the environment gives, and may be secret, stays ${oc.env:...}."""
+    """`to_plain` for saved files: values from the environment, which may be secret, stay ${oc.env:...}."""
     raw = OmegaConf.to_container(cfg, resolve=False)
     token = _is_hidden.set(True)
     try:
@@ -155,14 +155,14 @@ def to_saved(cfg: DictConfig) -> dict[str, Any]:
 
 
 def _file_name(root: DictConfig) -> str:
-    """What is varied, as it was typed: what the environment gives is no part of a folder's name."""
+    """The varied keys as typed: values from the environment must not appear in a folder's name."""
     job = OmegaConf.to_container(root.hydra.job, resolve=False)
     assert isinstance(job, dict)
-    return job["override_dirname"].replace("/", "-").replace("$", "")[:200]  # Hydra looks ${...} up
+    return job["override_dirname"].replace("/", "-").replace("$", "")[:200]  # Hydra would resolve ${...}
 
 
 def _where_equal(tree: Any, other: Any, instead: Any) -> Any:
-    """`tree`, with what stands in `instead` wherever `other` is not the same."""
+    """`tree`, with the entries of `instead` wherever `tree` and `other` differ."""
     if isinstance(tree, dict) and isinstance(instead, dict):
         return {key: _where_equal(tree[key], other[key], instead[key]) for key in tree}
     if isinstance(tree, list) and isinstance(instead, list):
@@ -180,7 +180,7 @@ OmegaConf.register_new_resolver("oc.env", _of_environment, replace=True)
 
 
 def signature_of(target: str) -> Mapping[str, inspect.Parameter]:
-    """Parameters of the callable a `_target_` names; a class's are those of its constructor.
+    """Parameters of the callable that a `_target_` names; for a class, those of its constructor.
 
     Raises:
         ConfigError: there is no such callable.
@@ -194,21 +194,21 @@ def signature_of(target: str) -> Mapping[str, inspect.Parameter]:
     try:
         return inspect.signature(found).parameters
     except ValueError as error:
-        raise ConfigError(f"_target_ {target!r} is built in and does not say what it takes; name a class") from error
+        raise ConfigError(f"_target_ {target!r} is built in and has no signature; name a class") from error
 
 
 def drop_arguments_of_replaced_targets(cfg: DictConfig, overrides: Sequence[str]) -> list[str]:
-    """Let `model._target_=mine.Net` stand alone: what the chosen file set for another target goes.
+    """Make `model._target_=mine.Net` sufficient: remove the arguments that the chosen file sets for its own target.
 
-    What stays is what the new target has to be given, and what is the run's (`${seed}`). Outside of data, method and
-    model, and beside an experiment, which may have meant it, all stays that the new target takes.
+    Arguments that the new target requires stay, and so do interpolations (`${seed}`). In other groups than data, method
+    and model, and in an experiment, which may have set them on purpose, all arguments that the new target takes stay.
 
     Args:
         cfg: changed in place.
-        overrides: of the command line; what it sets itself stays, and is checked.
+        overrides: arguments of the command line; the keys they set stay, and are checked.
 
     Returns:
-        What the new targets have to be given and have from the chosen files, as key=value.
+        The required arguments that keep their values from the chosen files, as key=value.
 
     Raises:
         ConfigError: a method of the user's own would be trained with the learning rate of the chosen file.
@@ -220,7 +220,7 @@ def drop_arguments_of_replaced_targets(cfg: DictConfig, overrides: Sequence[str]
         try:
             takes = signature_of(node._target_)
         except ConfigError:
-            continue  # `check` says so
+            continue  # `check` raises it
         if path == "method" and not given & {"lr", "optimizer", "optimizer.lr", "task", "experiment"}:
             raise ConfigError(
                 f"method._target_={node._target_} needs a learning rate of its own, not that of the chosen preset "
@@ -242,7 +242,7 @@ def drop_arguments_of_replaced_targets(cfg: DictConfig, overrides: Sequence[str]
 
 
 def name_targets(choices: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """The chosen file of every group; a `_target_` among overrides stands for itself."""
+    """The chosen file of every group, or the `_target_` that an override gives instead."""
     found = {str(group): choice for group, choice in choices.items()}
     for override in overrides:
         key, _, value = override.partition("=")
@@ -252,7 +252,7 @@ def name_targets(choices: Mapping[str, Any], overrides: Sequence[str]) -> dict[s
 
 
 def _method_name(root: DictConfig) -> str:
-    """The method for the name of a folder."""
+    """The method's name as a part of a folder's name."""
     overrides = OmegaConf.to_container(root.hydra.overrides.task, resolve=False)
     assert isinstance(overrides, list)
     method = name_targets(root.hydra.runtime.choices, [str(text) for text in overrides]).get("method")
@@ -289,12 +289,12 @@ def _check_node(path: str, node: dict[str, Any]) -> None:
 def _type_hints(target: Callable[..., Any]) -> dict[str, Any]:
     try:
         return get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    except Exception:  # annotations that cannot be resolved say nothing
+    except Exception:  # the annotations cannot be resolved
         return {}
 
 
 def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value from a config can be an argument annotated `hint`; a doubt counts as yes."""
+    """Whether a value from a config may be an argument annotated `hint`; if in doubt, True."""
     origin, args = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return any(_fits(value, arg) for arg in args)

@@ -1,4 +1,4 @@
-"""A checkpoint on a split: the same model, data and results as the run that wrote it."""
+"""Evaluate a checkpoint on a split, with the model and data of the run that wrote it."""
 
 import json
 from pathlib import Path
@@ -20,13 +20,13 @@ def evaluate(checkpoint: Path, split: str, out: Path | None = None) -> dict[str,
     """Metrics of a checkpoint on a split, written as results.json.
 
     Args:
-        checkpoint: a .ckpt file in a run's folder, whose config.yaml says what it is of; or the folder, for its last.
+        checkpoint: a .ckpt file in the folder of its run, or that folder, which stands for its last checkpoint.
         split: "train", "val" or "test".
-        out: file to write; None names it evaluation_<checkpoint>_<split>.json in the run's folder.
+        out: file to write; None for evaluation_<checkpoint>_<split>.json in the run's folder.
 
     Raises:
-        ConfigError: a file or a split does not exist, or the checkpoint is of another model.
-        CheckpointError: it is damaged, or no checkpoint.
+        ConfigError: a file or a split does not exist, or the checkpoint belongs to another model.
+        CheckpointError: the file is damaged or not a checkpoint.
         StorageError: the results cannot be written.
     """
     if split not in SPLITS:
@@ -34,7 +34,7 @@ def evaluate(checkpoint: Path, split: str, out: Path | None = None) -> dict[str,
     if checkpoint.is_dir():
         found = list_checkpoints(checkpoint)
         if not found:
-            raise ConfigError(f"{checkpoint} holds no checkpoint ({' or '.join(NAMES)})")
+            raise ConfigError(f"{checkpoint} contains no checkpoint ({' or '.join(NAMES)})")
         checkpoint = first_good(found)
     run_dir, cfg = _run_of(checkpoint)
     state = read_checked(checkpoint)
@@ -42,10 +42,10 @@ def evaluate(checkpoint: Path, split: str, out: Path | None = None) -> dict[str,
     module, data, trainer, _ = build(cfg)
     trainer.loggers = []
     if isinstance(module.task, Function):
-        raise ConfigError(f"{checkpoint} is of a test function, which has no splits; its results.json says it all")
+        raise ConfigError(f"{checkpoint} is of a test function, which has no splits; see its results.json")
     try:
         module.load_state_dict(state["state_dict"])
-    except (RuntimeError, KeyError, TypeError, AttributeError) as error:  # what torch raises for another's parts
+    except (RuntimeError, KeyError, TypeError, AttributeError) as error:  # torch raises these if the parts do not fit
         first = next(iter(str(error).splitlines()), "")
         raise ConfigError(f"{checkpoint} does not fit the run of {run_dir / 'config.yaml'}: {first}") from error
     data.prepare_data()
@@ -69,8 +69,8 @@ def evaluate(checkpoint: Path, split: str, out: Path | None = None) -> dict[str,
 def _run_of(checkpoint: Path) -> tuple[Path, DictConfig]:
     """The folder of the run that wrote a checkpoint, and its configuration."""
     if not checkpoint.is_file():
-        raise ConfigError(f"{checkpoint} is no file; give the path of a checkpoint (.ckpt)")
+        raise ConfigError(f"{checkpoint} is not a file; give the path of a checkpoint (.ckpt)")
     for folder in checkpoint.absolute().parents[:3]:
         if (folder / "config.yaml").is_file():
             return folder, load_config(folder)
-    raise ConfigError(f"{checkpoint} is not in a run's folder: there is no config.yaml beside it or above")
+    raise ConfigError(f"{checkpoint} is not in a run's folder: there is no config.yaml beside it or above it")

@@ -1,8 +1,7 @@
-"""Starts the processes of a run, unless torchrun or SLURM has, and makes sure that they are as many as were asked
-for.
+"""Starts the processes of a run, unless torchrun or SLURM has started them, and checks their number.
 
-Every process runs the whole of `fgtrain.runs.run.run` with the finished configuration. Nothing of the command
-line is parsed twice, so a sweep is one sweep however many processes each of its jobs has.
+Every process runs all of `fgtrain.runs.run.run` with the composed configuration. The command line is parsed only once,
+so a sweep stays one sweep however many processes each of its jobs has.
 
     python scripts/train.py trainer=ddp trainer.devices=2 trainer.accelerator=cpu trainer.max_steps=100
 
@@ -44,12 +43,12 @@ GRACE_SECONDS = 10.0
 
 
 def launch(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
-    """Run in as many processes as the configuration asks for; the results are rank 0's.
+    """Run in as many processes as the configuration asks for, and return the results of rank 0.
 
     Raises:
-        UserError: of whatever rank had the first; Interrupted, if a signal ended all of them.
+        UserError: the first one that a rank raised, or Interrupted if a signal ended all ranks.
         RankFailed: a rank was ended by a signal; the others are ended too.
-        RuntimeError: a rank ended with another error; holds its traceback.
+        RuntimeError: a rank ended with another error; the message holds its traceback.
     """
     check(cfg)
     world = plan(to_plain(cfg)["trainer"])
@@ -57,9 +56,9 @@ def launch(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
         return run(cfg, choices)
     if read_results(run_dir := Path(cfg.run_dir)) is None:
         with owned(run_dir):
-            pass  # rank 0 holds it; a second comer is told before its ranks are started
+            pass  # rank 0 holds the folder; here a second run fails before its ranks start
     if multiprocessing.get_start_method() not in multiprocessing.get_all_start_methods():
-        multiprocessing.set_start_method(None, force=True)  # joblib's workers have one that children do not know
+        multiprocessing.set_start_method(None, force=True)  # joblib's start method is unknown to children
     multiprocessing.set_forkserver_preload(["fgtrain.runs.run"])
     with tempfile.TemporaryDirectory() as folder, _Sigterm() as sigterm:
         context = mp.start_processes(
@@ -76,7 +75,7 @@ def launch(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
                 pass
         except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
             raise _cause(context, Path(folder), sigterm.ended) from error
-        except KeyboardInterrupt:  # the ranks have got it too, and save what they have
+        except KeyboardInterrupt:  # the ranks receive it too and save their state
             for process in context.processes:
                 process.join(6 * GRACE_SECONDS)
             raise
@@ -89,12 +88,12 @@ def launch(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
 
 
 class _Sigterm:
-    """While it is entered, a SIGTERM goes to the ranks, which save what they have. (Ctrl-C reaches them by itself.)
+    """A context that passes a SIGTERM on to the ranks, which save their state. (Ctrl-C reaches them directly.)
 
-    Those that go on 20 seconds later are killed: they are stopped, or wait for one that is.
+    Ranks that still run 20 seconds later are killed: they are suspended, or wait for a rank that is.
 
     Attributes:
-        ended: the ranks that were.
+        ended: the ranks that were killed.
     """
 
     def __init__(self) -> None:
@@ -103,7 +102,7 @@ class _Sigterm:
         self._timer: threading.Timer | None = None
 
     def __enter__(self) -> Self:
-        self._in_main = threading.current_thread() is threading.main_thread()  # where alone a handler can be set
+        self._in_main = threading.current_thread() is threading.main_thread()  # only there can a handler be set
         if self._in_main:
             self._before = signal.signal(signal.SIGTERM, self._pass_on)
         return self
@@ -115,7 +114,7 @@ class _Sigterm:
             self._timer.cancel()
 
     def pass_on_to(self, processes: Iterable[Any]) -> None:
-        """Say who the ranks are, which are told of a SIGTERM that came while they were started."""
+        """Set the ranks, and pass on a SIGTERM that arrived while they were starting."""
         self._processes = list(processes)
         if self._timer is not None:
             self._pass_on()
@@ -137,7 +136,7 @@ class _Sigterm:
 
 def _worker(rank: int, plain: dict[str, Any], choices: dict[str, str], size: int, port: int, folder: str) -> None:
     silence_libraries()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fork has the handler of its launcher
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fork inherits the launcher's handler
     threading.Thread(target=_end_without_leader, daemon=True).start()
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
@@ -155,9 +154,9 @@ def _worker(rank: int, plain: dict[str, Any], choices: dict[str, str], size: int
 
 
 def _end_without_leader() -> None:
-    """Save and end when the process that started the ranks was killed: else they would train on, seen by nobody.
+    """Save and end when the process that started the ranks is killed; otherwise they would train on unnoticed.
 
-    PyTorch has the system interrupt a rank whose parent dies; that of a rank which a fork server made is the server.
+    PyTorch interrupts a rank when its parent dies, but the parent of a rank from a fork server is that server.
     """
     leader = multiprocessing.parent_process()
     assert leader is not None
@@ -167,15 +166,15 @@ def _end_without_leader() -> None:
 
 
 def _cause(context: Any, folder: Path, ended: list[int]) -> Exception:
-    """The first thing that went wrong: a signal from outside, else the earliest error.
+    """The first failure: a signal from outside, else the earliest error.
 
     Args:
-        context: of the ranks.
-        folder: where they write their errors.
-        ended: the ranks that were killed because they did not hear a SIGTERM.
+        context: the ranks' process context.
+        folder: the folder into which they write their errors.
+        ended: the ranks that were killed because they did not react to a SIGTERM.
     """
     if ended:
-        text = f"stopped by SIGTERM, which ranks {ended} did not follow; resume=.../checkpoints/last.ckpt continues"
+        text = f"stopped by SIGTERM, to which ranks {ended} did not react; resume=.../checkpoints/last.ckpt continues"
         return Interrupted(f"{text} from the last checkpoint", signal.SIGTERM)
     for rank, process in enumerate(context.processes):
         if process.exitcode is not None and process.exitcode < 0 and -process.exitcode != signal.SIGTERM:

@@ -1,4 +1,4 @@
-"""What a user is told: one line for a mistake, and nothing that is libraries talking to each other."""
+"""Messages to the user: one line for a mistake, and no warnings that libraries address to each other."""
 
 import re
 import sys
@@ -20,28 +20,28 @@ _CHATTER = (
     ".*torch.jit.script.*",
     "The number of training batches",
     "Using ModelCheckpoint",
-    "Total length of .* is zero",  # which FirstBatch tells
-    "You defined a `validation_step` but have no `val_dataloader`",  # and that
-    "The dirpath has changed",  # a run resumed in another folder
-    "Checkpoint directory .* exists",  # or in its own
+    "Total length of .* is zero",  # FirstBatch reports it
+    "You defined a `validation_step` but have no `val_dataloader`",  # FirstBatch reports it
+    "The dirpath has changed",  # a run was resumed in another folder
+    "Checkpoint directory .* exists",  # or in its own folder
 )
 
 
 def silence_libraries() -> None:
-    """Ignore the warnings that are libraries talking to each other, and what is told in the main thread as well."""
+    """Ignore warnings that do not concern the user, and errors that the main thread reports as well."""
     for message in _CHATTER:
         warnings.filterwarnings("ignore", message)
     threading.excepthook = _print_unless_of_the_disk
 
 
 def _print_unless_of_the_disk(args: threading.ExceptHookArgs) -> None:
-    """TensorBoard's writer is a thread; what it meets on the disk is raised again where something is logged next."""
+    """Skip disk errors of TensorBoard's writer thread: the next call that logs raises them again."""
     if args.exc_value is None or disk_error(args.exc_value) is None:
         threading.__excepthook__(args)
 
 
 def cannot_write(error: OSError) -> StorageError:
-    """What an error of the disk is to the user."""
+    """The user's error for an error of the disk."""
     return StorageError(f"cannot write {error.filename or 'to the disk'}: {error.strerror}")
 
 
@@ -52,20 +52,20 @@ def fail(error: BaseException | str) -> NoReturn:
 
 
 def on_the_command_line(text: str) -> str:
-    """The remedy at the end of a message of the library, in words of the command line; nothing where it names none."""
+    """The command-line options for the classes named in a message's remedy; empty if it names none."""
     remedy = text.rpartition(";")[2]
     known = {"Replicas": "trainer=ddp"}
     for group in ("tangents", "method"):
-        for path in sorted((CONF / group).glob("*.yaml"), key=lambda path: -len(path.stem)):  # the shortest name last
+        for path in sorted((CONF / group).glob("*.yaml"), key=lambda path: -len(path.stem)):  # shortest name wins
             if target := re.search(r"_target_: fgtrain\.(\w+)$", path.read_text(), re.MULTILINE):
                 known[target[1]] = f"{group}={path.stem}"
     found = [f"{name} is {option}" for name, option in known.items() if re.search(rf"\b{name}\b", remedy)]
     hint = f" ({', '.join(found)})"
-    return hint if found and hint not in text else ""  # a rank's message is told again by the process that started it
+    return hint if found and hint not in text else ""  # the launcher repeats a rank's message
 
 
 def one_line(error: BaseException | str) -> str:
-    """The message of an error, folded to one line and freed of what concerns Hydra alone."""
+    """The message of an error on one line, without Hydra's internal details."""
     text = str(error)
     cause = getattr(error, "__cause__", None)
     if isinstance(error, InstantiationException):
@@ -74,13 +74,13 @@ def one_line(error: BaseException | str) -> str:
     elif isinstance(error, OverrideParseException):
         reason = "; ".join(line for line in text.splitlines() if not line.startswith(("See ", "Error parsing")))
         text = (
-            f"{error.override!r} cannot be read ({reason}); a value with = or , in it stands in quotes: 'key=\"a=b\"'"
+            f"{error.override!r} cannot be read ({reason}); put a value that contains = or , in quotes: 'key=\"a=b\"'"
         )
     elif unknown := re.match(r"Could not override '(\S+)'", text):
-        text = f"{unknown.group(1)} is no key of the configuration; --cfg job prints the keys there are"
+        text = f"{unknown.group(1)} is not a key of the configuration; --cfg job prints the keys"
     elif plugin := re.match(r"In '.*': Could not find 'hydra/(sweeper|launcher)/(\w+)'", text):
         missing = f"hydra/{plugin.group(1)}={plugin.group(2)} is not installed"
-        text = f'{missing}; pip install -e ".[sweeps]" brings optuna and joblib'
+        text = f'{missing}; pip install -e ".[sweeps]" installs optuna and joblib'
     elif isinstance(error, HydraException) and cause and not text.startswith("In "):
         text = f"{text}: {cause}"
     text = re.sub(r"\nConfig search path:.*", "", text, flags=re.DOTALL)

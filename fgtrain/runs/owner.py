@@ -19,14 +19,14 @@ _held: set[int] = set()
 
 @contextmanager
 def owned(run_dir: Path) -> Generator[None]:
-    """Hold the folder of a run, which is made, until the run or its process ends, however it ends.
+    """Create and lock the folder of a run until the run or its process ends, however it ends.
 
-    What an owner that was killed left half written is removed. A file system that cannot lock is told of, and the run
-    goes on.
+    Half-written files of an owner that was killed are removed. If the file system cannot lock, a warning is printed and
+    the run continues.
 
     Raises:
-        ConfigError: another process holds it.
-        StorageError: it cannot be written.
+        ConfigError: another process holds the lock.
+        StorageError: the folder cannot be written.
     """
     make_folder(run_dir)
     try:
@@ -44,23 +44,23 @@ def owned(run_dir: Path) -> Generator[None]:
     finally:
         _held.discard(file)
         with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_UN)  # a child that was just forked may still have the file open
+            fcntl.flock(file, fcntl.LOCK_UN)  # a child just forked may still have the file open
         os.close(file)
 
 
 def _is_locked(file: int, run_dir: Path) -> bool:
-    """Lock an open file; False where that cannot be done."""
+    """Lock an open file; False if the file system cannot lock."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             owner = os.read(file, 200).decode(errors="replace") or "another process"
             raise ConfigError(
-                f"run_dir={run_dir} belongs to a run that is going on ({owner}); wait for its end, or name another "
+                f"run_dir={run_dir} belongs to a run in progress ({owner}); wait for its end, or name another "
                 "folder with hydra.run.dir=..."
             ) from None
         print(
-            f"fgtrain: the file system of {run_dir} cannot lock ({error.strerror}): start no second run in this folder",
+            f"fgtrain: the file system of {run_dir} cannot lock ({error.strerror}): do not start another run in it",
             file=sys.stderr,
         )
         return False
@@ -68,7 +68,7 @@ def _is_locked(file: int, run_dir: Path) -> bool:
 
 
 def _forget() -> None:
-    """A child that was forked does not hold what its parent does: it may outlive it."""
+    """Close the locks in a forked child: it may outlive its parent, which owns them."""
     while _held:
         os.close(_held.pop())
 

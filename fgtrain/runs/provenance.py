@@ -1,4 +1,4 @@
-"""Where a run came from: saved with it, so that it can be run again."""
+"""The origin of a run, saved with it so that it can be repeated."""
 
 import importlib.metadata
 import json
@@ -25,7 +25,7 @@ _RUN_DIR = "<run_dir>"
 def save_provenance(cfg: DictConfig, choices: Mapping[str, str]) -> None:
     """Write config.yaml and provenance.json into the run's folder.
 
-    config.yaml is resolved, but for the folder itself and what the environment gives, and a configuration of Hydra's:
+    config.yaml is resolved, except for the folder itself and values from the environment. It is a Hydra configuration:
     `scripts/train.py --config-dir RUN --config-name config` runs it again, in a new folder.
     """
     run_dir = Path(cfg.run_dir)
@@ -40,7 +40,7 @@ def save_provenance(cfg: DictConfig, choices: Mapping[str, str]) -> None:
     }
     defaults = ["schema", "_self_", {"override hydra/job_logging": "warnings"}]
     saved = OmegaConf.create({"defaults": defaults, **plain, "hydra": hydra})
-    write_atomically(OmegaConf.to_yaml(saved), run_dir / "config.yaml")  # which a resumed run is held to
+    write_atomically(OmegaConf.to_yaml(saved), run_dir / "config.yaml")  # a resumed run is compared with it
     write_atomically(json.dumps(provenance(cfg), indent=2) + "\n", run_dir / "provenance.json")
 
 
@@ -58,10 +58,10 @@ def provenance(cfg: DictConfig) -> dict[str, Any]:
 
 
 def load_config(run_dir: Path) -> DictConfig:
-    """The configuration of a run, as `fgtrain.runs.run.build` takes it.
+    """The configuration of a run, for `fgtrain.runs.run.build`.
 
     Raises:
-        ConfigError: the folder has none, or it is malformed.
+        ConfigError: the folder contains none, or it is malformed.
     """
     path = run_dir / "config.yaml"
     if not path.is_file():
@@ -69,13 +69,13 @@ def load_config(run_dir: Path) -> DictConfig:
     try:
         if any(
             isinstance(token, AliasToken) for token in scan(path.read_text())
-        ):  # a few lines of them fill the memory
-            raise ValueError("it has YAML aliases, which no run writes; write them out")
+        ):  # a few lines of aliases can fill the memory
+            raise ValueError("it has YAML aliases, which runs never write; write the values out")
         saved = OmegaConf.to_container(OmegaConf.load(path))
     except (YAMLError, OmegaConfBaseException, OSError, ValueError) as error:
         raise ConfigError(f"{path} cannot be read: {' '.join(str(error).split())[:200]}") from error
     if not isinstance(saved, dict):
-        raise ConfigError(f"{path} is no configuration of a run: it holds a {type(saved).__name__}")
+        raise ConfigError(f"{path} is not the configuration of a run: it holds a {type(saved).__name__}")
     own = {name: value for name, value in saved.items() if name not in ("defaults", "hydra")}
     return OmegaConf.merge(OmegaConf.structured(TrainConfig), own, {"run_dir": str(run_dir)})  # ty: ignore
 
@@ -96,7 +96,7 @@ def _version(package: str) -> str | None:
 
 
 def _git(folder: Path) -> dict[str, Any] | None:
-    """Commit of the code and whether it has been changed since; None outside a repository."""
+    """The commit of the code and whether it has uncommitted changes; None outside a repository."""
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)
         changes = subprocess.run(["git", "status", "--porcelain"], cwd=folder, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Training again from a replay log: the same loop, with an estimator that reads derivatives instead of taking them."""
+"""Train again from a replay log: the same loop, with an estimator that reads derivatives instead of computing them."""
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,11 +20,11 @@ from fgtrain.runs.run import build
 
 
 class Replayed(GradientEstimator):
-    """Gives the gradients another estimator found, from its derivatives.
+    """Rebuilds the gradients of another estimator from its logged derivatives.
 
     Args:
-        estimator: it.
-        derivatives: (batches, K), in their order.
+        estimator: the other estimator.
+        derivatives: (batches, K), in the order of the batches.
     """
 
     scalar_reducible = True
@@ -49,7 +49,7 @@ class Replayed(GradientEstimator):
 
 
 class _Replaying(L.Callback):
-    """Begins where the log begins and ends where it ends."""
+    """Checks the initial weights and ends training where the log ends."""
 
     def __init__(self, path: Path, initial: str, batches: int) -> None:
         self.path = path
@@ -71,10 +71,10 @@ class _Replaying(L.Callback):
 
 
 def replay(run_dir: Path) -> tuple[EstimatorModule, int]:
-    """The model as the run left it, and the number of its steps, from `config.yaml` and `replay.pt` alone.
+    """The final model of a run and the number of its steps, from `config.yaml` and `replay.pt` alone.
 
     Raises:
-        CheckpointError: the log is damaged, or leads to other weights than the run had.
+        CheckpointError: the log is damaged, or leads to other weights than those of the run.
         ConfigError: the folder is not that of a run.
     """
     path = run_dir / "replay.pt"
@@ -97,7 +97,7 @@ def replay(run_dir: Path) -> tuple[EstimatorModule, int]:
 def _read_log(path: Path) -> dict[str, Any]:
     log = read_checked(path)
     if log.get("format") != FORMAT or not log.keys() >= PARTS:
-        raise CheckpointError(f"{path} is no replay log of format {FORMAT}; it was written by callbacks=replay_log")
+        raise CheckpointError(f"{path} is not a replay log of format {FORMAT}; callbacks=replay_log writes one")
     rows = log["derivatives"]
     sound = {
         "derivatives": isinstance(rows, Tensor) and rows.dim() == 2 and rows.numel() > 0 and rows.is_floating_point(),
@@ -108,5 +108,5 @@ def _read_log(path: Path) -> dict[str, Any]:
     }
     bad = [name for name, is_sound in sound.items() if not is_sound]
     if bad:
-        raise CheckpointError(f"{path} is damaged: {', '.join(bad)} cannot be those of a run")
+        raise CheckpointError(f"{path} is damaged: {', '.join(bad)} cannot come from a run")
     return log

@@ -19,17 +19,17 @@ a resumed run may change.
 stored as its seed and K floats a step, and `python scripts/replay.py runs/mine weights.pt` rebuilds its weights
 without the data.
 
-**Self-check.** Before the first step the method is tried on the first batch; `self_check=false` skips this. Two
-evaluations with one seed must agree, and derivatives must equal those of backpropagation and of finite differences. A
-model that breaks an assumption is named in one line.
+**Self-check.** Before the first step, the run tries the method on the first batch; `self_check=false` skips this. Two
+evaluations with one seed must agree, and derivatives must equal those of backpropagation and of finite differences. If
+the model breaks an assumption, one line says which.
 
-**Bad numbers.** A step whose loss, derivative or gradient is not finite is skipped and counted. The run ends after
-ten such steps in a row (`max_skipped_steps`), after more than a tenth of all steps (`max_skipped_share`), or when the
-loss is 1000 times its lowest value so far (`detect_divergence`).
+**Bad numbers.** A run skips and counts each step whose loss, derivative or gradient is not finite. It ends after ten
+such steps in a row (`max_skipped_steps`), after more than a tenth of all steps (`max_skipped_share`), or when the loss
+is 1000 times its lowest value so far (`detect_divergence`).
 
 **What can run code.** Checkpoints and logs are read with `weights_only=True`. Nothing in them, in a data file or in a
-value of a configuration can run code. The exception is `_target_`, which names a function that will be called: read a
-configuration before you run somebody else's.
+value of a configuration can run code. The exception is `_target_`, which names a function that will be called: read
+somebody else's configuration before you run it.
 """
 
 import json
@@ -81,7 +81,7 @@ from fgtrain.tasks import Function
 
 RESULTS = "results.json"
 DATA_FACTS = ("input_shape", "num_classes", "vocab_size", "context")
-"""Attributes of the data that a model is built for, where its constructor takes them."""
+"""Attributes of the data that are passed to the model's constructor if it takes them."""
 
 
 class Run(NamedTuple):
@@ -94,7 +94,7 @@ class Run(NamedTuple):
 
 
 def build(cfg: DictConfig) -> Run:
-    """Check the configuration and build what it names; nothing is trained or written yet.
+    """Check the configuration and build its parts; nothing is trained or written yet.
 
     Raises:
         ConfigError: the configuration has a mistake.
@@ -129,9 +129,9 @@ def build(cfg: DictConfig) -> Run:
     several = [RankCheck(cfg.distributed.check_every_n_steps, cfg.trainer.log_every_n_steps)] if world.size > 1 else []
     checks = [SelfCheck()] if cfg.self_check else []
     chosen = [instantiate(node) for node in (cfg.callbacks or {}).values()]
-    console = [] if cfg.quiet else [Summary(), StepProgress()]  # the summary takes no part in the time of training
+    console = [] if cfg.quiet else [Summary(), StepProgress()]  # the training time excludes the summary
     callbacks = [*console, monitor, *several, RandomState(), *checks, Dashboard(to_saved(cfg)), *chosen]
-    for library in ("lightning.pytorch", "lightning.fabric"):  # no device lists and tips
+    for library in ("lightning.pytorch", "lightning.fabric"):  # hides lists of devices and tips
         logging.getLogger(library).setLevel(logging.WARNING)
     trainer = instantiate(
         cfg.trainer,
@@ -153,8 +153,8 @@ def _model(node: DictConfig, known: Mapping[str, Any]) -> torch.nn.Module:
     model = _instantiate_with(node, known)
     if isinstance(model, L.LightningModule):
         raise ConfigError(
-            f"model is a LightningModule ({type(model).__name__}), which brings its own training; in a script of your "
-            "own, pass it to fgtrain.lightning.convert"
+            f"model is a LightningModule ({type(model).__name__}), which has its own training_step; in your own "
+            "script, pass it to fgtrain.lightning.convert"
         )
     if not isinstance(model, torch.nn.Module):
         raise ConfigError(f"model must be an nn.Module, got {type(model).__name__}")
@@ -162,35 +162,35 @@ def _model(node: DictConfig, known: Mapping[str, Any]) -> torch.nn.Module:
 
 
 def _instantiate_with(node: DictConfig, known: Mapping[str, Any]) -> Any:
-    """Instantiate `node` with those of the `known` arguments that it takes and does not set itself."""
+    """Instantiate `node` with those `known` arguments that it takes and does not set."""
     takes = signature_of(node._target_)
     for name in DATA_FACTS:
         if name in takes and takes[name].default is Parameter.empty and name not in known and name not in node:
             raise ConfigError(
-                f"model: {node._target_} needs {name}, which the data has not; give the datamodule an attribute of "
+                f"model: {node._target_} needs {name}, which the data lacks; give the datamodule an attribute of "
                 f"that name, or set +model.{name}=..."
             )
     return instantiate(node, **{k: v for k, v in known.items() if k in takes and k not in node}, _convert_="all")
 
 
 def run(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
-    """Train, test, write results.json into the run's folder and return what it holds.
+    """Train and test, write results.json into the run's folder and return its content.
 
     Args:
         cfg: the composed configuration.
-        choices: the chosen method, task, data and model by name.
+        choices: the names of the chosen method, task, data and model.
     """
     keep_freed_memory()
     if (results := _results_so_far(cfg)) is not None:
         return results
     parts = build(cfg)
     with nullcontext() if is_follower() else owned(Path(cfg.run_dir)):
-        results = _results_so_far(cfg)  # of whoever had the folder until now
+        results = _results_so_far(cfg)  # of the folder's last owner
         return _train(parts, cfg, choices) if results is None else results
 
 
 def _results_so_far(cfg: DictConfig) -> dict[str, Any] | None:
-    """Those of a finished run that `resume=auto` need not go on with."""
+    """The results of a finished run that `resume=auto` need not continue."""
     run_dir = Path(cfg.run_dir)
     if not (run_dir / RESULTS).exists():
         return None
@@ -200,7 +200,7 @@ def _results_so_far(cfg: DictConfig) -> dict[str, Any] | None:
 
 
 def read_results(run_dir: Path) -> dict[str, Any] | None:
-    """Those of a finished run; None of one that is not.
+    """The results of a finished run; None if it has not finished.
 
     Raises:
         ConfigError: they cannot be read.
@@ -213,12 +213,12 @@ def read_results(run_dir: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     if not (isinstance(found, dict) and isinstance(found.get("metrics"), dict)):
-        raise ConfigError(f"{path} holds no results of a run")
+        raise ConfigError(f"{path} does not hold the results of a run")
     return found
 
 
 class _Beginning(L.Callback):
-    """Writes down what the run is, once all its processes have looked at what was in its folder."""
+    """Writes the provenance of the run, once all its processes have read the previous content of its folder."""
 
     def __init__(self, cfg: DictConfig, choices: Mapping[str, str]) -> None:
         self.cfg = cfg
@@ -226,7 +226,7 @@ class _Beginning(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.is_global_zero:
-            (Path(self.cfg.run_dir) / RESULTS).unlink(missing_ok=True)  # of the shorter run that this one extends
+            (Path(self.cfg.run_dir) / RESULTS).unlink(missing_ok=True)  # from the shorter run that this extends
             save_provenance(self.cfg, self.choices)
 
 
@@ -235,7 +235,7 @@ def _train(parts: Run, cfg: DictConfig, choices: Mapping[str, str]) -> dict[str,
     run_dir = Path(cfg.run_dir)
     checkpoint = checkpoint_to_resume(cfg.resume, run_dir)
     if checkpoint is None and (run_dir / RESULTS).exists():
-        raise ConfigError(f"run_dir={run_dir} holds a finished run without a checkpoint from which it could go on")
+        raise ConfigError(f"run_dir={run_dir} holds a finished run without a checkpoint to continue from")
     module.position.keeps_stop = checkpoint is None or stop_holds(cfg, checkpoint)
     trainer.callbacks[:0] = [FirstBatch(), _Beginning(cfg, choices)]  # ty: ignore[missing-attribute]
     with lost_ranks_named(trainer.global_rank), _ctrl_c_named(trainer), _monitor_named():
@@ -264,7 +264,7 @@ def _train(parts: Run, cfg: DictConfig, choices: Mapping[str, str]) -> dict[str,
 
 
 def _tested(module: EstimatorModule, data: L.LightningDataModule, trainer: L.Trainer) -> dict[str, float]:
-    """The metrics on the test split; none, said on stderr, where there is none."""
+    """The metrics on the test split. Without such a split they are empty, and a line on stderr says so."""
     has_split = is_overridden("test_dataloader", data)
     found = trainer.test(module, data, verbose=False) if has_split else []
     if not any(found) and trainer.limit_test_batches != 0 and trainer.is_global_zero:
@@ -275,7 +275,7 @@ def _tested(module: EstimatorModule, data: L.LightningDataModule, trainer: L.Tra
 
 @contextmanager
 def _ctrl_c_named(trainer: L.Trainer) -> Generator[None]:
-    """Lightning ends the process without a word at a signal that `Recovery` does not take."""
+    """Raise Interrupted where Lightning would end the process silently, at a signal that `Recovery` does not handle."""
     try:
         yield
     except SIGTERMException as end:
@@ -289,13 +289,13 @@ def _ctrl_c_named(trainer: L.Trainer) -> Generator[None]:
 
 @contextmanager
 def _monitor_named() -> Generator[None]:
-    """A metric that has not been logged when early stopping first looks is a mistake of the configuration."""
+    """Raise a ConfigError if early stopping needs a metric that has not been logged yet."""
     try:
         yield
     except RuntimeError as error:
         if not str(error).startswith("Early stopping conditioned on"):
             raise
-        raise ConfigError(f"{error}; trainer.log_every_n_steps is how often train/... is logged") from error
+        raise ConfigError(f"{error}; trainer.log_every_n_steps sets how often train/... is logged") from error
 
 
 def _function_results(module: EstimatorModule) -> dict[str, Any]:
@@ -309,7 +309,7 @@ def _function_results(module: EstimatorModule) -> dict[str, Any]:
 
 @rank_zero_only
 def print_results(results: Mapping[str, Any], run_dir: Path) -> None:
-    """The closing table, and where to look further."""
+    """Print the table of results and where to find more."""
     table = Table(title=f"{results['method']} on {results['task']}", title_justify="left")
     table.add_column("result")
     table.add_column("value", justify="right")

@@ -1,4 +1,4 @@
-"""The end of a sweep: a table of its runs, best first.
+"""The table of runs that ends a sweep, best first.
 
 `python scripts/train.py -m method=backprop,fwdgrad seed=0,1,2 trainer.max_steps=500` runs six jobs into one folder
 under `multirun/`. `hydra/launcher=joblib` runs them in parallel and `experiment=optuna` searches; both need `pip
@@ -19,18 +19,18 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-OBJECTIVES = ("val/loss", "loss", "train/loss")  # a run's is the first that it has
+OBJECTIVES = ("val/loss", "loss", "train/loss")  # a run uses the first that it has
 SHOWN = ("test/acc", "val/acc", "val/loss", "loss", "distance_to_minimum")
 
 
 def objective(results: Mapping[str, Any]) -> float:
-    """What a search minimises: the final validation loss, or a test function's value; infinity if it is no number."""
+    """The value that a search minimises: the final validation loss or a function's value; infinity if not finite."""
     values = [results["metrics"][name] for name in OBJECTIVES if name in results["metrics"]]
     return values[0] if values and math.isfinite(values[0]) else math.inf
 
 
 class FailedJob(JobReturn):
-    """Raises its error as Hydra's own does, which writes a line about it first; the job is named in the end."""
+    """Raises the job's error without Hydra's extra line about it; the end of the sweep names the job."""
 
     @property
     def return_value(self) -> Any:
@@ -44,16 +44,16 @@ class FailedJob(JobReturn):
 class SweepTable(Callback):
     """Hydra's callback that prints the table and writes sweep.csv into the sweep's folder.
 
-    Hydra calls no callback at the end of a sweep one of whose runs has failed; `close` is for that.
+    If a run fails, Hydra calls no callback at the end of the sweep; `close` is then called instead.
     """
 
-    _folder: Path | None = None  # of the sweep that is going on; Hydra makes the instance and keeps it to itself
+    _folder: Path | None = None  # of the current sweep; a class attribute, as Hydra does not expose its instance
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
         SweepTable._folder = Path(config.hydra.sweep.dir)
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
-        if config.hydra.mode == RunMode.MULTIRUN:  # in the process of the job, which may be another one
+        if config.hydra.mode == RunMode.MULTIRUN:  # this is the process of the job, maybe another one
             folder = Path(config.hydra.runtime.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             OmegaConf.save(config.hydra.overrides.task, folder / "overrides.yaml")
@@ -67,7 +67,7 @@ class SweepTable(Callback):
 
     @classmethod
     def close(cls) -> None:
-        """Show the sweep that is going on, if there is one."""
+        """Print the table of the current sweep, if there is one."""
         folder, cls._folder = cls._folder, None
         rows = rows_of(folder) if folder is not None else []
         if folder is None or not rows:
@@ -77,17 +77,17 @@ class SweepTable(Callback):
             writer.writeheader()
             writer.writerows(rows)
         console = Console()
-        console.width = max(console.width, 120)  # the table is not folded into a file or a narrow window
+        console.width = max(console.width, 120)  # do not fold the table in a file or a narrow window
         console.print(_table(rows))
         console.print(f"sweep.csv in {folder}", soft_wrap=True, highlight=False)
         console.print(f"look at it: tensorboard --host 127.0.0.1 --logdir {folder}", soft_wrap=True, highlight=False)
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
-    """One row a run, best first; those without results, which have failed, come last.
+    """One row per run, best first; failed runs, which have no results, come last.
 
     Args:
-        folder: of the sweep, one folder below for each run.
+        folder: the folder of the sweep, with one folder for each run in it.
     """
     runs = []
     for path in sorted(folder.glob("*/overrides.yaml"), key=lambda path: _number(path.parent.name)):
@@ -105,7 +105,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 
 def _list_of(path: Path) -> list[str]:
-    found = OmegaConf.to_container(OmegaConf.load(path), resolve=False)  # what the environment gives is not shown
+    found = OmegaConf.to_container(OmegaConf.load(path), resolve=False)  # hides values from the environment
     assert isinstance(found, list)
     return [str(override) for override in found]
 

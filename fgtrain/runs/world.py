@@ -1,4 +1,4 @@
-"""How many processes a run has and who starts them: fgtrain, torchrun or SLURM."""
+"""The number of processes of a run, and whether fgtrain, torchrun or SLURM starts them."""
 
 import os
 from collections.abc import Mapping
@@ -19,7 +19,7 @@ START_METHODS = {
 
 
 class World(NamedTuple):
-    """How many processes a run has, and who starts them."""
+    """The number of processes of a run, and whether something else has started them."""
 
     devices: int | list[int] | str
     num_devices: int
@@ -29,7 +29,7 @@ class World(NamedTuple):
 
     @property
     def size(self) -> int:
-        """R."""
+        """R, the number of processes."""
         return self.num_devices * self.num_nodes
 
     def trainer_options(self) -> dict[str, Any]:
@@ -45,10 +45,10 @@ class World(NamedTuple):
 
 
 def plan(trainer: Mapping[str, Any], environ: Mapping[str, str] = os.environ) -> World:
-    """The processes that `trainer` (its configuration) asks for, checked against those there are.
+    """The processes that `trainer` (its configuration) asks for, checked against those that were started.
 
     Raises:
-        ConfigError: the numbers disagree, so that part of the data would be trained on in silence.
+        ConfigError: the numbers disagree, so that the run would silently train on part of the data.
     """
     strategy = trainer.get("strategy", "auto")
     if not isinstance(strategy, str):
@@ -84,7 +84,7 @@ def plan(trainer: Mapping[str, Any], environ: Mapping[str, str] = os.environ) ->
 
 
 def _started(environ: Mapping[str, str]) -> tuple[str, int, int] | None:
-    """(by whom, processes in all, processes on this node) where something else starts them."""
+    """(starter, processes in total, processes on this node), or None if fgtrain starts them."""
     if "WORLD_SIZE" in environ and "LOCAL_RANK" in environ:
         total = int(environ["WORLD_SIZE"])
         return "torchrun", total, int(environ.get("LOCAL_WORLD_SIZE", total))
@@ -97,7 +97,7 @@ def _started(environ: Mapping[str, str]) -> tuple[str, int, int] | None:
 
 
 def _count(devices: Any, trainer: Mapping[str, Any]) -> int:
-    """How many devices of this node `trainer.devices` means."""
+    """The number of devices of this node that `trainer.devices` means."""
     if isinstance(devices, (list, tuple)):
         return len(devices)
     if isinstance(devices, str) and "," in devices:
@@ -112,5 +112,5 @@ def _count(devices: Any, trainer: Mapping[str, Any]) -> int:
 
 
 def is_follower(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether this process was started from outside and is not rank 0, whose folder is the run's."""
+    """Whether torchrun or SLURM started this process and it is not rank 0, which owns the run's folder."""
     return _started(environ) is not None and environ.get("RANK", environ.get("SLURM_PROCID", "0")) != "0"

@@ -1,7 +1,7 @@
-"""Performance profiles: the share of problems that a method solves within so many evaluations.
+"""Performance profiles: the share of problems that a method solves within a number of evaluations.
 
-Many functions, dimensions, starting points and learning rates; all starting points and learning rates of a function are
-one batched step. A problem is one function in one dimension from one start; it is solved when
+They cover many functions, dimensions, starting points and learning rates. A step treats all starting points and
+learning rates of a function as one batch. A problem is one function in one dimension from one start. It is solved when
 
     f(x) <= f* + tolerance (f(x_0) - f*).
 
@@ -27,14 +27,14 @@ CLASSES_OF_ANY_DIMENSION = (functions.Rosenbrock, functions.Sphere, functions.St
 
 
 class Solved(NamedTuple):
-    """One method on one function: evaluations until solved, (starts,), infinity where it never was.
+    """The result of one method on one function.
 
     Args:
-        function: its name.
+        function: the function's name.
         dim: its dimension.
         method: the method's name.
-        lr: the learning rate of `rates` that solves the most starts, the fastest of equals.
-        evaluations: of the function, (starts,), see `evaluations_of`.
+        lr: the learning rate of `rates` that solves the most starts, or the fastest of several such rates.
+        evaluations: evaluations until solved, (starts,), infinity if unsolved; see `evaluations_of`.
     """
 
     function: str
@@ -45,7 +45,7 @@ class Solved(NamedTuple):
 
 
 def problems(dims: Sequence[int], rows: int) -> list[Function]:
-    """Every function, in every dimension of `dims` where it has a choice, with `rows` starting points in its domain."""
+    """Every function with `rows` starting points in its domain, in every dimension of `dims` if that is free."""
     made: list[Function] = [cls(rows, "domain") for cls in CLASSES]
     made += [cls(rows, "domain", dim=dim) for cls in CLASSES_OF_ANY_DIMENSION for dim in dims]
     for name, formula in CATALOGUE.items():
@@ -64,17 +64,17 @@ def solve(
     tolerance: float = 0.01,
     seed: int = 0,
 ) -> Solved:
-    """Minimise `function` from all starts with all learning rates at once, by plain gradient steps.
+    """Minimise `function` from all starts with all learning rates in parallel, by plain gradient steps.
 
     Args:
-        function: with len(rates) * starts rows.
-        method: its name.
-        estimator: of the gradient, one for each row (rowwise).
+        function: a function with len(rates) * starts rows.
+        method: the method's name.
+        estimator: the rowwise gradient estimator.
         rates: learning rates in units of 1 / (length of the gradients at the starts / length of the domain).
-        starts: starting points.
-        iterations: steps at most.
+        starts: number of starting points.
+        iterations: maximal number of steps.
         tolerance: see above.
-        seed: of starting points and directions; every method has the same points.
+        seed: seed of starting points and directions; every method has the same points.
     """
     model = Points(function)
     low, high = function.domain
@@ -106,7 +106,7 @@ def scale_of(function: Function, model: Points) -> float:
 
 
 def _step(function: Function, model: Points, estimator: GradientEstimator, lr: Tensor, seed: int, step: int) -> int:
-    """One step of every row; the evaluations of one."""
+    """Do one step of every row; returns the evaluations per row."""
     calls = 0
 
     def losses(net: Points) -> Tensor:
@@ -121,7 +121,7 @@ def _step(function: Function, model: Points, estimator: GradientEstimator, lr: T
 
 
 def evaluations_of(calls: int, derivatives: Tensor | None, rows: int) -> int:
-    """Evaluations that a step is worth: a pass counts 1, each derivative it carries 1, a reverse sweep 2."""
+    """Evaluations that a step counts as: a pass counts 1, each derivative in it 1, a reverse sweep 2."""
     if derivatives is None:
         return calls + 2
     carried = max(1, derivatives.numel() // rows)
@@ -129,13 +129,13 @@ def evaluations_of(calls: int, derivatives: Tensor | None, rows: int) -> int:
 
 
 def share_solved(found: Iterable[Solved], budgets: Tensor) -> Tensor:
-    """The profile of one method: share of its problems solved within each of `budgets` (B,), (B,)."""
+    """The profile of one method, (B,): the share of its problems solved within each of `budgets`, (B,)."""
     evaluations = torch.cat([solved.evaluations for solved in found])
     return (evaluations[:, None] <= budgets).double().mean(0)
 
 
 def draw(found: Sequence[Solved]) -> Figure:
-    """The profiles of all methods."""
+    """A figure of the profiles of all methods."""
     finite = torch.cat([s.evaluations[s.evaluations.isfinite()] for s in found])
     budgets = torch.logspace(0, float(finite.max().clamp_min(10).log10()) if len(finite) else 1, 200)
     figure = Figure(figsize=(6, 4), layout="constrained")
@@ -151,7 +151,7 @@ def draw(found: Sequence[Solved]) -> Figure:
 def speed_of_batching(
     make: Callable[[int], Function], estimator: GradientEstimator, rows: int, iterations: int = 20
 ) -> float:
-    """How many times faster one batched iteration of `rows` rows is than `rows` iterations of one row each."""
+    """The factor by which one batched iteration of `rows` rows is faster than `rows` iterations of one row each."""
 
     def seconds(count: int) -> float:
         function = make(count)

@@ -1,4 +1,4 @@
-"""K directions drawn chunk by chunk: what does not fit into memory at once is drawn again from its seeds."""
+"""K directions drawn in chunks, for when not all fit into memory; they are redrawn from their seeds when needed."""
 
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -11,13 +11,13 @@ from fgtrain.tangents.directions import Directions
 
 
 class Chunks:
-    """K directions of which no more than `size` exist at a time.
+    """K directions, at most `size` of which are in memory at a time.
 
     Args:
         tangents: their law.
-        params: what they are directions of.
+        params: {name: parameter}, the parameters of the directions.
         seeds: K integers.
-        size: of a chunk.
+        size: number of directions in a chunk.
         rowwise: as in `Tangents.sample`.
     """
 
@@ -35,7 +35,7 @@ class Chunks:
         return (self._draw(seeds) for seeds in self._seeds) if self._only is None else iter([self._only])
 
     def weighted_sum(self, weights: Tensor) -> dict[str, Tensor]:
-        """As `Directions.weighted_sum` of all of them, which ends their use."""
+        """As `Directions.weighted_sum` of all directions; may destroy them."""
         if self._only is not None:
             return self._only.weighted_sum(weights, consume=True)
         total: dict[str, Tensor] = {}
@@ -45,7 +45,7 @@ class Chunks:
         return total
 
     def gram(self) -> Tensor:
-        """As `Directions.gram` of all of them."""
+        """As `Directions.gram` of all directions."""
         if self._only is not None:
             return self._only.gram()
         return torch.cat([torch.cat([left.gram(right) for right in self], -1) for left in self], -2)

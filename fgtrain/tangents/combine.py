@@ -1,8 +1,8 @@
-"""K directional derivatives into the weights of the directions: g = sum_k c_k v_k.
+"""Weights of K directions from their directional derivatives: g = sum_k c_k v_k.
 
-`mean` takes c = d / K, which is unbiased. `projection` takes c = (V^T V)^-1 d, the orthogonal projection of the true
-gradient on the span of the directions: the least error inside the span, biased in length (its mean is about K/n of
-the gradient).
+`mean` uses c = d / K, which is unbiased. `projection` uses c = (V^T V)^-1 d, the orthogonal projection of the true
+gradient on the span of the directions. It has the least error within the span but is biased in length: its mean is
+about K/n of the gradient.
 
 Source of the projection: Fluegel, Coquelin, Debus, Streit, Goetz 2024, arXiv:2410.17764; of the shrinkage: Shukla and
 Shin 2023, arXiv:2310.14168.
@@ -20,12 +20,12 @@ Combine = Literal["mean", "projection"]
 
 
 def coefficients(combine: Combine, derivatives: Tensor, gram: Callable[[], Tensor]) -> Tensor:
-    """The weights c of the directions, shaped like `derivatives`: (K,), or (K, N) row by row.
+    """The weights c of the directions, shaped like `derivatives`: (K,), or (K, N) for N rows.
 
     Args:
         combine: "mean" or "projection".
         derivatives: grad f . v_k.
-        gram: gives the inner products of the directions, (K, K) or (N, K, K); asked for by "projection" alone.
+        gram: returns the inner products of the directions, (K, K) or (N, K, K); called only for "projection".
     """
     if combine == "mean":
         return derivatives / derivatives.shape[0]
@@ -35,18 +35,18 @@ def coefficients(combine: Combine, derivatives: Tensor, gram: Callable[[], Tenso
 
 
 class Shrinkage:
-    """The length of least squared error for the mean of K directions: 1 / (1 + s) of its own.
+    """Scales the mean of K directions by 1 / (1 + s), which gives the least squared error.
 
-    The mean has the relative variance s = (n - 1 + excess) / K. Its multiple by a has the relative squared error
-    a^2 s + (1 - a)^2, which is least, s / (1 + s), at a = 1 / (1 + s). No direction changes, only the length: an SGD
-    step stays stable up to a learning rate that no longer falls with n nor grows with K.
+    The mean has the relative variance s = (n - 1 + excess) / K. Multiplied by a, it has the relative squared error a^2
+    s + (1 - a)^2. The least error is s / (1 + s), at a = 1 / (1 + s). Only the length changes, not the direction. The
+    largest stable learning rate of SGD then neither falls with n nor grows with K.
 
     Args:
-        tangents: law of the directions. Where its s depends on how the gradient is spread over the layers (low-rank
-            tangents), it is taken to be spread evenly.
+        tangents: law of the directions. If s depends on how the gradient is distributed over the layers (low-rank
+            tangents), an even distribution is assumed.
         num_tangents: K.
-        on: False leaves the mean as it is, a = 1.
-        rowwise: every row of a parameter has a gradient of its own, of n / rows numbers.
+        on: False leaves the mean unchanged, a = 1.
+        rowwise: whether every row of a parameter has its own gradient of n / rows numbers.
     """
 
     def __init__(self, tangents: Tangents, num_tangents: int, *, on: bool, rowwise: bool = False) -> None:
@@ -57,7 +57,7 @@ class Shrinkage:
         self._variances: dict[tuple[tuple[int, ...], ...], float] = {}
 
     def factor(self, params: Mapping[str, Tensor], estimates: int = 1) -> float:
-        """a, for the trained parameters `params` and the mean of so many estimates, of K directions each."""
+        """The factor a for the mean of `estimates` estimates, of K directions each, over the parameters `params`."""
         if not self.on:
             return 1.0
         shapes = tuple(p.shape[1:] if self._rowwise else p.shape for p in params.values())

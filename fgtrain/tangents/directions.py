@@ -1,6 +1,6 @@
-"""K directions over all parameters of a model, and their sum with weights.
+"""K directions over all parameters of a model, and their weighted sum.
 
-K directions for one parameter are a *tangent*: a tensor (K, *p.shape), or a `LowRankTangent` that stands for one.
+K directions of one parameter are a *tangent*: a tensor (K, *p.shape), or a `LowRankTangent` that represents one.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ from fgtrain.tangents.factored import FactoredGrad
 
 @dataclass(frozen=True, slots=True)
 class LowRankTangent:
-    """K directions V_k = sum_a u_ka z_ka^T for a parameter read as a matrix (shape[0], rest).
+    """K directions V_k = sum_a u_ka z_ka^T for a parameter treated as a matrix (shape[0], rest).
 
     Args:
         left: the u, (K r, m) with m = shape[0].
@@ -32,7 +32,7 @@ class LowRankTangent:
 
     @property
     def num(self) -> int:
-        """K."""
+        """K, the number of directions."""
         return self.left.shape[0] // self.rank
 
     @property
@@ -41,7 +41,7 @@ class LowRankTangent:
         return self.left.unflatten(0, (-1, self.rank)), self.right.unflatten(0, (-1, self.rank))
 
     def dense(self) -> Tensor:
-        """The directions written out, (K, *shape)."""
+        """The directions as one dense tensor (K, *shape)."""
         left, right = self.factors
         return (left.mT @ right).reshape(self.num, *self.shape)
 
@@ -50,23 +50,23 @@ Tangent = Tensor | LowRankTangent
 
 
 def dense(tangent: Tangent) -> Tensor:
-    """(K, *p.shape), whatever the tangent is made of."""
+    """The tangent as a dense tensor (K, *p.shape)."""
     return tangent if isinstance(tangent, Tensor) else tangent.dense()
 
 
 def num_of(tangents: Mapping[str, Tangent]) -> int:
-    """K; 0 of none."""
+    """K, the number of directions; 0 if there are no tangents."""
     first = next(iter(tangents.values()), None)
     return 0 if first is None else len(first) if isinstance(first, Tensor) else first.num
 
 
 class Piece(NamedTuple):
-    """Numbers of the buffer that belong to one parameter.
+    """A part of the buffer that belongs to one parameter.
 
     Args:
-        name: of the parameter.
-        like: the parameter; its shape and dtype count.
-        size: how many numbers, per direction and row.
+        name: name of the parameter.
+        like: the parameter, for its shape and dtype.
+        size: number of elements per direction and row.
         part: 0 for the whole direction or its factor u, 1 for its factor z.
     """
 
@@ -77,14 +77,13 @@ class Piece(NamedTuple):
 
 
 class Directions(Mapping[str, Tangent]):
-    """K directions, {parameter name: tangent}, that live in one buffer.
+    """K directions, {parameter name: tangent}, stored in one buffer.
 
     Args:
-        buffer: (K, size), or (K, N, size) for N independent rows of every parameter; what stands behind the pieces is
+        buffer: (K, size), or (K, N, size) for N independent rows of every parameter; elements after the pieces are
             padding.
-        pieces: what the buffer holds, in its order. A parameter with two pieces has the two factors of a low-rank
-            direction.
-        rank: of such directions.
+        pieces: the parts of the buffer, in order. Two pieces of one parameter are the factors of a low-rank direction.
+        rank: rank of low-rank directions.
     """
 
     def __init__(self, buffer: Tensor, pieces: Sequence[Piece], rank: int = 1) -> None:
@@ -127,7 +126,7 @@ class Directions(Mapping[str, Tangent]):
 
         Args:
             weights: (K,), or (K, N) with one per row.
-            consume: the directions are not needed any more, and the memory of a single one may become the sum's.
+            consume: the directions are no longer needed, so with K = 1 their memory may be reused for the sum.
         """
         weights = weights.to(self.buffer.dtype)
         if self.buffer.shape[0] == 1:
@@ -147,7 +146,7 @@ class Directions(Mapping[str, Tangent]):
                 total = block if block.shape == like.shape else block.reshape(like.shape)
                 sums[name] = total if total.dtype == like.dtype else total.to(like.dtype)
             else:
-                # With one direction its u is already weighted; several are one matrix product.
+                # A single direction's u is already weighted; several directions need a matrix product.
                 left = (
                     blocks[at[0]].view(self.rank, len(blocks[at[0]]) // self.rank)
                     if self.buffer.shape[0] == 1
@@ -157,7 +156,7 @@ class Directions(Mapping[str, Tangent]):
         return sums
 
     def gram(self, others: "Directions | None" = None) -> Tensor:
-        """Inner products with `others`, by default these directions: (K, L), or (N, K, L) row by row, in float64."""
+        """Inner products with `others`, by default with these directions: (K, L), or (N, K, L) per row, in float64."""
         others = self if others is None else others
         total: Tensor | None = None
         for name, tangent in self._tangents.items():

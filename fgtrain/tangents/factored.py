@@ -1,7 +1,7 @@
-"""Gradients that stay in their factors until something asks for their numbers.
+"""Gradients that stay factored until an operation needs their elements.
 
-A forward gradient along low-rank directions is a product left^T right. Plain SGD adds it to the parameter in one sweep
-without ever writing it down: no memory for the gradient, and a third of the time of its step.
+A forward gradient along low-rank directions is a product left^T right. Plain SGD adds it to the parameter in one pass
+without materialising it. This needs no memory for the gradient and takes a third of the usual time.
 """
 
 from typing import Any
@@ -15,15 +15,15 @@ aten = torch.ops.aten
 
 
 class FactoredGrad(Tensor):
-    """The tensor (left^T right).view(shape), to everything but `param.add_(grad)` a tensor like any other.
+    """The tensor (left^T right).view(shape), which `param.add_(grad)` adds without materialising it.
 
-    It is written out at the first operation that needs it, and from then on is that tensor: an optimizer with momentum
-    or weight decay, gradient clipping and accumulation work as ever.
+    The first other operation that needs its elements materialises it, and it then behaves as a plain tensor. So
+    optimizers with momentum or weight decay, gradient clipping and accumulation work as usual.
 
     Args:
         left: (R, m).
         right: (R, n).
-        shape: m n numbers, the first dimension being m.
+        shape: shape of m n elements whose first dimension is m.
     """
 
     left: Tensor
@@ -41,7 +41,7 @@ class FactoredGrad(Tensor):
         self.right = right
         self.written = None
 
-    @classmethod  # torch's stub has the parameters in another order than its callers
+    @classmethod  # torch's stub and its callers differ in the order of parameters
     def __torch_dispatch__(  # ty: ignore[incompatible-method-override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
@@ -56,16 +56,16 @@ class FactoredGrad(Tensor):
         return changed if changed is not None and result is changed.written else result
 
     def add_to(self, param: Tensor, alpha: float) -> Tensor:
-        """Param += alpha left^T right."""
+        """Add alpha left^T right to `param`."""
         matrix = param.view(self.left.shape[1], self.right.shape[1])
-        if len(self.left) == 1:  # an outer product is no task for a matrix kernel
+        if len(self.left) == 1:  # faster than a matrix kernel for an outer product
             matrix.addcmul_(self.left.t(), self.right, value=alpha)
         else:
             matrix.addmm_(self.left.t(), self.right, alpha=alpha)
         return param
 
     def norm_of_factors(self) -> Tensor:
-        """The Euclidean norm: (left left^T) . (right right^T) is its square."""
+        """The Euclidean norm, whose square is (left left^T) . (right right^T)."""
         if len(self.left) == 1:
             return self.left.norm() * self.right.norm()
         return ((self.left @ self.left.t()) * (self.right @ self.right.t())).sum().clamp(min=0).sqrt()
@@ -78,11 +78,11 @@ class FactoredGrad(Tensor):
         return self.written
 
     def numpy(self, *, force: bool = False) -> Any:
-        """As of `dense()`, since NumPy reads memory."""
+        """As for `dense()`, since NumPy reads the memory directly."""
         return self.dense().numpy(force=force)
 
     def tolist(self) -> Any:
-        """As of `dense()`."""
+        """As for `dense()`."""
         return self.dense().tolist()
 
     def __reduce_ex__(self, proto: Any) -> Any:
@@ -110,7 +110,7 @@ _NORMS = {aten.linalg_vector_norm.default, aten._foreach_norm.Scalar}
 
 
 def _is_euclidean(args: Any, kwargs: Any) -> bool:
-    """Whether a norm is that of all entries, to the power 2."""
+    """Whether a norm is the Euclidean norm of all entries."""
     return not kwargs and len(args) <= 2 and (len(args) < 2 or args[1] == 2)
 
 

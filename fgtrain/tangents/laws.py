@@ -1,14 +1,14 @@
 """Random directions: the laws from which the tangents v of a forward gradient are drawn.
 
-A forward gradient (grad f . v) v is unbiased for every law with E[v v^T] = I. What a law decides is the
-variance and what a draw costs. With n trainable numbers, one tangent and gradient g,
+A forward gradient (grad f . v) v is unbiased for every law with E[v v^T] = I. Laws differ in the variance and in the
+cost of a draw. With n trainable numbers, one tangent and gradient g,
 
     E ||(g . v) v - g||^2 / ||g||^2  =  n - 1 + excess,
 
 where the excess is 2 for normal entries, 0 for every law with ||v||^2 = n (Rademacher, sphere, coordinate, rank-1
 signs); the mean over K tangents divides it by K.
 
-Direction k is a function of `seeds[k]` alone, so tangents can be drawn again, in any chunks, from their seeds.
+Direction k depends only on `seeds[k]`, so tangents can be redrawn from their seeds, in chunks of any size.
 """
 
 import math
@@ -27,8 +27,8 @@ class Tangents(ABC):
     """A law of random directions with E[v v^T] = I.
 
     Attributes:
-        isotropic: every direction of space is as likely as any other.
-        shardable: a rank can draw its own rows of a direction without the others.
+        isotropic: whether all directions in space are equally likely.
+        shardable: whether a rank can compute its own rows of a direction without the others.
     """
 
     isotropic: bool = False
@@ -40,7 +40,7 @@ class Tangents(ABC):
 
         Args:
             params: {name: tensor}, all on one device.
-            seeds: K integers; direction k depends on seeds[k] alone.
+            seeds: K integers; direction k depends only on seeds[k].
             rowwise: draw an independent direction for every index of the parameters' common first dimension.
         """
 
@@ -54,10 +54,10 @@ class Tangents(ABC):
 
 
 def law_or(tangents: Tangents | None, default: Tangents) -> Tangents:
-    """The law that was asked for.
+    """`tangents`, or `default` if it is None.
 
     Raises:
-        ValueError: it is none.
+        ValueError: `tangents` is not a law.
     """
     if tangents is None:
         return default
@@ -67,15 +67,15 @@ def law_or(tangents: Tangents | None, default: Tangents) -> Tangents:
 
 
 class _DenseLaw(Tangents):
-    """A law over all trainable numbers written as one vector."""
+    """A law over all trainable numbers as one vector."""
 
     excess: float
 
     @abstractmethod
     def fill(self, rows: Tensor, size: int, generator: torch.Generator) -> None:
-        """Write an independent direction of `size` numbers into every row of `rows`; what stands behind it is free.
+        """Write an independent direction of `size` numbers into every row of `rows`; the rest of a row is arbitrary.
 
-        Rows are contiguous, their length a multiple of 16.
+        Rows are contiguous, and their length is a multiple of 16.
         """
 
     def sample(self, params: Mapping[str, Tensor], seeds: Sequence[int], *, rowwise: bool = False) -> Directions:
@@ -118,7 +118,7 @@ class Rademacher(_DenseLaw):
     excess = 0.0
 
     def fill(self, rows: Tensor, size: int, generator: torch.Generator) -> None:
-        # Sixty-four signs from every random word: each byte picks the eight signs of its bits from a table.
+        # A random word gives 64 signs: each of its bytes selects the eight signs of its bits from a table.
         num_bytes = rows.numel() // 8
         words = torch.empty(-(-num_bytes // 8), dtype=torch.int64, device=rows.device)
         bits = words.random_(-(2**63), None, generator=generator).view(torch.uint8)[:num_bytes].int()
@@ -157,10 +157,11 @@ class Coordinate(_DenseLaw):
 class LowRank(Tangents):
     """Matrices V = (1 / sqrt(r)) sum_a u_a z_a^T with independent factors; vectors and scalars entrywise.
 
-    A parameter of two or more dimensions is read as a matrix (shape[0], rest). Needs m + n random numbers per rank
-    instead of m n, and a linear layer's x V^T is the vector product (x z) u^T: see `fgtrain.forward_ad`.
+    A parameter of two or more dimensions is treated as a matrix (shape[0], rest). A direction needs m + n random
+    numbers per rank instead of m n, and a linear layer's x V^T is the vector product (x z) u^T: see
+    `fgtrain.forward_ad`.
 
-    Relative variance, all layers together, w_l = ||g_l||^2 / ||g||^2 over the matrices:
+    Relative variance of all layers together, with w_l = ||g_l||^2 / ||g||^2 for the matrices:
 
         signs:   (n - 1 + sum_l w_l 2 (1 - 1/r)) / K        rank 1 costs nothing over a dense Rademacher
         normal:  (n - 1 + sum_l w_l (2 + 2 (m_l + n_l + 1) / r) + 2 sum over vectors w_l) / K
@@ -170,7 +171,7 @@ class LowRank(Tangents):
         factors: law of the factors' entries.
 
     Source: low-rank perturbations in evolution strategies, Sarkar et al. 2025, arXiv:2511.16652 (EGGROLL); here they
-    are tangents of an exact directional derivative. Variances: derived here, held by tests/test_tangents.py.
+    are tangents of an exact directional derivative. Variances: derived here, checked by tests/test_tangents.py.
     """
 
     shardable = True
@@ -226,9 +227,9 @@ class LowRank(Tangents):
 def draw(
     law: _DenseLaw, pieces: Sequence[Piece], seeds: Sequence[int], num_rows: int | None = None, rank: int = 1
 ) -> Directions:
-    """Directions whose numbers `law` draws seed by seed."""
+    """Draw directions from `law`, one per seed."""
     device, dtype = _common_device_and_dtype([piece.like for piece in pieces])
-    # Pieces of a multiple of 16 numbers first and rows padded to one: matrix kernels want aligned addresses.
+    # Pieces whose size is a multiple of 16 come first, and rows are padded to one, to align addresses for kernels.
     pieces = sorted(pieces, key=lambda piece: piece.size % 16 != 0)
     total = sum(piece.size for piece in pieces)
     buffer = torch.empty(len(seeds), num_rows or 1, total + -total % 16, dtype=dtype, device=device)

@@ -1,4 +1,4 @@
-"""What is learnt: a task turns a model and a batch into losses and metrics."""
+"""A task turns a model and a batch into losses and metrics."""
 
 from abc import ABC, abstractmethod
 from typing import Any
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class Task(ABC):
-    """A loss, and what is reported of a model."""
+    """A loss and the metrics reported for a model."""
 
     @abstractmethod
     def losses(self, model: nn.Module, batch: Any) -> Tensor:
@@ -15,4 +15,4 @@ class Task(ABC):
 
     @abstractmethod
     def metrics(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
-        """{name: value of every example (B,)}, averaged over a data set by the caller."""
+        """{name: value for every example (B,)}; the caller averages them over a data set."""

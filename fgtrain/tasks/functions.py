@@ -1,4 +1,4 @@
-"""Test functions of optimization, with the points they are started from and the minima they are known to have.
+"""Test functions of optimization, with their starting points and known minima.
 
 Formulas and minima: Surjanovic and Bingham, Virtual Library of Simulation Experiments (sfu.ca/~ssurjano); Beale 1958;
 Rosenbrock 1960; Himmelblau 1972; Styblinski and Tang 1990. All minima have the value 0 unless said otherwise.
@@ -15,10 +15,10 @@ from fgtrain.tasks.base import Task
 
 
 class Function(Task):
-    """Minimise f(x) over x in R^dim, from one or many starting points in one batched step.
+    """Minimise f(x) over x in R^dim, from one or many starting points in one batch.
 
-    The model is a `Points` (starts, dim). The objective is the *sum* over the starting points, so that the gradient of
-    each point, and with it its path, is that of a run of its own.
+    The model is a `Points` (starts, dim). The objective is the *sum* over the starting points, so that each point has
+    the same gradient, and hence the same path, as in a separate run.
 
     Args:
         starts: number N of starting points.
@@ -27,8 +27,8 @@ class Function(Task):
         dim: dimension.
 
     Attributes:
-        name: what tables and pictures call it.
-        domain: (low, high) of every coordinate, the box in which the function is usually looked at.
+        name: its name in tables and figures.
+        domain: (low, high) of every coordinate, the box in which the function is usually studied.
         minimum: smallest value.
     """
 
@@ -51,7 +51,7 @@ class Function(Task):
 
     @abstractmethod
     def value(self, x: Tensor) -> Tensor:
-        """F of points (..., dim), (...)."""
+        """The values (...) of f at points (..., dim)."""
 
     @abstractmethod
     def minima(self) -> Tensor:
@@ -78,7 +78,7 @@ class Function(Task):
 
 
 class Points(nn.Module):
-    """The points at which a function is being minimised: one parameter (starts, dim)."""
+    """The current points of a minimisation: one parameter (starts, dim)."""
 
     def __init__(self, task: Function) -> None:
         super().__init__()

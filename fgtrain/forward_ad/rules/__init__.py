@@ -1,5 +1,5 @@
-"""What a derivative of each function is, for the engines.
+"""The derivatives of functions, for the engines.
 
-`operations`, `layers`, `losses` and `matrix_products` hold rules for stacked duals; `sampling`, `sequence` and
-`written_out` hold functions written out in others, for every engine; `opened` and `fallbacks` deal with the rest.
+`operations`, `layers`, `losses` and `matrix_products` hold rules for stacked duals. `sampling`, `sequence` and
+`written_out` hold functions as compositions of others, for every engine. `opened` and `fallbacks` handle all others.
 """

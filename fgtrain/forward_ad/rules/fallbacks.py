@@ -1,4 +1,4 @@
-"""What is done with functions that have no rule: reading values, changes in place, functions written in Python."""
+"""Fallbacks for functions without a rule: reading values, changes in place, functions implemented in Python."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ from fgtrain.forward_ad.rules.written_out import no_backward
 
 
 def find_fallback(func: Any) -> Fallback:
-    """What is done with a function of PyTorch that has no rule."""
+    """The fallback of a function of PyTorch without a rule."""
     name = getattr(func, "__name__", "")
     if func in _OF_A_BACKWARD_PASS:
         return Fallback(_OF_A_BACKWARD_PASS[func])
@@ -51,7 +51,7 @@ def _requires_grad(x: Any, requires_grad: bool = True) -> Any:
     return x
 
 
-# Models ask these of tensors that wait for a backward pass, and are to take the way they would take with one.
+# With these a model checks or prepares a backward pass; it must behave as if there were one.
 _OF_A_BACKWARD_PASS: dict[Any, Rule] = {
     REQUIRES_GRAD: lambda _: True,
     Tensor.requires_grad_: _requires_grad,
@@ -71,7 +71,7 @@ def _reading(func: Any) -> Rule:
 
 
 def _target(x: Any, name: str, *sources: Any) -> tuple[Dual, Tensor, Tensor]:
-    """The argument that is changed in place as a dual, its value and its tangents."""
+    """The argument that is changed in place, as a dual, with its value and its tangents."""
     if not isinstance(x, Dual):
         x = adopted(primal_of(x), name, num_directions(*tree_leaves(sources)))
     if x.aliased:
@@ -81,7 +81,7 @@ def _target(x: Any, name: str, *sources: Any) -> tuple[Dual, Tensor, Tensor]:
 
 
 def _in_place(name: str) -> Rule:
-    """name_ as name: the result is computed anew and copied into the argument's own memory."""
+    """A rule for `name`, such as add_: compute the out-of-place result and copy it into the argument's memory."""
     outside = next((getattr(owner, name[:-1]) for owner in FUNCTION_OWNERS if hasattr(owner, name[:-1])), None)
 
     def rule(x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -93,7 +93,7 @@ def _in_place(name: str) -> Rule:
         elif name in ("copy_", "fill_"):
             result = args[0] if args else kwargs.get("value", kwargs.get("src"))
         elif outside is None:
-            raise NotIntercepted(f"{name} has no form that leaves its argument alone")
+            raise NotIntercepted(f"{name} has no out-of-place form")
         else:
             with torch.enable_grad():
                 result = call(outside, (x, *args), kwargs)

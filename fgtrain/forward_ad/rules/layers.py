@@ -1,4 +1,4 @@
-"""Rules for the layers between the products: activations, dropout, pooling and normalisation."""
+"""Rules for activations, dropout, pooling and normalisation."""
 
 import math
 from typing import Any
@@ -44,7 +44,7 @@ RULES.update(dict.fromkeys((torch.relu_, torch.Tensor.relu_), _relu_in_place))
 def _dropout(x: Dual, p: float, train: bool) -> Any:
     if not train or p == 0:
         return x
-    if p == 1:  # torch too draws no random number for it
+    if p == 1:  # as in torch, no random number is drawn
         return dual(primal_of(x) * 0, tangent_of(x) * 0)
     primal, mask = torch.native_dropout(primal_of(x), p, train)
     return dual(primal, tangent_of(x) * mask.to(primal.dtype).mul_(1 / (1 - p)))
@@ -54,7 +54,7 @@ def _dropout(x: Dual, p: float, train: bool) -> Any:
 def _feature_dropout(x: Dual, p: float, train: bool) -> Any:
     if not train:
         return NotImplemented
-    scale = torch.feature_dropout(torch.ones_like(primal_of(x)), p, train)  # the random numbers are the same on ones
+    scale = torch.feature_dropout(torch.ones_like(primal_of(x)), p, train)  # the same random numbers as for x
     return dual(primal_of(x) * scale, tangent_of(x) * scale)
 
 
@@ -98,7 +98,7 @@ def _batch_norm(
     )
     if not training:
         mean, scale = running_mean, (running_var + eps).rsqrt()
-    # A tangent t becomes t * slope + x * factor + shift, channel by channel: two sums of t decide the factors.
+    # A tangent t becomes t * slope + x * factor + shift per channel; two sums of t determine the factors.
     slope = scale if pw is None else scale * pw
     factor, shift = scale.new_zeros(2, num_directions(x, weight, bias), len(scale))
     if training and xt is not None:
@@ -148,7 +148,7 @@ def _group_norm(
 
 
 def _affine(unit: Tensor, tangent: Tensor, weight: Any, bias: Any, place: Any) -> Tensor:
-    """Unit * weight + bias, where `place` shapes K values per parameter to multiply (K, *unit.shape)."""
+    """The tangents of unit * weight + bias; `place` shapes K values per parameter for (K, *unit.shape)."""
     primal, wt, bt = unit, tangent_of(weight), tangent_of(bias)
     if weight is not None:
         scale = place(primal_of(weight)[None])

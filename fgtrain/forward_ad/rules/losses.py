@@ -31,7 +31,7 @@ def _log_softmax(x: Dual, dim: int, dtype: Any = None) -> Any:
 
 
 def _after_k(dim: int, primal: Tensor) -> int:
-    """A dimension of the value, counted in its tangents."""
+    """The index in the tangents of a dimension of the value."""
     return dim % primal.dim() + 1
 
 
@@ -47,7 +47,7 @@ def _cross_entropy(
     slope = aten.nll_loss_backward(
         torch.ones_like(primal), log_p, target, weight, reduction, ignore_index, total_weight
     )
-    slope = aten._log_softmax_backward_data(slope, log_p, 1, log_p.dtype)  # of each loss in its own logits
+    slope = aten._log_softmax_backward_data(slope, log_p, 1, log_p.dtype)  # of each loss in its logits
     return dual(primal, (tangent * slope).sum((1, 2) if primal.dim() == 0 else 2))
 
 

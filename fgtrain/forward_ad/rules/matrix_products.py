@@ -1,8 +1,8 @@
-"""Rules for linear layers, embeddings and convolutions, where the stack of K directions pays most.
+"""Rules for linear layers, embeddings and convolutions, where stacking K directions saves the most time.
 
-Shapes: K directions, B or N examples, C channels, r the rank of a low-rank tangent. A layer linear in its input treats
-the K tangents as K times as many examples. A low-rank tangent V = sum_a u_a z_a^T of a weight costs a thin product:
-x V^T = (x z) u^T.
+Shapes: K directions, B or N examples, C channels, r the rank of a low-rank tangent. A layer that is linear in its input
+treats the K tangents as K times as many examples. A low-rank tangent V = sum_a u_a z_a^T of a weight needs only a thin
+product: x V^T = (x z) u^T.
 """
 
 from functools import partial
@@ -30,7 +30,7 @@ def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
 
 
 def _linear_apart(x: Any, weight: Any, bias: Any) -> tuple[Tensor, Tensor]:
-    """Value (.., out) and tangents (K, .., out) of a linear layer, each by products of its own."""
+    """Value (.., out) and tangents (K, .., out) of a linear layer, by separate products."""
     px, pw, xt, bt = primal_of(x), primal_of(weight), tangent_of(x), tangent_of(bias)
     primal = F.linear(px, pw, primal_of(bias))
     rows = px if px.dim() == 2 else px.reshape(-1, px.shape[-1])
@@ -41,14 +41,14 @@ def _linear_apart(x: Any, weight: Any, bias: Any) -> tuple[Tensor, Tensor]:
         total = F.linear(xt, pw)
         if bt is not None:
             total.view(bt.shape[0], -1, bt.shape[1]).add_(bt.unsqueeze(1))
-    else:  # the product is added to what stands there already: a sweep over the result less
+    else:  # adding the product in place saves a pass over the result
         moving = xt.reshape(-1, xt.shape[-1]).to(primal.dtype)
         total = fixed.addmm_(moving, pw.t().to(primal.dtype))
     return primal, total.reshape(num_directions(x, weight, bias), *primal.shape)
 
 
 def _goes_jointly(x: Tensor, weight: Any, bias: Any) -> bool:
-    """Whether `_linear_jointly` is for these: rows of one dtype, a rank-1 tangent, a bias that moves or none."""
+    """Whether `_linear_jointly` can be used: rows of one dtype, a rank-1 tangent, no bias or one with a tangent."""
     if not isinstance(weight, Dual) or not isinstance(weight.tangent, LowRankTangent) or weight.tangent.rank > 1:
         return False
     if bias is not None and not (isinstance(bias, Dual) and bias.dtype == weight.dtype):
@@ -57,7 +57,7 @@ def _goes_jointly(x: Tensor, weight: Any, bias: Any) -> bool:
 
 
 def _linear_jointly(x: Any, weight: Dual, bias: Dual | None) -> tuple[Tensor, Tensor]:
-    """Value (B, out) and tangents (K, B, out), joint in memory; from a joint input by one product for both."""
+    """Value (B, out) and tangents (K, B, out), joint in memory; a joint input needs one product for both."""
     px, transposed, tangent = primal_of(x), weight.primal.t(), weight.tangent
     result = px.new_empty(1 + tangent.num, len(px), transposed.shape[1])
     value, moved = result[0], result[1:]
@@ -167,7 +167,7 @@ def _conv_grads(x: Tensor, weight: Tensor, options: dict[str, Any], grad_output:
             x = F.pad(x, [n for t in reversed(total) for n in (t // 2, t - t // 2)])
             padding = "valid"
         padding = [0 if padding == "valid" else t // 2 for t in total]
-    x, weight = x.to(grad_output.dtype), weight.to(grad_output.dtype)  # autocast has rounded what left the layer
+    x, weight = x.to(grad_output.dtype), weight.to(grad_output.dtype)  # autocast has rounded the output
     only_weight = [False, True, False]
     _, grad, _ = aten.convolution_backward(
         grad_output, x, weight, None, stride, padding, dilation, False, [0] * spatial, options["groups"], only_weight

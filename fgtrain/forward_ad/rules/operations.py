@@ -1,6 +1,6 @@
 """Rules for whole families of functions: linear, multilinear and elementwise ones.
 
-Each family knows one way to push (K, *shape) tangents through a function, whatever the function is.
+Each family has one way to push (K, *shape) tangents through any of its functions.
 """
 
 from collections.abc import Callable
@@ -38,11 +38,12 @@ def _register_family(names: str, family: Callable[[Any], Rule]) -> None:
 def linear(func: Any, of_tangents: Any = None) -> Rule:
     """f(v_1, .., v_K) for an f that is linear in its first argument, a tensor or a list of tensors.
 
-    All other arguments choose (an index, a mask, a size, a tensor whose shape or dtype counts): their values are used.
+    The other arguments (an index, a mask, a size, a tensor of which only the shape or dtype is used) have no tangents;
+    their values are used.
 
     Args:
         func: the function.
-        of_tangents: what is applied to the tangents, if not the function itself.
+        of_tangents: the function to apply to the tangents, if not `func`.
     """
     of_tangents = of_tangents or func
 
@@ -78,14 +79,14 @@ def linear(func: Any, of_tangents: Any = None) -> Rule:
 
 
 def map_directions(along: Any, sources: list[Dual]) -> Any:
-    """along(v_1, v_2, ..) for every direction, the results stacked; views stay views."""
+    """Stack the results of along(v_1, v_2, ..) for every direction; views stay views."""
     tangents = [tangent_of(source) for source in sources]
     num = tangents[0].shape[0]
     if num == 1:
         return tree_map(lambda out: out.unsqueeze(0), along(*(t[0] for t in tangents)))
     try:
         return torch.vmap(along)(*tangents)
-    except RuntimeError:  # vmap knows only a part of what PyTorch can do
+    except RuntimeError:  # vmap does not support every function
         results = [along(*(t[k] for t in tangents)) for k in range(num)]
         return tree_map(lambda *outs: torch.stack(outs), *results)
 
@@ -115,14 +116,14 @@ _register_family(
 
 @register("roll")
 def _roll(x: Dual, *args: Any, **kwargs: Any) -> Any:
-    if x.dim() == 0:  # over which vmap rolls the directions
+    if x.dim() == 0:  # here vmap would roll the directions
         return x
     return _ROLL(x, *args, **kwargs)
 
 
 _ROLL = linear(torch.roll)
 RULES[torch.constant_pad_nd] = linear(torch.constant_pad_nd, lambda v, pad, *_: torch.constant_pad_nd(v, pad))
-RULES[torch.Tensor.view] = linear(torch.Tensor.view, torch.Tensor.reshape)  # tangents may be laid out otherwise
+RULES[torch.Tensor.view] = linear(torch.Tensor.view, torch.Tensor.reshape)  # tangents may have other strides
 RULES[torch.Tensor.view_as] = linear(torch.Tensor.view_as, torch.Tensor.reshape_as)
 for _name in ("T", "mT"):
     _get = getattr(torch.Tensor, _name).__get__
@@ -130,7 +131,7 @@ for _name in ("T", "mT"):
 
 
 def _over_examples(func: Any) -> Rule:
-    """For functions linear in (N, C, ..) that act on every example alike: K directions are K times as many examples."""
+    """A rule for functions linear in (N, C, ..) that act on each example: K directions are K times as many examples."""
     spatial = int(func.__name__[-2])
 
     def rule(x: Any, *args: Any, **kwargs: Any) -> Any:
@@ -155,7 +156,7 @@ _register_family(
 
 @register("grid_sampler grid_sampler_2d grid_sampler_3d")
 def _grid_sampler(x: Any, grid: Any, *options: Any) -> Any:
-    """At places that stay it is linear in the image: K directions are K times as many channels."""
+    """At constant positions it is linear in the image: K directions become K times as many channels."""
     if isinstance(grid, Dual):
         return NotImplemented
     primal, tangent = primal_of(x), tangent_of(x)
@@ -194,7 +195,7 @@ def _pad(x: Any, pad: Any, mode: str = "constant", value: float | None = None) -
     return dual(F.pad(primal_of(x), pad, mode, value), map_directions(along, [x]))
 
 
-# --- linear in each dual argument by itself -----------------------------------------------------------------------
+# --- linear in each dual argument separately ----------------------------------------------------------------------
 
 
 def multilinear(func: Any) -> Rule:
@@ -226,14 +227,14 @@ _register_family("mv dot outer inner tensordot kron vdot einsum", multilinear)
 
 
 def elementwise(func: Any) -> Rule:
-    """f'(x) v_k, with f'(x) from one pass of PyTorch's forward mode for all directions."""
+    """f'(x) v_k for all directions, with f'(x) from one pass of PyTorch's forward mode."""
 
     def rule(*args: Any, **kwargs: Any) -> Any:
         leaves, spec = tree_flatten((args, kwargs))
         (first, *others), x = leaves, args[0] if args else None
         if not isinstance(x, Dual) or first is not x or any(isinstance(leaf, Tensor) for leaf in others):
             return NotImplemented
-        if x.is_complex():  # |z| has no derivative to multiply with
+        if x.is_complex():  # |z| is not complex differentiable
             return NotImplemented
         with fwAD.dual_level():
             primal = laid_out(primal_of(x))
@@ -259,7 +260,7 @@ _register_family(
 
 
 def aligned(tangent: Any, ndim: int) -> Any:
-    """(K, *shape) with as many dimensions after K as the value it will be added to or multiplied with."""
+    """The tangent with `ndim` dimensions after K, to be added to or multiplied with a value of `ndim` dimensions."""
     if tangent is None or tangent.dim() == ndim + 1:
         return tangent
     return tangent.reshape(tangent.shape[0], *[1] * (ndim + 1 - tangent.dim()), *tangent.shape[1:])
@@ -342,7 +343,7 @@ RULES[torch.Tensor.__rmatmul__] = lambda y, x: _matmul(x, y)
 
 
 def _with_sparse(func: Any, x: Any, y: Any, *options: Any) -> Any:
-    """One of two matrices is sparse and a constant: K directions are K times as many columns or rows of the other."""
+    """One matrix is sparse and constant: K directions become K times as many columns or rows of the other."""
     px, py = primal_of(x), primal_of(y)
     if px.dim() != 2 or py.dim() != 2 or options:
         return NotImplemented
@@ -360,7 +361,7 @@ RULES[torch.sparse.mm] = partial(_with_sparse, torch.sparse.mm)
 
 
 def _times_matrix(x: Tensor, y: Dual, ndim: int) -> Tensor:
-    """(K, ..): x times the tangents of y."""
+    """x times the tangents of y, (K, ..)."""
     tangent = y.tangent
     if isinstance(tangent, LowRankTangent) and len(tangent.shape) == 2:
         left, right = (aligned(factor, ndim) for factor in tangent.factors)

@@ -1,6 +1,6 @@
-"""torch.grid_sample written out: its kernels have no forward-mode derivative.
+"""torch.grid_sample as elementary operations, since its kernels have no forward-mode derivative.
 
-Shapes: N examples, C channels, D spatial dimensions (2 or 3); coordinates are (N, *output shape), one tensor for each
+Shapes: N examples, C channels, D spatial dimensions (2 or 3); coordinates are (N, *output shape), one tensor per
 spatial dimension.
 """
 
@@ -18,7 +18,7 @@ _ZEROS, _BORDER = 0, 1  # and reflection
 
 @written_out("grid_sampler grid_sampler_2d grid_sampler_3d")
 def _grid_sampler(x: Any, grid: Any, mode: int, padding: int, align_corners: bool) -> Any:
-    """The image x at the places of `grid`, which are in [-1, 1] inside of it and name the last dimension first."""
+    """The image x at the positions in `grid`, which are in [-1, 1] inside the image, with the last dimension first."""
     sizes = x.shape[2:]
     at = [
         ((place + 1) * (size - 1) if align_corners else (place + 1) * size - 1) / 2
@@ -55,7 +55,7 @@ def _bicubic(x: Any, at: list[Any], padding: int, align_corners: bool) -> Any:
 
 
 def _cubic_weights(t: Any) -> list[Any]:
-    """Weights of the four pixels around a place that is t behind the second (Keys 1981, a = -0.75)."""
+    """Weights of the four pixels around a position at distance t after the second (Keys 1981, a = -0.75)."""
     a = -0.75
 
     def near(d: Any) -> Any:
@@ -68,7 +68,7 @@ def _cubic_weights(t: Any) -> list[Any]:
 
 
 def _inside(at: Any, size: int, padding: int, align_corners: bool) -> Any:
-    """A coordinate moved into [0, size - 1] as the padding says; with "zeros" it stays."""
+    """A coordinate moved into [0, size - 1] according to the padding; unchanged for "zeros"."""
     if padding == _ZEROS:
         return at
     if padding != _BORDER:  # reflection, at the centres of the outer pixels or at their edges

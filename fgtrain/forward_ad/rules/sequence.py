@@ -1,4 +1,4 @@
-"""What sequence models add, written out: attention, recurrent layers, packed sequences.
+"""Functions of sequence models as compositions of others: attention, recurrent layers, packed sequences.
 
 The fused kernels that PyTorch would choose have no forward-mode derivative.
 """
@@ -47,7 +47,7 @@ def _attention(
 
 @written_out("_safe_softmax")
 def _safe_softmax(scores: Any, dim: int, dtype: Any = None) -> Any:
-    """Softmax; a row that is masked all over gives 0."""
+    """Softmax; a fully masked row gives 0."""
     masked = (scores == -torch.inf).all(dim, keepdim=True)
     return torch.softmax(scores.masked_fill(masked, 0), dim, dtype=dtype).masked_fill(masked, 0)
 
@@ -79,11 +79,11 @@ def _simple_cell(activation: Any) -> Any:
 
 
 def _recurrent(cell: Any, num_states: int) -> Any:
-    """What torch.lstm and its like do: layers and directions of a cell, all time steps' input gates at once.
+    """A function such as torch.lstm: layers and directions of a cell, with the input gates of all steps in one product.
 
     Args:
         cell: (gates, state, weight, bias) -> state, whose first part is the output.
-        num_states: parts of a state.
+        num_states: number of parts of a state.
     """
 
     def over_sequence(x: Any, states: Any, weights: Any, has_biases: bool, *options: Any) -> Any:
@@ -105,7 +105,7 @@ def _recurrent(cell: Any, num_states: int) -> Any:
         train: bool,
         bidirectional: bool,
     ) -> Any:
-        """`sizes[t]` rows belong to time step t, those of the longest sequences first."""
+        """Run on `rows`, of which `sizes[t]` belong to time step t, those of the longest sequences first."""
         states = (states,) if num_states == 1 else tuple(states)
         directions = 2 if bidirectional else 1
         per_cell = len(weights) // (num_layers * directions)
@@ -142,9 +142,9 @@ def _recurrent(cell: Any, num_states: int) -> Any:
 def _steps(
     cell: Any, gates: Any, state: tuple[Any, ...], parameters: tuple[Any, Any, Any], *, reverse: bool
 ) -> tuple[list[Any], tuple[Any, ...]]:
-    """Outputs of one direction of one layer, in the order of time, and its final state.
+    """Outputs of one direction of one layer, in temporal order, and its final state.
 
-    Sequences that have ended leave the state of a forward pass; in a reverse pass they enter as time reaches them.
+    In a forward pass, a sequence leaves the state at its end. In a reverse pass, it enters the state at its end.
     """
     weight, bias, projection = parameters
     initial, ended, outputs = state, [], []
@@ -172,7 +172,7 @@ IN_OTHERS[torch.rnn_tanh] = _recurrent(_simple_cell(torch.tanh), 1)
 IN_OTHERS[torch.rnn_relu] = _recurrent(_simple_cell(torch.relu), 1)
 
 
-# --- packed sequences: where each row comes from is found by packing the numbers of the rows -------------------------
+# --- packed sequences: packing the row indices gives the source of each row ------------------------------------------
 
 
 @written_out("_pack_padded_sequence")

@@ -1,7 +1,7 @@
-"""Functions written out in others, where PyTorch's own have no forward-mode derivative, or a wrong one.
+"""Functions as compositions of others, if PyTorch's own have no forward-mode derivative or a wrong one.
 
-Both engines run these bodies in place of the functions: the calls in them have derivatives. A body may return
-NotImplemented where the function itself will do.
+Both engines run these bodies instead of the functions, because the calls in them have derivatives. A body may return
+NotImplemented if the function itself can be used.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from fgtrain._torch import FUNCTION_OWNERS, standard_gamma, standard_gamma_grad
 from fgtrain.forward_ad.rules.opened import opened
 
 IN_OTHERS: dict[Any, Callable[..., Any]] = {}
-"""{function of PyTorch: what it does, in other functions}."""
+"""{function of PyTorch: its composition of other functions}."""
 
 
 def functions_named(names: str) -> list[Any]:
@@ -24,7 +24,7 @@ def functions_named(names: str) -> list[Any]:
 
 
 def written_out(names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make the decorated function stand for every function of PyTorch with one of these names."""
+    """Make the decorated function replace every function of PyTorch with one of these names."""
 
     def decorate(body: Callable[..., Any]) -> Callable[..., Any]:
         IN_OTHERS.update(dict.fromkeys(functions_named(names), body))
@@ -34,7 +34,7 @@ def written_out(names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]
 
 
 def no_backward(*_: Any, **__: Any) -> Any:
-    """Tensor.register_hook and Tensor.retain_grad, which wait for a gradient that does not come."""
+    """Refuse Tensor.register_hook and Tensor.retain_grad, since there is no backward pass."""
     raise NotImplementedError("forward AD with a hook on the gradient of a tensor that only a backward pass would call")
 
 
@@ -43,7 +43,7 @@ def no_backward(*_: Any, **__: Any) -> Any:
 
 @written_out("_weight_norm")
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """V with its norms, all dimensions but `dim` taken together, replaced by g."""
+    """v with its norms over all dimensions but `dim` replaced by g."""
     others = [d for d in range(v.dim()) if d != dim] if dim != -1 else list(range(v.dim()))
     return v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=dim != -1))
 
@@ -52,7 +52,7 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 def _embedding(
     weight: Tensor, indices: Tensor, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False
 ) -> Any:
-    """Backpropagation leaves the padding row alone; PyTorch's forward mode forgets to."""
+    """The padding row has no derivative in backpropagation, but has one in PyTorch's forward mode."""
     if padding_idx < 0:
         return NotImplemented
     out = torch.embedding(weight, indices)
@@ -89,7 +89,7 @@ def _embedding_bag(
         torch.ones_like(indices) if padding_idx is None else (indices != padding_idx % len(weight)).to(indices.dtype)
     )
     if mode == 2:
-        best = plain[3]  # (bags, features): the index whose row is the greatest in each feature; -1 in an empty bag
+        best = plain[3]  # (bags, features): the index of the row with the maximum; -1 in an empty bag
         rows = torch.gather(weight, 0, best.clamp(min=0))
         return rows.masked_fill(best < 0, 0), *plain[1:]
     rows = torch.embedding(weight, indices) * counts.unsqueeze(-1).to(weight.dtype)
@@ -115,7 +115,7 @@ def _broadcast_tensors(*tensors: Any) -> list[Any]:
 
 @written_out("normal")
 def _normal(mean: Any, std: Any, *args: Any, **kwargs: Any) -> Any:
-    """A constant, as to backpropagation; PyTorch's forward mode fails where one of the two is expanded."""
+    """A constant, as for backpropagation; PyTorch's forward mode fails if one of the two is expanded."""
     values = [x.detach() if isinstance(x, Tensor) else x for x in (mean, std)]
     sample = torch.normal(*values, *args, **kwargs)
     return sample + sum((x - x.detach()) * 0 for x in (mean, std) if isinstance(x, Tensor))
@@ -123,7 +123,7 @@ def _normal(mean: Any, std: Any, *args: Any, **kwargs: Any) -> Any:
 
 @written_out("_standard_gamma")
 def _standard_gamma(concentration: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """A sample and its derivative at a fixed place of the distribution function, as backpropagation takes it."""
+    """A sample and its derivative at a fixed value of the distribution function, as in backpropagation."""
     at = concentration.detach()
     sample = standard_gamma(at, generator)
     return sample + standard_gamma_grad(at, sample) * (concentration - at)
@@ -134,7 +134,7 @@ def _standard_gamma(concentration: Tensor, generator: torch.Generator | None = N
 
 @written_out("cdist")
 def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: Any = None) -> Tensor:
-    """||x_i - y_j||_p; where it is 0 its gradient is 0."""
+    """||x_i - y_j||_p, with the gradient 0 where it is 0."""
     return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, -1)
 
 
@@ -149,14 +149,14 @@ def _pdist(x: Tensor, p: float = 2.0) -> Tensor:
 
 
 class _SparseTimes(torch.autograd.Function):
-    """A sparse matrix that is a constant, times a dense one: PyTorch's forward mode wants a tangent of the first."""
+    """A constant sparse matrix times a dense one; PyTorch's forward mode requires a tangent of the sparse matrix."""
 
     @staticmethod
     def forward(func: Any, x: Tensor, y: Tensor) -> Tensor:
         return func(x, y)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ARG004 - torch calls it so
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ARG004 - torch's signature
         ctx.func, ctx.matrix, _ = inputs
 
     @staticmethod
@@ -177,7 +177,7 @@ for _func in (torch.sparse.mm, torch.mm, torch.matmul, torch.Tensor.mm, torch.Te
 
 @written_out("cholesky_inverse")
 def _cholesky_inverse(factor: Tensor, upper: bool = False) -> Tensor:
-    """(L L^T)^-1, or (U^T U)^-1: PyTorch's forward mode returns another derivative than backpropagation."""
+    """(L L^T)^-1, or (U^T U)^-1; the derivative of PyTorch's forward mode differs from backpropagation's."""
     unit = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device).expand(factor.shape)
     inverse = torch.linalg.solve_triangular(factor, unit, upper=upper)  # of L, or of U
     return inverse @ inverse.mH if upper else inverse.mH @ inverse
@@ -185,7 +185,7 @@ def _cholesky_inverse(factor: Tensor, upper: bool = False) -> Tensor:
 
 @written_out("logcumsumexp")
 def _logcumsumexp(x: Tensor, dim: int) -> Tensor:
-    """PyTorch's forward mode adds 1e-13 to each sum, which is more than sums far below the greatest term have."""
+    """PyTorch's forward mode adds 1e-13 to each sum, more than the value of sums far below the greatest term."""
     if x.dim() == 0:
         return x.clone()
     rows = x.movedim(dim, -1)
@@ -229,7 +229,7 @@ def _multilabel_margin_loss(x: Tensor, target: Tensor, reduction: int = 1) -> Te
 
 
 def _linear_cross_entropy(*args: Any, options: Any = None, **kwargs: Any) -> Any:
-    """Cross-entropy of a linear layer, without the chunks of `options`: their kernel has a backward pass alone."""
+    """Cross-entropy of a linear layer, without the chunks of `options`, whose kernel has only a backward pass."""
     body = opened(F.linear_cross_entropy)
     assert body is not None
     return body(*args, **kwargs)
@@ -244,7 +244,7 @@ if hasattr(F, "linear_cross_entropy"):  # torch 2.13
 
 @written_out("scatter_reduce")
 def _scatter_reduce(x: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str, *, include_self: bool = True) -> Any:
-    """The mean, product, greatest or least of what is scattered to each place."""
+    """The mean, product, maximum or minimum of the values scattered to each position."""
     if reduce not in ("mean", "prod", "amax", "amin"):
         return NotImplemented
     if x.dim() == 0:
@@ -252,9 +252,7 @@ def _scatter_reduce(x: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str
         return _scatter_reduce(x.reshape(1), 0, index.reshape(-1), src.reshape(-1), reduce, **options).reshape(())
     src = src[tuple(slice(n) for n in index.shape)]
     old, new = x.detach(), src.detach()
-    counts = (
-        torch.ones_like(old) if include_self else 1 - torch.zeros_like(old).scatter(dim, index, 1)
-    )  # the old number
+    counts = torch.ones_like(old) if include_self else 1 - torch.zeros_like(old).scatter(dim, index, 1)  # the old value
     if reduce == "mean":
         return (x * counts).scatter_add(dim, index, src) / counts.scatter_add(dim, index, torch.ones_like(new))
     result = torch.scatter_reduce(old, dim, index, new, reduce, include_self=include_self)
@@ -263,17 +261,17 @@ def _scatter_reduce(x: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str
     else:
         slope_old = ((old == result) * counts).to(old.dtype)
         slope_new = (new == result.gather(dim, index)).to(new.dtype)
-        ties = slope_old.scatter_add(dim, index, slope_new)  # they share the derivative
+        ties = slope_old.scatter_add(dim, index, slope_new)  # ties share the derivative
         slope_old, slope_new = slope_old / ties, slope_new / ties.gather(dim, index)
     return (result + slope_old * (x - old)).scatter_add(dim, index, slope_new * (src - new))
 
 
 def _products_of_others(x: Tensor, dim: int, index: Tensor, src: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """For every factor of the products at the places of x, old or scattered there, the product of all others."""
+    """For every factor of the products at the positions of x, old or scattered, the product of the other factors."""
     factors = torch.where(counts > 0, x, 1)
     zeros = (factors == 0).to(x.dtype).scatter_add(dim, index, (src == 0).to(x.dtype))
     rest = torch.where(factors == 0, 1, factors)
-    rest = torch.scatter_reduce(rest, dim, index, torch.where(src == 0, 1, src), "prod")  # of all that are not 0
+    rest = torch.scatter_reduce(rest, dim, index, torch.where(src == 0, 1, src), "prod")  # of all nonzero factors
 
     def of_others(x: Tensor, rest: Tensor, zeros: Tensor) -> Tensor:
         return torch.where(x == 0, torch.where(zeros == 1, rest, 0), torch.where(zeros == 0, rest / x, 0))
@@ -283,7 +281,7 @@ def _products_of_others(x: Tensor, dim: int, index: Tensor, src: Tensor, counts:
 
 @written_out("index_reduce")
 def _index_reduce(x: Tensor, dim: int, index: Tensor, source: Tensor, reduce: str, *, include_self: bool = True) -> Any:
-    """As scatter_reduce, with one index for a whole slice."""
+    """As scatter_reduce, with one index per slice."""
     if x.dim() == 0:
         source = source.reshape(index.shape)
         return torch.scatter_reduce(x.expand(1), 0, index, source, reduce, include_self=include_self).reshape(())

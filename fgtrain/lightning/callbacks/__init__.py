@@ -1,4 +1,4 @@
-"""Callbacks of a training run; none of them changes what is trained."""
+"""Callbacks of a training run; none of them changes the trained weights."""
 
 from fgtrain.lightning.callbacks.dashboard import Dashboard
 from fgtrain.lightning.callbacks.first_batch import FirstBatch

@@ -36,7 +36,7 @@ LAYOUT = {
 }
 
 
-_ENDS = ("test", "val", "loss", "distance_to_minimum")  # what tells where a run ended
+_ENDS = ("test", "val", "loss", "distance_to_minimum")  # the final metrics
 
 
 class Dashboard(L.Callback):
@@ -58,11 +58,10 @@ class Dashboard(L.Callback):
 
 
 def log_final(trainer: L.Trainer, config: Mapping[str, Any], results: Mapping[str, Any]) -> None:
-    """A row of the HPARAMS table: how the run was made, and where it ended.
+    """Write the run's row of the HPARAMS table: its settings and its final metrics.
 
-    TensorBoard shows the first five columns by their names' order at first: those that compare methods come before
-    `with/...`, what they were compared on.
-    The metrics get tags of their own, at the last step: `final/test/acc` beside the curve `val/acc`.
+    TensorBoard first shows the five columns whose names sort first: settings of the method come before `with/...`, the
+    settings it was compared on. The metrics get separate tags at the last step: `final/test/acc` beside `val/acc`.
     """
     method = config["method"]
     tangents = method.get("tangents") or {}

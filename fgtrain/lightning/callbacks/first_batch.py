@@ -1,4 +1,4 @@
-"""The first batch, looked at before anything is trained on it."""
+"""Checks of the first batch before training."""
 
 import sys
 from collections.abc import Iterator, Set
@@ -26,15 +26,14 @@ from fgtrain.tasks import Classification
 
 
 class FirstBatch(L.Callback):
-    """Refuses data that the model cannot be trained on, in one line, and tells of numbers that are not finite.
+    """Refuses data that the model cannot be trained on, and reports values that are not finite.
 
-    Changes nothing: the batch is from a loader of its own, and two of its examples go through the model once.
+    Changes nothing: the batch comes from a separate loader, and two of its examples go through the model once.
 
     Raises:
-        DataError: there is no batch, or one of the wrong types, shapes or labels.
+        DataError: there is no batch, or it has the wrong types, shapes or labels.
         ModelError: the model cannot take it.
-        ConfigError: the directions alone do not fit into memory, or a callback waits for a metric that there is
-            not.
+        ConfigError: the directions alone do not fit into memory, or a callback waits for a metric that does not exist.
     """
 
     def setup(self, trainer: Any, pl_module: L.LightningModule, stage: str) -> None:
@@ -46,7 +45,7 @@ class FirstBatch(L.Callback):
         with preserved_random_state():
             batch = next(iter(data.train_dataloader()), None)
             if batch is None:
-                raise DataError(f"the training set of {type(data).__name__} is empty: its loader gives no batch")
+                raise DataError(f"the training set of {type(data).__name__} is empty: its loader yields no batch")
             if trainer.limit_val_batches != 0 and trainer.is_global_zero:
                 is_missing = not is_overridden("val_dataloader", data)
                 if is_missing or sized_len(data.val_dataloader()) == 0:
@@ -61,15 +60,15 @@ class FirstBatch(L.Callback):
             ]
             if bad and trainer.is_global_zero:
                 print(f"fgtrain: part {bad[0]} of the first batch holds nan or infinity", file=sys.stderr)
-            if model._compiled_call_impl is None:  # two examples would be compiled for, too
+            if model._compiled_call_impl is None:  # else two examples would be compiled too
                 metrics = self._try(batch, pl_module, trainer)
                 refuse_unknown_monitors(trainer, {f"val/{name}" for name in metrics})
 
     def _try(self, batch: Any, module: EstimatorModule, trainer: Any) -> list[str]:
-        """Two examples through the model, its loss and its metrics; the names of these."""
+        """Run two examples through the model, its loss and its metrics; return the metrics' names."""
         few = tree_map(lambda leaf: leaf[:2] if isinstance(leaf, Tensor) and leaf.dim() else leaf, batch)
         dtype = next((p.dtype for p in module.model.parameters() if p.is_floating_point()), torch.float32)
-        if type(trainer.precision_plugin) is not Precision:  # which converts the batch, and the model a little later
+        if type(trainer.precision_plugin) is not Precision:  # it will convert batch and model later
             few = tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, few)
         before = RepeatedPass(module.model)
         try:
@@ -81,7 +80,7 @@ class FirstBatch(L.Callback):
             reason = next(iter(str(error).splitlines()), "") or type(error).__name__
             raise ModelError(
                 f"the model and its loss cannot take two examples of the data, {shapes}: {reason}; HYDRA_FULL_ERROR=1 "
-                "shows where"
+                "shows the place"
             ) from error
         finally:
             before.rewind()
@@ -91,30 +90,28 @@ def look_at_examples(batch: Any, num_classes: int | None, input_shape: Any) -> N
     """Refuse a batch of classification that is not (inputs, labels) of the right types, shapes and classes.
 
     Raises:
-        DataError: says what it is and what it should be.
+        DataError: the message names what was found and what is expected.
     """
     if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(x, Tensor) for x in batch)):
-        raise DataError(
-            f"a batch of classification is (inputs, labels), two tensors; the data gives {_describe(batch)}"
-        )
+        raise DataError(f"a batch for classification must be (inputs, labels), two tensors; got {_describe(batch)}")
     inputs, labels = batch
     if labels.dtype not in (torch.int64, torch.uint8) or labels.dim() != 1:
         raise DataError(
-            f"labels are {_name(labels)} of shape {tuple(labels.shape)}; classification takes the numbers of classes, "
+            f"labels are {_name(labels)} of shape {tuple(labels.shape)}; classification needs class indices, "
             "int64 of shape (B,): labels.long()"
         )
     refuse_other_examples("the first batch", inputs, labels, num_classes, input_shape)
     if int(labels.min()) < 0:
-        raise DataError(f"labels of the first batch begin at {int(labels.min())}; they must be from 0")
+        raise DataError(f"labels of the first batch start at {int(labels.min())}; they must not be negative")
 
 
 def refuse_unknown_monitors(trainer: Any, validated: Set[str]) -> None:
     """Raise if early stopping or a checkpoint waits for a metric that a run will not have.
 
-    Callbacks of the user's own may log anything; where there is one, nothing is refused.
+    A callback of the user may log anything; if there is one, nothing is refused.
 
     Raises:
-        ConfigError: names the metrics there are.
+        ConfigError: the message names the available metrics.
     """
     if any(not type(callback).__module__.startswith(("fgtrain.", "lightning.")) for callback in trainer.callbacks):
         return
@@ -124,21 +121,21 @@ def refuse_unknown_monitors(trainer: Any, validated: Set[str]) -> None:
             name = callback.monitor
             if name is not None and name not in known and not name.startswith("quality/"):
                 raise ConfigError(
-                    f"{type(callback).__name__}: monitor={name} is no metric; there are {', '.join(known)}"
+                    f"{type(callback).__name__}: monitor={name} is not a metric; there are {', '.join(known)}"
                 )
 
 
 def refuse_too_many_directions(estimator: GradientEstimator, model: nn.Module, available: int | None) -> None:
-    """Raise if the directions that exist at a time are larger than so many bytes.
+    """Raise if the directions held in memory together need more than the available bytes.
 
     Raises:
-        ConfigError: says how many of them would fit.
+        ConfigError: the message says how many of them would fit.
     """
     one, at_a_time = estimator.direction_bytes(trainable_params(model)), estimator.directions_at_a_time
     if available is not None and one * at_a_time > available:
         raise ConfigError(
             f"{at_a_time} directions of {one / 2**20:.3g} MiB each do not fit into the {available / 2**30:.3g} GiB of "
-            f"free memory; method.chunk_size={max(1, available // (4 * one))} takes them in parts"
+            f"free memory; method.chunk_size={max(1, available // (4 * one))} processes them in parts"
         )
 
 
@@ -147,8 +144,8 @@ def _refuse_other_precision(batch: Any, model: nn.Module) -> None:
     for leaf in _tensors(batch):
         if leaf.is_floating_point() and own and leaf.dtype not in own:
             raise DataError(
-                f"the data gives {_name(leaf)}, and the model has {_name(next(iter(own)))} parameters; convert it "
-                "(inputs.float()), or train in its precision (trainer.precision=64-true)"
+                f"the data gives {_name(leaf)}, but the model has {_name(next(iter(own)))} parameters; convert the "
+                "data (inputs.float()), or train in its precision (trainer.precision=64-true)"
             )
 
 

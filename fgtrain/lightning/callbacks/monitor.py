@@ -1,4 +1,4 @@
-"""What is logged of training: every step is measured, few are written."""
+"""The log of training: every step is measured, and means over several steps are logged."""
 
 import contextlib
 import gc
@@ -36,9 +36,9 @@ LOGGED = (
 class Monitor(L.Callback):
     """Logs loss, learning rate, step time, directional derivatives and gradient norm every few steps.
 
-    The values are means over the steps since the last time (the largest |derivative| is a maximum, the gradient norm
-    that of the last step), so what is written is smooth and writing seldom loses nothing. They are also put among the
-    trainer's callback metrics, for early stopping and checkpoints; the loss also when these look between two entries.
+    The values are means over the steps since the last entry, except for the largest |derivative|, a maximum, and the
+    gradient norm, which is that of the last step. They are also stored in the trainer's callback metrics, for early
+    stopping and checkpoints. The loss is stored there at every validation and epoch end too.
 
     Args:
         every_n_steps: optimizer steps between two entries in the log.
@@ -93,9 +93,9 @@ class Monitor(L.Callback):
         now = time.perf_counter()
         self.step_seconds.append(now - self._last_end)
         self._last_end = now
-        if outputs.get("skipped"):  # its numbers are not
+        if outputs.get("skipped"):  # its values are not usable
             return
-        self._losses.append(outputs["loss"])  # a list now and arithmetic later: a small network's step is short
+        self._losses.append(outputs["loss"])  # averaged later, to save time in short steps
         if outputs["directional_derivatives"] is not None:
             self._derivatives.append(outputs["directional_derivatives"])
         if self._due(trainer) and self._grad_norm is not None:
@@ -140,10 +140,11 @@ class Monitor(L.Callback):
         self._losses, self._derivatives, self._grad_norm = [], [], None
 
     def _write_histogram(self, trainer: L.Trainer, derivatives: Tensor) -> None:
-        finite = derivatives[derivatives.isfinite()]  # a loss scaler lets others through
+        finite = derivatives[derivatives.isfinite()]  # a loss scaler lets infinities through
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger) and len(finite):
-                # As many bins as TensorBoard draws: its own default is hundreds, whose checksum it takes byte by byte.
+                # TensorBoard draws 30 bins; its default of hundreds is slow, since it computes their checksum byte by
+                # byte.
                 logger.experiment.add_histogram("directional_derivatives", finite, trainer.global_step, bins=30)
 
     def summary(self) -> dict[str, float]:
@@ -156,17 +157,17 @@ class Monitor(L.Callback):
 
 
 def forget_peak_memory() -> None:
-    """Count `peak_memory_mib` from now on: a sweep runs many trainings in one process."""
+    """Reset `peak_memory_mib`, because a sweep runs many trainings in one process."""
     gc.collect()
     return_freed_memory()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError):  # where it cannot be reset, it is the process's
+    with contextlib.suppress(OSError):  # if it cannot be reset, the peak is the whole process's
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory_mib() -> float:
-    """Largest memory so far: of the accelerator where there is one, else of the process."""
+    """Peak memory so far: of the accelerator if there is one, else of the process."""
     if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
         return torch.cuda.max_memory_allocated() / 2**20
     status = Path("/proc/self/status")

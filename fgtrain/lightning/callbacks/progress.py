@@ -14,7 +14,7 @@ from fgtrain.lightning.length import total_steps
 class StepProgress(L.Callback):
     """Loss, validation accuracy and steps per second, refreshed a few times a second.
 
-    Where the output is no terminal it prints a line at every tenth of the run instead.
+    If the output is not a terminal, it prints a line at every tenth of the run instead.
     """
 
     refresh_seconds = 0.5

@@ -1,4 +1,4 @@
-"""The estimate beside the exact gradient, while training."""
+"""Compares estimates with the exact gradient during training."""
 
 import copy
 from typing import Any
@@ -18,15 +18,15 @@ class GradientQuality(L.Callback):
     """Compares a step's estimate with the exact gradient of its batch, every few steps, overall and per layer.
 
     Logs `quality/cosine`, `quality/relative_squared_error` and `quality/norm_ratio` of the estimate that the step is
-    about to take; `quality/expected_cosine` and `quality/expected_squared_error` in closed form, where the method has
-    them; and the first three again for every module, as `quality_of_<module>/...`. With gradient accumulation it looks
-    at the first batch of a step. What is of all parameters is also among the trainer's callback metrics.
+    about to use, and the same three for every module, as `quality_of_<module>/...`. If the method has closed forms, it
+    also logs `quality/expected_cosine` and `quality/expected_squared_error`. With gradient accumulation it compares on
+    the first batch of a step. Metrics of all parameters are also in the trainer's callback metrics.
 
-    What is trained stays bit for bit the same. A comparison costs a backward pass and one estimate more, for which a
-    module made by `fgtrain.lightning.convert` runs its training_step; what that logs and measures does not count.
+    The trained weights stay the same bit for bit. A comparison costs one more backward pass and one more estimate. A
+    module made by `fgtrain.lightning.convert` runs its training_step for them; its logs and metrics ignore these runs.
 
     Args:
-        every_n_steps: optimizer steps between two comparisons, the first being at step 0.
+        every_n_steps: optimizer steps between two comparisons; the first is at step 0.
 
     Raises:
         ConfigError: every_n_steps is less than 1.
@@ -51,10 +51,10 @@ class GradientQuality(L.Callback):
             logger.log_metrics(metrics, step=trainer.global_step)
 
     def compare(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> dict[str, float]:
-        """The metrics of one comparison, which leaves no trace; none of a batch that training_step skips."""
+        """The metrics of one comparison, without side effects; empty if training_step skips the batch."""
         step = _step_of(module)
         before = RepeatedPass(step.model)
-        estimator = copy.deepcopy(step.estimator)  # its state is not to learn from a look
+        estimator = copy.deepcopy(step.estimator)  # the comparison must not change its state
         with trainer.precision_plugin.train_step_context():
             reference = step.estimate(Backprop(), batch, batch_idx)
             before.rewind()
@@ -78,7 +78,7 @@ class GradientQuality(L.Callback):
 def _step_of(module: Any) -> StepEstimates:
     if not hasattr(module, "estimates_at_step"):
         raise ConfigError(
-            f"GradientQuality looks at the estimates of a module, but {type(module).__name__} trains without an "
+            f"GradientQuality compares the estimates of a module, but {type(module).__name__} trains without an "
             "estimator; convert it first, with fgtrain.lightning.convert(module, estimator)"
         )
     return module.estimates_at_step()

@@ -1,4 +1,4 @@
-"""The random states in the checkpoint, so that a resumed run draws what the uninterrupted one would have drawn."""
+"""Saves the random states in checkpoints, so that a resumed run draws the same numbers as an uninterrupted one."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ from fgtrain.random import random_state, set_random_state
 class RandomState(L.Callback):
     """Saves and restores the global generators of torch (CPU and CUDA), numpy and Python, of every process.
 
-    Dropout, random transforms and shuffling loaders draw from them; directions do not: theirs are keyed by the step.
-    What validation draws is given back, so that training does not depend on how often, and whether, it is validated: a
-    run resumed from a checkpoint written just before a validation does not repeat it.
+    Dropout, random transforms and shuffling loaders draw from them. Directions do not: the step determines their seeds.
+    The states from before a validation are restored after it, so that training does not depend on whether and how often
+    it is validated: a run resumed from a checkpoint written just before a validation does not repeat it.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class RandomState(L.Callback):
         checkpoint["random_state"] = of_all_ranks(random_state())
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        # This early, since the first iterator of a shuffling loader is made before any hook of training.
+        # Restored this early because the first iterator of a shuffling loader is made before any hook of training.
         states = checkpoint.get("random_state", [])
-        if trainer.global_rank < len(states):  # a run resumed on more processes starts the new ones afresh
+        if trainer.global_rank < len(states):  # additional processes of a resumed run start afresh
             set_random_state(states[trainer.global_rank])

@@ -1,4 +1,4 @@
-"""What several processes owe their user: the same parameters everywhere, and a count of what is sent."""
+"""Checks that all processes have the same parameters, and logs the bytes that they send."""
 
 from typing import Any
 
@@ -15,15 +15,15 @@ from fgtrain.lightning.module import EstimatorModule
 class RankCheck(L.Callback):
     """Logs the traffic of a step and ends the run when ranks no longer have the same parameters.
 
-    `comm/bytes_per_step` is what one rank sends per optimizer step, see `fgtrain.distributed.Ranks`. The check sends
-    eight bytes every so many steps; parameters sharded over ranks have nothing to compare.
+    `comm/bytes_per_step` is what one rank sends per optimizer step, see `fgtrain.distributed.Ranks`. A check sends
+    eight bytes. Parameters that are sharded over ranks are not compared.
 
     Args:
         check_every_n_steps: optimizer steps between two checks, the first after the first step; 0 for none.
         log_every_n_steps: optimizer steps between two entries in the log.
 
     Raises:
-        RanksDiffer: names the first parameter that differs, or the steps at which ranks start.
+        RanksDiffer: the message names the first parameter that differs, or the steps at which the ranks start.
     """
 
     def __init__(self, check_every_n_steps: int = 1000, log_every_n_steps: int = 50) -> None:
@@ -41,8 +41,8 @@ class RankCheck(L.Callback):
         steps = [int(step) for step in pl_module.ranks.gather(first)]
         if len(set(steps)) > 1:
             raise RanksDiffer(
-                f"the ranks start at steps {steps}, so not from the same checkpoint; name it with resume=..., or the "
-                "folder of the run with hydra.run.dir=..., where every rank finds it"
+                f"the ranks start at steps {steps}, so not from the same checkpoint; name it with resume=..., or name "
+                "the run's folder with hydra.run.dir=..., so that every rank finds it"
             )
 
     def on_train_batch_start(
@@ -56,7 +56,7 @@ class RankCheck(L.Callback):
     ) -> None:
         assert isinstance(pl_module, EstimatorModule)
         ranks, done = pl_module.ranks, trainer.global_step - self._first_step
-        self._sent += ranks.bytes_sent - self._sent_before  # of the step alone, not of checks and validation
+        self._sent += ranks.bytes_sent - self._sent_before  # the step's bytes only, without checks and validation
         if done == 0:
             return
         self.bytes_per_step = self._sent / done
@@ -68,7 +68,7 @@ class RankCheck(L.Callback):
             check_agreement(pl_module.model, ranks, trainer.global_step)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.global_step > self._first_step:  # else the metrics of the run that was cut stand
+        if trainer.global_step > self._first_step:  # else keep the interrupted run's metrics
             self._log(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -87,7 +87,7 @@ def check_agreement(model: nn.Module, ranks: Ranks, step: int) -> None:
     """Compare the bits of the parameters on all ranks.
 
     Raises:
-        RanksDiffer: on every rank, naming the first parameter that differs.
+        RanksDiffer: on every rank; the message names the first parameter that differs.
     """
     replicated = {name: p for name, p in model.named_parameters() if not hasattr(p, "to_local")}
     if not replicated:
@@ -102,7 +102,7 @@ def check_agreement(model: nn.Module, ranks: Ranks, step: int) -> None:
             others = [rank for rank in range(ranks.size) if table[rank, column] != table[0, column]]
             raise RanksDiffer(
                 f"after step {step} parameter {name} of rank {', '.join(map(str, others))} differs from rank 0's, so "
-                "the ranks train different models; look for what is random or rank-dependent in the model, the "
+                "the ranks train different models; look for random or rank-dependent parts of the model, the "
                 "callbacks or the optimizer, and resume from a checkpoint"
             )
 

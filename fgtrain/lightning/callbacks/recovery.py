@@ -15,21 +15,21 @@ from fgtrain.lightning.checkpoints import NAMES
 _SIGNALS: dict[int, Any] = {
     signal.SIGINT: signal.default_int_handler,
     signal.SIGTERM: signal.SIG_DFL,
-    signal.SIGHUP: signal.SIG_DFL,  # the terminal is gone
+    signal.SIGHUP: signal.SIG_DFL,  # the terminal was closed
 }
 
 
 class Recovery(Checkpoint):
-    """Keeps `last.ckpt` and, until the one after it is whole, `previous.ckpt`.
+    """Writes `last.ckpt` and keeps the one before it as `previous.ckpt` until the new one is complete.
 
-    As a `Checkpoint` it comes after all other callbacks, whose state of the step it saves.
+    As a `Checkpoint` it runs after all other callbacks, so it saves their state of the same step.
 
     A first Ctrl-C, SIGTERM or SIGHUP saves after the step in progress and ends the run; a second one ends it at once.
-    One that was to be ignored when the run began (nohup) still is.
+    Signals that were ignored when the run began (nohup) stay ignored.
 
     Args:
         dirpath: folder of the checkpoints.
-        every_n_steps: optimizer steps between two of them.
+        every_n_steps: optimizer steps between two checkpoints.
     """
 
     def __init__(self, dirpath: str, every_n_steps: int = 500) -> None:
@@ -47,12 +47,12 @@ class Recovery(Checkpoint):
         try:
             heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
             self._handlers = {number: signal.signal(number, self._remember) for number in heard}
-        except ValueError:  # not in the main thread, where signals arrive
+        except ValueError:  # only the main thread can set handlers
             self._handlers = {}
 
     def _remember(self, number: int, frame: Any) -> None:
         self._signal = number
-        for each in self._handlers:  # not Lightning's handler, which waits for all ranks in mid-step
+        for each in self._handlers:  # Lightning's handler would wait for all ranks in mid-step
             signal.signal(each, _SIGNALS[each])
 
     def _release_signals(self) -> None:
@@ -77,7 +77,7 @@ class Recovery(Checkpoint):
     def _signalled(self, trainer: L.Trainer) -> bool:
         if trainer.world_size == 1:
             return self._signal is not None
-        if trainer.global_step % 10:  # ranks must agree, and asking costs a message
+        if trainer.global_step % 10:  # ranks must agree, which costs a message
             return False
         return trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False)
 
@@ -101,14 +101,14 @@ class Recovery(Checkpoint):
 
 
 def _keep_as(previous: Path, last: Path) -> None:
-    """Give the checkpoint `last` the name `previous` too, so that at no moment there is none of its own name."""
-    if previous.is_dir():  # of a sharded strategy
+    """Give the checkpoint `last` the second name `previous`, so that a checkpoint exists at every moment."""
+    if previous.is_dir():  # written by a sharded strategy
         shutil.rmtree(previous)
     beside = previous.with_name(f"{previous.name}.{os.getpid()}.tmp")
     beside.unlink(missing_ok=True)
     try:
         os.link(last, beside)
-    except OSError:  # a folder, or a file system without links
+    except OSError:  # it is a folder, or the file system has no links
         last.replace(previous)
     else:
         beside.replace(previous)

@@ -1,4 +1,4 @@
-"""A run as its seed and K floats a step: what a method by weight perturbation needs to be done again without data."""
+"""A run stored as its seed and K floats a step, which suffice to repeat weight perturbation without the data."""
 
 import hashlib
 from pathlib import Path
@@ -20,10 +20,10 @@ class ReplayLog(L.Callback):
     """Writes the directional derivatives of every step, 4 K bytes each in single precision.
 
     `scripts/replay.py RUN` rebuilds the weights from them. Buffers (BatchNorm statistics) are functions of the data and
-    cannot be rebuilt. The file is written whenever a checkpoint is, and at the end.
+    cannot be rebuilt. The file is written with every checkpoint and at the end.
 
     Args:
-        path: of the log.
+        path: the file of the log.
     """
 
     def __init__(self, path: str) -> None:
@@ -36,8 +36,8 @@ class ReplayLog(L.Callback):
         estimator = pl_module.estimator
         if not estimator.scalar_reducible:
             raise ConfigError(
-                f"a replay log needs a function of seeds and derivatives, which {type(estimator).__name__} is not; "
-                "use ForwardGradient, SPSA or MeZO"
+                f"a replay log needs estimates that depend on seeds and derivatives only, unlike those of "
+                f"{type(estimator).__name__}; use ForwardGradient, SPSA or MeZO"
             )
         if trainer.world_size > 1 and pl_module.distributed_tangents != "shared":
             raise ConfigError("a replay log needs distributed.tangents=shared")

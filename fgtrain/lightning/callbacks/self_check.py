@@ -15,10 +15,10 @@ from fgtrain.self_check import self_check
 
 
 class SelfCheck(L.Callback):
-    """Tries the method on the first batch before the first step and says what it finds; changes nothing.
+    """Tries the method on the first batch before the first step and reports problems; changes nothing.
 
     Args:
-        examples: of the batch, at most.
+        examples: the largest number of examples to use from the batch.
     """
 
     def __init__(self, examples: int = 16) -> None:
@@ -27,7 +27,7 @@ class SelfCheck(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, EstimatorModule)
         if any(hasattr(p, "placements") for p in pl_module.parameters()):
-            return  # sharded: no process has the model
+            return  # sharded: no process has the whole model
         state = random_state()
         batch = self._few(trainer.strategy.batch_to_device(_first_batch(trainer)))
         loss_fn = partial(pl_module.task.losses, batch=batch)
@@ -41,7 +41,7 @@ class SelfCheck(L.Callback):
                 print(f"fgtrain: self-check: {sentence}", file=sys.stderr)
 
     def _few(self, batch: Any) -> Any:
-        """The first examples, where the batch is a matter of one first dimension."""
+        """The first examples, if all tensors of the batch have the same first dimension."""
         sizes = {leaf.shape[0] if leaf.dim() else 0 for leaf in tree_flatten(batch)[0] if isinstance(leaf, Tensor)}
         if len(sizes) != 1 or 0 in sizes:
             return batch
@@ -49,6 +49,6 @@ class SelfCheck(L.Callback):
 
 
 def _first_batch(trainer: Any) -> Any:
-    """From a loader of its own, so that the run's does not move."""
+    """The first batch of a separate loader, so that the run's loader does not advance."""
     loader = trainer.datamodule.train_dataloader() if trainer.datamodule else copy.copy(trainer.train_dataloader)
     return trainer.precision_plugin.convert_input(next(iter(loader)))

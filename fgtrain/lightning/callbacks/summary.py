@@ -1,4 +1,4 @@
-"""What is about to be trained, said before it starts."""
+"""The summary that a run prints before training."""
 
 import copy
 from functools import partial
@@ -16,10 +16,10 @@ from fgtrain.memory import peak_mib
 
 
 class Summary(L.Callback):
-    """Prints parameters, directions, the error to expect of one estimate and the memory of a step.
+    """Prints the parameters, the directions, the expected error of one estimate and the memory of a step.
 
-    The error is the estimator's closed form at the gradient of equal entries; the memory is measured on the first batch
-    of a loader of its own, with one estimate that nothing is done with.
+    The error is the estimator's closed form for a gradient with equal entries. The memory is measured with one unused
+    estimate on the first batch of a separate loader.
     """
 
     def __init__(self) -> None:
@@ -53,7 +53,7 @@ def describe(module: EstimatorModule, batch: Any) -> dict[str, str]:
         lines["expected error"] = quality if error else "none: the exact gradient of each batch"
     if batch is not None:
         loss_fn = partial(module.task.losses, batch=batch)
-        watched = copy.deepcopy(estimator)  # its state is not to learn from a look
+        watched = copy.deepcopy(estimator)  # the summary must not change its state
 
         def step() -> None:
             plugin = module.trainer.precision_plugin
@@ -65,7 +65,7 @@ def describe(module: EstimatorModule, batch: Any) -> dict[str, str]:
 
 
 def _first_batch(trainer: Any) -> Any:
-    """A batch of a loader of its own, on the device; None where ranks would have to draw it together."""
+    """A batch of a separate loader, on the device; None if ranks would have to draw it together."""
     if trainer.datamodule is None or trainer.world_size > 1:
         return None
     batch = next(iter(trainer.datamodule.train_dataloader()))

@@ -16,12 +16,12 @@ from fgtrain.tasks import Function
 class Trajectory(L.Callback):
     """Records the points after every step; writes trajectory.npz and, in two dimensions, trajectory.png.
 
-    trajectory.npz holds `points` (steps + 1, starts, dim), the first entry being the starting points, and `values`
-    (steps + 1, starts).
+    trajectory.npz holds `points` (steps + 1, starts, dim), which begin with the starting points, and `values` (steps +
+    1, starts).
 
     Args:
         run_dir: folder for both files.
-        max_paths: paths drawn at most.
+        max_paths: the largest number of paths drawn.
     """
 
     def __init__(self, run_dir: str, max_paths: int = 20) -> None:
@@ -94,7 +94,7 @@ def draw_trajectories(function: Function, points: torch.Tensor) -> Figure:
 
 
 def _frame(points: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """A box around the points, a little larger than them."""
+    """A box around the points with a small margin."""
     low, high = points.amin(0), points.amax(0)
     margin = 0.1 * (high - low) + 0.25
     return low - margin, high + margin

@@ -1,4 +1,4 @@
-"""What a step of scripts/train.py costs beside plain PyTorch and plain Lightning that make the same updates."""
+"""The cost of a step of scripts/train.py, compared with plain PyTorch and plain Lightning doing the same updates."""
 
 import os
 import tempfile
@@ -25,24 +25,24 @@ from fgtrain.runs.run import Run, build
 
 
 def loop_overhead(method: str = "backprop", num_steps: int = 2000, repeats: int = 5) -> dict[str, float]:
-    """Processor time of a step of the default run, with logging, validation and progress bar, and of simpler ones.
+    """Processor time per step of the default run, with logging, validation and progress bar, and of simpler loops.
 
-    They are measured in turn, `repeats` times, in this process on one thread; the processor's time rather than the
-    wall's, so that what else runs on the machine does not count.
+    They are measured in turn, `repeats` times, in this process on one thread. Processor time, unlike wall-clock time,
+    excludes other programs.
 
     Args:
-        method: a file of conf/method.
+        method: a file in conf/method.
         num_steps: steps of each measurement.
         repeats: measurements; their medians are returned.
 
     Returns:
-        Microseconds a step: `bare_us` of a loop in PyTorch; `plain_us` of a LightningModule as one writes it, which
-        logs loss, learning rate and validation as often, in a trainer with as many checkpoints and no progress bar;
-        `trained_us` of the run. `to_plain` is the median of the ratios of the last two.
+        Microseconds per step: `bare_us` for a loop in PyTorch, `plain_us` for a plain LightningModule, `trained_us` for
+        the run. The plain module logs loss, learning rate and validation as often as the run and writes as many
+        checkpoints, without a progress bar. `to_plain` is the median ratio of the run to it.
     """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    _trained(method, 50)  # imports, first-use caches
+    _trained(method, 50)  # warm-up: imports, first-use caches
     rounds = [
         (_bare(method, num_steps), _plain(method, num_steps), _trained(method, num_steps)) for _ in range(repeats)
     ]
@@ -67,7 +67,7 @@ class _Stopwatch(L.Callback):
 
 
 def _trained(method: str, num_steps: int) -> float:
-    """Microseconds a step as scripts/train.py makes it, before a terminal."""
+    """Microseconds per step of scripts/train.py at a terminal."""
     stopwatch = _Stopwatch()
     with tempfile.TemporaryDirectory() as folder, Path(os.devnull).open("w") as nowhere:
         module, data, trainer, _ = _build(method, num_steps, folder)
@@ -81,7 +81,7 @@ def _trained(method: str, num_steps: int) -> float:
 
 
 class _Plain(L.LightningModule):
-    """The module of a run, as one would write it without this package's own."""
+    """The module of a run, written without fgtrain's own LightningModule."""
 
     def __init__(self, module: EstimatorModule, total_steps: int) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class _Plain(L.LightningModule):
         for config in self.trainer.lr_scheduler_configs:
             config.scheduler.step()
         trainer: Any = self.trainer
-        if self.global_step % trainer.log_every_n_steps == 0:  # self.log is a millisecond of its own
+        if self.global_step % trainer.log_every_n_steps == 0:  # self.log alone takes a millisecond
             self.log("train/loss", estimate.loss)
             self.log("train/lr", optimizer.param_groups[0]["lr"])
 
@@ -117,7 +117,7 @@ class _Plain(L.LightningModule):
 
 
 def _plain(method: str, num_steps: int) -> float:
-    """Microseconds a step in plain Lightning."""
+    """Microseconds per step in plain Lightning."""
     stopwatch = _Stopwatch()
     with tempfile.TemporaryDirectory() as folder:
         module, data, built, _ = _build(method, num_steps, folder)
@@ -140,7 +140,7 @@ def _plain(method: str, num_steps: int) -> float:
 
 
 def _bare(method: str, num_steps: int) -> float:
-    """Microseconds a step of the plain loop."""
+    """Microseconds per step of a loop in PyTorch."""
     with tempfile.TemporaryDirectory() as folder:
         module, data, _, _ = _build(method, num_steps, folder)
     data.setup("fit")

@@ -13,16 +13,16 @@ from fgtrain.studies.benchmarks.steps import Method
 
 
 def methods_of(names: Sequence[str], tangents: Sequence[str], num_tangents: Sequence[int]) -> list[Method]:
-    """Every named method, with every law and number of tangents where it takes them.
+    """Every named method, combined with every law and number of tangents that it takes.
 
     Args:
-        names: files of conf/method.
-        tangents: files of conf/tangents.
+        names: files in conf/method.
+        tangents: files in conf/tangents.
         num_tangents: values of K.
 
     Raises:
         HydraException: there is no such file.
-        ConfigError: a method cannot have such a K.
+        ConfigError: a method does not accept a value of K.
     """
     found = []
     with initialize_config_dir(str(CONF), version_base="1.3"):

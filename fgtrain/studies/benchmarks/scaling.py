@@ -1,13 +1,13 @@
-"""Step time against the number of ranks, for backprop and forward gradients, over a link that is given.
+"""Step time against the number of ranks, for backprop and forward gradients, over a given link.
 
-Compute is measured on this machine. Communication is modelled by the ring algorithms: over a link of B bytes a second
-and a latency of L seconds, R ranks
+Compute is measured on this machine. Communication is modelled by ring algorithms. Over a link of B bytes a second and a
+latency of L seconds, R ranks
 
     all-reduce m bytes           in 2 (R - 1) / R m / B + 2 (R - 1) L,
     all-gather m bytes in all    in   (R - 1) / R m / B +   (R - 1) L, and reduce-scatter alike.
 
-Backprop is given every advantage: DDP and FSDP hide their communication behind the whole backward pass, two thirds of
-the step. Forward gradients hide nothing.
+The model favours backprop: DDP and FSDP hide their communication behind the whole backward pass, two thirds of the
+step. Forward gradients hide nothing.
 """
 
 from collections.abc import Sequence
@@ -31,10 +31,10 @@ BACKWARD_SHARE = 2 / 3
 
 @dataclass(frozen=True)
 class Link:
-    """What connects the ranks.
+    """The link between the ranks.
 
     Args:
-        bandwidth: bytes a second, one way.
+        bandwidth: bytes per second, one way.
         latency: seconds.
     """
 
@@ -42,11 +42,11 @@ class Link:
     latency: float
 
     def all_reduce(self, num_bytes: float, ranks: int) -> float:
-        """Seconds."""
+        """Seconds of an all-reduce."""
         return 2 * self.all_gather(num_bytes, ranks)
 
     def all_gather(self, num_bytes: float, ranks: int) -> float:
-        """Seconds; `num_bytes` of all ranks together."""
+        """Seconds of an all-gather of `num_bytes` from all ranks together."""
         return (ranks - 1) / ranks * num_bytes / self.bandwidth + (ranks - 1) * self.latency
 
 
@@ -55,13 +55,13 @@ class Compute:
     """A model's step on one rank, without communication.
 
     Args:
-        model: name.
+        model: the model's name.
         num_params: n.
-        num_tangents: K, of rank-1 signs.
+        num_tangents: K, the number of tangents, which are rank-1 signs.
         backprop: seconds of a step.
         forward_gradient: seconds of a step with K directions.
         replay: seconds to rebuild another rank's K directions.
-        relative_squared_error: of the forward gradient with K directions.
+        relative_squared_error: that of the forward gradient with K directions.
         bytes_per_number: 4 in single precision.
     """
 
@@ -97,10 +97,10 @@ def step_seconds(compute: Compute, link: Link, ranks: int) -> dict[str, float]:
 
 
 def seconds_per_progress(compute: Compute, link: Link, ranks: int) -> dict[str, float]:
-    """Step time divided by what a step is worth, in units of an exact gradient's step.
+    """Step time divided by the progress of a step, in units of a step along the exact gradient.
 
-    With the best learning rate a step along an unbiased estimate of relative squared error e decreases a smooth loss by
-    1 / (1 + e) of what a step along the gradient does. e falls R-fold with per_rank tangents.
+    With the best learning rate, a step along an unbiased estimate of relative squared error e decreases a smooth loss
+    by 1 / (1 + e) times the decrease along the gradient. With per_rank tangents, e is R times smaller.
     """
     error = compute.relative_squared_error
     worth = {"fwdgrad shared": 1 + error, "fwdgrad per_rank": 1 + error / ranks, "fwdgrad fsdp2": 1 + error}
@@ -108,7 +108,7 @@ def seconds_per_progress(compute: Compute, link: Link, ranks: int) -> dict[str, 
 
 
 def winning_bandwidth(compute: Compute, ranks: int, latency: float, *, progress: bool = False) -> float:
-    """Bytes a second below which `fwdgrad shared` takes less time than `backprop ddp`; per step or per progress.
+    """Bytes per second below which `fwdgrad shared` takes less time than `backprop ddp`, per step or per progress.
 
     0 if it never does, infinity if it always does.
     """
@@ -177,7 +177,7 @@ def rows_of(computes: Sequence[Compute], ranks: Sequence[int], links: Sequence[L
 
 
 def scaling_table(rows: Sequence[dict[str, Any]], title: str) -> Table:
-    """The rows as a person reads them."""
+    """A printable table of the rows."""
     grid = Table(title=title, box=SIMPLE_HEAD)
     for heading in ("model", "params", "K", "Gbit/s", "ranks"):
         grid.add_column(heading, justify="right", no_wrap=True)

@@ -1,6 +1,6 @@
 """Time and memory of one training step, in units of one backprop step and of one forward pass of the same model.
 
-All steps of a model are measured in turns, so that whatever else the machine does meets them alike.
+All steps of a model are measured in turns, so that other load on the machine affects them equally.
 """
 
 import time
@@ -24,7 +24,7 @@ FORWARD, BACKPROP = "forward", "backprop"
 
 
 class Problem(NamedTuple):
-    """What one step is taken on.
+    """The model and the data of one step.
 
     Args:
         model: the network, on its device.
@@ -59,9 +59,9 @@ def make_problem(name: str, batch_size: int, device: torch.device, precision: st
     """A model of `MODELS`, or of torchvision by name, with random data.
 
     Args:
-        name: of the model.
+        name: the model's name.
         batch_size: B.
-        device: where it lives.
+        device: the device of model and data.
         precision: "32", "bf16-mixed" or "bf16-true".
 
     Raises:
@@ -82,14 +82,14 @@ def make_problem(name: str, batch_size: int, device: torch.device, precision: st
 
 
 class Method(NamedTuple):
-    """One row of the benchmark: an estimator and how it is listed.
+    """One row of the benchmark: an estimator and its labels.
 
     Args:
-        name: of the method.
-        estimator: what takes the step; None for a forward pass without gradients.
-        tangents: law of its directions, "" where it has none.
-        num_tangents: K, 0 where it has none.
-        compiled: take the step on a compiled model.
+        name: the method's name.
+        estimator: the estimator of the step; None for a forward pass without gradients.
+        tangents: law of its directions, "" if it has none.
+        num_tangents: K, 0 if it has no directions.
+        compiled: whether the model is compiled.
     """
 
     name: str
@@ -141,13 +141,13 @@ def measure(
     """Measure a step of every method on one model, after `REFERENCES`.
 
     Args:
-        name: of the model, see `make_problem`.
+        name: the model's name, see `make_problem`.
         batch_size: B.
-        methods: the rows beside the references.
-        device: where to run.
+        methods: the rows besides the references.
+        device: the device to use.
         precision: see `make_problem`.
-        rounds: how often the methods take turns.
-        progress: told what is being measured.
+        rounds: the number of turns of each method.
+        progress: called with a description of each measurement.
     """
     methods = [*REFERENCES, *methods]
     problem = make_problem(name, batch_size, device, precision)
@@ -193,7 +193,7 @@ def measure(
 
 
 def _compiled(problem: Problem) -> Problem:
-    """The same with a compiled copy of the model.
+    """The same problem with a compiled copy of the model.
 
     Raises:
         ConfigError: torch.compile does not work here.
@@ -204,7 +204,7 @@ def _compiled(problem: Problem) -> Problem:
 
 
 def _step(problem: Problem, estimator: GradientEstimator | None) -> Callable[[], None]:
-    """One training step: gradient and plain SGD, what a loop repeats."""
+    """One training step: gradient and plain SGD."""
     model = problem.model
     if estimator is None:
 

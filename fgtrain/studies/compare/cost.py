@@ -1,4 +1,4 @@
-"""What one step of a method costs, apart from the loop around it: time, memory, traffic."""
+"""The cost of one step of a method, without the loop around it: time, memory, traffic."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -16,7 +16,7 @@ from fgtrain.runs.run import build
 
 
 class StepCost(NamedTuple):
-    """Milliseconds, peak MiB above parameters and data, and bytes a step that several processes would exchange."""
+    """Milliseconds, peak MiB above parameters and data, and bytes that several processes would exchange per step."""
 
     milliseconds: float
     peak_mib: float
@@ -28,7 +28,7 @@ def step_costs(configs: Mapping[str, DictConfig], rounds: int = 15) -> dict[str,
 
     Args:
         configs: {name: configuration of a run}.
-        rounds: measurements of each; their median is returned.
+        rounds: measurements per configuration; their median is returned.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     steps, peaks, traffic = {}, {}, {}
@@ -44,7 +44,7 @@ def step_costs(configs: Mapping[str, DictConfig], rounds: int = 15) -> dict[str,
 
 
 def _step(cfg: DictConfig, device: torch.device) -> tuple[Callable[[], None], int]:
-    """A step as the training makes it, and the bytes it would send."""
+    """A step as in training, and the bytes it would send."""
     module, data, *_ = build(cfg)
     data.prepare_data()
     data.setup("fit")

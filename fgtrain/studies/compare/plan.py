@@ -1,4 +1,4 @@
-"""What is compared: parsed from the command line, kept beside the results, so that a stopped comparison goes on."""
+"""The plan of a comparison: parsed from the command line and saved, so that a comparison can be continued."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from fgtrain.lightning.checkpoints import write_atomically
 from fgtrain.runs.cli import CONF
 from fgtrain.runs.config import drop_arguments_of_replaced_targets, name_targets
 
-SEARCH_SEED = 10_000  # of the runs that choose a learning rate; those that are compared have seeds 0, 1, ...
+SEARCH_SEED = 10_000  # for runs that choose a learning rate; the compared runs have seeds 0, 1, ...
 
 
 @dataclass
@@ -22,15 +22,15 @@ class Comparison:
     """One comparison.
 
     Args:
-        methods: files of conf/method.
+        methods: files in conf/method.
         seeds: runs of each method, with seeds 0 to seeds - 1.
-        budget: of each run: "2000steps", or "60s" of training, turned into steps by a trial run of each method, so that
-            schedules know their length.
-        lr: "yaml", each method's own file; or "search", the best of `lr_points` around it for every method.
+        budget: the budget of each run: "2000steps", or "60s" of training. Time is converted to steps by a trial run of
+            each method, so that schedules know their length.
+        lr: "yaml" for the rate in each method's file, or "search" for the best of `lr_points` around it.
         lr_points: odd number of learning rates tried, neighbours a factor of sqrt(10) apart.
-        target: validation accuracy (classification) or value above the minimum (test functions) whose time is taken.
-        out: folder of the results; None names it after the rest.
-        overrides: what all runs share, as scripts/train.py takes it.
+        target: validation accuracy (classification) or value above the minimum (test functions) whose time is measured.
+        out: folder of the results; None for a name made from the other arguments.
+        overrides: arguments for scripts/train.py that all runs share.
     """
 
     methods: list[str] = field(default_factory=list)
@@ -44,7 +44,9 @@ class Comparison:
 
     def __post_init__(self) -> None:
         if not self.methods:
-            raise ConfigError("methods is not set; give two or more of conf/method, as methods=[backprop,fwdgrad]")
+            raise ConfigError(
+                "methods is not set; give two or more files in conf/method, such as methods=[backprop,fwdgrad]"
+            )
         unknown = sorted(set(self.methods) - {path.stem for path in (CONF / "method").glob("*.yaml")})
         if unknown:
             known = ", ".join(sorted(path.stem for path in (CONF / "method").glob("*.yaml")))
@@ -52,7 +54,9 @@ class Comparison:
         if self.seeds < 1:
             raise ConfigError(f"seeds must be at least 1, got {self.seeds}")
         if not re.fullmatch(r"[0-9]*\.?[0-9]+s|[0-9]+steps", self.budget) or not self.amount > 0:
-            raise ConfigError(f"budget must be a number of steps or seconds, as 2000steps or 60s, got {self.budget}")
+            raise ConfigError(
+                f"budget must be a number of steps or seconds, such as 2000steps or 60s, got {self.budget}"
+            )
         if self.lr not in ("yaml", "search"):
             raise ConfigError(f"lr must be yaml or search, got {self.lr}: one rate for all methods favours one of them")
         if self.lr_points < 1 or self.lr_points % 2 == 0:
@@ -60,17 +64,17 @@ class Comparison:
 
     @property
     def in_seconds(self) -> bool:
-        """Whether the budget is one of time."""
+        """Whether the budget is a time."""
         return not self.budget.endswith("steps")
 
     @property
     def amount(self) -> float:
-        """The budget's number."""
+        """The number in the budget."""
         return float(self.budget.removesuffix("steps").removesuffix("s"))
 
     @property
     def folder(self) -> Path:
-        """Where runs and report are kept."""
+        """The folder of the runs and the report."""
         if self.out is not None:
             return Path(self.out)
         shared = [re.sub(r"[^\w.=-]+", "-", override) for override in self.overrides]
@@ -78,10 +82,10 @@ class Comparison:
         return Path("comparisons") / "_".join(names)[:200]
 
     def remember(self) -> None:
-        """Write the plan down; a folder that holds another comparison is refused.
+        """Save the plan in the folder of the comparison.
 
         Raises:
-            ConfigError: it does.
+            ConfigError: the folder holds another comparison.
         """
         plan = json.dumps({k: v for k, v in asdict(self).items() if k != "out"}, indent=2) + "\n"
         path = self.folder / "plan.json"
@@ -92,7 +96,7 @@ class Comparison:
 
 
 def parse(arguments: Sequence[str]) -> Comparison:
-    """The comparison a command line asks for; keys that are not its own are scripts/train.py's.
+    """The comparison that a command line asks for; unknown keys are passed on to scripts/train.py.
 
     Raises:
         ConfigError: a value makes no sense.
@@ -108,7 +112,7 @@ def parse(arguments: Sequence[str]) -> Comparison:
 
 
 def compose_run(shared: Sequence[str], *own: str) -> tuple[DictConfig, dict[str, str]]:
-    """The configuration of one run, and the names of its groups' choices."""
+    """The configuration of one run, and the chosen file of each group."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("train", [*shared, *own, "quiet=true"], return_hydra_config=True)
     choices = name_targets(cfg.hydra.runtime.choices, [*shared, *own])

@@ -1,4 +1,4 @@
-"""What a comparison shows: one table in three formats, and figures."""
+"""The report of a comparison: one table in three formats, and figures."""
 
 import csv
 import json
@@ -20,7 +20,7 @@ Curve = Callable[[Finished], list[tuple[float, float]]]
 
 
 def rows_of(plan: Comparison, outcome: Outcome) -> list[dict[str, Any]]:
-    """One row a method, numbers as they are."""
+    """One row per method, with unformatted numbers."""
     reference = outcome.costs["backprop"]
     rows = []
     for method in plan.methods:
@@ -46,7 +46,7 @@ def rows_of(plan: Comparison, outcome: Outcome) -> list[dict[str, Any]]:
 
 
 def is_validated(runs: Sequence[Finished]) -> bool:
-    """Whether there was validation data; what diverged at once had no time to look at it."""
+    """Whether there was validation data; runs that diverged at once never reached it."""
     return all(run.diverged for run in runs) or any(tag in run.curves for run in runs for tag in CURVES)
 
 
@@ -59,7 +59,7 @@ def _mean_and_deviation(name: str, values: Sequence[float | None]) -> dict[str, 
 
 
 def seconds_to_target(plan: Comparison, run: Finished) -> float | None:
-    """Training time when the target was first reached; None if it was not."""
+    """Training time at which the target was first reached; None if never."""
     target = target_of(plan, run)
     accuracy = run.curves.get("val/acc", [])
     hits = [step for step, value in accuracy if value >= target]
@@ -69,21 +69,21 @@ def seconds_to_target(plan: Comparison, run: Finished) -> float | None:
 
 
 def target_of(plan: Comparison, run: Finished) -> float:
-    """The target asked for, or 90 % accuracy, or a value of 0.1."""
+    """The plan's target, or by default 90 % accuracy or a value of 0.1."""
     if plan.target is not None:
         return plan.target
     return 0.9 if "val/acc" in run.curves else 0.1
 
 
 def statement(plan: Comparison, outcome: Outcome, command: str) -> list[str]:
-    """How the numbers came about, in sentences."""
+    """The conditions of the comparison, in sentences."""
     run = outcome.runs[0]
     named = {key: run.results[key] for key in ("task", "data", "model")}
     lines = [f"`{command}`", "", ", ".join(f"{key} {value}" for key, value in named.items()) + f"; {device_name()}."]
     lines += [f"Seeds 0 to {plan.seeds - 1}; for each seed all methods start from the same parameters and see the same"]
     lines[-1] += " batches in the same order."
     if plan.in_seconds:
-        lines += [f"Budget: {plan.amount:g} s of training, in steps at the pace of a trial run of each method."]
+        lines += [f"Budget: {plan.amount:g} s of training, converted to steps by a trial run of each method."]
     else:
         lines += [f"Budget: {int(plan.amount)} steps for every method."]
     if plan.lr == "yaml":
@@ -99,21 +99,25 @@ def statement(plan: Comparison, outcome: Outcome, command: str) -> list[str]:
     if is_validated(outcome.runs):
         lines += [f"Target: {metric} {target_of(plan, run):g}."]
     else:
-        lines += ["There is no validation split: no time to a target, and the curves are of the training loss."]
+        lines += [
+            "There is no validation split, so the table has no time to a target and the curves show the training loss."
+        ]
     done = [r for r in outcome.runs if not r.diverged]
     if done and not any({"test/loss", "loss"} & r.results["metrics"].keys() for r in done):
-        lines += ["There is no test split: no final accuracy or loss."]
+        lines += ["There is no test split, so the table has no final accuracy or loss."]
     lines[-1] += " Step time, memory and traffic are of one gradient and update."
     lines += [
-        f"Time is that of training with {POINTS} validations, if any, and comparisons with the exact gradient.",
+        f"Times are of training and include {POINTS} validations, if any, and comparisons with the exact gradient.",
     ]
     diverged = Counter(run.method for run in outcome.runs if run.diverged)
-    lines += [f"{method}: {n} of {plan.seeds} runs diverged and are in no mean." for method, n in diverged.items()]
+    lines += [
+        f"{method}: {n} of {plan.seeds} runs diverged and are not in the means." for method, n in diverged.items()
+    ]
     return lines
 
 
 def cells(row: dict[str, Any]) -> dict[str, str]:
-    """A row as it is read."""
+    """A row with formatted numbers."""
 
     def spread(name: str, scale: float, digits: str) -> str:
         mean, deviation = row[f"{name}_mean"], row[f"{name}_std"]
@@ -139,7 +143,7 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
 
 
 def table_of(rows: Sequence[dict[str, Any]]) -> Table:
-    """For the terminal."""
+    """The table for the terminal."""
     table = Table()
     for name in cells(rows[0]):
         table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
@@ -149,7 +153,7 @@ def table_of(rows: Sequence[dict[str, Any]]) -> Table:
 
 
 def write_report(plan: Comparison, outcome: Outcome, command: str) -> list[dict[str, Any]]:
-    """Write table.md, table.json, table.csv and the figures into the comparison's folder; the rows."""
+    """Write table.md, table.json, table.csv and the figures into the comparison's folder; returns the rows."""
     rows, folder = rows_of(plan, outcome), plan.folder
     shown = [cells(row) for row in rows]
     names = list(shown[0])
@@ -169,7 +173,7 @@ def write_report(plan: Comparison, outcome: Outcome, command: str) -> list[dict[
 
 
 def draw(plan: Comparison, outcome: Outcome, folder: Path) -> None:
-    """curves.png and cosine.png, and both in TensorBoard."""
+    """Write curves.png and cosine.png, and both to TensorBoard."""
     drawn = {"curves": curves(plan, outcome.runs), "cosine": cosine(plan, outcome.runs)}
     with SummaryWriter(str(folder / "summary")) as writer:
         for name, figure in drawn.items():
@@ -178,7 +182,7 @@ def draw(plan: Comparison, outcome: Outcome, folder: Path) -> None:
 
 
 def curves(plan: Comparison, runs: Sequence[Finished]) -> Figure:
-    """Loss, and the share of errors where there is an accuracy, against steps and against training time."""
+    """Loss, and error rate if there is an accuracy, against steps and against training time."""
     tags = [tag for tag in CURVES if any(tag in run.curves for run in runs)] or [TRAINED]
     figure = Figure(figsize=(10, 3.2 * len(tags)), layout="constrained")
     axes = figure.subplots(len(tags), 2, squeeze=False)
@@ -198,7 +202,7 @@ def curves(plan: Comparison, runs: Sequence[Finished]) -> Figure:
 
 
 def cosine(plan: Comparison, runs: Sequence[Finished]) -> Figure:
-    """Cosine of the estimates to the exact gradient."""
+    """A figure of the cosine between the estimates and the exact gradient."""
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     axis = figure.subplots()
     _bands(axis, plan, runs, lambda run: list(run.curves.get("quality/cosine", [])))
@@ -209,7 +213,7 @@ def cosine(plan: Comparison, runs: Sequence[Finished]) -> Figure:
 
 
 def _bands(axis: Any, plan: Comparison, runs: Sequence[Finished], points: Curve) -> None:
-    """The mean over seeds of every method, and the range they fill."""
+    """Draw each method's mean over seeds and their range."""
     for i, method in enumerate(plan.methods):
         found = [np.array(points(run)) for run in runs if run.method == method and points(run) and not run.diverged]
         if not found:
@@ -222,7 +226,7 @@ def _bands(axis: Any, plan: Comparison, runs: Sequence[Finished], points: Curve)
 
 
 def _legend(figure: Figure, axis: Any) -> None:
-    """A legend beside the axes, unless every run diverged and there is no line."""
+    """Draw a legend beside the axes, unless every run diverged and there is no line."""
     handles, labels = axis.get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside right upper")

@@ -1,4 +1,4 @@
-"""The runs of a comparison: learning rates, then every seed of every method, each kept as soon as it is done."""
+"""The runs of a comparison: the learning rates, then every seed of every method. Each run is saved when it is done."""
 
 import json
 import math
@@ -16,9 +16,9 @@ from fgtrain.studies.compare.cost import StepCost, step_costs
 from fgtrain.studies.compare.plan import SEARCH_SEED, Comparison, compose_run
 
 TRIAL_STEPS = 200
-POINTS = 40  # of a curve
+POINTS = 40  # points of a curve
 CURVES = ("val/loss", "val/acc", "val/distance_to_minimum")
-TRAINED = "train/loss"  # the curve of data without validation
+TRAINED = "train/loss"  # the curve if there is no validation split
 
 
 class Finished(NamedTuple):
@@ -26,8 +26,8 @@ class Finished(NamedTuple):
 
     Args:
         method: its file in conf/method.
-        seed: of initialisation, data order and directions.
-        results: what its results.json holds.
+        seed: seed of initialisation, data order and directions.
+        results: the content of its results.json.
         curves: {tag: [(step, value)]}.
     """
 
@@ -38,16 +38,16 @@ class Finished(NamedTuple):
 
     @property
     def diverged(self) -> bool:
-        """Whether it was ended because its loss was no longer a usable number."""
+        """Whether it was ended because it had diverged."""
         return "diverged" in self.results
 
     def seconds_at(self, step: int) -> float:
-        """Training time after so many steps: the run's time, in equal parts."""
+        """Training time after `step` steps, as an equal share of the run's time per step."""
         return self.results["train_seconds"] * step / max(1, self.results["steps"])
 
 
 class Outcome(NamedTuple):
-    """All that was found out: the runs, the learning rates with those tried, and the cost of a step."""
+    """The results of a comparison: the runs, the chosen and the tried learning rates, and the cost of a step."""
 
     runs: list[Finished]
     lrs: dict[str, float]
@@ -56,11 +56,11 @@ class Outcome(NamedTuple):
 
 
 def compare(plan: Comparison, tell: Callable[[str, int, int], None]) -> Outcome:
-    """Carry the comparison out; runs that are there already are not done again.
+    """Carry out the comparison; finished runs are not repeated.
 
     Args:
-        plan: what to compare.
-        tell: called before every run with (what it is, runs done, runs in all).
+        plan: the comparison.
+        tell: called before every run with (description, runs done, runs in total).
     """
     plan.remember()
     searches = plan.lr_points if plan.lr == "search" else 0
@@ -72,7 +72,7 @@ def compare(plan: Comparison, tell: Callable[[str, int, int], None]) -> Outcome:
 
     first = {m: compose_run(plan.overrides, f"method={m}", "run_dir=.")[0] for m in plan.methods}
     for cfg in first.values():
-        build(cfg)  # a mistake in any of them ends the comparison before it has begun
+        build(cfg)  # finds mistakes before the first run
     steps = {m: _steps(plan, m) for m in plan.methods}
     lrs = {m: float(cfg.lr) for m, cfg in first.items()}
     tried: dict[str, dict[float, float]] = {}
@@ -80,7 +80,7 @@ def compare(plan: Comparison, tell: Callable[[str, int, int], None]) -> Outcome:
         tried = {m: dict(_search(plan, m, steps[m], lrs[m], report)) for m in plan.methods}
         lrs = {m: min(losses, key=lambda lr, losses=losses: losses[lr]) for m, losses in tried.items()}
     runs = []
-    for seed in range(plan.seeds):  # the methods take turns: what else the machine does meets them alike
+    for seed in range(plan.seeds):  # methods take turns, so that other load affects all
         for m in plan.methods:
             report(f"{m} seed {seed}")
             runs.append(_finish(plan, m, seed, lrs[m], steps[m], plan.folder / m / f"seed={seed}"))
@@ -91,7 +91,7 @@ def compare(plan: Comparison, tell: Callable[[str, int, int], None]) -> Outcome:
 
 
 def _steps(plan: Comparison, method: str) -> int:
-    """Steps of a run: the budget, or as many as fit into it at the pace of a trial."""
+    """Steps of a run: the budget, or for a budget of time the number that a trial run predicts."""
     if not plan.in_seconds:
         return int(plan.amount)
     trial = _finish(plan, method, SEARCH_SEED, None, TRIAL_STEPS, plan.folder / "trial" / method)
@@ -103,7 +103,7 @@ def _steps(plan: Comparison, method: str) -> int:
 def _search(
     plan: Comparison, method: str, steps: int, centre: float, report: Callable[[str], None]
 ) -> Iterator[tuple[float, float]]:
-    """(learning rate, final validation loss) of every rate tried; infinity for one that diverged."""
+    """(learning rate, final validation loss) of every rate tried; the loss is infinite if the run diverged."""
     half = plan.lr_points // 2
     for k in range(-half, half + 1):
         lr = float(f"{centre * 10 ** (k / 2):.3g}")
@@ -112,26 +112,26 @@ def _search(
         metrics = found.results["metrics"]
         if not found.diverged and not {"val/loss", "loss"} & metrics.keys():
             raise ConfigError(
-                "lr=search chooses by the validation loss, and the data has no validation split; use lr=yaml"
+                "lr=search chooses by the validation loss, but the data has no validation split; use lr=yaml"
             )
         loss = metrics.get("val/loss", metrics.get("loss", math.inf))
         yield lr, loss if math.isfinite(loss) else math.inf
 
 
 def _finish(plan: Comparison, method: str, seed: int, lr: float | None, steps: int, folder: Path) -> Finished:
-    """One run, or what is left of it from an earlier one of the same comparison."""
+    """Do one run, or read its results if an earlier call has finished it."""
     every = max(1, steps // POINTS)
     if not (folder / "results.json").exists():
         own = [f"method={method}", f"seed={seed}", f"run_dir='{folder}'", f"trainer.max_steps={steps}"]
         own += [f"trainer.val_check_interval={every}", f"trainer.log_every_n_steps={every}", "callbacks=none"]
         own += ["+callbacks.quality._target_=fgtrain.lightning.callbacks.GradientQuality"]
         own += [f"+callbacks.quality.every_n_steps={every}", *([] if lr is None else [f"lr={lr}"])]
-        for events in folder.glob("events.*"):  # of a run that was stopped
+        for events in folder.glob("events.*"):  # left by an interrupted run
             events.unlink()
         cfg, choices = compose_run(plan.overrides, *own)
         try:
             run(cfg, choices)
-        except DivergenceError as error:  # a result like any other
+        except DivergenceError as error:  # divergence is a result too
             failed: dict[str, Any] = {name: choices.get(name) for name in ("method", "task", "data", "model")}
             failed |= {"seed": seed, "steps": 0, "train_seconds": 0.0, "metrics": {}, "diverged": str(error)}
             write_atomically(json.dumps(failed, indent=2) + "\n", folder / "results.json")
@@ -146,7 +146,7 @@ def _curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def device_name() -> str:
-    """What the runs ran on."""
+    """The name of the device that the runs use."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"CPU, {torch.get_num_threads()} threads"

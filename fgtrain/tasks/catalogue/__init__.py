@@ -20,10 +20,10 @@ class CataloguedFunction(Function):
         name: its name, a key of `CATALOGUE`.
         starts: see `Function`.
         start: see `Function`.
-        dim: dimension; None for the only one it has, or two.
+        dim: dimension; None for the function's only one, or else 2.
 
     Raises:
-        ValueError: for a name that is not in the catalogue, or a dimension that the function does not have.
+        ValueError: the name is not in the catalogue, or the function does not exist in that dimension.
 
     >>> CataloguedFunction("booth").value(torch.tensor([1.0, 3.0]))
     tensor(0.)
@@ -37,7 +37,7 @@ class CataloguedFunction(Function):
         dim: int | None = None,
     ) -> None:
         if name not in CATALOGUE:
-            raise ValueError(f"no test function is called {name}; choose one of {', '.join(sorted(CATALOGUE))}")
+            raise ValueError(f"there is no test function {name}; choose one of {', '.join(sorted(CATALOGUE))}")
         formula = CATALOGUE[name]
         if dim is not None and formula.dim not in (None, dim):
             raise ValueError(f"{name} has dimension {formula.dim}, got dim={dim}")

@@ -61,7 +61,7 @@ def trid(x: Tensor) -> Tensor:
 
 @in_any_dimension((-2, 2), lambda n: [1 - i / (n + 1) for i in range(1, n + 1)], lambda n: -n / (2 * (n + 1)))
 def nesterov_chain(x: Tensor) -> Tensor:
-    """The quadratic on which first-order methods are slowest: what is known of one end has to travel to the other."""
+    """The quadratic on which first-order methods are slowest: information must travel from one end to the other."""
     ends = x[..., 0] ** 2 + x[..., -1] ** 2
     return (ends + ((x[..., 1:] - x[..., :-1]) ** 2).sum(-1)) / 2 - x[..., 0]
 
@@ -80,7 +80,7 @@ def quartic(x: Tensor) -> Tensor:
 
 @in_any_dimension((-100, 100))
 def schumer_steiglitz(x: Tensor) -> Tensor:
-    """Flat around its minimum, all directions alike."""
+    """Flat around its minimum, equally in all directions."""
     return (x**4).sum(-1)
 
 

@@ -18,7 +18,7 @@ def _times(x: Tensor, count: int, unit: float) -> Tensor:
 
 
 def _columns(x: Tensor) -> list[Tensor]:
-    """The coordinates of points (..., n), each (..., 1), to meet the times."""
+    """The coordinates of points (..., n), each (..., 1), to be broadcast with the times."""
     return list(x[..., None].unbind(-2))
 
 
@@ -49,7 +49,7 @@ def biggs_exp6(x: Tensor) -> Tensor:
 
 @in_dimension(3, (-2, 2), [[1, 0, 0]])
 def helical_valley(x: Tensor) -> Tensor:
-    """Fletcher and Powell 1963: a valley that winds around an axis; it jumps where the angle does."""
+    """Fletcher and Powell 1963: a valley that winds around an axis; discontinuous where the angle is."""
     a, b, c = x.unbind(-1)
     turns = torch.atan2(b, a) / (2 * math.pi)
     return 100 * ((c - 10 * turns) ** 2 + ((a**2 + b**2).sqrt() - 1) ** 2) + c**2

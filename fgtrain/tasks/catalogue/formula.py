@@ -1,4 +1,4 @@
-"""What the catalogue knows of a test function, and the decorators that enter one."""
+"""An entry of the catalogue of test functions, and the decorators that add one."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ class Formula:
     """A test function of the catalogue.
 
     Args:
-        value: f of points (..., n), (...).
+        value: maps points (..., n) to the values (...) of f.
         domain: (low, high) of every coordinate, the box from which starting points are drawn.
-        minima: of a dimension n, known global minima, as many rows of n coordinates.
-        minimum: of a dimension n, the value there.
-        dim: the only dimension it has, None for a function of any.
+        minima: maps a dimension n to the known global minima, one row of n coordinates for each.
+        minimum: maps a dimension n to the value there.
+        dim: the only dimension of the function, None for any dimension.
     """
 
     value: Callable[[Tensor], Tensor]
@@ -35,7 +35,7 @@ def in_any_dimension(
     at: float | Callable[[int], list[float]] = 0.0,
     minimum: float | Callable[[int], float] = 0.0,
 ) -> Callable[[FunctionType], FunctionType]:
-    """Enter a function of points (..., n) with one minimum: `at` in every coordinate, or a point made from n."""
+    """Add a function of points (..., n) with one minimum: `at` in every coordinate, or a point computed from n."""
 
     def minima(n: int) -> list[list[float]]:
         return [[at] * n if isinstance(at, int | float) else at(n)]
@@ -53,7 +53,7 @@ def in_any_dimension(
 def in_dimension(
     dim: int, domain: tuple[float, float], minima: list[list[float]], minimum: float = 0.0
 ) -> Callable[[FunctionType], FunctionType]:
-    """Enter a function of points (..., dim)."""
+    """Add a function of points (..., dim)."""
 
     def enter(value: FunctionType) -> FunctionType:
         CATALOGUE[value.__name__] = Formula(value, domain, lambda _: minima, lambda _: minimum, dim)
@@ -65,7 +65,7 @@ def in_dimension(
 def in_plane(
     domain: tuple[float, float], minima: list[list[float]], minimum: float = 0.0
 ) -> Callable[[FunctionType], FunctionType]:
-    """Enter a function of two coordinates, x (...) and y (...)."""
+    """Add a function of two coordinates, x (...) and y (...)."""
 
     def enter(value: FunctionType) -> FunctionType:
         def of_points(points: Tensor) -> Tensor:
@@ -79,5 +79,5 @@ def in_plane(
 
 
 def numbers(x: Tensor, start: int = 1) -> Tensor:
-    """The numbers start, start + 1, ... of the coordinates of points (..., n), (n,)."""
+    """The indices start, start + 1, ... of the coordinates of points (..., n), as a tensor (n,)."""
     return torch.arange(start, start + x.shape[-1], dtype=x.dtype, device=x.device)

@@ -2,8 +2,19 @@
 
 from fgtrain.data.digits import Digits
 from fgtrain.data.in_memory import InMemoryDataModule, TensorLoader
+from fgtrain.data.mnist1d import Mnist1D
+from fgtrain.data.mnist_subset import MnistSubset
 from fgtrain.data.steps import Steps
 from fgtrain.data.text import Text
 from fgtrain.data.vision import TorchvisionImages
 
-__all__ = ["Digits", "InMemoryDataModule", "Steps", "TensorLoader", "Text", "TorchvisionImages"]
+__all__ = [
+    "Digits",
+    "InMemoryDataModule",
+    "Mnist1D",
+    "MnistSubset",
+    "Steps",
+    "TensorLoader",
+    "Text",
+    "TorchvisionImages",
+]

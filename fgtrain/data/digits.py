@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import torch
 from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
-from torch import Tensor, from_numpy
+from torch import Tensor
 
 from fgtrain.data.in_memory import InMemoryDataModule, Transform, standardize
+from fgtrain.data.splits import split_by_class
 
 
 class Digits(InMemoryDataModule):
@@ -33,17 +33,7 @@ class Digits(InMemoryDataModule):
     def load(self) -> tuple[dict[str, tuple[Tensor, Tensor]], Transform]:
         images, labels = load_digits(return_X_y=True)
         images = images.reshape(-1, 1, 8, 8).astype("uint8")
-        rest, test, rest_labels, test_labels = train_test_split(
-            images, labels, test_size=0.2, stratify=labels, random_state=0
-        )
-        train, val, train_labels, val_labels = train_test_split(
-            rest, rest_labels, test_size=0.125, stratify=rest_labels, random_state=0
-        )
-        splits = {
-            "train": (from_numpy(train), from_numpy(train_labels)),
-            "val": (from_numpy(val), from_numpy(val_labels)),
-            "test": (from_numpy(test), from_numpy(test_labels)),
-        }
+        splits = split_by_class(images, labels)
         splits = {name: self._chosen(*split) for name, split in splits.items()}
         return splits, standardize(splits["train"][0])
 

@@ -145,10 +145,11 @@ class InMemoryDataModule(L.LightningDataModule):
 
 
 def standardize(train_inputs: Tensor) -> Transform:
-    """The map x -> (x - mean) / std per channel, with the statistics of the training inputs (N, C, H, W)."""
+    """The map x -> (x - mean) / std per channel, with the statistics of the training inputs (N, C, ...)."""
     values = train_inputs.float()
-    mean = values.mean((0, 2, 3)).view(1, -1, 1, 1)
-    std = values.std((0, 2, 3)).view(1, -1, 1, 1).clamp_min(1e-6)
+    others = (0, *range(2, values.dim()))
+    mean = values.mean(others, keepdim=True)
+    std = values.std(others, keepdim=True).clamp_min(1e-6)
     return lambda inputs: (inputs.float() - mean) / std
 
 

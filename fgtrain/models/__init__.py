@@ -5,6 +5,7 @@ from fgtrain.models.finetune import FineTuned, LoRA, add_lora
 from fgtrain.models.mixer import LocalMixer
 from fgtrain.models.sequence import LSTMLM, TransformerLM
 from fgtrain.models.vision import torchvision_model
+from fgtrain.network.chains import Residual
 
 __all__ = [
     "CNN",
@@ -14,6 +15,7 @@ __all__ = [
     "ImageAdapter",
     "LoRA",
     "LocalMixer",
+    "Residual",
     "TransformerLM",
     "add_lora",
     "torchvision_model",

@@ -1,4 +1,4 @@
-"""Modules of a model that run one after the other, or in parallel."""
+"""Modules of a model that run one after the other, in parallel, or beside a skip."""
 
 from collections.abc import Iterator
 from typing import TypeGuard
@@ -15,6 +15,23 @@ class SideBySide(nn.ModuleList):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([module(x) for module in self], dim=1)
+
+
+class Residual(nn.Module):
+    """A block with an identity skip: x -> x + block(x). The block keeps the shape of x and does not write into it.
+
+    Args:
+        block: what is added.
+
+    Source: He, Zhang, Ren, Sun 2016, arXiv:1603.05027.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.block(x)
 
 
 def is_chain(module: nn.Module) -> TypeGuard[nn.Sequential]:

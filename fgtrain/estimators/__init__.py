@@ -6,6 +6,7 @@ from fgtrain.estimators.base import Estimate, GradientEstimator, write_grads
 from fgtrain.estimators.checkpointed import CheckpointedBackprop
 from fgtrain.estimators.fdfa import FDFA
 from fgtrain.estimators.forward_gradient import ForwardGradient
+from fgtrain.estimators.highway import Highway
 from fgtrain.estimators.local import LocalLosses
 from fgtrain.estimators.local_guess import LocalGuess
 from fgtrain.estimators.mezo import MeZO
@@ -21,6 +22,7 @@ __all__ = [
     "Estimate",
     "ForwardGradient",
     "GradientEstimator",
+    "Highway",
     "LocalGuess",
     "LocalLosses",
     "MeZO",

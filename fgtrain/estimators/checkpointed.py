@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import takewhile
 from typing import Any
@@ -15,6 +15,7 @@ from fgtrain._torch import eager_functions, tree_leaves
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.estimators.backprop import Backprop
 from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce
+from fgtrain.network.blocks import forwards_replaced
 from fgtrain.network.chains import is_chain, links
 from fgtrain.network.parameters import slots_of
 
@@ -69,16 +70,16 @@ class CheckpointedBackprop(GradientEstimator):
 @contextmanager
 def _in_segments(model: nn.Module) -> Generator[None]:
     """A context in which the chains and lists of modules in `model` store only the inputs of their segments."""
-    with ExitStack() as stack:
-        containers = list(dict.fromkeys(_containers(model)))
-        for container in containers:
-            if isinstance(container, nn.ModuleList):
-                for member in container.children():
-                    stack.enter_context(_forward_replaced(member, _stored_by_input(member.forward, [member])))
-            else:
-                ahead, segments = _segments(container)
-                anew = [_stored_by_input(partial(_run, part), part) for part in segments]
-                stack.enter_context(_forward_replaced(container, partial(_run, [*ahead, *anew])))
+    containers = list(dict.fromkeys(_containers(model)))
+    forwards: dict[nn.Module, Callable[..., Any]] = {}
+    for container in containers:
+        if isinstance(container, nn.ModuleList):
+            forwards |= {m: _stored_by_input(m.forward, [m]) for m in container.children()}
+        else:
+            ahead, segments = _segments(container)
+            anew = [_stored_by_input(partial(_run, part), part) for part in segments]
+            forwards[container] = partial(_run, [*ahead, *anew])
+    with forwards_replaced(forwards):
         told = slots_of(model).kept(_in_segments, set)
         if not containers and not told:
             told.add(model.__class__)
@@ -167,15 +168,3 @@ class _BuffersAsBefore:
     def __exit__(self, *_: object) -> None:
         for (held, _before), values in zip(self._before, self._after, strict=True):
             held.update(values)
-
-
-@contextmanager
-def _forward_replaced(module: nn.Module, forward: Callable[..., Any]) -> Generator[None]:
-    before = module.__dict__.get("forward")
-    module.forward = forward
-    try:
-        yield
-    finally:
-        del module.forward
-        if before is not None:
-            module.forward = before

@@ -1,17 +1,17 @@
 """A separate loss for every block, with any estimator for its gradient."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.estimators.activity import ActivityPerturbation
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, average_grads
 from fgtrain.estimators.local_heads import WHOLE, LocalHeads, Part, joined, run
-from fgtrain.forward_ad.dual import Dual
+from fgtrain.estimators.local_tail import local_gradients
+from fgtrain.forward_ad.native import primal_of
 from fgtrain.forward_ad.passes import check_losses
 from fgtrain.network.chains import SideBySide
 from fgtrain.network.parameters import slots_of, trainable_params
@@ -65,8 +65,24 @@ class LocalLosses(LocalHeads):
 
     scalar_reducible = False
 
-    def __init__(self, estimator: GradientEstimator | None = None, head_lr: float = 0.1, *, head_size: int = 2) -> None:
+    def __init__(
+        self,
+        estimator: GradientEstimator | None = None,
+        head_lr: float = 0.1,
+        *,
+        head_size: int = 2,
+        head: Literal["linear", "tail"] = "linear",
+        blocks: Sequence[str] | None = None,
+    ) -> None:
         super().__init__(head_lr, head_size=head_size)
+        if head not in ("linear", "tail"):
+            raise ValueError(f"head must be linear or tail, got {head!r}")
+        if blocks is not None and head != "tail":
+            raise ValueError(
+                "blocks are named for head='tail'; linear heads stand behind the layers of an nn.Sequential"
+            )
+        self.head = head
+        self.blocks = None if blocks is None else list(blocks)
         self.estimator = estimator or ActivityPerturbation(exact_head=True, shrinkage=True)
         self.backpropagates = self.estimator.backpropagates
         self.loss_at_parameters = self.estimator.loss_at_parameters
@@ -79,6 +95,9 @@ class LocalLosses(LocalHeads):
         generator: torch.Generator,
         reduce: Reduce | None,
     ) -> Estimate:
+        if self.head == "tail":
+            losses, found = local_gradients(self.estimator, model, loss_fn, self.blocks, generator)
+            return Estimate(losses.mean(), average_grads(found, reduce))
         names = {id(p): name for name, p in trainable_params(model).items()}
         grads: dict[str, Tensor] = {}
         estimate, hidden = None, None
@@ -145,7 +164,7 @@ class LocalBlock(nn.Module):
 
     def forward(self, x: Any) -> Any:
         x = run(self.block, x if self.hidden is None else self.hidden)
-        self._output = _value(x)
+        self._output = primal_of(x).detach()
         return x if self.head is None else self.head(self.features(x))
 
     def take_output(self) -> Tensor:
@@ -157,8 +176,3 @@ class LocalBlock(nn.Module):
 
     def __getitem__(self, key: Any) -> Any:
         raise UnsupportedOperation(WHOLE)
-
-
-def _value(x: Tensor) -> Tensor:
-    """A tensor without derivatives of any kind."""
-    return x.primal.detach() if isinstance(x, Dual) else forward_ad.unpack_dual(x).primal.detach()

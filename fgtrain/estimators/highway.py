@@ -1,0 +1,260 @@
+"""The gradient after the last residual block, sent back along the skips to every block."""
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fgtrain._torch import eager_functions, tree_map_only
+from fgtrain.errors import LossError, UnsupportedOperation
+from fgtrain.estimators.backprop import Backprop
+from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, average_grads, require_positive_int
+from fgtrain.forward_ad import jvp
+from fgtrain.forward_ad.native import primal_of
+from fgtrain.forward_ad.passes import RepeatedPass, check_losses, plain_losses
+from fgtrain.network.blocks import Forward, find_blocks, forwards_replaced, frozen, has_identity_skip, hidden_of
+from fgtrain.network.parameters import slots_of, trainable_params
+from fgtrain.network.shell import Shell
+
+_NO_SKIP = "it does not return its input where its parameters are 0"
+
+
+class Highway(GradientEstimator):
+    """The gradient after the last residual block, which the skips carry back unchanged to every block.
+
+    Formula: block l computes h_l+1 = h_l + f_l(h_l). In backpropagation the gradient df / dh_l+1 is a sum over all
+    paths from block l to the loss. Here only the path along the skips counts. Its Jacobian is the identity, so all
+    consecutive blocks share delta, the gradient after the last of them:
+
+        g_l = estimate of d/d(parameters of block l) of sum delta . block_l(h_l),
+
+    by any estimator. The rest of the model (stem, blocks that change the shape, head) is differentiated exactly, with
+    the residual blocks as identities plus constants.
+
+    Bias: biased, because the gradient that passes back through the residual branches is left out. Only the last block
+    and what follows it have the exact gradient. The bias and the variance of `estimator` come on top.
+
+    Cost: about four forward passes with `Backprop` as estimator (one for the values, three for the gradients of the
+    blocks). At any depth, memory holds the activations of one block and of the rest of the model. If `estimator` takes
+    no backward pass, the method takes none: forward mode gives delta exactly, with one direction for every number of an
+    example's hidden state. Ranks exchange the whole gradient.
+
+    The first call finds the residual blocks: with its parameters at zero, a residual block returns its input.
+
+    Args:
+        estimator: estimates the gradients of the blocks. If it takes no backward pass, it also estimates those of the
+            rest. None for `Backprop`.
+        blocks: names of the residual blocks; None to search every `nn.Sequential` and `nn.ModuleList`.
+        chunk_size: number of directions in one pass, if forward mode computes delta.
+
+    Raises:
+        ValueError: an argument is out of its range.
+        UnsupportedOperation: the model has no residual block; or forward mode computes delta, and examples are mixed
+            after a block.
+        LossError: forward mode computes delta, and losses are not per example (B,).
+
+    Source: Fagnou, Caillon, Delattre, Allauzen 2025, arXiv:2501.17086, with no iteration (k = 0).
+
+    The last block and the head have the gradient of backpropagation; the stem lacks the path through the branch:
+
+    >>> from fgtrain.models import Residual
+    >>> model = nn.Sequential(nn.Linear(3, 4), Residual(nn.Linear(4, 4)), nn.Linear(4, 1))
+    >>> loss = lambda net: net(torch.ones(2, 3)).square().mean()
+    >>> estimate, exact = Highway()(model, loss), Backprop()(model, loss)
+    >>> {name: torch.allclose(g, exact.grads[name]) for name, g in estimate.grads.items() if "weight" in name}
+    {'0.weight': False, '1.block.weight': True, '2.weight': True}
+    """
+
+    scalar_reducible = False
+
+    def __init__(
+        self,
+        estimator: GradientEstimator | None = None,
+        blocks: Sequence[str] | None = None,
+        *,
+        chunk_size: int = 256,
+    ) -> None:
+        super().__init__()
+        require_positive_int("chunk_size", chunk_size)
+        self.estimator = estimator or Backprop()
+        self.blocks = None if blocks is None else list(blocks)
+        self.chunk_size = chunk_size
+        self.backpropagates = self.estimator.backpropagates
+
+    def forward(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Any], Tensor],
+        *,
+        generator: torch.Generator,
+        reduce: Reduce | None,
+    ) -> Estimate:
+        params = trainable_params(model)
+        repeated = RepeatedPass(model)
+        with eager_functions():  # what was compiled does not look at replaced forwards
+            shell = Shell(self._blocks_of(model, loss_fn))
+            with shell.recording():
+                losses = plain_losses(model, loss_fn)
+            repeated.rewind()
+            if self.backpropagates:
+                grads, deltas = _by_backprop(model, loss_fn, shell)
+            else:
+                grads = self._grads_of_rest(model, loss_fn, shell, generator)
+                deltas = []
+                for segment in range(len(shell.segments)):
+                    repeated.rewind()
+                    deltas.append(_by_forward_mode(model, loss_fn, shell, segment, self.chunk_size))
+            repeated.rewind()
+            names = {id(p): name for name, p in params.items()}
+            with _learning(shell, self.estimator, deltas, generator) as found, torch.enable_grad():
+                loss_fn(model)
+            for p, g in found:
+                name = names[id(p)]
+                grads[name] = grads[name] + g if name in grads else g
+        return Estimate(losses.mean(), average_grads({name: grads[name] for name in params if name in grads}, reduce))
+
+    def _blocks_of(self, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> list[nn.Module]:
+        """The residual blocks; the trial that may take leaves no trace."""
+        kept: list[str] = slots_of(model).kept(self, list)
+        if not kept:
+            repeated = RepeatedPass(model)
+            with torch.no_grad():
+                kept[:] = find_blocks(model, lambda: loss_fn(model), has_identity_skip, self.blocks, _NO_SKIP)
+            repeated.rewind()
+        if not kept:
+            raise UnsupportedOperation(
+                f"{type(model).__name__} has no residual block: no member of an nn.Sequential or nn.ModuleList returns "
+                "its input where its parameters are 0; name the blocks, or train with another method"
+            )
+        modules = dict(model.named_modules())
+        return [modules[name] for name in kept]
+
+    def _grads_of_rest(
+        self, model: nn.Module, loss_fn: Callable[[Any], Tensor], shell: Shell, generator: torch.Generator
+    ) -> dict[str, Tensor]:
+        with frozen(shell.params()), shell.running():
+            if not slots_of(model).trainable():
+                return {}
+            return self.estimator(model, loss_fn, generator=generator).grads
+
+    def extra_repr(self) -> str:
+        return f"blocks={self.blocks}, chunk_size={self.chunk_size}"
+
+
+@contextmanager
+def _learning(
+    shell: Shell, estimator: GradientEstimator, deltas: Sequence[Tensor | None], generator: torch.Generator
+) -> Generator[list[tuple[nn.Parameter, Tensor]]]:
+    """A context in which the blocks' gradients are estimated when they are called.
+
+    Args:
+        shell: of the model.
+        estimator: of the gradients.
+        deltas: gradient behind every segment; None where there is none.
+        generator: of the directions.
+    """
+    found: list[tuple[nn.Parameter, Tensor]] = []
+    places = iter([s for s, segment in enumerate(shell.segments) for _ in segment.outputs])
+
+    def learn(block: nn.Module, forward: Forward) -> Forward:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+            delta = deltas[next(places)]
+            if delta is None or not any(p.requires_grad for p in block.parameters()):
+                with torch.no_grad():
+                    return forward(*args, **kwargs)
+            held: list[Any] = []
+
+            def losses(_: object) -> Tensor:
+                out = forward(*args, **kwargs)
+                held[:] = [tree_map_only(Tensor, lambda x: primal_of(x).detach(), out)]
+                y = hidden_of(out)
+                return (delta * y).reshape(len(y), -1).sum(1) * len(y)
+
+            repeated = None if estimator.loss_at_parameters else RepeatedPass(block)
+            grads = estimator(block, losses, generator=generator).grads
+            params = slots_of(block).params
+            found.extend((params[name], g) for name, g in grads.items())
+            if repeated is not None:  # the output is that of perturbed parameters
+                repeated.rewind()
+                with torch.no_grad():
+                    return forward(*args, **kwargs)
+            return held[0]
+
+        return run
+
+    with forwards_replaced({block: learn(block, forward) for block, forward in shell.forwards.items()}):
+        yield found
+
+
+def _by_backprop(
+    model: nn.Module, loss_fn: Callable[[Any], Tensor], shell: Shell
+) -> tuple[dict[str, Tensor], list[Tensor | None]]:
+    """The gradients of what is no block, and behind every segment, by a backward pass through the shell."""
+    points: dict[int, Tensor] = {}
+
+    def behind(segment: int, x: Tensor) -> Tensor:
+        points[segment] = x if x.requires_grad else x.detach().requires_grad_()
+        return points[segment]
+
+    with frozen(shell.params()), shell.running(behind), torch.enable_grad():
+        rest = slots_of(model).trainable()
+        loss = check_losses(loss_fn(model)).mean()
+        found = torch.autograd.grad(loss, [*rest.values(), *points.values()], allow_unused=True)
+    grads = {name: g for name, g in zip(rest, found, strict=False) if g is not None}
+    deltas = dict(zip(points, found[len(rest) :], strict=True))
+    return grads, [deltas.get(s) for s in range(len(shell.segments))]
+
+
+class _Probed(nn.Module):
+    """A model and a zero that is added behind a segment, to be differentiated in."""
+
+    def __init__(self, model: nn.Module, like: Tensor) -> None:
+        super().__init__()
+        self.model = model
+        self.probe = nn.Parameter(torch.zeros_like(like))
+
+
+def _marks(like: Tensor) -> Tensor:
+    """A direction, (1, *like.shape), that turns every derivative nan that depends on another example than the first."""
+    marks = torch.full_like(like, torch.nan)
+    marks[0] = 0
+    return marks.unsqueeze(0)
+
+
+def _by_forward_mode(
+    model: nn.Module, loss_fn: Callable[[Any], Tensor], shell: Shell, segment: int, chunk_size: int
+) -> Tensor:
+    """The gradient behind a segment along all unit directions of an example's hidden state, of all examples at once."""
+    like = shell.segments[segment].end
+    probed = _Probed(model, like)
+    num_examples, size = len(like), like[0].numel()
+    found = []
+
+    def behind(s: int, x: Tensor) -> Tensor:
+        return x + probed.probe if s == segment else x
+
+    with shell.running(behind):
+        repeated = RepeatedPass(probed)
+        for start in range(0, size, chunk_size):
+            repeated.rewind()
+            units = like.new_zeros(min(chunk_size, size - start), size)
+            units.fill_diagonal_(1)
+            tangent = units.roll(start, 1).view(-1, 1, *like.shape[1:]).expand(-1, *like.shape)
+            if not start:  # one more direction marks all examples but the first
+                tangent = torch.cat([tangent, _marks(like)])
+            losses, derivatives = jvp(probed, lambda _: loss_fn(model), {"probe": tangent})
+            if losses.shape != (num_examples,):
+                raise LossError(
+                    f"forward mode needs one loss for each of the {num_examples} examples in the hidden state, got "
+                    f"losses of shape {tuple(losses.shape)}; use reduction='none', or Highway(Backprop())"
+                )
+            if not start and derivatives[-1, 0].isnan() and losses.isfinite().all():
+                raise UnsupportedOperation(
+                    "examples are mixed behind a residual block (BatchNorm in training mode, a contrastive loss), so "
+                    "forward mode does not give the gradient of each; use Highway(Backprop())"
+                )
+            found.append(derivatives[: len(units)])
+    return (torch.cat(found).T / num_examples).reshape(like.shape)

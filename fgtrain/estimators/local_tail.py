@@ -1,0 +1,176 @@
+"""Local losses through the network's own tail: the output of a block skips the blocks behind it."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fgtrain._torch import eager_functions, tree_map_only
+from fgtrain.errors import UnsupportedOperation
+from fgtrain.estimators.base import GradientEstimator
+from fgtrain.forward_ad.native import primal_of
+from fgtrain.forward_ad.passes import RepeatedPass, plain_losses
+from fgtrain.network.blocks import (
+    Forward,
+    entering,
+    find_blocks,
+    forwards_replaced,
+    frozen,
+    keeps_shape,
+)
+from fgtrain.network.parameters import slots_of, trainable_params
+
+
+def local_gradients(
+    estimator: GradientEstimator,
+    model: nn.Module,
+    loss_fn: Callable[[Any], Tensor],
+    blocks: Sequence[str] | None,
+    generator: torch.Generator,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The losses of the model, and the gradient of every block's local loss.
+
+    The local loss of block l is the model's with its blocks before l left out, in favour of their output, and those
+    behind l replaced by identities. The parameters that the model uses just before a block are trained with it, and
+    those behind the last block with that.
+
+    Args:
+        estimator: of the local gradients.
+        model: has blocks that keep the shape of the hidden state, each called once.
+        loss_fn: of the model.
+        blocks: their names; None to look for them.
+        generator: of the directions.
+
+    Raises:
+        UnsupportedOperation: the model has no such block, or calls one several times.
+    """
+    trained = {id(p): name for name, p in trainable_params(model).items()}
+    grads: dict[str, Tensor] = {}
+    repeated = RepeatedPass(model)
+    with eager_functions():
+        chain = slots_of(model).kept(estimator, lambda: _examined(model, loss_fn, blocks))
+        modules = dict(model.named_modules())
+        ahead: Any = None
+        for i, name in enumerate(chain.names):
+            repeated.rewind()
+            own = {p for n in [name, *chain.around[i]] for p in _parameters(modules[n], recurse=n == name)}
+            run = _OneBlock([modules[n] for n in chain.names], chain.outputs, i, ahead)
+            with frozen(p for p in model.parameters() if p not in own), forwards_replaced(run.forwards):
+                if any(p.requires_grad for p in own):
+                    found = estimator(model, loss_fn, generator=generator).grads
+                    for at, g in found.items():
+                        key = trained[id(slots_of(model).params[at])]
+                        grads[key] = grads[key] + g if key in grads else g  # a tied parameter has several local losses
+                if not run.held or not estimator.loss_at_parameters:
+                    repeated.rewind_random_state()
+                    plain_losses(model, loss_fn)
+            ahead = run.held[0]
+    repeated.rewind()
+    return plain_losses(model, loss_fn), grads
+
+
+def _parameters(module: nn.Module, *, recurse: bool) -> Iterable[nn.Parameter]:
+    return module.parameters(recurse=recurse)
+
+
+@dataclass
+class _Chain:
+    """What is known of a model's blocks.
+
+    Args:
+        names: of the blocks, in the order of their calls.
+        outputs: how many values each returns; None for a tensor by itself.
+        around: for every block, the names of modules whose own parameters are trained with it.
+    """
+
+    names: list[str]
+    outputs: list[int | None] = field(default_factory=list)
+    around: list[list[str]] = field(default_factory=list)
+
+
+def _examined(model: nn.Module, loss_fn: Callable[[Any], Tensor], blocks: Sequence[str] | None) -> _Chain:
+    """The blocks, found in trials that leave no trace."""
+    repeated = RepeatedPass(model)
+    with torch.no_grad():
+        found = find_blocks(
+            model, lambda: loss_fn(model), keeps_shape, blocks, "it changes the shape of what enters it"
+        )
+        repeated.rewind()
+        chain, calls = _Chain(list(found)), list[str]()
+        names = {module: name for name, module in model.named_modules()}
+        inner = {module for block in found.values() for module in block.modules()}
+        around: dict[str, set[int]] = {}
+
+        def watched(block: nn.Module, forward: Forward) -> Forward:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                calls.append(names[block])
+                out = forward(*args, **kwargs)
+                chain.outputs.append(len(out) if isinstance(out, tuple) else None)
+                return out
+
+            return run
+
+        def note(module: nn.Module, _: Any) -> None:
+            around.setdefault(names[module], set()).add(min(len(calls), len(found) - 1))
+
+        holding = [m for m in names if m not in inner and any(True for _ in m.parameters(recurse=False))]
+        hooks = [module.register_forward_pre_hook(note) for module in holding]
+        try:
+            with forwards_replaced({block: watched(block, block.forward) for block in found.values()}):
+                loss_fn(model)
+        finally:
+            for hook in hooks:
+                hook.remove()
+            repeated.rewind()
+    if not found:
+        raise UnsupportedOperation(
+            f"{type(model).__name__} has no block: no member of an nn.Sequential or nn.ModuleList returns what has the "
+            "shape of its input; name the blocks, or train with another method"
+        )
+    if calls != chain.names:
+        raise UnsupportedOperation("local losses need blocks that the model calls once each, one after the other")
+    # A module that holds parameters without being called (a list of them, say) counts as used first.
+    uncalled = [names[module] for module in holding if names[module] not in around]
+    chain.around = [[n for n, places in around.items() if i in places] for i in range(len(found))]
+    chain.around[0] += uncalled
+    return chain
+
+
+class _OneBlock:
+    """Forwards under which a model runs block i alone, between what precedes the first block and its tail.
+
+    Args:
+        blocks: of the model.
+        outputs: see `_Chain`.
+        i: the one that runs.
+        ahead: what the block before it returned; None if it is the first.
+
+    Attributes:
+        forwards: {module: forward}.
+        held: what the block returned in the last pass.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], outputs: Sequence[int | None], i: int, ahead: Any) -> None:
+        self.held: list[Any] = []
+        self.forwards = {b: self._identity(n) for b, n in zip(blocks, outputs, strict=True)}
+        if i:
+            self.forwards[blocks[i - 1]] = lambda *_, **__: ahead
+        self.forwards[blocks[i]] = self._holding(blocks[i].forward)
+
+    @staticmethod
+    def _identity(num_outputs: int | None) -> Forward:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            x = entering(args, kwargs)
+            return x if num_outputs is None else (x, *[None] * (num_outputs - 1))
+
+        return run
+
+    def _holding(self, forward: Forward) -> Forward:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            out = forward(*args, **kwargs)
+            self.held[:] = [tree_map_only(Tensor, lambda x: primal_of(x).detach(), out)]
+            return out
+
+        return run

@@ -1,0 +1,154 @@
+"""Blocks of a model: modules that it calls one after the other, each on what the one before has returned."""
+
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fgtrain.errors import UnsupportedOperation
+from fgtrain.network.chains import is_chain
+
+Forward = Callable[..., Any]
+Test = Callable[[nn.Module, Forward, tuple[Any, ...], dict[str, Any], Any], bool]
+"""Maps a module, its forward, its positional arguments, its keyword arguments and what it returned to a verdict."""
+
+
+def hidden_of(output: Any) -> Any:
+    """The hidden state in a block's output: the output itself, or the first of several."""
+    return output[0] if isinstance(output, tuple) and output else output
+
+
+def with_hidden(output: Any, hidden: Tensor) -> Any:
+    """A block's output with another hidden state."""
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+def entering(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """The hidden state among a block's arguments: the first tensor; None where there is none."""
+    return next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+
+
+def keeps_shape(module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> bool:
+    """A `Test`: the hidden state leaves the module with the shape and dtype that it entered with."""
+    x, y = entering(args, kwargs), hidden_of(out)
+    return isinstance(x, Tensor) and isinstance(y, Tensor) and (x.shape, x.dtype) == (y.shape, y.dtype)
+
+
+def has_identity_skip(
+    module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
+) -> bool:
+    """A `Test`: the module returns its input where its parameters are 0, as x + f(x) and relu(x + f(x)) do.
+
+    The inputs of the test are between 0 and 1, as behind a ReLU.
+    """
+    if not keeps_shape(module, forward, args, kwargs, out):
+        return False
+    x = entering(args, kwargs)
+    if not x.is_floating_point():
+        return False
+    trial = torch.rand_like(x)
+    args = tuple(trial if a is x else a for a in args)
+    kwargs = {key: trial if a is x else a for key, a in kwargs.items()}
+    zeros = {name: torch.zeros_like(p) for name, p in module.named_parameters()}
+    return torch.equal(hidden_of(functional_call(module, zeros, args, kwargs)), trial)
+
+
+@contextmanager
+def forwards_replaced(forwards: Mapping[nn.Module, Forward]) -> Generator[None]:
+    """A context in which these modules have other forward methods."""
+    before = {module: module.__dict__.get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.forward = forward
+        yield
+    finally:
+        for module, own in before.items():
+            module.__dict__.pop("forward", None)
+            if own is not None:
+                module.forward = own
+
+
+@contextmanager
+def frozen(params: Iterable[nn.Parameter]) -> Generator[None]:
+    """A context in which these parameters are not trained."""
+    trained = {p for p in params if p.requires_grad}
+    try:
+        for p in trained:
+            p.requires_grad_(False)
+        yield
+    finally:
+        for p in trained:
+            p.requires_grad_(True)
+
+
+def find_blocks(
+    model: nn.Module, run: Callable[[], object], test: Test, names: Iterable[str] | None = None, otherwise: str = ""
+) -> dict[str, nn.Module]:
+    """{name: module} of the blocks that pass a test, in the order in which the model calls them.
+
+    Blocks are looked for among the members of the outermost `nn.Sequential` and `nn.ModuleList`, nested chains opened,
+    or, if the model has neither, among its children. A block has a weight matrix: a norm by itself is none.
+
+    Args:
+        model: any module.
+        run: runs the model once; the caller undoes what that leaves behind.
+        test: what makes a module a block.
+        names: of the blocks, where the caller knows them; None to look for them.
+        otherwise: what is wrong with one of these that does not pass.
+
+    Raises:
+        UnsupportedOperation: one of `names` is not a module of the model, or does not pass the test.
+    """
+    candidates = _named(model, names) if names is not None else _candidates(model)
+    forwards = {module: module.forward for module in candidates.values()}
+    passed: dict[nn.Module, bool] = {}
+    testing = False
+
+    def watched(module: nn.Module) -> Forward:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            nonlocal testing
+            out = forwards[module](*args, **kwargs)
+            if not testing:
+                testing = True
+                try:
+                    passed[module] = passed.get(module, True) and test(module, forwards[module], args, kwargs, out)
+                finally:
+                    testing = False
+            return out
+
+        return forward
+
+    with forwards_replaced({module: watched(module) for module in forwards}):
+        run()
+    names_of = {module: name for name, module in candidates.items()}
+    found = {names_of[module]: module for module, verdict in passed.items() if verdict}
+    if names is not None and (others := sorted(candidates.keys() - found.keys())):
+        raise UnsupportedOperation(f"{', '.join(others)} cannot be a block: {otherwise}")
+    return found
+
+
+def _named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
+    modules = dict(model.named_modules())
+    names = list(names)
+    if unknown := [name for name in names if name not in modules]:
+        raise UnsupportedOperation(f"{type(model).__name__} has no module {', '.join(unknown)}")
+    return {name: modules[name] for name in names}
+
+
+def _candidates(model: nn.Module) -> dict[str, nn.Module]:
+    found = dict(_members(model, "")) or dict(model.named_children())
+    return {name: module for name, module in found.items() if any(p.dim() > 1 for p in module.parameters())}
+
+
+def _members(module: nn.Module, path: str) -> Iterator[tuple[str, nn.Module]]:
+    """The members of the outermost chains and plain lists in a module."""
+    is_list = isinstance(module, nn.ModuleList) and type(module).forward is nn.Module.forward
+    for name, child in module.named_children():
+        name = f"{path}.{name}" if path else name
+        if (is_list or is_chain(module)) and not is_chain(child):
+            yield name, child
+        else:
+            yield from _members(child, name)

@@ -1,0 +1,223 @@
+"""Highway against its definition: a network whose blocks compute x + f(stop(x)) has its gradient by backpropagation."""
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fgtrain import Backprop, ForwardGradient, Highway, MeZO
+from fgtrain.errors import LossError, UnsupportedOperation
+from fgtrain.memory import peak_mib
+from fgtrain.network.parameters import slots_of
+from tests.residual import EVERY_MODEL, Residual, assert_same, built, mlp
+
+
+def stopped(model, blocks):
+    """A copy in which the gradient passes these blocks along their skips alone."""
+    model = copy.deepcopy(model)
+    for name in blocks:
+        block = model.get_submodule(name)
+
+        def forward(*args, _forward=block.forward, **kwargs):
+            x = args[0]
+            return x + _forward(x.detach(), *args[1:], **kwargs) - x.detach()
+
+        block.forward = forward
+    return model
+
+
+class WithoutABackwardPass(Backprop):
+    """Stands for an estimator that is exact without one."""
+
+    backpropagates = False
+
+
+@pytest.mark.usefixtures("float64")
+@EVERY_MODEL
+def test_gradient_along_the_skips(name):
+    model, loss, blocks = built(name)
+    expected = Backprop()(stopped(model, blocks), loss)
+    assert_same(Highway()(copy.deepcopy(model), loss), expected)
+    assert_same(Highway(blocks=blocks)(model, loss), expected)
+
+
+@pytest.mark.usefixtures("float64")
+@EVERY_MODEL
+def test_delta_by_forward_mode(name):
+    model, loss, blocks = built(name)
+    estimator, mixes = Highway(WithoutABackwardPass(), chunk_size=40), name == "ResNet"
+    if mixes:
+        with pytest.raises(UnsupportedOperation, match="examples are mixed behind a residual block"):
+            estimator(model, loss)
+        model.eval()
+    expected = Backprop()(stopped(model, blocks), loss)
+    assert_same(estimator(model, loss), expected)
+
+
+@pytest.mark.usefixtures("float64")
+@EVERY_MODEL
+def test_leaves_the_trace_of_one_pass(name):
+    model, loss, _ = built(name)
+    estimator, plain = Highway(), copy.deepcopy(model)
+    for _ in range(2):
+        torch.manual_seed(1)
+        loss(plain)
+        state = torch.get_rng_state()
+        torch.manual_seed(1)
+        estimator(model, loss)
+        assert torch.equal(torch.get_rng_state(), state)
+    for (key, buffer), other in zip(model.named_buffers(), plain.buffers(), strict=True):
+        assert torch.equal(buffer, other), key
+    assert all("forward" not in module.__dict__ for module in model.modules())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+
+@pytest.mark.usefixtures("float64")
+def test_dropout_masks_of_a_block_are_those_of_one_pass():
+    """The gradient of a block is that of the function which the block computed, so a dropped branch has none."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), Residual(nn.Linear(6, 6), nn.Dropout(0.5)), nn.Linear(6, 3))
+    x = torch.randn(1, 4)
+    seen = []
+    model.get_submodule("1.branch.1").register_forward_hook(lambda _, inputs, out: seen.append((out == 0).flatten()))
+    estimate = Highway()(model, lambda m: m(x).square().sum(1))
+    dropped = seen[-1]
+    assert dropped.any()
+    assert not dropped.all()
+    assert torch.equal(estimate.grads["1.branch.0.bias"] == 0, dropped)
+    assert all(torch.equal(mask, dropped) for mask in seen[-2:])
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("estimator", [ForwardGradient(num_tangents=3), MeZO(num_tangents=2)], ids=["jvp", "mezo"])
+def test_noisy_estimators_within_blocks_are_unbiased(estimator):
+    """The mean of the estimates is within five standard errors of the gradient along the skips, entry by entry."""
+    model, loss, blocks = built("MLP")
+    exact = Backprop()(stopped(model, blocks), loss).grads
+    highway, generator = Highway(estimator), torch.Generator().manual_seed(0)
+    draws = [highway(model, loss, generator=generator).grads for _ in range(100)]
+    for name, g in exact.items():
+        values = torch.stack([draw[name] for draw in draws])
+        error = values.std(0) / len(draws) ** 0.5
+        bias = 1e-8 * g.norm() if isinstance(estimator, ForwardGradient) else 1e-4 * (1 + g.norm())
+        assert bool(((values.mean(0) - g).abs() <= 5 * error + bias).all()), name
+
+
+def test_frozen_blocks_pass_the_gradient_on():
+    model, loss, blocks = built("MLP")
+    model[3].requires_grad_(False)
+    expected = Backprop()(stopped(model, blocks), loss)
+    assert "3.branch.0.weight" not in expected.grads
+    assert_same(Highway()(model, loss), expected)
+    for p in model.parameters():
+        p.requires_grad_(False)
+    model[2].requires_grad_(True)
+    assert Highway()(model, loss).grads.keys() == dict(model[2].named_parameters("2")).keys()
+
+
+def test_a_block_that_is_called_twice():
+    torch.manual_seed(0)
+    block = Residual(nn.Linear(6, 6), nn.Tanh())
+    model, x = nn.Sequential(nn.Linear(4, 6), block, nn.Tanh(), block, nn.Linear(6, 3)), torch.randn(5, 4)
+    found = Highway()(model, lambda m: m(x).square().sum(1))
+    apart = nn.Sequential(model[0], block, model[2], copy.deepcopy(block), model[4])
+    expected = Backprop()(stopped(apart, ["1", "3"]), lambda m: m(x).square().sum(1)).grads
+    torch.testing.assert_close(
+        found.grads["1.branch.0.weight"], expected["1.branch.0.weight"] + expected["3.branch.0.weight"]
+    )
+
+
+class Pair(nn.Module):
+    """A block as in many transformers: it takes a mask by name and returns its hidden state and something else."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        return x + self.branch(x).tanh() * mask, mask
+
+
+class OfPairs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.layers = nn.ModuleList(Pair() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, mask = self.stem(x), torch.ones(6)
+        for layer in self.layers:
+            x, mask = layer(x, mask=mask)
+        return self.head(x)
+
+
+@pytest.mark.usefixtures("float64")
+def test_blocks_that_return_several_values():
+    torch.manual_seed(0)
+    model, x = OfPairs(), torch.randn(5, 4)
+    other = copy.deepcopy(model)
+    for layer in other.layers:
+
+        def forward(x, mask, _forward=layer.forward):
+            y, mask = _forward(x.detach(), mask)
+            return x + y - x.detach(), mask
+
+        layer.forward = forward
+    assert_same(Highway()(model, lambda m: m(x).square().sum(1)), Backprop()(other, lambda m: m(x).square().sum(1)))
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)), {}, "Sequential has no residual block: no member"),
+        (mlp(), {"blocks": ["2", "nine"]}, "Sequential has no module nine"),
+        (mlp(), {"blocks": ["0", "2"]}, "0 cannot be a block: it does not return its input where its parameters are 0"),
+    ],
+    ids=["plain", "unknown name", "no skip"],
+)
+def test_refusals(model, options, message):
+    x = torch.randn(5, 4)
+    with pytest.raises(UnsupportedOperation, match=message):
+        Highway(**options)(model, lambda m: m(x).square().sum(1))
+    assert all("forward" not in module.__dict__ for module in model.modules())
+
+
+def test_forward_mode_needs_losses_per_example():
+    model, loss, _ = built("MLP")
+    with pytest.raises(
+        LossError, match="one loss for each of the 5 examples in the hidden state, got losses of shape "
+    ):
+        Highway(ForwardGradient())(model, lambda m: loss(m).mean())
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_memory_does_not_grow_with_depth():
+    """Backpropagation holds every block's activations, Highway those of one; parameters do not count."""
+    x = torch.randn(2048, 4)
+    peaks = {}
+    for depth in (4, 16):
+        torch.manual_seed(0)
+        blocks = [Residual(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 16)) for _ in range(depth)]
+        model = nn.Sequential(nn.Linear(4, 16), *blocks, nn.Linear(16, 3))
+        for estimator in (Backprop(), Highway()):
+            estimator(model, lambda m: m(x).square().sum(1))
+            peaks[type(estimator).__name__, depth] = peak_mib(
+                lambda model=model, estimator=estimator: estimator(model, lambda m: m(x).square().sum(1)),
+                torch.device("cpu"),
+            )
+    activation = 2048 * 64 * 4 / 2**20
+    assert peaks["Backprop", 16] - peaks["Backprop", 4] >= 12 * activation
+    assert peaks["Highway", 16] - peaks["Highway", 4] <= activation
+
+
+def test_blocks_are_looked_for_once():
+    model, loss, _ = built("MLP")
+    calls = []
+    model[0].register_forward_hook(lambda *_: calls.append(1))
+    estimator = Highway()
+    estimator(model, loss)
+    first = len(calls)
+    estimator(model, loss)
+    assert len(calls) - first == first - 1
+    assert slots_of(model).kept(estimator, list) == ["2", "3", "4"]

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fgtrain.models import Residual
+
 
 class Case(NamedTuple):
     """A model and a loss; `build` makes both anew, in float64, from a fixed seed."""
@@ -90,5 +92,10 @@ CASES = [
         "a bare parameter",
         lambda: nn.ParameterDict({"x": torch.tensor([1.5, -0.5])}),
         lambda m: (1 - m["x"][0]) ** 2 + 100 * (m["x"][1] - m["x"][0] ** 2) ** 2,
+    ),
+    Case(
+        "residual block",
+        lambda: nn.Sequential(nn.Linear(3, 4), Residual(nn.Sequential(nn.Linear(4, 4), nn.Tanh())), nn.Linear(4, 3)),
+        lambda m: F.cross_entropy(m(INPUTS), LABELS, reduction="none"),
     ),
 ]

@@ -15,6 +15,7 @@ METHODS = options("method")
 EVERY_METHOD = pytest.mark.parametrize("method", METHODS)
 
 
+RESIDUAL = "residual block"
 SCALAR, TIED, POINTS = "regression, scalar loss, inner function of the model", "tied weights", "a bare parameter"
 
 
@@ -22,6 +23,7 @@ REFUSED = {  # by name of the case; POINTS stands for the test functions too
     "activity": {TIED, POINTS},
     "activity_head": {SCALAR, TIED, POINTS},
     "fdfa": {SCALAR, TIED, POINTS},
+    "highway": {case.name for case in CASES} - {RESIDUAL} | {POINTS},
     "local": {SCALAR, TIED, POINTS},
     "local_guess": {SCALAR, TIED, POINTS},
 }

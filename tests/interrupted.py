@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from torch import nn
 
 from fgtrain.lightning.checkpoints import read_checked
+from fgtrain.models import Residual
 
 
 class SignalAt(L.Callback):
@@ -38,7 +39,8 @@ class Noisy(nn.Sequential):
 
     def __init__(self):
         super().__init__(
-            Noise(), nn.Flatten(), nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Dropout(0.3), nn.Linear(5, 3)
+            *(Noise(), nn.Flatten(), nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Dropout(0.3)),
+            *(Residual(nn.Linear(5, 5)), nn.Linear(5, 3)),
         )
 
 

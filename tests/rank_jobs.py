@@ -26,6 +26,7 @@ from fgtrain.estimators import (
     SPSA,
     ActivityPerturbation,
     CheckpointedBackprop,
+    Highway,
     LocalGuess,
     LocalLosses,
     MeZO,
@@ -52,6 +53,8 @@ ESTIMATORS = {
     "checkpointed": CheckpointedBackprop,
     "local_guess": LocalGuess,
     "local_backprop": lambda: LocalLosses(Backprop()),
+    "local_tail": lambda: LocalLosses(Backprop(), head="tail"),
+    "highway": Highway,
     "activity": partial(ActivityPerturbation, num_tangents=2),
     "second_order": SecondOrder,
     "fdfa": FDFA,
@@ -80,7 +83,7 @@ MOMENTUM = partial(torch.optim.SGD, lr=0.1, momentum=0.9)
 
 def make(estimator, *, width=5, optimizer=SGD, **options):
     torch.manual_seed(dist.get_rank() if dist.is_initialized() else 0)  # rank 0's initial weights count
-    model = MLP((1, 2, 2), 3, [width]).double()
+    model = MLP((1, 2, 2), 3, [width, width], residual=True).double()
     return EstimatorModule(model, Classification(), estimator, optimizer, **options)
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from fgtrain import Backprop, ForwardGradient, LowRank, Normal, Rademacher, Sphere, directional_derivatives, write_grads
 from fgtrain.memory import peak_mib
+from fgtrain.models import Residual
 from fgtrain.random import keyed_generator
 from fgtrain.studies.benchmarks.steps import make_problem
 from fgtrain.tangents.directions import dense
@@ -25,7 +26,8 @@ def problem(device, dtype=torch.float64, *, norms=True):
     torch.manual_seed(0)
     model = nn.Sequential(
         *(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4) if norms else nn.Identity(), nn.ReLU(), nn.MaxPool2d(2)),
-        *(nn.Flatten(), nn.Linear(36, 16), nn.LayerNorm(16) if norms else nn.Identity(), nn.GELU(), nn.Linear(16, 3)),
+        *(nn.Flatten(), nn.Linear(36, 16), Residual(nn.Linear(16, 16))),
+        *(nn.LayerNorm(16) if norms else nn.Identity(), nn.GELU(), nn.Linear(16, 3)),
     ).to(device, dtype)
     inputs, labels = torch.randn(6, 1, 8, 8), torch.tensor([0, 2, 1, 2, 0, 1], device=device)
     inputs = inputs.to(device, dtype)

@@ -13,7 +13,7 @@ from tests import properties
 from tests.basis import Basis, PartwiseBasis
 from tests.cases import CASES, Case
 from tests.derivatives import exact_hessian
-from tests.every_method import EVERY_METHOD, METHODS, POINTS, configuration, make, refuses, table
+from tests.every_method import EVERY_METHOD, METHODS, POINTS, RESIDUAL, configuration, make, refuses, table
 from tests.properties import estimated_grads, estimates_of, exact_grads, flat
 
 
@@ -39,8 +39,14 @@ def test_what_a_method_cannot_train_is_refused_in_a_line(method, case):
 
 
 @EVERY_METHOD
-def test_no_method_refuses_a_plain_network(method):
-    estimated_grads(make(method), CASES[0])
+def test_every_method_takes_a_network_with_skips(method):
+    estimated_grads(make(method), next(case for case in CASES if case.name == RESIDUAL))
+
+
+@EVERY_METHOD
+def test_no_method_but_highway_refuses_a_plain_network(method):
+    if method != "highway":
+        estimated_grads(make(method), CASES[0])
 
 
 @table(claiming("exact"))

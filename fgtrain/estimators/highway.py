@@ -47,7 +47,7 @@ class Highway(GradientEstimator):
         estimator: estimates the gradients of the blocks. If it takes no backward pass, it also estimates those of the
             rest. None for `Backprop`.
         blocks: names of the residual blocks; None to search every `nn.Sequential` and `nn.ModuleList`.
-        chunk_size: number of directions in one pass, if forward mode computes delta.
+        chunk_size: number of directions in one pass, if forward mode computes delta; None for all.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -74,10 +74,11 @@ class Highway(GradientEstimator):
         estimator: GradientEstimator | None = None,
         blocks: Sequence[str] | None = None,
         *,
-        chunk_size: int = 256,
+        chunk_size: int | None = 256,
     ) -> None:
         super().__init__()
-        require_positive_int("chunk_size", chunk_size)
+        if chunk_size is not None:
+            require_positive_int("chunk_size", chunk_size)
         self.estimator = estimator or Backprop()
         self.blocks = None if blocks is None else list(blocks)
         self.chunk_size = chunk_size
@@ -225,12 +226,13 @@ def _marks(like: Tensor) -> Tensor:
 
 
 def _by_forward_mode(
-    model: nn.Module, loss_fn: Callable[[Any], Tensor], shell: Shell, segment: int, chunk_size: int
+    model: nn.Module, loss_fn: Callable[[Any], Tensor], shell: Shell, segment: int, chunk_size: int | None
 ) -> Tensor:
     """The gradient behind a segment along all unit directions of an example's hidden state, of all examples at once."""
     like = shell.segments[segment].end
     probed = _Probed(model, like)
     num_examples, size = len(like), like[0].numel()
+    chunk_size = chunk_size or size
     found = []
 
     def behind(s: int, x: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ class LocalMixer(nn.Sequential):
         groups: of channels; must divide them.
 
     Raises:
-        ValueError: patches or groups that do not fit.
+        ValueError: inputs that are no images; patches or groups that do not fit.
     """
 
     def __init__(
@@ -36,6 +36,8 @@ class LocalMixer(nn.Sequential):
         depth: int = 2,
         groups: int = 8,
     ) -> None:
+        if len(input_shape) != 3:
+            raise ValueError(f"LocalMixer takes images (C, H, W), got inputs of shape {tuple(input_shape)}")
         in_channels, height, width = input_shape
         if patch_size < 1 or height % patch_size or width % patch_size:
             raise ValueError(f"patch_size must divide the image, got {patch_size} for {height} x {width}")

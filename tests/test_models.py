@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from fgtrain.models import CNN, MLP, Residual
+from fgtrain.models import CNN, MLP, LocalMixer, Residual
 from fgtrain.models.initialization import LAYERS
 
 
@@ -153,6 +153,7 @@ def test_cnn_takes_signals(residual):
         (lambda: CNN((1, 4, 3), 2), r"^CNN pools twice by 2 and needs images of at least 4 x 4, got 4 x 3"),
         (lambda: CNN((1, 3), 2), r"^CNN pools twice by 2 and needs signals of at least 4, got 3"),
         (lambda: CNN((9,), 2), r"^CNN takes images \(C, H, W\) or signals \(C, T\), got inputs of shape \(9,\)"),
+        (lambda: LocalMixer((1, 40), 2), r"^LocalMixer takes images \(C, H, W\), got inputs of shape \(1, 40\)"),
     ],
 )
 def test_what_does_not_fit_is_refused(build, message):

@@ -24,7 +24,7 @@ class LocalMixer(nn.Sequential):
         groups: number of channel groups; must divide `channels`.
 
     Raises:
-        ValueError: the patches do not divide the image, or the groups do not divide the channels.
+        ValueError: inputs are not images, the patches do not divide the image, or the groups do not divide the channels.
     """
 
     def __init__(
@@ -36,6 +36,8 @@ class LocalMixer(nn.Sequential):
         depth: int = 2,
         groups: int = 8,
     ) -> None:
+        if len(input_shape) != 3:
+            raise ValueError(f"LocalMixer takes images (C, H, W), got inputs of shape {tuple(input_shape)}")
         in_channels, height, width = input_shape
         if patch_size < 1 or height % patch_size or width % patch_size:
             raise ValueError(f"patch_size must divide the image, got {patch_size} for {height} x {width}")

@@ -24,7 +24,7 @@ class LocalMixer(nn.Sequential):
         groups: number of channel groups; must divide `channels`.
 
     Raises:
-        ValueError: inputs are not images, the patches do not divide the image, or the groups do not divide the channels.
+        ValueError: inputs are not images; patches do not divide the image; or groups do not divide the channels.
     """
 
     def __init__(

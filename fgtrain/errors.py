@@ -19,6 +19,10 @@ class LossError(UserError, ValueError):
     """The loss function does not return what can be differentiated."""
 
 
+class NoTangent(LossError):
+    """The loss carries no derivative along the directions."""
+
+
 class ModelError(UserError, ValueError):
     """The model has no parameters that can be trained, or not where they can be."""
 

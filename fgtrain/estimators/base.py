@@ -23,11 +23,18 @@ class Estimate(NamedTuple):
         loss: mean loss, ().
         grads: {parameter name: tensor like the parameter}; a parameter the loss does not reach is left out.
         directional_derivatives: grad f . v_k of each direction, (K,); None for methods that take none.
+        weights: of the directions in the gradients, (K,); None where they follow from the derivatives alone.
     """
 
     loss: Tensor
     grads: dict[str, Tensor]
     directional_derivatives: Tensor | None = None
+    weights: Tensor | None = None
+
+    @property
+    def replayed(self) -> Tensor | None:
+        """What `GradientEstimator.replay` takes: the weights, or else the derivatives."""
+        return self.directional_derivatives if self.weights is None else self.weights
 
 
 class GradientEstimator(nn.Module, ABC):
@@ -37,9 +44,9 @@ class GradientEstimator(nn.Module, ABC):
     plain forward pass would, and puts the model's gradient nowhere: `write_grads` does that.
 
     Attributes:
-        scalar_reducible: with the same directions on every rank, the mean over ranks of `directional_derivatives`
-            makes the estimate that of the whole batch, and `replay` rebuilds the gradients from them; otherwise the
-            gradients themselves must be averaged.
+        scalar_reducible: with the same directions on every rank, the mean over ranks of numbers, as many as the
+            directions or their pairs, makes the estimate that of the whole batch, and `replay` rebuilds the gradients
+            from K of them; otherwise the gradients themselves must be averaged.
         claims: what holds of every estimate g_hat, and is tested on every problem: "exact", it is the gradient to
             rounding, which implies the others; "unbiased", E[g_hat] = grad f; "descent", g_hat . grad f >= 0 in
             every draw.
@@ -128,13 +135,13 @@ class GradientEstimator(nn.Module, ABC):
         return None if error is None else a / math.sqrt(error + 2 * a - 1)
 
     def replay(self, model: nn.Module, derivatives: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """The gradients of an estimate from its directional derivatives and its generator, without data.
+        """The gradients of an estimate from its K numbers and its generator, without data.
 
         Methods that are `scalar_reducible` have it.
 
         Args:
             model: as in the estimate.
-            derivatives: the estimate's `directional_derivatives`.
+            derivatives: the estimate's `replayed`: its `directional_derivatives`, or its `weights` if it has any.
             generator: in the state in which the estimate was given it.
         """
         raise NotImplementedError(f"{type(self).__name__} is not a function of seeds and derivatives alone")

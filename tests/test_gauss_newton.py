@@ -61,7 +61,7 @@ OTHERS = {
     "a penalty": lambda z: F.cross_entropy(z, LABELS) + z.square().mean(),
     "negative class weights": lambda z: F.cross_entropy(z, LABELS, weight=-CLASSES, reduction="none"),
     "broadcast": lambda z: F.mse_loss(z.unsqueeze(0), TARGETS, reduction="none").mean((0, 2)),
-    "mixed examples": lambda z: F.cross_entropy(z @ z.T, torch.arange(4), reduction="none"),
+    "mixed examples": lambda z: (z @ z.T).logsumexp(1) - z.square().sum(1),
 }
 
 
@@ -115,7 +115,7 @@ def test_a_complete_basis_gives_the_levenberg_marquardt_step(name):
     case = case_of(loss)
     g, gradient = gauss_newton_matrix(case.build(), loss), flat(exact_grads(case))
     n = len(gradient)
-    step = torch.linalg.solve(g + 0.1 * g.trace() / n * torch.eye(n), gradient)
+    step = torch.linalg.solve(g + 0.1 * g.trace() / n * torch.eye(n).double(), gradient)
     found = flat(estimated_grads(GaussNewton(Basis(), n, damping=0.1, max_change=None), case))
     torch.testing.assert_close(found, step, rtol=1e-9, atol=1e-12)
 
@@ -277,10 +277,9 @@ def test_length_of_directions_and_losses():
             rows.mul_(100)
 
     tripled = Case("tripled", CASES[0].model, lambda m: 3 * CASES[0].loss(m))
-    options = {"max_change": None}
-    first = estimated_grads(GaussNewton(Normal(), 3, **options), CASES[0])
-    properties.assert_is(estimated_grads(GaussNewton(Long(), 3, **options), CASES[0]), first, rounding=1e-9)
-    properties.assert_is(estimated_grads(GaussNewton(Normal(), 3, **options), tripled), first, rounding=1e-9)
+    first = estimated_grads(GaussNewton(Normal(), 3, max_change=None), CASES[0])
+    for law, case in ((Long(), CASES[0]), (Normal(), tripled)):
+        properties.assert_is(estimated_grads(GaussNewton(law, 3, max_change=None), case), first, rounding=1e-9)
 
 
 def test_ranks_send_slopes_and_half_of_the_curvature():
@@ -312,7 +311,7 @@ def test_what_is_not_finite_is_refused_and_forgotten():
         return estimator(model, loss, generator=torch.Generator().manual_seed(0))
 
     before = estimate(INPUTS)
-    for value in (torch.nan, torch.inf, 1e300):
+    for value in (torch.nan, torch.inf):
         with pytest.raises(DivergenceError):
             write_grads(model, estimate(torch.full_like(INPUTS, value)).grads)
     assert not estimator.state_dict()
@@ -343,7 +342,8 @@ def test_the_result_names_what_replays_it():
     model, estimator = net().double(), GaussNewton(num_tangents=3)
     estimate = estimator(model, lambda m: F.mse_loss(m(INPUTS), TARGETS))
     assert estimate.replayed is estimate.weights
-    assert estimate.directional_derivatives.shape == estimate.weights.shape == (3,)
+    assert estimate.weights is not None
+    assert estimate.weights.shape == (3,)
     plain = ForwardGradient()(model, lambda m: F.mse_loss(m(INPUTS), TARGETS))
     assert plain.replayed is plain.directional_derivatives
 

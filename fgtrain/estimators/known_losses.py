@@ -1,5 +1,6 @@
 """Losses whose Hessian in their input has a closed form, noticed where a loss function calls them."""
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -46,13 +47,13 @@ class KnownLoss(NamedTuple):
         options = self.options | {"size_average": None, "reduce": None, "reduction": "none"}
         each = self.func(unit, self.target, **options)
         total = self.func(unit, self.target, **self.options).mean()
-        return each * (total / each.sum().clamp_min(torch.finfo(each.dtype).tiny))
+        return each * (total / torch.where(each.any(), each.sum(), 1))
 
 
 def _cross_entropy(loss: KnownLoss, z: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
     """H = c (diag(p) - p p^T), whatever the target is; the loss of equal logits is c log C."""
     dim = 1 if z.dim() > 1 else 0
-    weights = loss.weights(torch.zeros_like(z)) / torch.tensor(z.shape[dim]).log()
+    weights = loss.weights(torch.zeros_like(z)) / math.log(z.shape[dim])
     p = z.softmax(dim)
     return moved - (p * moved).sum(dim + 1, keepdim=True), p * weights.unsqueeze(dim)
 

@@ -175,7 +175,7 @@ class _SeenLoss:
         """The losses, of outputs in the order in which they were returned."""
         outputs = iter(given)
         results = [
-            tree_unflatten([next(outputs) if leaf is None else leaf for leaf in call.leaves], call.spec)
+            tree_unflatten([next(outputs).clone() if leaf is None else leaf for leaf in call.leaves], call.spec)
             for call in self._calls
         ]
         turn = iter(results)

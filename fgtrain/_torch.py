@@ -6,7 +6,7 @@ compiler are here too; the compiler is imported at its first use, since that tak
 """
 
 import sys
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -112,3 +112,21 @@ def saved_tensor_hooks_as_they_were() -> Generator[None]:
             autograd._saved_tensors_hooks_enable()
         else:
             autograd._saved_tensors_hooks_disable(ban)
+
+
+@contextmanager
+def calls_replaced(calls: Mapping[nn.Module, Callable[..., Any]]) -> Generator[None]:
+    """A context in which a call of one of these modules, with its hooks, is a call of the function beside it."""
+    before = {module: vars(module).get("_compiled_call_impl") for module in calls}
+    try:
+        for module, call in calls.items():
+            vars(module)["_compiled_call_impl"] = call
+        yield
+    finally:
+        for module, call in before.items():
+            vars(module)["_compiled_call_impl"] = call
+
+
+def call_of(module: nn.Module) -> Callable[..., Any]:
+    """What a call of the module runs, its hooks among it."""
+    return module._compiled_call_impl or module._call_impl

@@ -122,15 +122,16 @@ class Ranks:
         if tangents == "shared":
             return estimator(model, loss_fn, generator=keyed_generator(*key), reduce=self.mean)
         own = estimator(model, loss_fn, generator=keyed_generator(*key, self.rank))
-        assert own.directional_derivatives is not None
-        derivatives = self.gather(own.directional_derivatives)
+        assert own.replayed is not None
+        derivatives = self.gather(own.replayed)
         parts = (
             own.grads if rank == self.rank else estimator.replay(model, found, keyed_generator(*key, rank))
             for rank, found in enumerate(derivatives)
         )
         gain = estimator.mean_length_of(self.size, own.grads) / estimator.mean_length(own.grads)
         grads = _sum_of(parts, self.size / gain)
-        return own._replace(grads=grads, directional_derivatives=torch.cat(derivatives))
+        found = {"directional_derivatives" if own.weights is None else "weights": torch.cat(derivatives)}
+        return own._replace(grads=grads, **found)
 
 
 def of_all_ranks(value: Any) -> list[Any]:

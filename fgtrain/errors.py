@@ -19,6 +19,10 @@ class LossError(UserError, ValueError):
     """The loss function does not return a differentiable loss."""
 
 
+class NoTangent(LossError):
+    """The loss carries no derivative along the directions."""
+
+
 class ModelError(UserError, ValueError):
     """The model has no parameters to train, or they are on unsuitable devices."""
 

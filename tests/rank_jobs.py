@@ -3,6 +3,7 @@
 import logging
 import os
 from collections import Counter
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fgtrain import Backprop, ForwardGradient, LowRank
+from fgtrain import Backprop, ForwardExact, ForwardGradient, GaussNewton, GradientEstimator, LowRank
 from fgtrain.data import InMemoryDataModule
 from fgtrain.distributed import Ranks
 from fgtrain.errors import DivergenceError, RankFailed, RanksDiffer
@@ -50,6 +51,8 @@ ESTIMATORS = {
     "clipped": partial(ForwardGradient, num_tangents=2, clip_derivative=0.5),
     "spsa": partial(SPSA, num_tangents=2),
     "mezo": MeZO,
+    "gauss_newton": partial(GaussNewton, num_tangents=2),
+    "forward_exact": ForwardExact,
     "checkpointed": CheckpointedBackprop,
     "local_guess": LocalGuess,
     "local_backprop": lambda: LocalLosses(Backprop()),
@@ -272,9 +275,16 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def sharded(folder):
+SHARDABLE: dict[str, Callable[[], GradientEstimator]] = {
+    "low_rank": partial(ForwardGradient, LowRank(), num_tangents=2),
+    "gauss_newton": partial(GaussNewton, num_tangents=2),
+    "forward_exact": ForwardExact,
+}
+
+
+def sharded(folder, name):
     """Parameters after training, the shapes of this rank's parts of them and of their momenta, and the operations."""
-    module = make(ForwardGradient(LowRank(), num_tangents=2), optimizer=MOMENTUM)
+    module = make(SHARDABLE[name](), optimizer=MOMENTUM)
     strategy = ModelParallelStrategy(data_parallel_size=dist.get_world_size(), tensor_parallel_size=1)
     options = {"precision": "32-true", "inference_mode": False, "num_sanity_val_steps": 0, "limit_val_batches": 0}
     with Collectives() as collectives:

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import fgtrain
 from fgtrain.distributed import Ranks
 from fgtrain.errors import ConfigError
 from fgtrain.estimators import write_grads
@@ -23,7 +22,7 @@ from fgtrain.runs.world import is_follower, plan
 from tests import rank_jobs
 from tests.commands import ROOT, results_under, train
 from tests.kills import Started
-from tests.rank_jobs import ESTIMATORS, MOMENTUM, STEPS, Data, fit, make, start
+from tests.rank_jobs import ESTIMATORS, MOMENTUM, SHARDABLE, STEPS, Data, fit, make, start
 
 SCRIPT = str(ROOT / "scripts" / "train.py")
 CPUS = ("trainer.accelerator=cpu", "trainer.devices=2")
@@ -31,7 +30,7 @@ STEP = ("trainer.max_steps=2", "callbacks=none")
 STANDALONE = ("--nproc_per_node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0")
 
 SCALARS = {"normal": 1, "projection": 2, "low_rank": 3, "clipped": 2, "spsa": 2, "mezo": 1}  # sent by each rank
-SCALARS |= {"shrunk": 2, "shrunk_spsa": 2}
+SCALARS |= {"shrunk": 2, "shrunk_spsa": 2, "gauss_newton": 2 + 3, "forward_exact": 43}
 EXCESS = {"shrunk": 2, "shrunk_spsa": 0}  # of normal numbers and of signs: s = (n - 1 + excess) / K
 EXACT = ["backprop", "checkpointed", "local_guess", "local_backprop", "local_tail", "highway"]  # draw nothing
 OWN_NOISE = ["activity", "second_order"]  # on every rank, whatever distributed.tangents says
@@ -184,10 +183,11 @@ def test_replay_gives_the_gradients_back():
         assert torch.equal(g, again[name])
 
 
-def test_sharded_equals_unsharded(tmp_path):
-    alone = make(fgtrain.ForwardGradient(fgtrain.LowRank(), num_tangents=2), optimizer=MOMENTUM)
+@pytest.mark.parametrize("name", SHARDABLE)
+def test_sharded_equals_unsharded(name, tmp_path):
+    alone = make(SHARDABLE[name](), optimizer=MOMENTUM)
     fit(alone, 12, tmp_path)
-    found = start(2, rank_jobs.sharded, tmp_path)
+    found = start(2, rank_jobs.sharded, tmp_path, name)
     for run in found:
         assert_close(run["weights"], dict(alone.model.named_parameters()))
     first, second = (run["shapes"] for run in found)
@@ -196,7 +196,8 @@ def test_sharded_equals_unsharded(tmp_path):
         assert first[name][0] < p.shape[0]
     assert [run["momenta"] for run in found] == [first, second]
     for run in found:  # three layers gathered once a step, and nothing that belongs to gradients
-        assert run["calls"]["c10d._allgather_base_"] == 3 * STEPS
+        passes = 6 if name == "forward_exact" else 1  # of its six parameters, one each
+        assert run["calls"]["c10d._allgather_base_"] == 3 * STEPS * passes
         assert not any("reduce_scatter" in call for call in run["calls"])
 
 

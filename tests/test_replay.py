@@ -116,7 +116,7 @@ def test_altered_logs_are_refused(tmp_path):
 def test_methods_that_need_the_data_are_refused(tmp_path):
     status, _, err = train(tmp_path, "method=backprop", *LOGGED)
     assert (status, err.count("\n")) == (2, 1), err
-    assert "unlike those of Backprop; use ForwardGradient, SPSA or MeZO (" in err
+    assert "unlike those of Backprop; use ForwardGradient, GaussNewton, SPSA or MeZO (" in err
 
 
 def test_saved_configuration_runs_again(tmp_path):

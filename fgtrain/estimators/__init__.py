@@ -5,7 +5,9 @@ from fgtrain.estimators.backprop import Backprop
 from fgtrain.estimators.base import Estimate, GradientEstimator, write_grads
 from fgtrain.estimators.checkpointed import CheckpointedBackprop
 from fgtrain.estimators.fdfa import FDFA
+from fgtrain.estimators.forward_exact import ForwardExact
 from fgtrain.estimators.forward_gradient import ForwardGradient
+from fgtrain.estimators.gauss_newton import GaussNewton
 from fgtrain.estimators.highway import Highway
 from fgtrain.estimators.local import LocalLosses
 from fgtrain.estimators.local_guess import LocalGuess
@@ -20,7 +22,9 @@ __all__ = [
     "Backprop",
     "CheckpointedBackprop",
     "Estimate",
+    "ForwardExact",
     "ForwardGradient",
+    "GaussNewton",
     "GradientEstimator",
     "Highway",
     "LocalGuess",

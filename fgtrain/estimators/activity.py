@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from fgtrain.errors import LossError
+from fgtrain.errors import NoTangent
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, average_grads, require_positive_int
 from fgtrain.forward_ad.native import NO_TANGENT
 from fgtrain.forward_ad.passes import RepeatedPass
@@ -153,7 +153,7 @@ class ActivityPerturbation(GradientEstimator):
         examined = ExaminedPass(model, loss_fn)
         losses, found = run_perturbed(model, loss_fn, {**noises, **(directions or {})})
         if found is None:
-            raise LossError(NO_TANGENT)
+            raise NoTangent(NO_TANGENT)
         num, calls = self.num_tangents, perturbed.calls
         if losses.dim() == 0 and self.examples == "independent":
             self._warn_of_scalar(calls)

@@ -23,11 +23,18 @@ class Estimate(NamedTuple):
         loss: mean loss, ().
         grads: {parameter name: tensor like the parameter}, without parameters on which the loss does not depend.
         directional_derivatives: grad f . v_k for each direction, (K,); None for methods without directions.
+        weights: weights of the directions in the gradients, (K,); None if they follow from the derivatives.
     """
 
     loss: Tensor
     grads: dict[str, Tensor]
     directional_derivatives: Tensor | None = None
+    weights: Tensor | None = None
+
+    @property
+    def replayed(self) -> Tensor | None:
+        """What `GradientEstimator.replay` takes: the weights, or else the derivatives."""
+        return self.directional_derivatives if self.weights is None else self.weights
 
 
 class GradientEstimator(nn.Module, ABC):
@@ -37,9 +44,9 @@ class GradientEstimator(nn.Module, ABC):
     buffers (BatchNorm statistics) in the state that one plain forward pass leaves.
 
     Attributes:
-        scalar_reducible: with the same directions on every rank, the mean over ranks of `directional_derivatives` gives
-            the estimate of the whole batch, and `replay` rebuilds the gradients from them. Otherwise the gradients
-            themselves must be averaged.
+        scalar_reducible: with the same directions on every rank, the mean over ranks of a few numbers (one for each
+            direction, or for each pair) gives the estimate of the whole batch, and `replay` rebuilds the gradients from
+            K numbers. Otherwise the gradients themselves must be averaged.
         claims: properties of every estimate g_hat, tested on every problem. "exact": it is the gradient up to rounding,
             which implies the others. "unbiased": E[g_hat] = grad f. "descent": g_hat . grad f >= 0 in every draw.
         backpropagates: whether gradients pass backwards through the activations, so that in float16 the loss must be
@@ -127,13 +134,13 @@ class GradientEstimator(nn.Module, ABC):
         return None if error is None else a / math.sqrt(error + 2 * a - 1)
 
     def replay(self, model: nn.Module, derivatives: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        """Rebuild the gradients of an estimate from its directional derivatives and its generator, without data.
+        """Rebuild the gradients of an estimate from its K numbers and its generator, without data.
 
         Methods with `scalar_reducible` implement it.
 
         Args:
             model: the model of the estimate.
-            derivatives: the estimate's `directional_derivatives`.
+            derivatives: `Estimate.replayed`: its `directional_derivatives`, or its `weights` if it has any.
             generator: the generator, in its state before the estimate.
         """
         raise NotImplementedError(f"{type(self).__name__} cannot be rebuilt from seeds and derivatives")

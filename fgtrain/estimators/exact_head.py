@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fgtrain.errors import LossError
+from fgtrain.errors import NoTangent
 from fgtrain.estimators.base import Estimate, Reduce, average_grads
 from fgtrain.forward_ad.native import NO_TANGENT
 from fgtrain.layer_noise.layers import perturbed_layers, run_perturbed
@@ -47,7 +47,7 @@ def with_exact_head(
         perturbed, examined = PerturbedPass(num, seed=0, head=head[0]), ExaminedPass(model, loss_fn)
         losses, found = run_perturbed(model, loss_fn, {**directions, head[0]: LayerNoise(head[0], perturbed)})
         if found is None:
-            raise LossError(NO_TANGENT)
+            raise NoTangent(NO_TANGENT)
         grad_output = gradient_of_head(examined, perturbed.calls, head[0], found[num:])
         local_grads = perturbed.calls[0].local_grads
         assert local_grads is not None

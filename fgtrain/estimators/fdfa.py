@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fgtrain.errors import LossError, UnsupportedOperation
+from fgtrain.errors import NoTangent, UnsupportedOperation
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, average_grads, require_positive_int
 from fgtrain.forward_ad.native import NO_TANGENT
 from fgtrain.layer_noise.layers import perturbed_layers, run_perturbed
@@ -105,7 +105,7 @@ class FDFA(GradientEstimator):
         examined = ExaminedPass(model, loss_fn)
         losses, found = run_perturbed(model, loss_fn, {**noises, **(directions or {})})
         if found is None:
-            raise LossError(NO_TANGENT)
+            raise NoTangent(NO_TANGENT)
         calls = _in_order(perturbed.calls)
         error = gradient_of_head(examined, calls, layers.last, found[self.num_tangents :])
         *hidden, head = calls

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fgtrain._torch import is_compiled
-from fgtrain.errors import LossError
+from fgtrain.errors import NoTangent
 from fgtrain.forward_ad import native, sharded, stacked
 from fgtrain.forward_ad.native import NO_TANGENT, LossFn
 from fgtrain.forward_ad.passes import LightPass, NotIntercepted, RepeatedPass, WritesIntoPlain
@@ -67,7 +67,7 @@ def jvp(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> t
     if unknown := [name for name in tangents if name not in slots.params]:
         raise ValueError(f"tangents for {', '.join(sorted(unknown))}, which the model's named_parameters() do not list")
     if not tangents:
-        raise LossError(NO_TANGENT)
+        raise NoTangent(NO_TANGENT)
     with one_at_a_time, torch.inference_mode(False), torch.no_grad():
         return slots.kept(_Engines, lambda: _Engines(slots)).run(model, slots, loss_fn, tangents)
 

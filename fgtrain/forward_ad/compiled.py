@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from fgtrain._torch import compile_graph, no_fake_tensor_cache, plain_tensors, saved_tensor_hooks_as_they_were
-from fgtrain.errors import LossError, UserError
+from fgtrain.errors import NoTangent, UserError
 from fgtrain.forward_ad.dual import Dual, running_pass
 from fgtrain.forward_ad.native import NO_TANGENT
 from fgtrain.forward_ad.passes import NotIntercepted, TakenDown, check_losses
@@ -74,7 +74,7 @@ class CompiledPass:
         finally:
             self._names, self._tangents, self._outputs = {}, {}, []
         if derivatives is None:
-            raise LossError(NO_TANGENT)
+            raise NoTangent(NO_TANGENT)
         return losses, derivatives
 
     def _take_down(self, taken: fx.GraphModule, _: list[Any]) -> Callable[..., tuple[Tensor, ...]]:

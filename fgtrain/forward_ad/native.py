@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from fgtrain._torch import REQUIRES_GRAD, eager_functions, is_inside_transform, tree_leaves, tree_map_only
-from fgtrain.errors import LossError, UnsupportedOperation
+from fgtrain.errors import NoTangent, UnsupportedOperation
 from fgtrain.forward_ad.dropped import refuse_if_lost
 from fgtrain.forward_ad.dual import Dual
 from fgtrain.forward_ad.kept import is_kept, marked, of_earlier_pass, release
@@ -59,7 +59,7 @@ def jvp(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> t
                 pair = fwAD.unpack_dual(calls.checked(check_losses(found)))
                 release(model, lambda x: marked(primal_of(x)) if has_tangent(x) else None)
                 if pair.tangent is None:
-                    raise LossError(NO_TANGENT)
+                    raise NoTangent(NO_TANGENT)
                 _require_repetition(losses, pair.primal)
                 losses = pair.primal.detach()
                 derivatives.append(pair.tangent.detach())

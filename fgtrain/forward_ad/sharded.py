@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fgtrain._torch import eager_functions, set_grad_enabled
-from fgtrain.errors import LossError, UnsupportedOperation
+from fgtrain.errors import NoTangent, UnsupportedOperation
 from fgtrain.forward_ad.dual import Dual, primal_of, running_pass, tangent_of
 from fgtrain.forward_ad.native import NO_TANGENT, named_errors
 from fgtrain.forward_ad.passes import NotIntercepted, check_losses
@@ -42,7 +42,7 @@ def jvp(model: nn.Module, loss_fn: Callable[[Any], Tensor], tangents: Mapping[st
             f"sharded parameters need the stacked engine, which cannot run this model: {reason}"
         ) from None
     if derivatives is None:
-        raise LossError(NO_TANGENT)
+        raise NoTangent(NO_TANGENT)
     return values, derivatives
 
 

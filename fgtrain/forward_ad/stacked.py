@@ -16,7 +16,7 @@ import fgtrain.forward_ad.rules.matrix_products
 import fgtrain.forward_ad.rules.sampling
 import fgtrain.forward_ad.rules.sequence  # noqa: F401 - these register their rules and bodies
 from fgtrain._torch import eager_functions, plain_tensors
-from fgtrain.errors import LossError
+from fgtrain.errors import NoTangent
 from fgtrain.forward_ad.adopted import Adopting
 from fgtrain.forward_ad.dual import Dual, primal_of, running_pass, tangent_of
 from fgtrain.forward_ad.kept import marked, release
@@ -48,7 +48,7 @@ def jvp(model: nn.Module, loss_fn: Callable[[Any], Tensor], tangents: Mapping[st
     """
     values, derivatives = evaluate(model, loss_fn, tangents)
     if derivatives is None:
-        raise LossError(NO_TANGENT)
+        raise NoTangent(NO_TANGENT)
     return values, derivatives
 
 

@@ -206,6 +206,7 @@ class EstimatorModule(L.LightningModule):
         return {
             "loss": estimate.loss,
             "directional_derivatives": estimate.directional_derivatives,
+            "replayed": estimate.replayed,
             "skipped": not sound,
         }
 

@@ -36,7 +36,7 @@ def _linear_apart(x: Any, weight: Any, bias: Any) -> tuple[Tensor, Tensor]:
     rows = px if px.dim() == 2 else px.reshape(-1, px.shape[-1])
     fixed = _of_weight(rows, weight, bt).to(primal.dtype) if isinstance(weight, Dual) else None  # (K B, out)
     if xt is None:
-        total = bt.unsqueeze(1).expand(-1, rows.shape[0], -1) if fixed is None else fixed
+        total = bt.unsqueeze(1).repeat(1, rows.shape[0], 1) if fixed is None else fixed  # may be changed in place
     elif fixed is None:
         total = F.linear(xt, pw)
         if bt is not None:
@@ -150,7 +150,7 @@ def _conv(
         total = term if total is None else total.add_(term)
     if bt is not None:
         bt = bt.view(len(bt), 1, -1, *[1] * spatial)
-        total = bt if total is None else total.add_(bt)
+        total = bt.clone() if total is None else total.add_(bt)  # may be changed in place
     return dual(primal, total)
 
 

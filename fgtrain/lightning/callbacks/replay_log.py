@@ -17,7 +17,7 @@ PARTS = {"format", "initial", "final", "steps", "batches_per_epoch", "derivative
 
 
 class ReplayLog(L.Callback):
-    """Writes the directional derivatives of every step, 4 K bytes each in single precision.
+    """Writes the directional derivatives of every step, or the weights of directions: 4 K bytes in single precision.
 
     `scripts/replay.py RUN` rebuilds the weights from them. Buffers (BatchNorm statistics) are functions of the data and
     cannot be rebuilt. The file is written with every checkpoint and at the end.
@@ -37,7 +37,7 @@ class ReplayLog(L.Callback):
         if not estimator.scalar_reducible:
             raise ConfigError(
                 f"a replay log needs estimates that depend on seeds and derivatives only, unlike those of "
-                f"{type(estimator).__name__}; use ForwardGradient, SPSA or MeZO"
+                f"{type(estimator).__name__}; use ForwardGradient, GaussNewton, SPSA or MeZO"
             )
         if trainer.world_size > 1 and pl_module.distributed_tangents != "shared":
             raise ConfigError("a replay log needs distributed.tangents=shared")
@@ -48,7 +48,7 @@ class ReplayLog(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        row = outputs["directional_derivatives"]
+        row = outputs["replayed"]
         self._rows.append(torch.full_like(row, torch.nan) if outputs["skipped"] else row)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

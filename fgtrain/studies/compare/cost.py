@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 from omegaconf import DictConfig
+from torch import Tensor
 
 from fgtrain.estimators import write_grads
 from fgtrain.memory import peak_mib
@@ -59,10 +60,15 @@ def _step(cfg: DictConfig, device: torch.device) -> tuple[Callable[[], None], in
         write_grads(model, estimate.grads, check_finite=False)
         optimizer.step()
 
-    estimate = module.estimator(model, losses, generator=keyed_generator(cfg.seed))
-    sent = estimate.directional_derivatives if module.estimator.scalar_reducible else None
-    grads = estimate.grads.values()
-    return step, sent.nbytes if sent is not None else sum(g.nbytes for g in grads)
+    sent = 0
+
+    def counted(tensor: Tensor) -> Tensor:
+        nonlocal sent
+        sent += tensor.nbytes
+        return tensor
+
+    module.estimator(model, losses, generator=keyed_generator(cfg.seed), reduce=counted)
+    return step, sent
 
 
 def _seconds(step: Callable[[], None], device: torch.device, repeats: int = 20) -> float:

@@ -1,0 +1,131 @@
+"""The exact gradient by forward mode: the derivative along every unit direction."""
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fgtrain.errors import NoTangent
+from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce, require_positive_int
+from fgtrain.forward_ad import jvp
+from fgtrain.forward_ad.native import NO_TANGENT
+from fgtrain.forward_ad.passes import RepeatedPass
+from fgtrain.network.parameters import trainable_params
+from fgtrain.network.sharding import like_parameter
+from fgtrain.tangents.directions import LowRankTangent, Tangent, num_of
+
+_log = logging.getLogger(__name__)
+MANY = 10_000
+
+
+class ForwardExact(GradientEstimator):
+    """The exact gradient without a backward pass, for few parameters or long chains of operations.
+
+    Formula: g_i = grad f . e_i for each of the n trainable numbers, with the unit vectors e_i.
+
+    Exact: no bias, no variance, no random number.
+
+    Cost: n / c passes in the memory of c directions of one parameter, so n forward passes of arithmetic; n floats sent
+    between ranks. A unit matrix is kept as the product of two unit vectors. A pass carries derivatives from the layer
+    of its parameter on. Above 10,000 parameters a warning says so.
+
+    Args:
+        chunk_size: c, at most so many directions in one pass; None takes all of a parameter.
+
+    Raises:
+        ValueError: an argument out of its range.
+
+    Source: Wengert 1964, "A simple automatic derivative evaluation program", Communications of the ACM 7(8).
+
+    The gradient of x^2 + 3 y at (1, 2) is (2, 3):
+
+    >>> model = nn.ParameterDict({"x": torch.tensor(1.0), "y": torch.tensor(2.0)})
+    >>> estimate = ForwardExact()(model, lambda m: m["x"] ** 2 + 3 * m["y"])
+    >>> estimate.grads
+    {'x': tensor(2.), 'y': tensor(3.)}
+    """
+
+    scalar_reducible = True
+    shardable = True
+    claims: frozenset[Claim] = frozenset({"exact"})
+
+    def __init__(self, chunk_size: int | None = 64) -> None:
+        super().__init__()
+        if chunk_size is not None:
+            require_positive_int("chunk_size", chunk_size)
+        self.chunk_size = chunk_size
+        self.directions_at_a_time = chunk_size or 0
+        self._warned = False
+
+    @torch.no_grad()
+    def forward(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Any], Tensor],
+        *,
+        generator: torch.Generator,
+        reduce: Reduce | None,
+    ) -> Estimate:
+        params = trainable_params(model)
+        self._warn(sum(p.numel() for p in params.values()))
+        repeated = RepeatedPass(model)
+        losses, reason, found = None, NoTangent(NO_TANGENT), []
+        for name, units in self._chunks(params):
+            repeated.rewind()
+            try:
+                losses, derivatives = jvp(model, loss_fn, {name: units})
+            except NoTangent as error:  # the loss does not depend on this parameter
+                reason, derivatives = error, torch.zeros(num_of({name: units}), device=params[name].device)
+            found.append(derivatives.mean(1) if derivatives.dim() == 2 else derivatives)
+        if losses is None:
+            raise reason
+        derivatives = torch.cat(found)
+        if reduce is not None:
+            derivatives = reduce(derivatives)
+        return Estimate(losses.mean(), _unflattened(derivatives, params), derivatives)
+
+    def replay(self, model: nn.Module, derivatives: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        return _unflattened(derivatives, trainable_params(model))
+
+    def direction_bytes(self, params: Mapping[str, Tensor]) -> int:
+        return max(sum(_factor_sizes(p)) * p.element_size() for p in params.values())
+
+    def _chunks(self, params: Mapping[str, Tensor]) -> Iterator[tuple[str, Tangent]]:
+        for name, p in params.items():
+            size = self.chunk_size or p.numel()
+            for first in range(0, p.numel(), size):
+                yield name, _units(p, torch.arange(first, min(first + size, p.numel()), device=p.device))
+
+    def _warn(self, num_params: int) -> None:
+        if num_params > MANY and not self._warned:
+            self._warned = True
+            _log.warning("ForwardExact takes %d derivatives a step, one for every parameter", num_params)
+
+    def extra_repr(self) -> str:
+        return f"chunk_size={self.chunk_size}"
+
+
+def _factor_sizes(p: Tensor) -> tuple[int, ...]:
+    """Of a parameter read as a matrix: rows and columns; of one of fewer dimensions, its size."""
+    return (p.shape[0], math.prod(p.shape[1:])) if p.dim() > 1 else (p.numel(),)
+
+
+def _units(p: Tensor, places: Tensor) -> Tangent:
+    """The unit directions of p at these of its numbers, (K,)."""
+    if p.dim() < 2:
+        return F.one_hot(places, p.numel()).to(p.dtype).view(-1, *p.shape)
+    rows, columns = _factor_sizes(p)
+    left, right = F.one_hot(places // columns, rows), F.one_hot(places % columns, columns)
+    return LowRankTangent(left.to(p.dtype), right.to(p.dtype), 1, p.shape)
+
+
+def _unflattened(numbers: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    blocks = numbers.split([p.numel() for p in params.values()])
+    return {
+        name: like_parameter(block.view(p.shape).to(p.dtype), p)
+        for (name, p), block in zip(params.items(), blocks, strict=True)
+    }

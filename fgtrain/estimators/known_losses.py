@@ -1,0 +1,103 @@
+"""Losses whose Hessian in their input has a closed form, noticed where a loss function calls them."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from fgtrain.forward_ad.dual import Dual
+from fgtrain.forward_ad.native import has_tangent
+
+
+class KnownLoss(NamedTuple):
+    """A call func(input, target, **options) of a loss, without the input.
+
+    Args:
+        func: one of `CLOSED_FORMS`.
+        shape: of the input.
+        target: of the call.
+        options: of the call.
+    """
+
+    func: Any
+    shape: torch.Size
+    target: Tensor
+    options: dict[str, Any]
+
+    def curvature(self, taken: Tensor, moved: Tensor) -> Tensor:
+        """T_j . H T_k, (K, K), where H is the Hessian of the mean of the result.
+
+        Args:
+            taken: the input, as a vector (N,).
+            moved: its derivatives T, (K, N).
+        """
+        factors, diagonal = CLOSED_FORMS[self.func](self, taken.view(self.shape), moved.view(-1, *self.shape))
+        return (factors * diagonal).flatten(1) @ factors.flatten(1).mT
+
+    def weights(self, unit: Tensor) -> Tensor:
+        """What every element counts in the mean of the result: class weights, ignored targets and the reduction.
+
+        Args:
+            unit: an input for which all elements are equal but for that; they are the weights then.
+        """
+        options = self.options | {"size_average": None, "reduce": None, "reduction": "none"}
+        each = self.func(unit, self.target, **options)
+        total = self.func(unit, self.target, **self.options).mean()
+        return each * (total / torch.where(each.any(), each.sum(), 1))
+
+
+def _cross_entropy(loss: KnownLoss, z: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
+    """H = c (diag(p) - p p^T), whatever the target is; the loss of equal logits is c log C."""
+    dim = 1 if z.dim() > 1 else 0
+    weights = loss.weights(torch.zeros_like(z)) / math.log(z.shape[dim])
+    p = z.softmax(dim)
+    return moved - (p * moved).sum(dim + 1, keepdim=True), p * weights.unsqueeze(dim)
+
+
+def _mse_loss(loss: KnownLoss, z: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
+    """H = 2 c; the loss of an error of 1 is c."""
+    return moved, 2 * loss.weights(loss.target + 1)
+
+
+CLOSED_FORMS: dict[Any, Callable[[KnownLoss, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
+    F.cross_entropy: _cross_entropy,
+    F.mse_loss: _mse_loss,
+}
+"""{loss: A (K, ...) and D such that A D A^T are the inner products of its input's derivatives by the Hessian}."""
+
+
+class Noticed(TorchFunctionMode):
+    """A context in which calls of such losses are kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._calls: list[tuple[Any, Any, Any, dict[str, Any], Any]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func in CLOSED_FORMS and len(args) == 2 and carries_tangent(args[0]):
+            self._calls.append((func, *args, kwargs, result))
+        return result
+
+    def only(self) -> tuple[KnownLoss, Any, Any] | None:
+        """The call, its input and its result, if there is one call and its input alone carries a derivative."""
+        if len(self._calls) != 1:
+            return None
+        func, taken, target, options, result = self._calls[0]
+        if any(map(carries_tangent, (target, *options.values()))):
+            return None
+        if func is F.mse_loss and taken.shape != target.shape:
+            return None
+        if func is F.cross_entropy and taken.shape[taken.dim() > 1] == 1:  # one class: the loss of equal logits is 0
+            return None
+        return KnownLoss(func, taken.shape, target, options), taken, result
+
+
+def carries_tangent(x: Any) -> bool:
+    """Whether x carries a derivative in the pass that runs."""
+    return isinstance(x, Dual) or (isinstance(x, Tensor) and has_tangent(x))

@@ -1,0 +1,193 @@
+"""What a loss takes from a model, and how the loss curves as a function of that alone.
+
+One pass gives the outputs, their derivatives along K directions, and the losses. The output is the input of a loss
+whose Hessian has a closed form, if the loss function is the mean of that one. For any other loss the outputs are what
+modules with trained parameters return where the loss function calls them.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fgtrain._torch import call_of, calls_replaced, tree_flatten, tree_unflatten
+from fgtrain.errors import NoTangent
+from fgtrain.estimators.known_losses import KnownLoss, Noticed, carries_tangent
+from fgtrain.estimators.second_order import curvature_in_span
+from fgtrain.forward_ad import jvp
+from fgtrain.forward_ad.native import NO_TANGENT
+from fgtrain.forward_ad.passes import LightPass, RandomState, RepeatedPass, check_losses
+from fgtrain.network.parameters import slots_of
+from fgtrain.tangents.directions import Tangent, dense
+
+LossFn = Callable[[Any], Tensor]
+
+
+class Linearized(NamedTuple):
+    """A loss and its derivatives along K directions.
+
+    Args:
+        loss: mean loss, ().
+        slopes: grad f . v_k, (K,).
+        curvature: T_j . H T_k, (K, K), where T_k = J v_k are the derivatives of the outputs and H is the Hessian of the
+            mean loss in the outputs.
+    """
+
+    loss: Tensor
+    slopes: Tensor
+    curvature: Tensor
+
+
+def linearized(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> Linearized:
+    """The loss and its derivatives by one pass of the model, whose trace is that of a plain one.
+
+    A loss that calls no module with trained parameters takes these for its outputs.
+
+    Raises:
+        LossError: the loss carries no tangent.
+    """
+    before, seen = LightPass(slots_of(model)), _SeenLoss(model, loss_fn)
+    found, derivatives = jvp(model, seen, tangents)
+    *taken, losses = found.split(seen.sizes)
+    *moved, slopes = derivatives.split(seen.sizes, 1)
+    loss, slopes = losses.mean(), slopes.mean(1)
+    if seen.known is not None:
+        mean, mean_slopes = (loss, slopes) if seen.is_all else (taken.pop().mean(), moved.pop().mean(1))
+        if _agree(mean, loss) and _agree(mean_slopes, slopes):
+            return Linearized(loss, slopes, seen.known.curvature(taken[-1], moved[-1]))
+        del taken[-1], moved[-1]
+    if not taken:
+        before.rewind()
+        everything = {name: dense(tangent) for name, tangent in tangents.items()}
+        return Linearized(loss, slopes, curvature_in_span(model, loss_fn, everything)[2])
+    return Linearized(loss, slopes, seen.curvature(taken, moved))
+
+
+def _agree(found: Tensor, expected: Tensor) -> bool:
+    """Whether they are the same but for rounding, or one is the other."""
+    return found is expected or bool(
+        (found - expected).norm() <= torch.finfo(expected.dtype).eps ** (2 / 3) * expected.norm()
+    )
+
+
+class _Call(NamedTuple):
+    """What a module has returned.
+
+    Args:
+        leaves: of the nest that it is; None for an output.
+        spec: of the nest.
+        random_state: when it was returned.
+    """
+
+    leaves: list[Any]
+    spec: Any
+    random_state: RandomState
+
+
+class _SeenLoss:
+    """A loss function that returns all that is to be known of a pass as one vector.
+
+    Its parts are the outputs, the input and the result of the loss with a closed form, and the losses. If that result
+    is the losses, its input and the losses are all.
+
+    Args:
+        model: the loss function is called with.
+        loss_fn: the loss function.
+
+    Attributes:
+        sizes: of the parts.
+        known: the loss with a closed form; None where there is none.
+        is_all: its result is the losses.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
+        self._model = model
+        self._loss_fn = loss_fn
+        self._modules = {module: call_of(module) for module in _trained(model)}
+        self._device = next(model.parameters()).device
+        self._shapes: list[torch.Size] = []
+        self._calls: list[_Call] = []
+        self.sizes: list[int] = []
+        self.known: KnownLoss | None = None
+        self.is_all = False
+
+    def __call__(self, model: nn.Module) -> Tensor:
+        outputs: list[Tensor] = []
+        with self._kept(outputs), Noticed() as noticed:
+            losses = self._loss_fn(model)
+        check_losses(losses)
+        parts = [losses.flatten()]
+        if not carries_tangent(parts[0]):
+            raise NoTangent(NO_TANGENT)
+        found = noticed.only()
+        if found is None:
+            self.known, parts = None, [*outputs, *parts]
+        else:
+            self.known, taken, each = found
+            self.is_all = each is losses
+            parts = [taken, *parts] if self.is_all else [*outputs, taken, each, *parts]
+        self._shapes = [x.shape for x in outputs]
+        self.sizes = [part.numel() for part in parts]
+        return torch.cat([part.flatten() for part in parts])
+
+    def _kept(self, outputs: list[Tensor]) -> Any:
+        """A context in which the outermost calls are kept, and their results put into `outputs`."""
+        depth = 0
+        self._calls.clear()
+
+        def kept(call: Callable[..., Any]) -> Callable[..., Any]:
+            def run(*args: Any, **kwargs: Any) -> Any:
+                nonlocal depth
+                depth += 1
+                try:
+                    result = call(*args, **kwargs)
+                finally:
+                    depth -= 1
+                if not depth:
+                    leaves, spec = tree_flatten(result)
+                    outputs.extend(filter(_is_output, leaves))
+                    others = [None if _is_output(leaf) else leaf for leaf in leaves]
+                    self._calls.append(_Call(others, spec, RandomState([self._device])))
+                return result
+
+            return run
+
+        return calls_replaced({module: kept(call) for module, call in self._modules.items()})
+
+    def curvature(self, taken: list[Tensor], moved: list[Tensor]) -> Tensor:
+        """T_j . H T_k, (K, K), of a loss of which nothing is known; the last pass's trace stays.
+
+        Args:
+            taken: the outputs, as vectors (N,).
+            moved: their derivatives, (K, N).
+        """
+        after = RepeatedPass(self._model)
+        self._calls[-1].random_state.restore()
+        given = nn.ParameterList([x.view(shape) for x, shape in zip(taken, self._shapes, strict=True)])
+        along = {str(i): t.view(-1, *shape) for i, (t, shape) in enumerate(zip(moved, self._shapes, strict=True))}
+        with slots_of(self._model).exchanged({}):
+            _, _, curvature = curvature_in_span(given, self._of_outputs, along)
+        after.rewind()
+        return curvature
+
+    def _of_outputs(self, given: Any) -> Tensor:
+        """The losses, of outputs in the order in which they were returned."""
+        outputs = iter(given)
+        results = [
+            tree_unflatten([next(outputs).clone() if leaf is None else leaf for leaf in call.leaves], call.spec)
+            for call in self._calls
+        ]
+        turn = iter(results)
+        with calls_replaced(dict.fromkeys(self._modules, lambda *_, **__: next(turn))):
+            return self._loss_fn(self._model)
+
+
+def _is_output(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def _trained(module: nn.Module) -> list[nn.Module]:
+    """The modules that hold parameters with requires_grad=True, by themselves or in their parts."""
+    below = [found for child in module.children() for found in _trained(child)]
+    return [*below, module] if below or any(p.requires_grad for p in module.parameters(recurse=False)) else []

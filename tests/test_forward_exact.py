@@ -1,0 +1,84 @@
+"""The exact gradient by forward mode, beyond what tests/test_methods.py holds of every exact method."""
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+from fgtrain import Backprop, ForwardExact
+from fgtrain.errors import LossError
+from fgtrain.estimators import forward_exact
+from fgtrain.tangents.directions import LowRankTangent
+from tests import properties
+from tests.cases import CASES, INPUTS, LABELS, Case
+from tests.properties import estimated_grads, exact_grads
+
+
+@pytest.mark.parametrize("chunk_size", [1, 5, 64, None])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_exact_in_any_chunks(case, chunk_size):
+    properties.assert_is(estimated_grads(ForwardExact(chunk_size), case), exact_grads(case))
+
+
+def test_a_unit_matrix_is_two_unit_vectors(monkeypatch):
+    """So a chunk of c directions of an m x n matrix holds c (m + n) numbers, not c m n."""
+    seen = []
+
+    def jvp(model, loss_fn, tangents):
+        seen.extend(tangents.values())
+        return forward_exact_jvp(model, loss_fn, tangents)
+
+    forward_exact_jvp = forward_exact.jvp
+    monkeypatch.setattr(forward_exact, "jvp", jvp)
+    ForwardExact(5)(CASES[2].build(), CASES[2].loss)
+    for tangent in seen:
+        assert isinstance(tangent, LowRankTangent) or tangent[0].dim() == 1
+        assert (tangent if isinstance(tangent, torch.Tensor) else tangent.dense()).flatten(1).sum(1).eq(1).all()
+    assert sum(len(t) if isinstance(t, torch.Tensor) else t.num for t in seen) == 54 + 3 + 36 + 3
+
+
+def test_a_parameter_the_loss_does_not_reach_has_the_gradient_zero():
+    model = nn.ModuleDict({"used": nn.Linear(3, 2), "unused": nn.Linear(3, 2), "last": nn.Linear(2, 1)}).double()
+    loss = lambda m: m["last"](m["used"](INPUTS).tanh()).square().mean()  # noqa: E731
+    found, exact = ForwardExact()(model, loss).grads, Backprop()(model, loss).grads
+    assert found.keys() - exact.keys() == {"unused.weight", "unused.bias"}
+    assert not any(found[name].any() for name in found.keys() - exact.keys())
+    properties.assert_is({name: found[name] for name in exact}, exact)
+
+
+IN_PLACE = {
+    "linear": lambda: nn.Sequential(nn.Linear(3, 4), nn.ReLU(inplace=True), nn.Linear(4, 3)),
+    "one position": lambda: nn.Sequential(
+        nn.Unflatten(1, (3, 1, 1)), nn.Conv2d(3, 4, 1), nn.ReLU(inplace=True), nn.Flatten(), nn.Linear(4, 3)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+@pytest.mark.parametrize("rows", [1, 4])
+def test_a_bias_that_moves_alone_before_an_activation_in_place(name, rows):
+    """Its derivatives are those of no other row, and stay what they were."""
+    case = Case(name, IN_PLACE[name], lambda m: nn.functional.cross_entropy(m(INPUTS[:rows]), LABELS[:rows]))
+    properties.assert_is(estimated_grads(ForwardExact(), case), exact_grads(case))
+
+
+def test_a_loss_without_the_model_is_refused():
+    with pytest.raises(LossError, match="the loss carries no tangent"):
+        ForwardExact()(nn.Linear(3, 2), lambda m: INPUTS.float().sum(1))
+
+
+def test_many_parameters_are_told_once(caplog):
+    model = nn.Linear(5000, 2)
+    estimator = ForwardExact(2500)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            estimator(model, lambda m: m(torch.ones(1, 5000)).sum(1))
+    (record,) = caplog.records
+    assert record.getMessage() == "ForwardExact takes 10002 derivatives a step, one for every parameter"
+
+
+@pytest.mark.parametrize("chunk_size", [0, -1, 2.5])
+def test_bad_arguments(chunk_size):
+    with pytest.raises(ValueError, match="chunk_size must be an integer of at least 1, got"):
+        ForwardExact(chunk_size)

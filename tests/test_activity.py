@@ -20,7 +20,7 @@ from tests.basis import Basis, complete_noise, noise_of, signs, sizes_of, walsh
 from tests.cases import CASES, IMAGES, INPUTS, LABELS, Case
 from tests.properties import estimated_grads, exact_grads, flat
 
-MLP, SCALAR, CONV, MIXING, TIED, BARE = CASES
+MLP, SCALAR, CONV, MIXING, TIED, BARE, _ = CASES
 OPTIONS = [
     {},
     {"num_tangents": 3},

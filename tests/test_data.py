@@ -199,7 +199,11 @@ def test_mnist_subset_says_what_to_install(monkeypatch):
         MnistSubset(64).load()
 
 
-@pytest.mark.parametrize("content", [None, b"", b"no gzip", gzip.compress(b"1,2,3\n"), gzip.compress(b"a")[:-4]])
+@pytest.mark.parametrize(
+    "content",
+    [None, b"", b"no gzip", gzip.compress(b"1,2,3\n"), gzip.compress(b"a")[:-4]],
+    ids=["absent", "empty", "no gzip", "another table", "cut"],
+)
 def test_mnist_subset_damaged(tmp_path, monkeypatch, content):
     path = tmp_path / "mnist_5k.csv.gz"
     if content is not None:

@@ -255,6 +255,7 @@ def test_the_change_is_capped(law, cap):
         for c in (None, cap)
     )
     g = linearized(model, case.loss, sampled(model, 4, law)).curvature
+    assert free.weights is not None
     change = free.weights @ g @ free.weights
     factor = min(1.0, (cap / change.item()) ** 0.5)
     torch.testing.assert_close(capped.weights, factor * free.weights)

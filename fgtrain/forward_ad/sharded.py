@@ -80,8 +80,8 @@ class _DualsInForward:
         def put_duals(*_: Any) -> None:
             for held, key, name in places:
                 gathered.append(held[key])
-                if name in self._tangents:
-                    held[key] = Dual(held[key].detach(), self._tangents[name])
+                value = held[key].detach()
+                held[key] = Dual(value, self._tangents[name]) if name in self._tangents else value
             set_grad_enabled(True)
 
         def take_duals(*_: Any) -> None:

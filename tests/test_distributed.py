@@ -185,6 +185,7 @@ def test_replay_gives_the_gradients_back():
 
 @pytest.mark.parametrize("name", SHARDABLE)
 def test_sharded_equals_unsharded(name, tmp_path):
+    passes = 6 if name == "forward_exact" else 1  # of its six parameters, one each
     alone = make(SHARDABLE[name](), optimizer=MOMENTUM)
     fit(alone, 12, tmp_path)
     found = start(2, rank_jobs.sharded, tmp_path, name)
@@ -195,8 +196,7 @@ def test_sharded_equals_unsharded(name, tmp_path):
         assert first[name][0] + second[name][0] == p.shape[0]
         assert first[name][0] < p.shape[0]
     assert [run["momenta"] for run in found] == [first, second]
-    for run in found:  # three layers gathered once a step, and nothing that belongs to gradients
-        passes = 6 if name == "forward_exact" else 1  # of its six parameters, one each
+    for run in found:  # three layers gathered once a pass, and nothing that belongs to gradients
         assert run["calls"]["c10d._allgather_base_"] == 3 * STEPS * passes
         assert not any("reduce_scatter" in call for call in run["calls"])
 

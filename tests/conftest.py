@@ -13,10 +13,20 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts 
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and so does nohup
 
 
+collect_ignore = ["databases.py"]  # has no doctests; what it imports is large, and only long tests need it
+
+
 def pytest_collection_finish():
     """What the libraries made on import lives to the end; looking through it for garbage takes half a second a run."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.hookimpl(trylast=True)  # after the fixtures of the file are gone
+def pytest_runtest_teardown(item, nextitem):
+    """So does what is left of a file of tests: libraries that it was the first to use."""
+    if nextitem is not None and nextitem.path != item.path:
+        pytest_collection_finish()
 
 
 @pytest.fixture

@@ -26,8 +26,24 @@ def count(grads):
     return sum(g.numel() for g in grads.values())
 
 
-def claiming(claim):
-    return [method for method in METHODS if claim in unshrunk(method).claims]
+TRAITS = {
+    "exact": ["backprop", "backprop_checkpoint"],
+    "unbiased": ["fwdgrad", "fwdgrad_lowrank"],
+    "descent": ["fwdgrad", "fwdgrad_lowrank", "local_guess", "second_order"],
+    "scalar_reducible": ["fwdgrad", "fwdgrad_lowrank", "mezo", "spsa"],
+    "chunk_size": ["fwdgrad", "fwdgrad_lowrank"],
+}
+"""{trait: the methods that have it}: written down, since to build every method takes as long as many tests."""
+
+
+def test_methods_have_the_traits_that_they_are_tried_for():
+    found = {trait: [] for trait in TRAITS}
+    for method in METHODS:
+        estimator = unshrunk(method)
+        traits = {*estimator.claims, *(["scalar_reducible"] if estimator.scalar_reducible else [])}
+        for trait in traits | ({"chunk_size"} & configuration(method).keys()):
+            found[trait].append(method)
+    assert found == TRAITS
 
 
 @table(refused=True)
@@ -43,7 +59,7 @@ def test_no_method_refuses_a_plain_network(method):
     estimated_grads(make(method), CASES[0])
 
 
-@table(claiming("exact"))
+@table(TRAITS["exact"])
 def test_exact(method, case):
     estimator = make(method)
     torch.testing.assert_close(flat(estimated_grads(estimator, case)), flat(exact_grads(case)))
@@ -61,12 +77,8 @@ VARIANTS = {
 }
 
 
-def test_every_unbiased_method_is_tried_with_a_basis():
-    assert claiming("unbiased") == ["fwdgrad", "fwdgrad_lowrank"]
-
-
 @pytest.mark.parametrize("variant", VARIANTS)
-@table(["fwdgrad", "fwdgrad_lowrank"])
+@table(TRAITS["unbiased"])
 def test_a_complete_basis_gives_the_gradient(method, case, variant):
     gradient = exact_grads(case)
     estimator = unshrunk(method, **{"tangents": BASIS, "num_tangents": count(gradient)} | VARIANTS[variant])
@@ -143,7 +155,7 @@ def test_a_complete_basis_gives_the_damped_newton_step(method, case):
     assert (found - step).norm() <= 1e-10 * step.norm()  # rounding times the condition, 1e3
 
 
-@table(claiming("descent"))
+@table(TRAITS["descent"])
 def test_descent(method, case):
     estimator = make(method)
     gradient = exact_grads(case)
@@ -163,7 +175,7 @@ def test_same_state_and_seed_same_estimate(method, case):
     assert torch.equal(first, again)
 
 
-@table([method for method in METHODS if make(method).scalar_reducible])
+@table(TRAITS["scalar_reducible"])
 def test_replayed_from_derivatives_and_seed(method, case):
     estimator, model = make(method, num_tangents=3), case.build()
     estimate = estimator(model, case.loss, generator=torch.Generator().manual_seed(0))
@@ -172,7 +184,7 @@ def test_replayed_from_derivatives_and_seed(method, case):
     assert torch.equal(flat(again), flat(estimate.grads))
 
 
-@table([method for method in METHODS if "chunk_size" in configuration(method)])
+@table(TRAITS["chunk_size"])
 def test_chunked_equals_unchunked(method, case):
     whole, chunked = (make(method, num_tangents=3, chunk_size=size) for size in (None, 2))
     torch.testing.assert_close(flat(estimated_grads(chunked, case)), flat(estimated_grads(whole, case)))

@@ -1,6 +1,7 @@
 """A run that is cut at any hook, once or often, ends as the undisturbed one: weights, best checkpoint and results."""
 
 import contextlib
+import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -148,6 +149,54 @@ def assert_exact(plan, data=Small):
     assert_same(found, expected)
 
 
+class SnapshotFirst(KillFirst):
+    """Keeps what the run would leave, were it killed at one of the events, before other callbacks see it.
+
+    Attributes:
+        left: {which files there are: (a copy of the folder, what had been logged at each of the events)}.
+    """
+
+    def __init__(self, events, folder, logged):
+        super().__init__(0)
+        self.events = set(events)
+        self.folder = folder
+        self.logged = logged
+        self.seen = 0
+        self.left = {}
+
+    def _event(self, *_):
+        self.seen += 1
+        if self.seen in self.events:
+            self.folder.mkdir(exist_ok=True)
+            files = tuple(sorted((p.name, p.stat().st_ino, p.stat().st_mtime_ns) for p in self.folder.iterdir()))
+            if files not in self.left:
+                copy = self.folder.with_name(f"left at {self.seen}")
+                self.left[files] = shutil.copytree(self.folder, copy), []
+            self.left[files][1].append(dict(self.logged))
+
+
+class SnapshotLast(SnapshotFirst, KillLast):
+    """After all others."""
+
+
+def assert_exact_wherever_cut(plan, events, data=Small, last=True):
+    """Of events that leave the same files the run goes on only once; returns what it ends with."""
+    with TemporaryDirectory() as name:
+        folder, logged = Path(name) / "run", {}
+        snapshots = (SnapshotLast if last else SnapshotFirst)(events, folder, logged)
+        expected = attempt(plan, folder, None, snapshots, data=data, logged=logged) | {"logged": logged}
+        assert len(snapshots.left) > 2
+        for copy, logs in snapshots.left.values():
+            shutil.rmtree(folder)
+            copy.rename(folder)
+            again = {}
+            kill = KillLast(0) if last else KillFirst(0)
+            found = attempt(plan, folder, checkpoint_to_resume("auto", folder), kill, data=data, logged=again)
+            for before in logs:
+                assert_same(found | {"logged": before | again}, expected)
+    return expected
+
+
 EPOCHS = {"max_epochs": 3}  # of five batches
 STEPS = {"max_steps": 12, "max_epochs": -1}
 BOTH = {"max_steps": 12, "max_epochs": 4}
@@ -167,9 +216,7 @@ EVERY_EPOCH = {"check_val_every_n_epoch": 1}
     ids=["epochs", "ends of epochs", "steps", "both"],
 )
 def test_cut_at_any_event(plan, last):
-    undisturbed = outcome(plan)
-    for event in range(1, EVENTS, 3 if plan.save_every > 1 else 7):
-        assert_same(outcome(plan._replace(cuts=((event, last),))), undisturbed)
+    assert_exact_wherever_cut(plan, range(1, EVENTS, 1 if plan.save_every > 1 else 7), last=last)
 
 
 PLANS = st.builds(
@@ -230,19 +277,15 @@ def test_many_runs_made_longer(plan, long):
 @pytest.mark.parametrize("validate", [{"val_check_interval": 4, "check_val_every_n_epoch": None}, EVERY_EPOCH], ids=str)
 def test_stopped_run_that_is_cut(validate, stop_at):
     plan = Plan(EPOCHS, save_every=1, validate=validate, stop_at=stop_at)
-    undisturbed = outcome(plan)
+    undisturbed = assert_exact_wherever_cut(plan, range(2 * stop_at, 2 * stop_at + 14, 2))
     assert undisturbed["steps"] == stop_at
-    for event in range(2 * stop_at, 2 * stop_at + 14, 2):
-        assert_same(outcome(plan._replace(cuts=((event, True),))), undisturbed)
 
 
 @pytest.mark.parametrize("save_every", [3, 4])
 def test_epochs_that_end_before_their_loader(save_every):
     validate = EVERY_EPOCH if save_every == 3 else {"limit_val_batches": 0}
     plan = Plan(EPOCHS, save_every=save_every, validate=validate | {"limit_train_batches": 3})
-    undisturbed = outcome(plan)
-    for event in range(8, 32, 3):
-        assert_same(outcome(plan._replace(cuts=((event, True),))), undisturbed)
+    assert_exact_wherever_cut(plan, range(8, 32))
 
 
 class Shuffled(Small):
@@ -256,9 +299,7 @@ class Shuffled(Small):
 def test_cut_at_the_end_of_an_epoch_without_a_position(validate):
     """After its last step a checkpoint needs no position of the loader, in whichever hook it is written."""
     plan = Plan(EPOCHS, save_every=5, validate=validate)
-    undisturbed = outcome(plan, Shuffled)
-    for event in range(12, 40, 4):
-        assert_same(outcome(plan._replace(cuts=((event, True),)), Shuffled), undisturbed)
+    assert_exact_wherever_cut(plan, range(12, 40), Shuffled)
 
 
 def cut(plan, folder, event=20):

@@ -3,7 +3,6 @@
 import os
 import random
 import signal
-import time
 
 import lightning as L
 import numpy as np
@@ -47,12 +46,6 @@ STEPS = ("trainer.max_steps=60", "trainer.val_check_interval=25", "hydra.run.dir
 
 def final_weights(folder):
     return read_checked(folder / "run" / "checkpoints" / "last.ckpt")["state_dict"]
-
-
-def wait_for(path, process):
-    while not path.exists():
-        assert process.poll() is None, f"ended with {process.returncode} without {path}"
-        time.sleep(0.01)
 
 
 HOOKS = ["on_train_start", "on_train_epoch_start", "on_train_batch_start", "on_train_batch_end", "on_train_epoch_end"]

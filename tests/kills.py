@@ -1,18 +1,23 @@
 """Runs that are killed, stopped or robbed of their disk, as processes forked from a server that has imported all."""
 
+import contextlib
+import ctypes
 import errno
 import gc
 import multiprocessing
+import multiprocessing.util
 import os
 import runpy
 import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch.distributed.launcher.api import elastic_launch
+from torch.distributed.run import config_from_args, parse_args
 from torch.utils import tensorboard
 
 from fgtrain import data
@@ -20,6 +25,7 @@ from fgtrain.runs import cli, launch, run
 
 ROOT = Path(__file__).resolve().parents[1]
 IMPORTED = (cli, data, launch, run, tensorboard)
+_CLONE_NEWNET = 0x40000000
 _CHANGES = {"os.rename", "os.link", "os.remove", "os.mkdir"}
 
 
@@ -32,17 +38,23 @@ class Started:
         folder: is made.
         arguments: of the command line.
         script: in scripts/.
+        torchrun: options of torchrun, which then starts the script.
         disturb: called in the process with its folder before the script runs.
     """
 
     def __init__(
-        self, folder: Path, *arguments: str, script: str = "train", disturb: Callable[[Path], None] | None = None
+        self,
+        folder: Path,
+        *arguments: str,
+        script: str = "train",
+        torchrun: Sequence[str] = (),
+        disturb: Callable[[Path], None] | None = None,
     ) -> None:
         (folder / "tmp").mkdir(parents=True, exist_ok=True)
         self.folder = folder
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tests.kills"])
-        self.process: Any = context.Process(target=_run, args=(folder, script, arguments, disturb))
+        context.set_forkserver_preload(["tests.kills", "tests.rank_jobs"])
+        self.process: Any = context.Process(target=_run, args=(folder, script, arguments, torchrun, disturb))
         self.process.start()
         self.session = self.process.pid
 
@@ -50,6 +62,12 @@ class Started:
         """The exit status; None if it goes on after so many seconds."""
         self.process.join(seconds)
         return self.process.exitcode
+
+    def wait_for(self, path: Path) -> None:
+        """Return as soon as there is such a file."""
+        while not path.exists():
+            assert self.process.exitcode is None, f"ended with {self.process.exitcode} without {path}: {self.err}"
+            time.sleep(0.01)
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         """A signal to all its processes, whose end is waited for."""
@@ -95,7 +113,13 @@ def _processes() -> dict[int, tuple[int, int, str]]:
     return found
 
 
-def _run(folder: Path, script: str, arguments: tuple[str, ...], disturb: Callable[[Path], None] | None) -> None:
+def _run(
+    folder: Path,
+    script: str,
+    arguments: Sequence[str],
+    torchrun: Sequence[str],
+    disturb: Callable[[Path], None] | None,
+) -> None:
     os.setsid()
     os.environ |= {"TMPDIR": str(folder / "tmp"), "OMP_NUM_THREADS": "1"}
     tempfile.tempdir = None
@@ -103,10 +127,61 @@ def _run(folder: Path, script: str, arguments: tuple[str, ...], disturb: Callabl
     for number, name in ((1, "out.txt"), (2, "err.txt")):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     gc.freeze()
-    sys.argv = [str(ROOT / "scripts" / f"{script}.py"), *arguments]
+    setattr(multiprocessing.util, "spawnv_passfds", _spawn_by_fork)
     if disturb is not None:
         disturb(folder)
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    command = (str(ROOT / "scripts" / f"{script}.py"), *arguments)
+    if torchrun:
+        config, _, _ = config_from_args(parse_args([*torchrun, "--start-method=fork", *command]))
+        elastic_launch(config, _script)(*command)
+    else:
+        _script(*command)
+
+
+def _script(*command: str) -> None:
+    sys.argv = list(command)
+    runpy.run_path(command[0], run_name="__main__")
+
+
+_spawn = multiprocessing.util.spawnv_passfds
+
+
+def _spawn_by_fork(path: bytes, arguments: Sequence[Any], kept: Sequence[int]) -> int:
+    """Start a Python of multiprocessing (a fork server, a rank) as a fork of this one, which has imported all.
+
+    As a program of its own it would do so again, for seconds.
+    """
+    code = arguments[arguments.index("-c") + 1]
+    if "resource_tracker" in code:  # which imports nothing
+        return _spawn(path, arguments, kept)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    process = os.fork()
+    if process:
+        return process
+    status = 1
+    try:
+        for number in signal.valid_signals():
+            if callable(signal.getsignal(number)):
+                signal.signal(number, signal.SIG_DFL)
+        for number in map(int, os.listdir("/proc/self/fd")):
+            if number > 2 and number not in kept:
+                with contextlib.suppress(OSError):
+                    os.close(number)
+        sys.argv = ["-c", *arguments[arguments.index(code) + 1 :]]
+        exec(code, {})
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 0
+    finally:
+        os._exit(status)
+
+
+def enter_network(folder: Path, name: str, device: str) -> None:
+    """Move the process into a named network namespace, whose device Gloo takes."""
+    os.environ["GLOO_SOCKET_IFNAME"] = device
+    with Path("/run/netns", name).open() as namespace:
+        assert ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), _CLONE_NEWNET) == 0
 
 
 def kill_at_change(folder: Path, name: str = "", count: int = 1, alone: bool = False) -> None:

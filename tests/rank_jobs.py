@@ -105,7 +105,7 @@ def fit(module, batch_size, folder, *callbacks, max_steps=STEPS, data=None, **op
 
 def start(size, job, folder, *args):
     """Run job(folder, *args) in `size` processes of one process group; what each returned, by rank."""
-    mp.get_context("forkserver").set_forkserver_preload(["tests.rank_jobs"])
+    mp.get_context("forkserver").set_forkserver_preload(["tests.rank_jobs", "tests.kills"])
     mp.start_processes(_run, (size, find_free_network_port(), job, folder, args), size, start_method="forkserver")
     return [torch.load(Path(folder) / f"{job.__name__}_{rank}_of_{size}.pt") for rank in range(size)]
 

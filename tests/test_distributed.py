@@ -22,11 +22,13 @@ from fgtrain.random import keyed_generator
 from fgtrain.runs.world import is_follower, plan
 from tests import rank_jobs
 from tests.commands import ROOT, results_under, train
+from tests.kills import Started
 from tests.rank_jobs import ESTIMATORS, MOMENTUM, STEPS, Data, fit, make, start
 
 SCRIPT = str(ROOT / "scripts" / "train.py")
 CPUS = ("trainer.accelerator=cpu", "trainer.devices=2")
 STEP = ("trainer.max_steps=2", "callbacks=none")
+STANDALONE = ("--nproc_per_node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0")
 
 SCALARS = {"normal": 1, "projection": 2, "low_rank": 3, "clipped": 2, "spsa": 2, "mezo": 1}  # sent by each rank
 SCALARS |= {"shrunk": 2, "shrunk_spsa": 2}
@@ -253,13 +255,11 @@ def test_torchrun(tmp_path):
 
 @pytest.mark.slow
 def test_torchrun_resumes_by_the_same_command(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", SCRIPT, "hydra.run.dir=run"]
-    command += ["trainer=ddp", "resume=auto", "distributed.timeout_seconds=20", "trainer.val_check_interval=5"]
+    command = ("hydra.run.dir=run", "trainer=ddp", "resume=auto", "distributed.timeout_seconds=20")
+    command += ("trainer.val_check_interval=5",)
     for steps in (10, 10, 20):  # begins, shows what is finished, goes on
-        done = subprocess.run(
-            [*command, f"trainer.max_steps={steps}"], cwd=tmp_path, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
+        run = Started(tmp_path, *command, f"trainer.max_steps={steps}", torchrun=STANDALONE)
+        assert run.wait() == 0, run.err
         (results,) = results_under(tmp_path)
         assert results["steps"] == steps
 
@@ -272,15 +272,13 @@ def descendants(pid):
 @contextmanager
 def training(folder, *overrides):
     """scripts/train.py on two processes that has taken some steps, and is ended with the test."""
-    command = [sys.executable, SCRIPT, *CPUS, "hydra.run.dir=run", "callbacks.recovery.every_n_steps=50", *overrides]
-    with subprocess.Popen(command, cwd=folder, stderr=subprocess.PIPE, text=True) as run:
-        try:
-            while not (folder / "run" / "checkpoints" / "last.ckpt").exists():
-                assert run.poll() is None, "no step was taken"
-                time.sleep(0.1)
-            yield run
-        finally:
-            run.kill()
+    run = Started(folder, *CPUS, "hydra.run.dir=run", "callbacks.recovery.every_n_steps=10", *overrides)
+    try:
+        run.wait_for(folder / "run" / "checkpoints" / "last.ckpt")
+        yield run
+    finally:
+        run.process.kill()
+        run.wait()
 
 
 START_METHODS = ["ddp", "ddp_spawn", "ddp_fork"]
@@ -290,50 +288,43 @@ START_METHODS = ["ddp", "ddp_spawn", "ddp_fork"]
 @pytest.mark.parametrize("start_method", START_METHODS)
 def test_a_killed_rank_ends_the_run(start_method, tmp_path):
     with training(tmp_path, f"trainer={start_method}", "trainer.max_steps=1000000") as run:
-        os.kill(max(descendants(run.pid)), signal.SIGKILL)  # rank 1 is started last
+        os.kill(max(descendants(run.session)), signal.SIGKILL)  # rank 1 is started last
         assert run.wait(60) == 2
-        assert re.search(r"^fgtrain: rank 1 was ended by SIGKILL", run.stderr.read(), re.MULTILINE)
+        assert re.search(r"^fgtrain: rank 1 was ended by SIGKILL", run.err, re.MULTILINE)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("start_method", START_METHODS)
 def test_ranks_end_with_the_process_that_started_them(start_method, tmp_path):
     with training(tmp_path, f"trainer={start_method}", "trainer.max_steps=1000000") as run:
-        started = descendants(run.pid)
+        started = descendants(run.session)
         assert len(started) >= 2
-        run.kill()
+        run.process.kill()
         deadline = time.monotonic() + 30
         while any(Path(f"/proc/{pid}").exists() for pid in started):
             assert time.monotonic() < deadline, "ranks go on without anybody"
-            time.sleep(0.1)
+            time.sleep(0.01)
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("trainer", "steps", "momentum"),
-    [("ddp", 300, 0.5), ("fsdp2", 150, 0.5), ("fsdp2", 150, 0.0)],
+    [("ddp", 150, 0.5), ("fsdp2", 100, 0.5), ("fsdp2", 100, 0.0)],
 )
 def test_sigterm_saves_and_resuming_is_exact(trainer, steps, momentum, tmp_path):
     options = [f"trainer={trainer}", "method=fwdgrad_lowrank", "lr=2", f"optimizer.momentum={momentum}"]
     options += [f"trainer.max_steps={steps}"]
+    with training(tmp_path / "cut", *options) as run:
+        os.kill(run.session, signal.SIGTERM)
+        assert run.wait(60) == 143, run.err
+        assert re.search(r"^fgtrain: stopped by SIGTERM after step \d+, saved in", run.err, re.MULTILINE)
     weights = []
-    for cut in (False, True):
-        folder = tmp_path / str(cut)
-        folder.mkdir()
-        resume = []
-        if cut:
-            with training(folder, *options) as run:
-                run.terminate()
-                assert run.wait(60) == 143
-                assert re.search(
-                    r"^fgtrain: stopped by SIGTERM after step \d+, saved in", run.stderr.read(), re.MULTILINE
-                )
-            resume = ["resume=auto"]
-        command = [sys.executable, SCRIPT, *CPUS, "hydra.run.dir=run", *options, *resume]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        weights.append(torch.load(folder / "run" / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"])
+    for name in ("straight", "cut"):
+        run = Started(tmp_path / name, *CPUS, "hydra.run.dir=run", "resume=auto", *options)
+        assert run.wait() == 0, run.err
+        saved = tmp_path / name / "run" / "checkpoints" / "last.ckpt"
+        weights.append(torch.load(saved, weights_only=True)["state_dict"])
     straight, resumed = weights
     for name, value in straight.items():
         assert torch.equal(value, resumed[name]), name

@@ -1,19 +1,18 @@
 """Several hosts, made of network namespaces on this machine, at a switch with ports of limited rate."""
 
 import contextlib
-import os
 import re
 import shutil
 import subprocess
-import sys
 import time
+from functools import partial
 
 import pytest
 
-from tests.commands import ROOT, results_under
+from tests.commands import results_under
+from tests.kills import Started, enter_network
 
 SWITCH, HOSTS = "fgtrain-switch", ("fgtrain-a", "fgtrain-b", "fgtrain-c")
-SCRIPT = str(ROOT / "scripts" / "train.py")
 
 
 def ip(*arguments):
@@ -49,18 +48,15 @@ def hosts(request):
 
 
 def start(hosts, folder, *overrides):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={len(hosts)}", "--nproc_per_node=1"]
-    torchrun += ["--master_addr=10.77.0.1", "--master_port=29517"]
-    common = ("trainer=ddp", "trainer.accelerator=cpu", "distributed.timeout_seconds=10")
-    environ = os.environ | {"GLOO_SOCKET_IFNAME": "fg0", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    """The command line on every host: torchrun, with one rank."""
+    torchrun = (f"--nnodes={len(hosts)}", "--nproc_per_node=1", "--master_addr=10.77.0.1", "--master_port=29517")
+    command = ("trainer=ddp", "trainer.accelerator=cpu", "distributed.timeout_seconds=10", *overrides)
     return [
-        subprocess.Popen(
-            ["ip", "netns", "exec", host, *torchrun, f"--node_rank={i}", SCRIPT, *common, *overrides],
-            cwd=folder,
-            env=environ,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
+        Started(
+            folder,
+            *command,
+            torchrun=(*torchrun, f"--node_rank={i}"),
+            disturb=partial(enter_network, name=host, device="fg0"),
         )
         for i, host in enumerate(hosts)
     ]
@@ -77,21 +73,20 @@ def test_a_cut_link_ends_both_hosts_and_the_run_can_be_resumed(hosts, tmp_path):
     deadline = time.monotonic() + 240
     while not (checkpoints := list(tmp_path.glob("runs/*/*/checkpoints/last.ckpt"))):
         assert time.monotonic() < deadline, "no checkpoint was written"
-        assert [rank.poll() for rank in ranks] == [None, None], [rank.communicate()[1] for rank in ranks]
-        time.sleep(0.2)
+        assert [rank.process.exitcode for rank in ranks] == [None, None], ranks[0].err
+        time.sleep(0.02)
     time.sleep(1)
     ip("-n", hosts[0], "link", "set", "fg0", "down")
     for rank in ranks:
-        _, err = rank.communicate(timeout=60)
-        assert rank.returncode != 0
-        assert re.search(r"fgtrain: rank [01] lost another rank in the middle of the run", err), err
+        assert rank.wait(60) not in (0, None), rank.err
+    told = re.findall(r"fgtrain: rank ([01]) lost another rank in the middle of the run", ranks[0].err)
+    assert set(told) == {"0", "1"}, ranks[0].err
     ip("-n", hosts[0], "link", "set", "fg0", "up")
     assert len(list(tmp_path.glob("runs/*/*"))) == 1
     (checkpoint,) = checkpoints
-    again = start(hosts, tmp_path, f"resume={checkpoint}", "trainer.max_steps=1000000", "trainer.max_time=00:00:00:05")
+    again = start(hosts, tmp_path, f"resume={checkpoint}", "trainer.max_steps=1000000", "trainer.max_time=00:00:00:02")
     for rank in again:
-        _, err = rank.communicate(timeout=240)
-        assert rank.returncode == 0, err
+        assert rank.wait(240) == 0, rank.err
     (results,) = results_under(tmp_path)
     assert results["world_size"] == 2
     assert results["steps"] > 20
@@ -101,13 +96,12 @@ def test_a_cut_link_ends_both_hosts_and_the_run_can_be_resumed(hosts, tmp_path):
 @pytest.mark.parametrize("hosts", [2, 3], indirect=True, ids=["two", "three"])
 def test_the_link_carries_what_is_counted(hosts, tmp_path):
     """A model of 1.1 million parameters: packets and start-up cost more than forward gradients, a gradient does not."""
-    sent, steps = {}, 30
+    sent, steps = {}, 10
     for method in ("fwdgrad", "backprop"):
         before = sent_bytes(hosts[1])
         options = ("model.hidden=[1024,1024]", "callbacks=none", f"trainer.max_steps={steps}", "data.batch_size=16")
         for rank in start(hosts, tmp_path, f"method={method}", *options):
-            _, err = rank.communicate(timeout=240)
-            assert rank.returncode == 0, err
+            assert rank.wait(240) == 0, rank.err
         sent[method] = sent_bytes(hosts[1]) - before
     gradient, ranks = 4 * 1_126_410, len(hosts)
     of_a_ring = 2 * (ranks - 1) / ranks * gradient  # what one rank sends, as in fgtrain.studies.benchmarks.scaling

@@ -170,9 +170,7 @@ def test_sweep_that_is_cut_goes_on_by_the_same_command(end, tmp_path):
     straight = Started(tmp_path / "straight", *command)
     for seed in (0, 1):  # cut in the first and in the second run
         run = Started(tmp_path / "cut", *command)
-        while not (tmp_path / "cut" / "sweep" / str(seed) / "checkpoints" / "last.ckpt").exists():
-            assert run.process.exitcode is None, run.err
-            time.sleep(0.01)
+        run.wait_for(tmp_path / "cut" / "sweep" / str(seed) / "checkpoints" / "last.ckpt")
         run.kill(end)
         assert run.wait() in (-signal.SIGKILL, 143)
     done = tmp_path / "cut" / "sweep" / "0" / "results.json"
@@ -220,9 +218,7 @@ def disk(tmp_path):
 @pytest.mark.parametrize("ranks", [(), (*RANKS, "trainer=ddp_fork")], ids=["one process", "two processes"])
 def test_disk_that_fills_up(ranks, disk, tmp_path):
     run = Started(tmp_path, *RUN, *ranks, f"hydra.run.dir={disk}/run", "trainer.max_steps=20000")
-    while not (disk / "run" / "checkpoints" / "previous.ckpt").exists():
-        assert run.process.exitcode is None, run.err
-        time.sleep(0.01)
+    run.wait_for(disk / "run" / "checkpoints" / "previous.ckpt")
     with contextlib.suppress(OSError), (disk / "filler").open("wb", buffering=0) as file:
         while True:
             file.write(bytes(1024))

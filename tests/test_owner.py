@@ -2,37 +2,36 @@
 
 import fcntl
 import json
+import multiprocessing
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
 from fgtrain.errors import ConfigError
 from fgtrain.runs.owner import owned
-from tests.commands import ROOT, results_under, train
-from tests.interrupted import wait_for
+from tests.commands import results_under, train
+from tests.kills import Started
 
-HOLD = """
-import sys, time, pathlib
-from fgtrain.runs.owner import owned
-with owned(pathlib.Path(sys.argv[1])):
-    print("mine", flush=True)
-    time.sleep(600)
-"""
+
+def hold(folder, mine):
+    with owned(folder):
+        mine.set()
+        time.sleep(600)
 
 
 @pytest.fixture
 def holder(tmp_path):
     """A process that holds tmp_path/run."""
-    command = [sys.executable, "-c", HOLD, str(tmp_path / "run")]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "mine\n"
-        yield process
-        process.kill()
+    context = multiprocessing.get_context("fork")
+    mine = context.Event()
+    process = context.Process(target=hold, args=(tmp_path / "run", mine))
+    process.start()
+    assert mine.wait(60)
+    yield process
+    process.kill()
+    process.join()
 
 
 def test_second_comer_is_told_in_one_line(holder, tmp_path):
@@ -47,8 +46,8 @@ def test_second_comer_is_told_in_one_line(holder, tmp_path):
 
 def test_a_killed_owner_holds_nothing(holder, tmp_path):
     (tmp_path / "run" / "results.json.123.tmp").touch()
-    holder.send_signal(signal.SIGKILL)
-    holder.wait()
+    os.kill(holder.pid, signal.SIGKILL)
+    holder.join()
     with owned(tmp_path / "run"):
         assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock"}
 
@@ -88,37 +87,35 @@ def test_file_system_that_cannot_lock(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_twenty_runs_at_once_leave_twenty_results(tmp_path):
-    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "trainer.max_steps=3", "quiet=true"]
-    command += ["self_check=false", "method=backprop"]
-    runs = [subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) for _ in range(20)]
+    command = ("trainer.max_steps=3", "quiet=true", "self_check=false", "method=backprop")
+    runs = [Started(tmp_path, *command) for _ in range(20)]
     for run in runs:
-        _, err = run.communicate()
-        assert run.returncode == 0, err
+        assert run.wait(300) == 0, run.err
     assert len(results_under(tmp_path)) == 20
 
 
 @pytest.mark.slow
 def test_of_two_runs_of_two_processes_one_trains(tmp_path):
-    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "trainer=ddp", "trainer.devices=2"]
-    command += ["trainer.accelerator=cpu", "hydra.run.dir=run", "resume=auto", "trainer.max_steps=100000"]
-    command += ["callbacks.recovery.every_n_steps=5"]
-    first = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL)
+    command = ("trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "hydra.run.dir=../run", "resume=auto")
+    command += ("trainer.max_steps=100000", "callbacks.recovery.every_n_steps=5")
+    first = Started(tmp_path / "first", *command)
     try:
-        wait_for(tmp_path / "run" / "checkpoints" / "last.ckpt", first)
-        second = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+        first.wait_for(tmp_path / "run" / "checkpoints" / "last.ckpt")
+        second = Started(tmp_path / "second", *command)
+        assert second.wait() == 2
     finally:
-        first.kill()
+        os.kill(first.session, signal.SIGKILL)  # the launcher alone
         first.wait()
-    assert second.returncode == 2
-    assert second.stderr.count("\n") == 1, second.stderr
-    assert "belongs to a run that is going on" in second.stderr
-    command += ["trainer.devices=1", "trainer=default", "trainer.max_steps=20", "callbacks.recovery.every_n_steps=100"]
+    assert second.err.count("\n") == 1, second.err
+    assert "belongs to a run that is going on" in second.err
+    command += ("trainer.devices=1", "trainer=default", "trainer.max_steps=20", "callbacks.recovery.every_n_steps=100")
     deadline = time.monotonic() + 60
     while True:  # the ranks of the killed launcher save and end
-        resumed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-        if "belongs to a run that is going on" not in resumed.stderr or time.monotonic() > deadline:
+        resumed = Started(tmp_path / f"resumed {time.monotonic()}", *command)
+        resumed.wait()
+        if "belongs to a run that is going on" not in resumed.err or time.monotonic() > deadline:
             break
-    assert "has done" in resumed.stderr, resumed.stderr
+    assert "has done" in resumed.err, resumed.err
 
 
 def test_default_folders_differ(tmp_path):

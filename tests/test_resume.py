@@ -6,8 +6,6 @@ import random
 import re
 import shutil
 import signal
-import subprocess
-import sys
 import zipfile
 
 import lightning as L
@@ -26,10 +24,11 @@ from fgtrain.lightning.checkpoints import (
 )
 from fgtrain.random import random_state, set_random_state
 from fgtrain.schedulers import cosine
-from tests.commands import ROOT, results_under, train
+from tests.commands import results_under, train
 from tests.every_method import METHODS
 from tests.every_method import make as make_estimator
-from tests.interrupted import STEPS, Noisy, SignalAt, final_weights, wait_for
+from tests.interrupted import STEPS, Noisy, SignalAt, final_weights
+from tests.kills import Started
 from tests.small import Small, assert_equal_weights, make, trainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists", "ignore:The dirpath has changed")
@@ -328,14 +327,12 @@ def test_the_error_of_a_disk_is_found_in_a_circle():
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["moved", "removed"])
 def test_folder_that_goes_away_ends_the_run(how, tmp_path):
-    command = [sys.executable, str(ROOT / "scripts" / "train.py"), "hydra.run.dir=run", "trainer.max_steps=1000000"]
-    command += ["callbacks.recovery.every_n_steps=100", "self_check=false"]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
-        wait_for(tmp_path / "run" / "checkpoints" / "last.ckpt", process)
-        (tmp_path / "run").rename(tmp_path / "away")
-        if how == "removed":
-            shutil.rmtree(tmp_path / "away")
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == 2, err
-    assert re.match(r"fgtrain: .*No such file or directory", err.splitlines()[-1]), err
+    command = ("hydra.run.dir=run", "trainer.max_steps=1000000", "callbacks.recovery.every_n_steps=20")
+    run = Started(tmp_path, *command, "self_check=false")
+    run.wait_for(tmp_path / "run" / "checkpoints" / "last.ckpt")
+    (tmp_path / "run").rename(tmp_path / "away")
+    if how == "removed":
+        shutil.rmtree(tmp_path / "away")
+    assert run.wait(60) == 2, run.err
+    assert re.match(r"fgtrain: .*No such file or directory", run.err.splitlines()[-1]), run.err
     assert not (tmp_path / "run").exists()

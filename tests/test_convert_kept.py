@@ -1,10 +1,11 @@
 """What a training step keeps under convert: metrics, which may be its loss, attributes and lists count once."""
 
 import copy
+import importlib.util
 import io
+import multiprocessing
 import re
-import subprocess
-import sys
+import warnings
 from typing import Any
 
 import lightning as L
@@ -17,6 +18,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.data import DataLoader, TensorDataset
 
 from fgtrain import SPSA, Backprop, ForwardGradient
+from fgtrain.errors import ConfigError
 from fgtrain.forward_ad.dual import Dual
 from fgtrain.lightning import convert
 from fgtrain.network.parameters import slots_of
@@ -319,14 +321,22 @@ def test_a_module_that_comes_where_another_was_is_found():
         assert slots_of(model).params["head.weight"] is head.weight
 
 
+def convert_old(told):
+    warnings.simplefilter("ignore")
+    old = importlib.import_module("pytorch_lightning")
+    try:
+        convert(type("Old", (old.LightningModule,), {})(), Backprop())
+    except ConfigError as error:
+        told.send(str(error))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pytorch_lightning") is None, reason="pytorch_lightning is not installed")
 def test_modules_of_the_other_namespace_are_named():
-    source = """
-import pytorch_lightning, fgtrain, fgtrain.lightning
-class Old(pytorch_lightning.LightningModule): pass
-fgtrain.lightning.convert(Old(), fgtrain.Backprop())
-"""
-    run = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)  # that package changes logging
-    line = run.stderr.splitlines()[-1]
-    if "No module named 'pytorch_lightning'" in line:
-        pytest.skip("pytorch_lightning is not installed")
-    assert re.search(r"ConfigError: .*a LightningModule of pytorch_lightning, .* lightning\.pytorch; write `imp", line)
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=convert_old, args=(sender,))  # that package changes logging
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    assert receiver.poll(0)
+    assert re.search(r"a LightningModule of pytorch_lightning, .* lightning\.pytorch; write `imp", receiver.recv())

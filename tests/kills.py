@@ -58,7 +58,7 @@ class Started:
         self.process.start()
         self.session = self.process.pid
 
-    def wait(self, seconds: float = 120) -> int | None:
+    def wait(self, seconds: float = 300) -> int | None:
         """The exit status; None if it goes on after so many seconds."""
         self.process.join(seconds)
         return self.process.exitcode

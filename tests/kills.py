@@ -38,6 +38,7 @@ class Started:
         folder: the folder, which is created.
         arguments: arguments of the command line.
         script: name of the script in scripts/.
+        torchrun: options of torchrun, which then starts the script.
         disturb: called in the process with its folder before the script runs.
     """
 

@@ -27,11 +27,11 @@ def count(grads):
 
 
 TRAITS = {
-    "exact": ["backprop", "backprop_checkpoint"],
+    "exact": ["backprop", "backprop_checkpoint", "forward_exact"],
     "unbiased": ["fwdgrad", "fwdgrad_lowrank"],
-    "descent": ["fwdgrad", "fwdgrad_lowrank", "local_guess", "second_order"],
-    "scalar_reducible": ["fwdgrad", "fwdgrad_lowrank", "mezo", "spsa"],
-    "chunk_size": ["fwdgrad", "fwdgrad_lowrank"],
+    "descent": ["fwdgrad", "fwdgrad_lowrank", "gauss_newton", "local_guess", "second_order"],
+    "scalar_reducible": ["forward_exact", "fwdgrad", "fwdgrad_lowrank", "gauss_newton", "mezo", "spsa"],
+    "chunk_size": ["forward_exact", "fwdgrad", "fwdgrad_lowrank", "highway"],
 }
 """{trait: the methods that have it}: written down, since to build every method takes as long as many tests."""
 

@@ -13,6 +13,7 @@ import pytest
 import fgtrain
 from tests.commands import PACKAGE
 from tests.idx_files import write_mnist
+from tests.kills import Started
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
@@ -74,11 +75,9 @@ def test_longer_commands(block, tmp_path):
         shortened = command
         for swept, fewer in SWEPT.items():
             shortened = re.sub(swept, fewer, shortened)
-        arguments = shlex.split(f"{shortened} {SHORTENED[script]}")[1:]
-        done = subprocess.run(
-            [sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=600
-        )
-        assert done.returncode == 0, f"{command}\n{done.stderr}"
+        arguments = shlex.split(f"{shortened} {SHORTENED[script]}")[2:]
+        run = Started(tmp_path, *arguments, script=script)
+        assert run.wait(600) == 0, f"{command}\n{run.err}"
 
 
 @pytest.mark.parametrize("path", ["README.md", "scripts/results/README.md"])

@@ -111,8 +111,10 @@ def _refuse_another_function(
         )
     if "exact" not in estimator.claims:
         return
+    total = math.sqrt(sum(float(g.double().square().sum()) for g in reference.grads.values()))
     for name, g in reference.grads.items():
-        if name not in estimate.grads or (estimate.grads[name] - g).norm() > tolerance * g.norm():
+        allowed = tolerance * (g.norm() + 1e-3 * total)  # a gradient that cancels to zero is left with rounding errors
+        if name not in estimate.grads or (estimate.grads[name] - g).norm() > allowed:
             raise AssumptionError(
                 f"self-check: {method} claims to be exact, but its gradient for parameter {name!r} differs from "
                 "backpropagation's; train with another method"

@@ -14,6 +14,7 @@ import fgtrain.estimators
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.estimators import ForwardGradient, GradientEstimator
 from fgtrain.forward_ad.dual import without_rules
+from fgtrain.models import Residual
 
 STEPS = 12
 METHODS = [
@@ -85,7 +86,7 @@ def test_error_in_a_thread_leaves_the_process_as_before():
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.__name__)
 def test_estimators_are_copied_before_and_after_use(method, copied):
-    estimator, model = method(), network(nn.Tanh())
+    estimator, model = method(), network(Residual(nn.Linear(8, 8)))
     copied(estimator)
     estimator(model, loss)
     found = copied(estimator)(copied(model), loss, generator=torch.Generator().manual_seed(2))
@@ -97,5 +98,6 @@ def test_estimators_are_copied_before_and_after_use(method, copied):
 def test_estimators_are_built_anywhere(method):
     with torch.inference_mode():
         estimator = method()
-    expected, found = (e(network(nn.Tanh()), loss, generator=torch.Generator()) for e in (method(), estimator))
+    model = network(Residual(nn.Linear(8, 8)))
+    expected, found = (e(copy.deepcopy(model), loss, generator=torch.Generator()) for e in (method(), estimator))
     torch.testing.assert_close(found, expected, rtol=0, atol=0)

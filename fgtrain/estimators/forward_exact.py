@@ -126,6 +126,6 @@ def _units(p: Tensor, places: Tensor) -> Tangent:
 def _unflattened(numbers: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
     blocks = numbers.split([p.numel() for p in params.values()])
     return {
-        name: like_parameter(block.view(p.shape).to(p.dtype), p)
+        name: like_parameter(block.view(p.shape).to(p.dtype, copy=True), p)
         for (name, p), block in zip(params.items(), blocks, strict=True)
     }

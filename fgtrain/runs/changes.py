@@ -1,10 +1,12 @@
 """The keys that the command of a resumed run may change."""
 
+import inspect
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig
+from hydra.utils import get_object
+from omegaconf import DictConfig, OmegaConf
 
 from fgtrain.errors import ConfigError
 from fgtrain.lightning.checkpoints import read_checked, refuse_incomplete
@@ -74,6 +76,8 @@ def _changes(cfg: DictConfig, run_dir: Path) -> dict[str, tuple[Any, Any]]:
     saved.run_dir = cfg.run_dir
     before, now = (dict(_leaves(to_plain(config))) for config in (saved, cfg))
     said_before, said_now = (dict(_leaves(to_saved(config))) for config in (saved, cfg))
+    for key in now.keys() - before.keys():  # arguments that are newer than the run
+        before[key] = said_before[key] = _default(saved, key)
     keys = [key for key in (*now, *(before.keys() - now.keys())) if before.get(key, _NONE) != now.get(key, _NONE)]
     keys.sort(key=lambda key: not key.endswith("_target_"))  # classes before their arguments
     for key in keys:
@@ -88,6 +92,16 @@ def _changes(cfg: DictConfig, run_dir: Path) -> dict[str, tuple[Any, Any]]:
 
 
 _NONE = "not set"
+
+
+def _default(cfg: DictConfig, key: str) -> Any:
+    """The default of an argument that `cfg` does not give to its `_target_`."""
+    parent, _, name = key.rpartition(".")
+    target = OmegaConf.select(cfg, f"{parent}._target_") if parent else None
+    if target is None:
+        return _NONE
+    argument = inspect.signature(get_object(target)).parameters.get(name)
+    return _NONE if argument is None or argument.default is argument.empty else argument.default
 
 
 def _is_of(groups: tuple[str, ...], key: str) -> bool:

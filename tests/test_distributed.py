@@ -311,7 +311,7 @@ def test_ranks_end_with_the_process_that_started_them(start_method, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("trainer", "steps", "momentum"),
-    [("ddp", 150, 0.5), ("fsdp2", 100, 0.5), ("fsdp2", 100, 0.0)],
+    [("ddp", 300, 0.5), ("fsdp2", 100, 0.5), ("fsdp2", 100, 0.0)],
 )
 def test_sigterm_saves_and_resuming_is_exact(trainer, steps, momentum, tmp_path):
     options = [f"trainer={trainer}", "method=fwdgrad_lowrank", "lr=2", f"optimizer.momentum={momentum}"]

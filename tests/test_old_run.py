@@ -43,7 +43,12 @@ def test_replays(folder, monkeypatch):
 
 def test_is_extended(folder):
     status, _, err = train(
-        folder.parent, "hydra.run.dir=run", "resume=auto", "trainer.max_steps=80", "callbacks=replay_log", "model.init=torch"
+        folder.parent,
+        "hydra.run.dir=run",
+        "resume=auto",
+        "trainer.max_steps=80",
+        "callbacks=replay_log",
+        "model.init=torch",
     )
     assert status == 0, err
     assert json.loads((folder / "results.json").read_text())["steps"] == 80

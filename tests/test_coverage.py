@@ -11,7 +11,7 @@ from torchvision import models
 from fgtrain import ForwardGradient, LowRank, Normal
 from fgtrain.errors import LossError, UnsupportedOperation
 from fgtrain.forward_ad import directional_derivatives
-from fgtrain.forward_ad.dual import without_rules
+from fgtrain.forward_ad.registry import without_rules
 from fgtrain.tangents.directions import dense
 from tests.cases import Case, Custom
 from tests.coverage_layers import IMAGES, PENALTIES, ROWS, SEQUENCES, probe

@@ -13,7 +13,7 @@ from torch import nn
 import fgtrain.estimators
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.estimators import ForwardGradient, GradientEstimator
-from fgtrain.forward_ad.dual import without_rules
+from fgtrain.forward_ad.registry import without_rules
 from fgtrain.models import Residual
 
 STEPS = 12

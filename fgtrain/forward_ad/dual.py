@@ -18,74 +18,26 @@ refuses it, and between passes it acts as its value.
 """
 
 import threading
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator
-from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from contextlib import nullcontext
+from typing import Any
 
 import torch
-import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
 from fgtrain._torch import (
     overrides_of_tensors,
     plain_tensors,
     set_grad_enabled,
-    tree_flatten,
     tree_leaves,
     tree_map_only,
-    tree_unflatten,
 )
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.forward_ad.dropped import is_differentiable, refuse_if_lost
 from fgtrain.forward_ad.kept import of_earlier_pass
-from fgtrain.forward_ad.passes import NotIntercepted, RandomState, TakenDown, WritesIntoPlain
+from fgtrain.forward_ad.passes import NotIntercepted, WritesIntoPlain
+from fgtrain.forward_ad.registry import FALLBACKS, RULES, Rule
 from fgtrain.forward_ad.rules.written_out import IN_OTHERS
 from fgtrain.tangents.directions import LowRankTangent, Tangent
-
-Rule = Callable[..., Any]
-LocalGrads = Callable[[Tensor], tuple[Tensor, Tensor]]
-
-RULES: dict[Any, Rule] = {}
-"""Rules for values and tangents; they may return NotImplemented."""
-
-
-class Fallback(NamedTuple):
-    """The treatment of a function without a rule.
-
-    Args:
-        rule: called with the function's arguments.
-        is_opened: whether the rule is the function's own body, whose calls are handled in turn.
-        reads: whether the results are never differentiable.
-    """
-
-    rule: Rule
-    is_opened: bool = False
-    reads: bool = False
-
-
-class _Fallbacks(dict[Any, Fallback]):
-    """{function: its fallback}, determined at the first call by `find`, which `rules.fallbacks` sets."""
-
-    find: Callable[[Any], Fallback]
-
-    def __missing__(self, func: Any) -> Fallback:
-        self[func] = found = self.find(func)
-        return found
-
-
-FALLBACKS = _Fallbacks()
-
-
-@contextmanager
-def without_rules() -> Generator[None]:
-    """A context without fast rules: slower, with the same results. For tests, and to check a suspicious rule."""
-    kept = dict(RULES)
-    try:
-        RULES.clear()
-        yield
-    finally:
-        RULES.update(kept)
 
 
 class running_pass:  # noqa: N801 - a context manager used like a function
@@ -132,30 +84,6 @@ def _widened(args: Any, kwargs: Any, width: int) -> None:
         if isinstance(x, Dual) and isinstance(x.tangent, (Tensor, LowRankTangent)) and num_directions(x) < width:
             tangent = tangent_of(x)
             x.tangent = torch.cat([tangent, tangent.new_zeros(width - len(tangent), *tangent.shape[1:])])
-
-
-class OutputTangent(ABC):
-    """The tangent of a weight that acts at its layer's output: the layer's rule passes the output to `perturb`."""
-
-    @property
-    @abstractmethod
-    def num(self) -> int:
-        """K, the number of directions."""
-
-    @abstractmethod
-    def perturb(self, inputs: Tensor, output: Tensor, local_grads: LocalGrads, channels: int) -> Tensor:
-        """The replacement of the layer's output.
-
-        Args:
-            inputs: the value of the layer's input.
-            output: the layer's output with the unperturbed weight.
-            local_grads: maps the gradient of the output to those of weight and bias.
-            channels: dimension of the output's channels.
-        """
-
-    @abstractmethod
-    def dense(self) -> Tensor:
-        """Raises, because something other than its layer uses the weight."""
 
 
 class Dual(Tensor):
@@ -361,49 +289,3 @@ def _share_memory(a: Tensor, b: Tensor | None) -> bool:
 def values(tree: Any) -> Any:
     """Nested arguments with every dual replaced by its value."""
     return tree_map_only(Dual, _value_of, tree)
-
-
-# --- PyTorch's own forward mode -----------------------------------------------------------------------------------
-
-
-def per_direction(func: Any) -> Rule:
-    """A rule for `func` by PyTorch's forward mode, once per direction, each time with the same random numbers."""
-
-    def rule(*args: Any, **kwargs: Any) -> Any:
-        leaves, spec = tree_flatten((args, kwargs))
-        sources = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Dual)}
-        pairs = [(i, laid_out(primal_of(source)), tangent_of(source)) for i, source in sources.items()]
-        num_tangents = pairs[0][2].shape[0]
-        random_state = RandomState({primal.device for _, primal, _ in pairs}) if num_tangents > 1 else None
-        plain = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and not isinstance(leaf, Dual)]
-        untouched = [leaves[i].clone() for i in plain] if num_tangents > 1 else []
-        columns, out_spec, drawn = [], None, TakenDown.draws
-        for k in range(num_tangents):
-            if random_state is not None:
-                if TakenDown.draws != drawn:
-                    raise NotIntercepted("random numbers that must be the same for every direction")
-                random_state.restore()
-            if k:  # earlier directions may have changed running statistics
-                for i, leaf in zip(plain, untouched, strict=True):
-                    leaves[i] = leaf.clone()
-            with fwAD.dual_level():
-                for i, primal, tangent in pairs:
-                    leaves[i] = fwAD.make_dual(primal, tangent[k])
-                positional, keywords = tree_unflatten(leaves, spec)
-                outputs, out_spec = tree_flatten(func(*positional, **keywords))
-                columns.append([fwAD.unpack_dual(o) if is_differentiable(o) else (o, None) for o in outputs])
-        assert out_spec is not None
-        results = []
-        for parts in zip(*columns, strict=True):
-            primal, tangent = parts[0]
-            if tangent is not None:
-                tangent = torch.stack([part[1] for part in parts]) if num_tangents > 1 else tangent.unsqueeze(0)
-            results.append(dual(primal, tangent, *sources.values()))
-        return tree_unflatten(results, out_spec)
-
-    return rule
-
-
-def laid_out(primal: Tensor) -> Tensor:
-    """A copy of an expanded tensor, since forward mode requires the tangent in the layout of the value."""
-    return primal.contiguous() if 0 in primal.stride() else primal

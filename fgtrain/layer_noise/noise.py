@@ -17,7 +17,8 @@ from torch.nn import functional as F
 from fgtrain._torch import tree_leaves
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.forward_ad.dropped import only_reads
-from fgtrain.forward_ad.dual import Dual, LocalGrads, OutputTangent, call, primal_of, tangent_of, widen
+from fgtrain.forward_ad.dual import Dual, call, primal_of, tangent_of, widen
+from fgtrain.forward_ad.output_tangent import LocalGrads, OutputTangent
 from fgtrain.random import fold_in
 from fgtrain.tangents import Rademacher
 

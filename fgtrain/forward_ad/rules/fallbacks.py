@@ -7,21 +7,11 @@ from torch import Tensor
 
 from fgtrain._torch import FUNCTION_OWNERS, REQUIRES_GRAD, tree_leaves
 from fgtrain.forward_ad.dropped import is_differentiable, only_reads
-from fgtrain.forward_ad.dual import (
-    FALLBACKS,
-    Dual,
-    Fallback,
-    Rule,
-    adopted,
-    call,
-    num_directions,
-    per_direction,
-    primal_of,
-    tangent_of,
-    values,
-)
+from fgtrain.forward_ad.dual import Dual, adopted, call, num_directions, primal_of, tangent_of, values
 from fgtrain.forward_ad.passes import NotIntercepted
+from fgtrain.forward_ad.registry import FALLBACKS, Fallback, Rule
 from fgtrain.forward_ad.rules.opened import opened
+from fgtrain.forward_ad.rules.per_direction import per_direction
 from fgtrain.forward_ad.rules.written_out import no_backward
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fgtrain.forward_ad.dual import Dual, OutputTangent, dual, joint_of, num_directions, primal_of, tangent_of
+from fgtrain.forward_ad.dual import Dual, dual, joint_of, num_directions, primal_of, tangent_of
+from fgtrain.forward_ad.output_tangent import OutputTangent
 from fgtrain.forward_ad.rules.operations import register
 from fgtrain.tangents.directions import LowRankTangent
 

@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fgtrain._torch import tree_flatten, tree_map, tree_unflatten
-from fgtrain.forward_ad.dual import RULES, Dual, Rule, dual, laid_out, per_direction, primal_of, tangent_of
+from fgtrain.forward_ad.dual import Dual, dual, primal_of, tangent_of
+from fgtrain.forward_ad.registry import RULES, Rule
+from fgtrain.forward_ad.rules.per_direction import laid_out, per_direction
 from fgtrain.forward_ad.rules.written_out import functions_named
 from fgtrain.tangents.directions import LowRankTangent
 

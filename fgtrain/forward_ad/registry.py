@@ -1,0 +1,48 @@
+"""Rules for the functions of PyTorch that are called with a dual, and fallbacks for those without a rule."""
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+Rule = Callable[..., Any]
+
+RULES: dict[Any, Rule] = {}
+"""Rules for values and tangents; they may return NotImplemented."""
+
+
+class Fallback(NamedTuple):
+    """The treatment of a function without a rule.
+
+    Args:
+        rule: called with the function's arguments.
+        is_opened: whether the rule is the function's own body, whose calls are handled in turn.
+        reads: whether the results are never differentiable.
+    """
+
+    rule: Rule
+    is_opened: bool = False
+    reads: bool = False
+
+
+class _Fallbacks(dict[Any, Fallback]):
+    """{function: its fallback}, determined at the first call by `find`, which `rules.fallbacks` sets."""
+
+    find: Callable[[Any], Fallback]
+
+    def __missing__(self, func: Any) -> Fallback:
+        self[func] = found = self.find(func)
+        return found
+
+
+FALLBACKS = _Fallbacks()
+
+
+@contextmanager
+def without_rules() -> Generator[None]:
+    """A context without fast rules: slower, with the same results. For tests, and to check a suspicious rule."""
+    kept = dict(RULES)
+    try:
+        RULES.clear()
+        yield
+    finally:
+        RULES.update(kept)

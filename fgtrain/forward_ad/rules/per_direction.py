@@ -1,0 +1,56 @@
+"""PyTorch's own forward mode, one direction at a time, for functions without a rule."""
+
+from typing import Any
+
+import torch
+import torch.autograd.forward_ad as fwAD
+from torch import Tensor
+
+from fgtrain._torch import tree_flatten, tree_unflatten
+from fgtrain.forward_ad.dropped import is_differentiable
+from fgtrain.forward_ad.dual import Dual, dual, primal_of, tangent_of
+from fgtrain.forward_ad.passes import NotIntercepted, RandomState, TakenDown
+from fgtrain.forward_ad.registry import Rule
+
+
+def per_direction(func: Any) -> Rule:
+    """A rule for `func` by PyTorch's forward mode, once per direction, each time with the same random numbers."""
+
+    def rule(*args: Any, **kwargs: Any) -> Any:
+        leaves, spec = tree_flatten((args, kwargs))
+        sources = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Dual)}
+        pairs = [(i, laid_out(primal_of(source)), tangent_of(source)) for i, source in sources.items()]
+        num_tangents = pairs[0][2].shape[0]
+        random_state = RandomState({primal.device for _, primal, _ in pairs}) if num_tangents > 1 else None
+        plain = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and not isinstance(leaf, Dual)]
+        untouched = [leaves[i].clone() for i in plain] if num_tangents > 1 else []
+        columns, out_spec, drawn = [], None, TakenDown.draws
+        for k in range(num_tangents):
+            if random_state is not None:
+                if TakenDown.draws != drawn:
+                    raise NotIntercepted("random numbers that must be the same for every direction")
+                random_state.restore()
+            if k:  # earlier directions may have changed running statistics
+                for i, leaf in zip(plain, untouched, strict=True):
+                    leaves[i] = leaf.clone()
+            with fwAD.dual_level():
+                for i, primal, tangent in pairs:
+                    leaves[i] = fwAD.make_dual(primal, tangent[k])
+                positional, keywords = tree_unflatten(leaves, spec)
+                outputs, out_spec = tree_flatten(func(*positional, **keywords))
+                columns.append([fwAD.unpack_dual(o) if is_differentiable(o) else (o, None) for o in outputs])
+        assert out_spec is not None
+        results = []
+        for parts in zip(*columns, strict=True):
+            primal, tangent = parts[0]
+            if tangent is not None:
+                tangent = torch.stack([part[1] for part in parts]) if num_tangents > 1 else tangent.unsqueeze(0)
+            results.append(dual(primal, tangent, *sources.values()))
+        return tree_unflatten(results, out_spec)
+
+    return rule
+
+
+def laid_out(primal: Tensor) -> Tensor:
+    """A copy of an expanded tensor, since forward mode requires the tangent in the layout of the value."""
+    return primal.contiguous() if 0 in primal.stride() else primal

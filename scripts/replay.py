@@ -6,7 +6,7 @@ The run must have been trained with callbacks=replay_log. Needs its config.yaml 
 import argparse
 from pathlib import Path
 
-from fgtrain.lightning.checkpoints import save_atomically
+from fgtrain.lightning.atomic_files import save_atomically
 from fgtrain.runs.messages import USER_ERRORS, fail, silence_libraries
 from fgtrain.runs.replay import replay
 

@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from fgtrain.runs.cli import choices, run_app
 from fgtrain.runs.launch import launch
-from fgtrain.runs.run import print_results
+from fgtrain.runs.results import print_results
 from fgtrain.runs.sweeps import objective
 
 

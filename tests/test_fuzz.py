@@ -9,7 +9,8 @@ from contextlib import redirect_stderr, redirect_stdout
 import pytest
 
 from fgtrain.runs.cli import run_app
-from fgtrain.runs.config import check, to_plain
+from fgtrain.runs.config import to_plain
+from fgtrain.runs.config_check import check
 from fgtrain.runs.world import plan
 from tests.commands import CONF, options
 

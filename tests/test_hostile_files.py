@@ -12,10 +12,11 @@ from torch import nn
 
 from fgtrain.data import InMemoryDataModule, Text, TorchvisionImages
 from fgtrain.errors import CheckpointError, ConfigError, DataError, StorageError
-from fgtrain.lightning.checkpoints import read_checked, write_atomically
+from fgtrain.lightning.atomic_files import write_atomically
+from fgtrain.lightning.checkpoints import read_checked
 from fgtrain.models import FineTuned
 from fgtrain.runs.provenance import load_config
-from fgtrain.runs.run import read_results
+from fgtrain.runs.results import read_results
 from tests.commands import results_under, train
 from tests.idx_files import write_idx
 

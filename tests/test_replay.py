@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from fgtrain.errors import CheckpointError, ConfigError
-from fgtrain.lightning.checkpoints import read_checked, save_atomically
+from fgtrain.lightning.atomic_files import save_atomically
+from fgtrain.lightning.checkpoints import read_checked
 from fgtrain.runs.replay import replay
 from tests.commands import load_script, results_under, train
 from tests.every_method import METHODS

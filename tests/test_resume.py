@@ -14,14 +14,9 @@ import pytest
 import torch
 
 from fgtrain.errors import CheckpointError, ConfigError, Interrupted, StorageError
+from fgtrain.lightning.atomic_files import disk_error, save_atomically
 from fgtrain.lightning.callbacks import RandomState, Recovery, Trajectory
-from fgtrain.lightning.checkpoints import (
-    AtomicCheckpointIO,
-    checkpoint_to_resume,
-    disk_error,
-    read_checked,
-    save_atomically,
-)
+from fgtrain.lightning.checkpoints import AtomicCheckpointIO, checkpoint_to_resume, read_checked
 from fgtrain.random import random_state, set_random_state
 from fgtrain.schedulers import cosine
 from tests.commands import results_under, train

@@ -4,6 +4,9 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+from fgtrain.forward_ad.registry import RULES, Rule
+from fgtrain.forward_ad.rules.written_out import functions_named
+
 Rule = Callable[..., Any]
 
 RULES: dict[Any, Rule] = {}
@@ -46,3 +49,13 @@ def without_rules() -> Generator[None]:
         yield
     finally:
         RULES.update(kept)
+
+
+def register(names: str) -> Callable[[Rule], Rule]:
+    """Make the decorated function the rule of every function of PyTorch with one of these names."""
+
+    def decorate(rule: Rule) -> Rule:
+        RULES.update(dict.fromkeys(functions_named(names), rule))
+        return rule
+
+    return decorate

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import fgtrain.forward_ad.rules.arithmetic
 import fgtrain.forward_ad.rules.fallbacks
 import fgtrain.forward_ad.rules.layers
 import fgtrain.forward_ad.rules.losses

@@ -1,13 +1,10 @@
 """Checkpoints on disk: written whole or not at all, read without running code, refused when damaged."""
 
-import contextlib
-import errno
-import os
 import sys
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from lightning import Callback
@@ -17,118 +14,12 @@ from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch import nn
 from torch.optim import Optimizer
 
-from fgtrain.errors import CheckpointError, ConfigError, StorageError
+from fgtrain.errors import CheckpointError, ConfigError
 from fgtrain.estimators import GradientEstimator
+from fgtrain.lightning.atomic_files import atomically, make_folder, save_atomically
 
 NAMES = ("last.ckpt", "previous.ckpt")
 PARTS = ("state_dict", "optimizer_states", "loops", "pytorch-lightning_version")  # required to continue a run
-_DISK_ERRORS = {  # of the disk, of the network behind it, or of a pipe
-    errno.ENOENT,
-    errno.ESTALE,
-    errno.EPIPE,
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EFBIG,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
-    errno.EIO,
-}
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's reader and writer of checkpoints, made safe against a crash at any moment.
-
-    A checkpoint is written to a temporary file, flushed to the disk and renamed, so its name always means a complete
-    file. Its folder is made only once: if it is moved away during a run, it is not made again.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._folders: set[Path] = set()
-
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        folder = Path(path).parent
-        if folder not in self._folders:
-            make_folder(folder)
-            self._folders.add(folder)
-        save_atomically(checkpoint, Path(path))
-
-    def load_checkpoint(
-        self, path: Any, map_location: Callable[..., Any] | None = None, weights_only: bool | None = None
-    ) -> dict[str, Any]:
-        checkpoint = read_checked(Path(path))
-        refuse_incomplete(checkpoint, path)
-        return checkpoint
-
-
-def make_atomic(strategy: Strategy) -> None:
-    """Make a strategy that writes checkpoints as one file write them atomically."""
-    if not isinstance(strategy, ModelParallelStrategy):  # it accepts no other reader and writer
-        strategy.checkpoint_io = AtomicCheckpointIO()
-
-
-def save_atomically(content: Any, path: Path) -> None:
-    """torch.save, so that `path` holds either its old content or all of `content`.
-
-    Raises:
-        StorageError: the disk is full or cannot be written to.
-    """
-    _atomically(path, lambda file: torch.save(content, file))
-
-
-def write_atomically(text: str, path: Path) -> None:
-    """Path.write_text, as atomic as `save_atomically`.
-
-    Raises:
-        StorageError: the disk is full or cannot be written to.
-    """
-    _atomically(path, lambda file: file.write(text.encode()))
-
-
-def _atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    except (OSError, RuntimeError) as error:  # torch's writer wraps the first in the second
-        reason = disk_error(error)
-        if reason is None:
-            raise
-        with contextlib.suppress(OSError):
-            beside.unlink()
-        raise StorageError(f"cannot write {path}: {reason.strerror}; earlier files are intact") from error
-
-
-def make_folder(path: Path) -> None:
-    """Make a folder and its parents.
-
-    Raises:
-        StorageError: it cannot be made.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StorageError(f"cannot write {path}: {error.strerror}") from error
-
-
-def disk_error(error: BaseException | None) -> OSError | None:
-    """The disk error that `error` is or was caused by, if any."""
-    seen: set[int] = set()  # causes may form a cycle
-    while error is not None and id(error) not in seen:
-        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-            return error
-        seen.add(id(error))
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def read_checked(path: Path) -> dict[str, Any]:
@@ -302,7 +193,7 @@ def take_along(checkpoint: Mapping[str, Any], callbacks: Iterable[Callback], ori
             source, target = origin.parent / Path(path).name, folder / Path(path).name
             if path and writes and source.is_file() and source.resolve() != target.resolve():
                 make_folder(folder)
-                _atomically(target, lambda file: file.write(source.read_bytes()))
+                atomically(target, lambda file: file.write(source.read_bytes()))
             return str(target) if path else path
 
         state |= {name: moved(state[name]) for name in ("best_model_path", "kth_best_model_path", "last_model_path")}
@@ -328,3 +219,35 @@ def refuse_other_optimizer(saved: Mapping[str, Any], own: Optimizer) -> None:
                     f"the checkpoint is of another run: {name.removeprefix('initial_')} of its optimizer is "
                     f"{before[name]}, but {asked[name]} in this run; a run must keep the settings it began with"
                 )
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's reader and writer of checkpoints, made safe against a crash at any moment.
+
+    A checkpoint is written to a temporary file, flushed to the disk and renamed, so its name always means a complete
+    file. Its folder is made only once: if it is moved away during a run, it is not made again.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._folders: set[Path] = set()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        folder = Path(path).parent
+        if folder not in self._folders:
+            make_folder(folder)
+            self._folders.add(folder)
+        save_atomically(checkpoint, Path(path))
+
+    def load_checkpoint(
+        self, path: Any, map_location: Callable[..., Any] | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        checkpoint = read_checked(Path(path))
+        refuse_incomplete(checkpoint, path)
+        return checkpoint
+
+
+def make_atomic(strategy: Strategy) -> None:
+    """Make a strategy that writes checkpoints as one file write them atomically."""
+    if not isinstance(strategy, ModelParallelStrategy):  # it accepts no other reader and writer
+        strategy.checkpoint_io = AtomicCheckpointIO()

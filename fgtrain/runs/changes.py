@@ -1,16 +1,14 @@
 """The keys that the command of a resumed run may change."""
 
-import inspect
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from fgtrain.errors import ConfigError
 from fgtrain.lightning.checkpoints import read_checked, refuse_incomplete
-from fgtrain.runs.config import to_plain, to_saved
+from fgtrain.runs.config import signature_of, to_plain, to_saved
 from fgtrain.runs.provenance import load_config
 
 LENGTH = ("trainer.max_steps", "trainer.max_epochs", "trainer.max_time", "trainer.min_steps", "trainer.min_epochs")
@@ -100,7 +98,7 @@ def _default(cfg: DictConfig, key: str) -> Any:
     target = OmegaConf.select(cfg, f"{parent}._target_") if parent else None
     if target is None:
         return _NONE
-    argument = inspect.signature(get_object(target)).parameters.get(name)
+    argument = signature_of(target).get(name)
     return _NONE if argument is None or argument.default is argument.empty else argument.default
 
 

@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from fgtrain.errors import Interrupted, JobFailed
-from fgtrain.lightning.checkpoints import disk_error
+from fgtrain.lightning.atomic_files import disk_error
 from fgtrain.memory import is_out_of_memory
 from fgtrain.runs.config import CONF, drop_arguments_of_replaced_targets, name_targets
 from fgtrain.runs.messages import USER_ERRORS, cannot_write, fail, one_line, silence_libraries

@@ -4,16 +4,14 @@
 `_target_` determines its arguments and their types, for fgtrain's classes and for the user's own.
 """
 
-import difflib
 import inspect
 import re
 import secrets
-import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from hydra.utils import get_object
@@ -94,46 +92,6 @@ ConfigStore.instance().store(name="schema", node=TrainConfig)
 OmegaConf.register_new_resolver("unique", lambda: secrets.token_hex(3), use_cache=True)  # for simultaneous starts
 OmegaConf.register_new_resolver("method_name", lambda _root_: _method_name(_root_))
 OmegaConf.register_new_resolver("file_name", lambda _root_: _file_name(_root_))  # names the folder of a run in a sweep
-
-
-def check(cfg: DictConfig) -> None:
-    """Refuse values that are out of range or of the wrong type, and keys that are not an argument of their `_target_`.
-
-    Raises:
-        ConfigError: the message names the key, the value and what is allowed.
-    """
-    unknown = sorted(set(map(str, cfg)) - {field.name for field in fields(TrainConfig)})
-    if unknown:
-        raise ConfigError(
-            f"{', '.join(unknown)}: no such key; the top level has {', '.join(TrainConfig.__annotations__)}"
-        )
-    at_least = {"seed": 0, "accumulate_grad_batches": 1, "max_skipped_steps": 1}
-    for key, least in at_least.items():
-        if cfg[key] < least:
-            raise ConfigError(f"{key} must be at least {least}, got {cfg[key]}")
-    if OmegaConf.is_missing(cfg, "lr"):
-        raise ConfigError("lr is not set; give the learning rate with lr=...")
-    if cfg.detect_divergence is not None and not cfg.detect_divergence > 1:
-        raise ConfigError(f"detect_divergence must be a factor above 1 or null, got {cfg.detect_divergence}")
-    if cfg.max_skipped_share is not None and not 0 <= cfg.max_skipped_share <= 1:
-        raise ConfigError(f"max_skipped_share must be between 0 and 1 or null, got {cfg.max_skipped_share}")
-    for key in ("lr", "clip_grad_norm"):
-        if cfg[key] is not None and not cfg[key] > 0:
-            raise ConfigError(f"{key} must be positive, got {cfg[key]}")
-    if cfg.distributed.tangents not in ("shared", "per_rank"):
-        raise ConfigError(f"distributed.tangents must be 'shared' or 'per_rank', got {cfg.distributed.tangents!r}")
-    if cfg.distributed.check_every_n_steps < 0:
-        raise ConfigError(
-            f"distributed.check_every_n_steps must not be negative, got {cfg.distributed.check_every_n_steps}"
-        )
-    if not cfg.distributed.timeout_seconds > 0:
-        raise ConfigError(f"distributed.timeout_seconds must be positive, got {cfg.distributed.timeout_seconds}")
-    plain = to_plain(cfg)
-    for group in ("method", "task", "data", "model", "optimizer", "trainer"):
-        if not isinstance(plain[group], dict) or "_target_" not in plain[group]:
-            raise ConfigError(f"{group} needs a _target_, got {plain[group]!r}; choose one of conf/{group}")
-    for path, node in _nodes(plain):
-        _check_node(path, node)
 
 
 def to_plain(cfg: DictConfig) -> dict[str, Any]:
@@ -259,74 +217,10 @@ def _method_name(root: DictConfig) -> str:
     return re.sub(r"[^\w.-]", "-", str(method).rpartition(".")[2])
 
 
-def _nodes(tree: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+def nodes(tree: Any, path: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
     """Every (path, mapping) that has a `_target_`."""
     if isinstance(tree, Mapping):
         if "_target_" in tree:
             yield path, dict(tree)
         for key, value in tree.items():
-            yield from _nodes(value, f"{path}.{key}" if path else str(key))
-
-
-def _check_node(path: str, node: dict[str, Any]) -> None:
-    try:
-        parameters = signature_of(node["_target_"])
-    except ConfigError as error:
-        raise ConfigError(f"{path}: {error}") from error
-    hints = _type_hints(get_object(node["_target_"]))
-    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    for key, value in node.items():
-        if key in ("_target_", "_partial_", "_convert_", "_recursive_", "_args_"):
-            continue
-        if key not in parameters and not takes_any:
-            close = difflib.get_close_matches(key, parameters, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"it takes {', '.join(parameters) or 'none'}"
-            raise ConfigError(f"{path}.{key}: {node['_target_']} takes no argument {key!r}; {hint}")
-        if key in hints and not _fits(value, hints[key]):
-            raise ConfigError(f"{path}.{key} must be {_describe(hints[key])}, got {value!r}")
-
-
-def _type_hints(target: Callable[..., Any]) -> dict[str, Any]:
-    try:
-        return get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    except Exception:  # the annotations cannot be resolved
-        return {}
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    """Whether a value from a config may be an argument annotated `hint`; if in doubt, True."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return any(_fits(value, arg) for arg in args)
-    if origin is Literal:
-        return value in args
-    if hint in (None, type(None)):
-        return value is None
-    if hint in (bool, str):
-        return isinstance(value, hint)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if origin in (list, tuple, Sequence) or hint in (list, tuple):
-        return isinstance(value, (list, tuple)) and all(_fits(v, args[0]) for v in value if args)
-    if inspect.isclass(hint) and hint.__module__.startswith("fgtrain"):
-        return isinstance(value, dict)
-    return True
-
-
-def _describe(hint: Any) -> str:
-    """An annotation in the words of a config file."""
-    origin, args = get_origin(hint), get_args(hint)
-    if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(_describe(arg) for arg in args))
-    if origin is Literal:
-        return " or ".join(repr(arg) for arg in args)
-    if hint in (None, type(None)):
-        return "null"
-    names = {int: "an integer", float: "a number", bool: "true or false", str: "a string"}
-    if hint in names:
-        return names[hint]
-    if origin in (list, tuple, Sequence) and args:
-        return f"a list, each {_describe(args[0])}"
-    return f"a node with a _target_ ({getattr(hint, '__name__', hint)})"
+            yield from nodes(value, f"{path}.{key}" if path else str(key))

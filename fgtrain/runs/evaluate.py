@@ -8,9 +8,11 @@ from omegaconf import DictConfig
 from torch.utils.data import DataLoader
 
 from fgtrain.errors import ConfigError
-from fgtrain.lightning.checkpoints import NAMES, first_good, list_checkpoints, read_checked, write_atomically
+from fgtrain.lightning.atomic_files import write_atomically
+from fgtrain.lightning.checkpoints import NAMES, first_good, list_checkpoints, read_checked
 from fgtrain.runs.provenance import load_config
-from fgtrain.runs.run import build, read_results
+from fgtrain.runs.results import read_results
+from fgtrain.runs.run import build
 from fgtrain.tasks import Function
 
 SPLITS = ("train", "val", "test")

@@ -32,11 +32,13 @@ from lightning.fabric.plugins.environments.lightning import find_free_network_po
 from omegaconf import DictConfig, OmegaConf
 
 from fgtrain.errors import Interrupted, RankFailed, UserError
-from fgtrain.lightning.checkpoints import disk_error
-from fgtrain.runs.config import check, to_plain, to_saved
+from fgtrain.lightning.atomic_files import disk_error
+from fgtrain.runs.config import to_plain, to_saved
+from fgtrain.runs.config_check import check
 from fgtrain.runs.messages import USER_ERRORS, cannot_write, one_line, silence_libraries
 from fgtrain.runs.owner import owned
-from fgtrain.runs.run import read_results, run
+from fgtrain.runs.results import read_results
+from fgtrain.runs.run import run
 from fgtrain.runs.world import START_METHODS, plan
 
 GRACE_SECONDS = 10.0

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
 from fgtrain.errors import StorageError, UserError
-from fgtrain.lightning.checkpoints import disk_error
+from fgtrain.lightning.atomic_files import disk_error
 from fgtrain.runs.config import CONF
 
 USER_ERRORS = (UserError, HydraException, OmegaConfBaseException, MisconfigurationException)

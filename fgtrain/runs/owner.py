@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fgtrain.errors import ConfigError, StorageError
-from fgtrain.lightning.checkpoints import make_folder
+from fgtrain.lightning.atomic_files import make_folder
 
 LOCK = ".lock"
 _held: set[int] = set()

@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import AliasToken, YAMLError, scan
 
 from fgtrain.errors import ConfigError
-from fgtrain.lightning.checkpoints import write_atomically
+from fgtrain.lightning.atomic_files import write_atomically
 from fgtrain.runs.config import TrainConfig, to_saved
 
 PACKAGES = ("fgtrain", "torch", "torchvision", "lightning", "hydra-core", "numpy", "scikit-learn", "tensorboard")

@@ -47,15 +47,13 @@ import torch
 from hydra.utils import instantiate
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerStatus
-from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig
-from rich.console import Console
-from rich.table import Table
 
 from fgtrain.distributed import lost_ranks_named
 from fgtrain.errors import ConfigError, Interrupted
+from fgtrain.lightning.atomic_files import write_atomically
 from fgtrain.lightning.callbacks import (
     Dashboard,
     FirstBatch,
@@ -67,19 +65,20 @@ from fgtrain.lightning.callbacks import (
     Summary,
 )
 from fgtrain.lightning.callbacks.dashboard import log_final
-from fgtrain.lightning.checkpoints import checkpoint_to_resume, make_atomic, write_atomically
+from fgtrain.lightning.checkpoints import checkpoint_to_resume, make_atomic
 from fgtrain.lightning.divergence import Divergence
 from fgtrain.lightning.module import EstimatorModule
 from fgtrain.memory import keep_freed_memory
 from fgtrain.network.compilation import compile_model
 from fgtrain.runs.changes import is_extended, stop_holds
-from fgtrain.runs.config import check, signature_of, to_plain, to_saved
+from fgtrain.runs.config import signature_of, to_plain, to_saved
+from fgtrain.runs.config_check import check
 from fgtrain.runs.owner import owned
 from fgtrain.runs.provenance import save_provenance
+from fgtrain.runs.results import RESULTS, read_results
 from fgtrain.runs.world import is_follower, plan
 from fgtrain.tasks import Function
 
-RESULTS = "results.json"
 DATA_FACTS = ("input_shape", "num_classes", "vocab_size", "context")
 """Attributes of the data that are passed to the model's constructor if it takes them."""
 
@@ -199,24 +198,6 @@ def _results_so_far(cfg: DictConfig) -> dict[str, Any] | None:
     return None if is_extended(cfg, run_dir) else read_results(run_dir)
 
 
-def read_results(run_dir: Path) -> dict[str, Any] | None:
-    """The results of a finished run; None if it has not finished.
-
-    Raises:
-        ConfigError: they cannot be read.
-    """
-    path = run_dir / RESULTS
-    if not path.exists():
-        return None
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
-    if not (isinstance(found, dict) and isinstance(found.get("metrics"), dict)):
-        raise ConfigError(f"{path} does not hold the results of a run")
-    return found
-
-
 class _Beginning(L.Callback):
     """Writes the provenance of the run, once all its processes have read the previous content of its folder."""
 
@@ -305,20 +286,3 @@ def _function_results(module: EstimatorModule) -> dict[str, Any]:
         best = int(metrics["loss"].nan_to_num(torch.inf).argmin())
         solution = module.model()[best].tolist()
     return {"metrics": {name: value[best].item() for name, value in metrics.items()}, "solution": solution}
-
-
-@rank_zero_only
-def print_results(results: Mapping[str, Any], run_dir: Path) -> None:
-    """Print the table of results and where to find more."""
-    table = Table(title=f"{results['method']} on {results['task']}", title_justify="left")
-    table.add_column("result")
-    table.add_column("value", justify="right")
-    flat = {k: v for k, v in results.items() if k not in ("method", "task", "metrics", "solution")}
-    for name, value in (flat | results["metrics"]).items():
-        table.add_row(name, f"{value:.6g}" if isinstance(value, float) else str(value))
-    if "solution" in results:
-        table.add_row("solution", ", ".join(f"{x:.5f}" for x in results["solution"][:6]))
-    console = Console()
-    console.print(table)
-    console.print(f"results in {run_dir}", soft_wrap=True, highlight=False)
-    console.print(f"look at it: tensorboard --host 127.0.0.1 --logdir {run_dir}", soft_wrap=True, highlight=False)

@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fgtrain.forward_ad.dual import Dual, dual, joint_of, num_directions, primal_of, tangent_of
-from fgtrain.forward_ad.rules.operations import RULES, aligned, register
+from fgtrain.forward_ad.registry import register
+from fgtrain.forward_ad.rules.arithmetic import aligned
+from fgtrain.forward_ad.rules.operations import RULES
 
 aten = torch.ops.aten
 

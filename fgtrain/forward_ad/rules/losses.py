@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fgtrain.forward_ad.dual import Dual, dual, primal_of, tangent_of
-from fgtrain.forward_ad.rules.operations import aligned, register
+from fgtrain.forward_ad.registry import register
+from fgtrain.forward_ad.rules.arithmetic import aligned
 
 aten = torch.ops.aten
 _MEAN, _SUM = 1, 2  # torch.nn._reduction

@@ -14,7 +14,9 @@ from torch.nn import functional as F
 
 from fgtrain.forward_ad.dual import Dual, dual, joint_of, num_directions, primal_of, tangent_of
 from fgtrain.forward_ad.output_tangent import OutputTangent
-from fgtrain.forward_ad.rules.operations import register
+from fgtrain.forward_ad.registry import register
+from fgtrain.forward_ad.rules.arithmetic import aligned
+from fgtrain.forward_ad.rules.per_direction import per_direction
 from fgtrain.tangents.directions import LowRankTangent
 
 aten = torch.ops.aten
@@ -190,3 +192,47 @@ def _convolve_tangents(convolve: Any, x: Tensor, weight: Dual, groups: int) -> T
     left = left.reshape(1, *left.shape, *[1] * (maps.dim() - 5)).to(maps.dtype)
     product = maps * left if rank == 1 else (maps * left).sum(3, keepdim=True)  # (N, groups, K, 1, out / groups, ..)
     return product.squeeze(3).transpose(1, 2).flatten(2, 3).transpose(0, 1)
+
+
+_PER_DIRECTION_MATMUL = per_direction(torch.matmul)
+
+
+@register("matmul __matmul__ mm bmm spmm")
+def _matmul(x: Any, y: Any) -> Any:
+    px, py = primal_of(x), primal_of(y)
+    if px.layout != torch.strided or py.layout != torch.strided:
+        return _with_sparse(torch.matmul, x, y)
+    if px.dim() < 2 or py.dim() < 2:
+        return _PER_DIRECTION_MATMUL(x, y)
+    primal = torch.matmul(px, py)
+    total = None
+    if isinstance(x, Dual):
+        total = torch.matmul(aligned(tangent_of(x), primal.dim()), py)
+    if isinstance(y, Dual):
+        term = _times_matrix(px, y, primal.dim())
+        total = term if total is None else total + term
+    return dual(primal, total)
+
+
+def _with_sparse(func: Any, x: Any, y: Any, *options: Any) -> Any:
+    """One matrix is sparse and constant: K directions become K times as many columns or rows of the other."""
+    px, py = primal_of(x), primal_of(y)
+    if px.dim() != 2 or py.dim() != 2 or options:
+        return NotImplemented
+    primal = func(px, py)
+    if isinstance(y, Dual):
+        tangent = tangent_of(y)
+        moved = func(px, tangent.transpose(0, 1).flatten(1)).unflatten(1, (len(tangent), py.shape[1])).transpose(0, 1)
+    else:
+        tangent = tangent_of(x)
+        moved = func(tangent.flatten(0, 1), py).unflatten(0, (len(tangent), px.shape[0]))
+    return dual(primal, moved)
+
+
+def _times_matrix(x: Tensor, y: Dual, ndim: int) -> Tensor:
+    """x times the tangents of y, (K, ..)."""
+    tangent = y.tangent
+    if isinstance(tangent, LowRankTangent) and len(tangent.shape) == 2:
+        left, right = (aligned(factor, ndim) for factor in tangent.factors)
+        return torch.matmul(torch.matmul(x, left.mT), right)
+    return torch.matmul(x, aligned(tangent_of(y), ndim))

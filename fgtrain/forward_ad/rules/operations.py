@@ -14,20 +14,11 @@ from torch.nn import functional as F
 
 from fgtrain._torch import tree_flatten, tree_map, tree_unflatten
 from fgtrain.forward_ad.dual import Dual, dual, primal_of, tangent_of
-from fgtrain.forward_ad.registry import RULES, Rule
-from fgtrain.forward_ad.rules.per_direction import laid_out, per_direction
+from fgtrain.forward_ad.registry import RULES, Rule, register
+from fgtrain.forward_ad.rules.arithmetic import aligned
+from fgtrain.forward_ad.rules.matrix_products import _matmul, _with_sparse
+from fgtrain.forward_ad.rules.per_direction import laid_out
 from fgtrain.forward_ad.rules.written_out import functions_named
-from fgtrain.tangents.directions import LowRankTangent
-
-
-def register(names: str) -> Callable[[Rule], Rule]:
-    """Make the decorated function the rule of every function of PyTorch with one of these names."""
-
-    def decorate(rule: Rule) -> Rule:
-        RULES.update(dict.fromkeys(functions_named(names), rule))
-        return rule
-
-    return decorate
 
 
 def _register_family(names: str, family: Callable[[Any], Rule]) -> None:
@@ -258,114 +249,7 @@ _register_family(
 )
 
 
-# --- sums and products of two --------------------------------------------------------------------------------------
-
-
-def aligned(tangent: Any, ndim: int) -> Any:
-    """The tangent with `ndim` dimensions after K, to be added to or multiplied with a value of `ndim` dimensions."""
-    if tangent is None or tangent.dim() == ndim + 1:
-        return tangent
-    return tangent.reshape(tangent.shape[0], *[1] * (ndim + 1 - tangent.dim()), *tangent.shape[1:])
-
-
-@register("add __add__ __radd__")
-def _add(x: Any, y: Any, *, alpha: float = 1) -> Any:
-    return _sum(torch.add(primal_of(x), primal_of(y), alpha=alpha), x, y, alpha)
-
-
-@register("sub __sub__ subtract")
-def _sub(x: Any, y: Any, *, alpha: float = 1) -> Any:
-    return _sum(torch.sub(primal_of(x), primal_of(y), alpha=alpha), x, y, -alpha)
-
-
-@register("rsub")
-def _rsub(x: Any, y: Any, *, alpha: float = 1) -> Any:
-    return _sum(torch.rsub(primal_of(x), primal_of(y), alpha=alpha), y, x, -alpha)
-
-
-def _sum(primal: Tensor, x: Any, y: Any, scale: float) -> Tensor:
-    xt, yt = aligned(tangent_of(x), primal.dim()), aligned(tangent_of(y), primal.dim())
-    if xt is None or yt is None:
-        return dual(primal, xt if yt is None else yt * scale if scale != 1 else yt)
-    return dual(primal, torch.add(xt, yt, alpha=scale))
-
-
-@register("add_ __iadd__")
-def _add_in_place(x: Any, y: Any, *, alpha: float = 1) -> Any:
-    xt, yt = tangent_of(x), tangent_of(y)
-    if xt is None or yt is None or x.aliased or yt.shape != xt.shape:
-        return NotImplemented
-    primal_of(x).add_(primal_of(y), alpha=alpha)
-    xt.add_(yt, alpha=alpha)
-    return x
-
-
-@register("mul __mul__ __rmul__ multiply")
-def _mul(x: Any, y: Any) -> Any:
-    px, py = primal_of(x), primal_of(y)
-    primal = torch.mul(px, py)
-    xt, yt = aligned(tangent_of(x), primal.dim()), aligned(tangent_of(y), primal.dim())
-    left, right = (None if xt is None else xt * py), (None if yt is None else yt * px)
-    return dual(primal, left if right is None else right if left is None else left + right)
-
-
-@register("div __truediv__ true_divide divide")
-def _div(x: Any, y: Any, *, rounding_mode: str | None = None) -> Any:
-    if rounding_mode is not None:
-        return NotImplemented
-    px, py = primal_of(x), primal_of(y)
-    primal = torch.div(px, py)
-    xt, yt = aligned(tangent_of(x), primal.dim()), aligned(tangent_of(y), primal.dim())
-    if yt is None:
-        return dual(primal, xt / py)
-    return dual(primal, ((0 if xt is None else xt) - primal * yt) / py)
-
-
-_PER_DIRECTION_MATMUL = per_direction(torch.matmul)
-
-
-@register("matmul __matmul__ mm bmm spmm")
-def _matmul(x: Any, y: Any) -> Any:
-    px, py = primal_of(x), primal_of(y)
-    if px.layout != torch.strided or py.layout != torch.strided:
-        return _with_sparse(torch.matmul, x, y)
-    if px.dim() < 2 or py.dim() < 2:
-        return _PER_DIRECTION_MATMUL(x, y)
-    primal = torch.matmul(px, py)
-    total = None
-    if isinstance(x, Dual):
-        total = torch.matmul(aligned(tangent_of(x), primal.dim()), py)
-    if isinstance(y, Dual):
-        term = _times_matrix(px, y, primal.dim())
-        total = term if total is None else total + term
-    return dual(primal, total)
-
-
 RULES[torch.Tensor.__rmatmul__] = lambda y, x: _matmul(x, y)
 
 
-def _with_sparse(func: Any, x: Any, y: Any, *options: Any) -> Any:
-    """One matrix is sparse and constant: K directions become K times as many columns or rows of the other."""
-    px, py = primal_of(x), primal_of(y)
-    if px.dim() != 2 or py.dim() != 2 or options:
-        return NotImplemented
-    primal = func(px, py)
-    if isinstance(y, Dual):
-        tangent = tangent_of(y)
-        moved = func(px, tangent.transpose(0, 1).flatten(1)).unflatten(1, (len(tangent), py.shape[1])).transpose(0, 1)
-    else:
-        tangent = tangent_of(x)
-        moved = func(tangent.flatten(0, 1), py).unflatten(0, (len(tangent), px.shape[0]))
-    return dual(primal, moved)
-
-
 RULES[torch.sparse.mm] = partial(_with_sparse, torch.sparse.mm)
-
-
-def _times_matrix(x: Tensor, y: Dual, ndim: int) -> Tensor:
-    """x times the tangents of y, (K, ..)."""
-    tangent = y.tangent
-    if isinstance(tangent, LowRankTangent) and len(tangent.shape) == 2:
-        left, right = (aligned(factor, ndim) for factor in tangent.factors)
-        return torch.matmul(torch.matmul(x, left.mT), right)
-    return torch.matmul(x, aligned(tangent_of(y), ndim))

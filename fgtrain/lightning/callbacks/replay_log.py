@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fgtrain.errors import ConfigError
-from fgtrain.lightning.checkpoints import save_atomically
+from fgtrain.lightning.atomic_files import save_atomically
 from fgtrain.lightning.module import EstimatorModule
 
 FORMAT = 1

@@ -8,7 +8,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from fgtrain.runs.cli import CONF
-from fgtrain.runs.config import check
+from fgtrain.runs.config_check import check
 from fgtrain.studies.benchmarks.steps import Method
 
 

@@ -10,7 +10,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from fgtrain.errors import ConfigError
-from fgtrain.lightning.checkpoints import write_atomically
+from fgtrain.lightning.atomic_files import write_atomically
 from fgtrain.runs.cli import CONF
 from fgtrain.runs.config import drop_arguments_of_replaced_targets, name_targets
 

@@ -10,7 +10,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fgtrain.errors import ConfigError, DivergenceError
-from fgtrain.lightning.checkpoints import write_atomically
+from fgtrain.lightning.atomic_files import write_atomically
 from fgtrain.runs.run import build, run
 from fgtrain.studies.compare.cost import StepCost, step_costs
 from fgtrain.studies.compare.plan import SEARCH_SEED, Comparison, compose_run

@@ -1,0 +1,89 @@
+"""Files that are complete or absent, whenever a process or a disk stops."""
+
+import contextlib
+import errno
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from fgtrain.errors import StorageError
+
+_DISK_ERRORS = {  # of the disk, of the network behind it, or of a pipe
+    errno.ENOENT,
+    errno.ESTALE,
+    errno.EPIPE,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EFBIG,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EIO,
+}
+
+
+def save_atomically(content: Any, path: Path) -> None:
+    """torch.save, so that `path` holds either its old content or all of `content`.
+
+    Raises:
+        StorageError: the disk is full or cannot be written to.
+    """
+    atomically(path, lambda file: torch.save(content, file))
+
+
+def write_atomically(text: str, path: Path) -> None:
+    """Path.write_text, as atomic as `save_atomically`.
+
+    Raises:
+        StorageError: the disk is full or cannot be written to.
+    """
+    atomically(path, lambda file: file.write(text.encode()))
+
+
+def atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
+    """Write a file beside `path` and rename it to `path`."""
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with beside.open("wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        beside.replace(path)
+    except (OSError, RuntimeError) as error:  # torch's writer wraps the first in the second
+        reason = disk_error(error)
+        if reason is None:
+            raise
+        with contextlib.suppress(OSError):
+            beside.unlink()
+        raise StorageError(f"cannot write {path}: {reason.strerror}; earlier files are intact") from error
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and its parents.
+
+    Raises:
+        StorageError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror}") from error
+
+
+def disk_error(error: BaseException | None) -> OSError | None:
+    """The disk error that `error` is or was caused by, if any."""
+    seen: set[int] = set()  # causes may form a cycle
+    while error is not None and id(error) not in seen:
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+            return error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None

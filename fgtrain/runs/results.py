@@ -1,0 +1,49 @@
+"""The results of a run: their file and their table."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.table import Table
+
+from fgtrain.errors import ConfigError
+
+RESULTS = "results.json"
+
+
+def read_results(run_dir: Path) -> dict[str, Any] | None:
+    """The results of a finished run; None if it has not finished.
+
+    Raises:
+        ConfigError: they cannot be read.
+    """
+    path = run_dir / RESULTS
+    if not path.exists():
+        return None
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    if not (isinstance(found, dict) and isinstance(found.get("metrics"), dict)):
+        raise ConfigError(f"{path} does not hold the results of a run")
+    return found
+
+
+@rank_zero_only
+def print_results(results: Mapping[str, Any], run_dir: Path) -> None:
+    """Print the table of results and where to find more."""
+    table = Table(title=f"{results['method']} on {results['task']}", title_justify="left")
+    table.add_column("result")
+    table.add_column("value", justify="right")
+    flat = {k: v for k, v in results.items() if k not in ("method", "task", "metrics", "solution")}
+    for name, value in (flat | results["metrics"]).items():
+        table.add_row(name, f"{value:.6g}" if isinstance(value, float) else str(value))
+    if "solution" in results:
+        table.add_row("solution", ", ".join(f"{x:.5f}" for x in results["solution"][:6]))
+    console = Console()
+    console.print(table)
+    console.print(f"results in {run_dir}", soft_wrap=True, highlight=False)
+    console.print(f"look at it: tensorboard --host 127.0.0.1 --logdir {run_dir}", soft_wrap=True, highlight=False)

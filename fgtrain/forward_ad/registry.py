@@ -4,7 +4,6 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from fgtrain.forward_ad.registry import RULES, Rule
 from fgtrain.forward_ad.rules.written_out import functions_named
 
 Rule = Callable[..., Any]

@@ -198,10 +198,10 @@ _PER_DIRECTION_MATMUL = per_direction(torch.matmul)
 
 
 @register("matmul __matmul__ mm bmm spmm")
-def _matmul(x: Any, y: Any) -> Any:
+def matmul(x: Any, y: Any) -> Any:
     px, py = primal_of(x), primal_of(y)
     if px.layout != torch.strided or py.layout != torch.strided:
-        return _with_sparse(torch.matmul, x, y)
+        return with_sparse(torch.matmul, x, y)
     if px.dim() < 2 or py.dim() < 2:
         return _PER_DIRECTION_MATMUL(x, y)
     primal = torch.matmul(px, py)
@@ -214,7 +214,7 @@ def _matmul(x: Any, y: Any) -> Any:
     return dual(primal, total)
 
 
-def _with_sparse(func: Any, x: Any, y: Any, *options: Any) -> Any:
+def with_sparse(func: Any, x: Any, y: Any, *options: Any) -> Any:
     """One matrix is sparse and constant: K directions become K times as many columns or rows of the other."""
     px, py = primal_of(x), primal_of(y)
     if px.dim() != 2 or py.dim() != 2 or options:

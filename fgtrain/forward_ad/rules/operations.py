@@ -16,7 +16,7 @@ from fgtrain._torch import tree_flatten, tree_map, tree_unflatten
 from fgtrain.forward_ad.dual import Dual, dual, primal_of, tangent_of
 from fgtrain.forward_ad.registry import RULES, Rule, register
 from fgtrain.forward_ad.rules.arithmetic import aligned
-from fgtrain.forward_ad.rules.matrix_products import _matmul, _with_sparse
+from fgtrain.forward_ad.rules.matrix_products import matmul, with_sparse
 from fgtrain.forward_ad.rules.per_direction import laid_out
 from fgtrain.forward_ad.rules.written_out import functions_named
 
@@ -249,7 +249,7 @@ _register_family(
 )
 
 
-RULES[torch.Tensor.__rmatmul__] = lambda y, x: _matmul(x, y)
+RULES[torch.Tensor.__rmatmul__] = lambda y, x: matmul(x, y)
 
 
-RULES[torch.sparse.mm] = partial(_with_sparse, torch.sparse.mm)
+RULES[torch.sparse.mm] = partial(with_sparse, torch.sparse.mm)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from fgtrain.forward_ad.dual import Dual, dual, joint_of, num_directions, primal_of, tangent_of
 from fgtrain.forward_ad.output_tangent import OutputTangent
-from fgtrain.forward_ad.registry import register
+from fgtrain.forward_ad.registry import RULES, register
 from fgtrain.forward_ad.rules.arithmetic import aligned
 from fgtrain.forward_ad.rules.per_direction import per_direction
 from fgtrain.tangents.directions import LowRankTangent
@@ -198,10 +198,10 @@ _PER_DIRECTION_MATMUL = per_direction(torch.matmul)
 
 
 @register("matmul __matmul__ mm bmm spmm")
-def matmul(x: Any, y: Any) -> Any:
+def _matmul(x: Any, y: Any) -> Any:
     px, py = primal_of(x), primal_of(y)
     if px.layout != torch.strided or py.layout != torch.strided:
-        return with_sparse(torch.matmul, x, y)
+        return _with_sparse(torch.matmul, x, y)
     if px.dim() < 2 or py.dim() < 2:
         return _PER_DIRECTION_MATMUL(x, y)
     primal = torch.matmul(px, py)
@@ -214,7 +214,7 @@ def matmul(x: Any, y: Any) -> Any:
     return dual(primal, total)
 
 
-def with_sparse(func: Any, x: Any, y: Any, *options: Any) -> Any:
+def _with_sparse(func: Any, x: Any, y: Any, *options: Any) -> Any:
     """One matrix is sparse and constant: K directions become K times as many columns or rows of the other."""
     px, py = primal_of(x), primal_of(y)
     if px.dim() != 2 or py.dim() != 2 or options:
@@ -236,3 +236,7 @@ def _times_matrix(x: Tensor, y: Dual, ndim: int) -> Tensor:
         left, right = (aligned(factor, ndim) for factor in tangent.factors)
         return torch.matmul(torch.matmul(x, left.mT), right)
     return torch.matmul(x, aligned(tangent_of(y), ndim))
+
+
+RULES[torch.Tensor.__rmatmul__] = lambda y, x: _matmul(x, y)
+RULES[torch.sparse.mm] = partial(_with_sparse, torch.sparse.mm)

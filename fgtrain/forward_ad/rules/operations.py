@@ -4,7 +4,6 @@ Each family has one way to push (K, *shape) tangents through any of its function
 """
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from fgtrain._torch import tree_flatten, tree_map, tree_unflatten
 from fgtrain.forward_ad.dual import Dual, dual, primal_of, tangent_of
 from fgtrain.forward_ad.registry import RULES, Rule, register
 from fgtrain.forward_ad.rules.arithmetic import aligned
-from fgtrain.forward_ad.rules.matrix_products import matmul, with_sparse
 from fgtrain.forward_ad.rules.per_direction import laid_out
 from fgtrain.forward_ad.rules.written_out import functions_named
 
@@ -247,9 +245,3 @@ _register_family(
     """,
     elementwise,
 )
-
-
-RULES[torch.Tensor.__rmatmul__] = lambda y, x: matmul(x, y)
-
-
-RULES[torch.sparse.mm] = partial(with_sparse, torch.sparse.mm)

@@ -168,3 +168,19 @@ def test_data_without_other_splits(tmp_path):
     assert (tmp_path / "here" / "curves.png").exists()
     with pytest.raises(ConfigError, match=r"lr=search chooses by the validation loss, but the data has no validation"):
         run_script(tmp_path, *data[:-1], "out=there", "lr=search")
+
+
+def test_a_method_that_cannot_train_the_model_is_a_row(tmp_path):
+    out, _ = run_script(tmp_path, "methods=[backprop,highway]", "seeds=1", "budget=4steps", "out=here")
+    reason = "MLP has no residual block: no member of an nn.Sequential or nn.ModuleList returns its input"
+    assert f"highway is refused: {reason}" in out
+    rows = json.loads((tmp_path / "here" / "table.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == ["backprop", "highway"]
+    assert rows[0]["refused"] is None
+    assert rows[0]["steps"] == 4
+    assert rows[1]["refused"].startswith(reason)
+    assert rows[1]["steps"] is None
+    lines = (tmp_path / "here" / "table.md").read_text().splitlines()
+    assert next(line for line in lines if line.startswith("| highway")).count("|") == lines[-1].count("|")
+    with pytest.raises(USER_ERRORS, match="highway: MLP has no residual block"):
+        run_script(tmp_path, "methods=[highway]", "seeds=1", "budget=4steps", "out=there")

@@ -10,6 +10,7 @@ import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
+from fgtrain.errors import LossError, UnsupportedOperation
 from fgtrain.estimators import write_grads
 from fgtrain.memory import peak_mib
 from fgtrain.random import keyed_generator
@@ -42,6 +43,19 @@ def step_costs(configs: Mapping[str, DictConfig], rounds: int = 15) -> dict[str,
         for name, step in steps.items():
             times[name].append(_seconds(step, device))
     return {name: StepCost(1e3 * median(times[name]), peaks[name], traffic[name]) for name in steps}
+
+
+def refusal(cfg: DictConfig) -> str | None:
+    """The reason why a method cannot train this model with this loss; None if it can.
+
+    Args:
+        cfg: configuration of a run. One gradient is estimated, on the first batch.
+    """
+    try:
+        _step(cfg, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    except (UnsupportedOperation, LossError) as error:
+        return str(error)
+    return None
 
 
 def _step(cfg: DictConfig, device: torch.device) -> tuple[Callable[[], None], int]:

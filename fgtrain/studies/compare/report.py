@@ -20,29 +20,35 @@ Curve = Callable[[Finished], list[tuple[float, float]]]
 
 
 def rows_of(plan: Comparison, outcome: Outcome) -> list[dict[str, Any]]:
-    """One row per method, with unformatted numbers."""
-    reference = outcome.costs["backprop"]
-    rows = []
-    for method in plan.methods:
-        started = [run for run in outcome.runs if run.method == method]
-        runs = [run for run in started if not run.diverged]
-        cost = outcome.costs[method]
-        reached = [seconds for run in runs if (seconds := seconds_to_target(plan, run)) is not None]
-        row: dict[str, Any] = {"method": method, "lr": outcome.lrs[method], "runs": len(started)}
-        row["with_accuracy"] = any({"val/acc", "test/acc"} & run.results["metrics"].keys() for run in outcome.runs)
-        row["with_validation"] = is_validated(outcome.runs)
-        row["diverged"] = len(started) - len(runs)
-        for name, keys in (("accuracy", ["test/acc"]), ("loss", ["test/loss", "loss"])):
-            row |= _mean_and_deviation(name, [run.results["metrics"].get(k) for run in runs for k in keys])
-        row["steps"] = runs[0].results["steps"] if runs else 0
-        row["seconds"] = fmean(run.results["train_seconds"] for run in runs) if runs else 0.0
-        row |= {"reached_target": len(reached), "seconds_to_target": median(reached) if reached else None}
-        row["step_ms"] = cost.milliseconds
-        row["step_time_to_backprop"] = cost.milliseconds / reference.milliseconds
-        row["peak_mib"] = cost.peak_mib
-        row["peak_memory_to_backprop"] = cost.peak_mib / reference.peak_mib
-        rows.append(row | {"bytes_per_step": cost.bytes_sent})
+    """One row per method, with unformatted numbers; None for all of them if the method was refused."""
+    rows = [_row_of(plan, outcome, method) for method in plan.methods if method not in outcome.refused]
+    numbers = {name: None for name in rows[0] if not name.startswith("with_")}
+    for place, method in enumerate(plan.methods):
+        if method in outcome.refused:
+            rows.insert(place, rows[0] | numbers | {"method": method, "refused": outcome.refused[method]})
     return rows
+
+
+def _row_of(plan: Comparison, outcome: Outcome, method: str) -> dict[str, Any]:
+    reference = outcome.costs["backprop"]
+    started = [run for run in outcome.runs if run.method == method]
+    runs = [run for run in started if not run.diverged]
+    cost = outcome.costs[method]
+    reached = [seconds for run in runs if (seconds := seconds_to_target(plan, run)) is not None]
+    row: dict[str, Any] = {"method": method, "lr": outcome.lrs[method], "runs": len(started)}
+    row["with_accuracy"] = any({"val/acc", "test/acc"} & run.results["metrics"].keys() for run in outcome.runs)
+    row["with_validation"] = is_validated(outcome.runs)
+    row["diverged"] = len(started) - len(runs)
+    for name, keys in (("accuracy", ["test/acc"]), ("loss", ["test/loss", "loss"])):
+        row |= _mean_and_deviation(name, [run.results["metrics"].get(k) for run in runs for k in keys])
+    row["steps"] = runs[0].results["steps"] if runs else 0
+    row["seconds"] = fmean(run.results["train_seconds"] for run in runs) if runs else 0.0
+    row |= {"reached_target": len(reached), "seconds_to_target": median(reached) if reached else None}
+    row["step_ms"] = cost.milliseconds
+    row["step_time_to_backprop"] = cost.milliseconds / reference.milliseconds
+    row["peak_mib"] = cost.peak_mib
+    row["peak_memory_to_backprop"] = cost.peak_mib / reference.peak_mib
+    return row | {"bytes_per_step": cost.bytes_sent, "refused": None}
 
 
 def is_validated(runs: Sequence[Finished]) -> bool:
@@ -109,6 +115,7 @@ def statement(plan: Comparison, outcome: Outcome, command: str) -> list[str]:
     lines += [
         f"Times are of training and include {POINTS} validations, if any, and comparisons with the exact gradient.",
     ]
+    lines += [f"{method} is refused: {reason}." for method, reason in outcome.refused.items()]
     diverged = Counter(run.method for run in outcome.runs if run.diverged)
     lines += [
         f"{method}: {n} of {plan.seeds} runs diverged and are not in the means." for method, n in diverged.items()
@@ -117,12 +124,14 @@ def statement(plan: Comparison, outcome: Outcome, command: str) -> list[str]:
 
 
 def cells(row: dict[str, Any]) -> dict[str, str]:
-    """A row with formatted numbers."""
+    """{column: text} of a row; columns without text may be left out."""
 
     def spread(name: str, scale: float, digits: str) -> str:
         mean, deviation = row[f"{name}_mean"], row[f"{name}_std"]
         return "" if mean is None else f"{scale * mean:{digits}} ± {scale * deviation:{digits}}"
 
+    if row["refused"] is not None:
+        return {"method": row["method"], "loss": "refused"}
     reached = row["seconds_to_target"]
     shown = {"method": row["method"], "lr": f"{row['lr']:g}"}
     if row["with_accuracy"]:
@@ -144,11 +153,12 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
 
 def table_of(rows: Sequence[dict[str, Any]]) -> Table:
     """The table for the terminal."""
-    table = Table()
-    for name in cells(rows[0]):
+    table, shown = Table(), [cells(row) for row in rows]
+    names = max(shown, key=len)
+    for name in names:
         table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
-    for row in rows:
-        table.add_row(*cells(row).values())
+    for row in shown:
+        table.add_row(*(row.get(name, "") for name in names))
     return table
 
 
@@ -156,9 +166,9 @@ def write_report(plan: Comparison, outcome: Outcome, command: str) -> list[dict[
     """Write table.md, table.json, table.csv and the figures into the comparison's folder; returns the rows."""
     rows, folder = rows_of(plan, outcome), plan.folder
     shown = [cells(row) for row in rows]
-    names = list(shown[0])
+    names = max(shown, key=len)
     markdown = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    markdown += ["| " + " | ".join(row.values()) + " |" for row in shown]
+    markdown += ["| " + " | ".join(row.get(name, "") for name in names) + " |" for row in shown]
     said = statement(plan, outcome, command)
     (folder / "table.md").write_text("\n".join([*said, "", *markdown, ""]))
     tried = {m: [{"lr": lr, "val/loss": loss} for lr, loss in found.items()] for m, found in outcome.tried.items()}

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fgtrain.errors import ConfigError, DivergenceError
+from fgtrain.errors import ConfigError, DivergenceError, UnsupportedOperation
 from fgtrain.lightning.atomic_files import write_atomically
 from fgtrain.runs.run import build, run
-from fgtrain.studies.compare.cost import StepCost, step_costs
+from fgtrain.studies.compare.cost import StepCost, refusal, step_costs
 from fgtrain.studies.compare.plan import SEARCH_SEED, Comparison, compose_run
 
 TRIAL_STEPS = 200
@@ -47,12 +47,21 @@ class Finished(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """The results of a comparison: the runs, the chosen and the tried learning rates, and the cost of a step."""
+    """The results of a comparison, by method.
+
+    Args:
+        runs: the runs of all methods.
+        lrs: the learning rates of the runs.
+        tried: {learning rate: validation loss} of a search.
+        costs: the cost of a step.
+        refused: for methods that cannot train the model, the reason.
+    """
 
     runs: list[Finished]
     lrs: dict[str, float]
     tried: dict[str, dict[float, float]]
     costs: dict[str, StepCost]
+    refused: dict[str, str]
 
 
 def compare(plan: Comparison, tell: Callable[[str, int, int], None]) -> Outcome:
@@ -63,31 +72,35 @@ def compare(plan: Comparison, tell: Callable[[str, int, int], None]) -> Outcome:
         tell: called before every run with (description, runs done, runs in total).
     """
     plan.remember()
+    first = {m: compose_run(plan.overrides, f"method={m}", "run_dir=.")[0] for m in plan.methods}
+    for cfg in first.values():
+        build(cfg)  # finds mistakes before the first run
+    refused = {m: reason for m, cfg in first.items() if (reason := refusal(cfg)) is not None}
+    methods = [m for m in plan.methods if m not in refused]
+    if not methods:
+        raise UnsupportedOperation("; ".join(f"{m}: {reason}" for m, reason in refused.items()))
     searches = plan.lr_points if plan.lr == "search" else 0
-    total = len(plan.methods) * (plan.seeds + searches)
+    total = len(methods) * (plan.seeds + searches)
     numbers = iter(range(total))
 
     def report(text: str) -> None:
         tell(text, next(numbers), total)
 
-    first = {m: compose_run(plan.overrides, f"method={m}", "run_dir=.")[0] for m in plan.methods}
-    for cfg in first.values():
-        build(cfg)  # finds mistakes before the first run
-    steps = {m: _steps(plan, m) for m in plan.methods}
+    steps = {m: _steps(plan, m) for m in methods}
     lrs = {m: float(cfg.lr) for m, cfg in first.items()}
     tried: dict[str, dict[float, float]] = {}
     if searches:
-        tried = {m: dict(_search(plan, m, steps[m], lrs[m], report)) for m in plan.methods}
+        tried = {m: dict(_search(plan, m, steps[m], lrs[m], report)) for m in methods}
         lrs = {m: min(losses, key=lambda lr, losses=losses: losses[lr]) for m, losses in tried.items()}
     runs = []
     for seed in range(plan.seeds):  # methods take turns, so that other load affects all
-        for m in plan.methods:
+        for m in methods:
             report(f"{m} seed {seed}")
             runs.append(_finish(plan, m, seed, lrs[m], steps[m], plan.folder / m / f"seed={seed}"))
     tell("cost of a step", total, total)
-    compared = dict.fromkeys(["backprop", *plan.methods])
+    compared = dict.fromkeys(["backprop", *methods])
     costs = step_costs({m: compose_run(plan.overrides, f"method={m}", "run_dir=.")[0] for m in compared})
-    return Outcome(runs, lrs, tried, costs)
+    return Outcome(runs, lrs, tried, costs, refused)
 
 
 def _steps(plan: Comparison, method: str) -> int:

@@ -103,7 +103,7 @@ with losses that take derivatives themselves."""
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [*CASES, *COVERAGE], ids=lambda case: case.name)
-def test_what_is_taken_down_is_the_derivative_or_refused(case):
+def test_what_is_traced_is_the_derivative_or_refused(case):
     refused = case.name in UNSUITABLE or re.search(r"\b(RNN|GRU|LSTM)\b|momentum=None.*\)$", case.name) is not None
     with pytest.raises(NotIntercepted) if refused else nullcontext():
         assert_derivatives(case, [(LowRank(1), 3)], derivatives_of(CompiledPass(run_as_it_is)))
@@ -194,7 +194,7 @@ def test_batches_of_ever_other_shapes_are_not_compiled_for_ever(monkeypatch, cap
     assert caplog.text.count("are computed uncompiled") == 1
 
 
-def test_another_batch_mode_or_constant_is_taken_down_anew():
+def test_another_batch_mode_or_constant_is_traced_anew():
     engine, model = CompiledPass(run_as_it_is), nn.Sequential(nn.Linear(5, 3), nn.Dropout(0.5), nn.Linear(3, 2))
     tangents = LowRank().sample(dict(model.named_parameters()), [0, 1])
     for rows, factor, training in [(6, 1.0, True), (4, 1.0, True), (4, 2.0, True), (4, 2.0, False), (6, 1.0, True)]:

@@ -24,7 +24,7 @@ from fgtrain._torch import compile_graph, no_fake_tensor_cache, plain_tensors, s
 from fgtrain.errors import NoTangent, UserError
 from fgtrain.forward_ad.dual import Dual, running_pass
 from fgtrain.forward_ad.native import NO_TANGENT
-from fgtrain.forward_ad.passes import NotIntercepted, TakenDown, check_losses
+from fgtrain.forward_ad.passes import NotIntercepted, TracedDraws, check_losses
 from fgtrain.network.compilation import OPTIONS
 from fgtrain.network.parameters import slots_of
 from fgtrain.tangents.directions import LowRankTangent, Tangent
@@ -53,7 +53,7 @@ class CompiledPass:
         self.num_compilations = 0
         # Dynamo stores its traces with the code object, so every model gets its own.
         run = FunctionType(_loss.__code__.replace(), globals())
-        self._run = torch.compile(run, backend=self._take_down, fullgraph=True, dynamic=False)
+        self._run = torch.compile(run, backend=self._differentiate, fullgraph=True, dynamic=False)
         self._names: dict[int, str] = {}
         self._tangents: Mapping[str, Tangent] = {}
         self._outputs: list[tuple[Tensor, Tensor | None]] = []
@@ -77,7 +77,7 @@ class CompiledPass:
             raise NoTangent(NO_TANGENT)
         return losses, derivatives
 
-    def _take_down(self, taken: fx.GraphModule, _: list[Any]) -> Callable[..., tuple[Tensor, ...]]:
+    def _differentiate(self, graph: fx.GraphModule, _: list[Any]) -> Callable[..., tuple[Tensor, ...]]:
         """Turn Dynamo's trace into a function that runs it on values and stores the tangents in `_outputs`."""
         compiled: dict[tuple[Any, ...], Callable[..., list[Tensor]]] = {}
 
@@ -88,7 +88,7 @@ class CompiledPass:
             key = (*(i for i, _ in moving), *(form.key for form in forms))
             with torch.no_grad():
                 if key not in compiled:
-                    compiled[key] = self._backend(*_derived(taken, inputs, [i for i, _ in moving], forms))
+                    compiled[key] = self._backend(*_derived(graph, inputs, [i for i, _ in moving], forms))
                     self.num_compilations += 1
                 found = compiled[key](*inputs, *parts)
             self._outputs = [(found[2 * i], found[2 * i + 1]) for i in range(len(found) // 2)]
@@ -133,13 +133,13 @@ def _layout(x: Tensor) -> tuple[Any, ...]:
 
 
 def _derived(
-    taken: fx.GraphModule, inputs: tuple[Any, ...], moving: list[int], forms: list[_Form]
+    graph: fx.GraphModule, inputs: tuple[Any, ...], moving: list[int], forms: list[_Form]
 ) -> tuple[fx.GraphModule, list[Any]]:
-    """A graph of the calls of `taken` with tangents at the inputs `moving`, and its arguments: (*inputs, *parts).
+    """A graph of the calls of `graph` with tangents at the inputs `moving`, and its arguments: (*inputs, *parts).
 
-    Its outputs are those of `taken`, each followed by its tangents or None.
+    Its outputs are those of `graph`, each followed by its tangents or None.
     """
-    if not moving or next(taken.parameters(), None) is not None:
+    if not moving or next(graph.parameters(), None) is not None:
         raise NotIntercepted("the parameters are not inputs of the traced graph")
 
     def along(*tensors: Any) -> list[Tensor | None]:
@@ -147,8 +147,8 @@ def _derived(
         with running_pass():
             for i, form in zip(moving, forms, strict=True):
                 values[i] = Dual(values[i], form.remake(*(next(parts) for _ in form.parts)))
-            with torch.enable_grad(), TakenDown():
-                outputs = taken.forward(*values)
+            with torch.enable_grad(), TracedDraws():
+                outputs = graph.forward(*values)
             with plain_tensors():
                 return [part for out in outputs for part in _unpacked(out)]
 

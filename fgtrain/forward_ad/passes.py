@@ -52,13 +52,13 @@ class WritesIntoPlain(NotIntercepted):
     """The pass writes a dual into a tensor without a tangent; the engine can handle it if it knows beforehand."""
 
 
-class TakenDown(TorchDispatchMode):
+class TracedDraws(TorchDispatchMode):
     """Counts draws of random numbers while a pass is traced, since they cannot be repeated then."""
 
     draws: ClassVar[int] = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        TakenDown.draws += torch.Tag.nondeterministic_seeded in func.tags
+        TracedDraws.draws += torch.Tag.nondeterministic_seeded in func.tags
         return func(*args, **(kwargs or {}))
 
 

@@ -30,7 +30,7 @@ STEP = ("trainer.max_steps=2", "callbacks=none")
 STANDALONE = ("--nproc_per_node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0")
 
 SCALARS = {"normal": 1, "projection": 2, "low_rank": 3, "clipped": 2, "spsa": 2, "mezo": 1}  # sent by each rank
-SCALARS |= {"shrunk": 2, "shrunk_spsa": 2, "gauss_newton": 2 + 3, "forward_exact": 43}
+SCALARS |= {"shrunk": 2, "shrunk_spsa": 2, "gauss_newton": 2 + 3, "forward_exact": 73}
 EXCESS = {"shrunk": 2, "shrunk_spsa": 0}  # of normal numbers and of signs: s = (n - 1 + excess) / K
 EXACT = ["backprop", "checkpointed", "local_guess", "local_backprop", "local_tail", "highway"]  # draw nothing
 OWN_NOISE = ["activity", "second_order"]  # on every rank, whatever distributed.tangents says

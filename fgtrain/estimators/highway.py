@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fgtrain._torch import eager_functions, tree_map_only
 from fgtrain.errors import LossError, UnsupportedOperation
 from fgtrain.estimators.backprop import Backprop
-from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, average_grads, require_positive_int
+from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, add_grad, average_grads, require_positive_int
 from fgtrain.forward_ad import jvp
 from fgtrain.forward_ad.native import primal_of
 from fgtrain.forward_ad.passes import RepeatedPass, check_losses, plain_losses
@@ -112,8 +112,7 @@ class Highway(GradientEstimator):
             with _learning(shell, self.estimator, deltas, generator) as found, torch.enable_grad():
                 loss_fn(model)
             for p, g in found:
-                name = names[id(p)]
-                grads[name] = grads[name] + g if name in grads else g
+                add_grad(grads, names[id(p)], g)
         return Estimate(losses.mean(), average_grads({name: grads[name] for name in params if name in grads}, reduce))
 
     def _blocks_of(self, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> list[nn.Module]:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fgtrain._torch import eager_functions, tree_map_only
 from fgtrain.errors import UnsupportedOperation
-from fgtrain.estimators.base import GradientEstimator
+from fgtrain.estimators.base import GradientEstimator, add_grad
 from fgtrain.forward_ad.native import primal_of
 from fgtrain.forward_ad.passes import RepeatedPass, plain_losses
 from fgtrain.network.blocks import (
@@ -61,8 +61,7 @@ def local_gradients(
                 if any(p.requires_grad for p in own):
                     found = estimator(model, loss_fn, generator=generator).grads
                     for at, g in found.items():
-                        key = trained[id(slots_of(model).params[at])]
-                        grads[key] = grads[key] + g if key in grads else g  # a tied parameter has several local losses
+                        add_grad(grads, trained[id(slots_of(model).params[at])], g)  # tied: several local losses
                 if not run.held or not estimator.loss_at_parameters:
                     repeated.rewind_random_state()
                     plain_losses(model, loss_fn)

@@ -48,7 +48,7 @@ def test_delta_by_forward_mode(name):
     model, loss, blocks = built(name)
     estimator, mixes = Highway(WithoutABackwardPass(), chunk_size=40), name == "ResNet"
     if mixes:
-        with pytest.raises(UnsupportedOperation, match="examples are mixed behind a residual block"):
+        with pytest.raises(UnsupportedOperation, match="examples are mixed after a residual block"):
             estimator(model, loss)
         model.eval()
     expected = Backprop()(stopped(model, blocks), loss)

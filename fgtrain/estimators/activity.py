@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fgtrain.errors import NoTangent
-from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, average_grads, require_positive_int
+from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, add_grad, average_grads, require_positive_int
 from fgtrain.forward_ad.native import NO_TANGENT
 from fgtrain.forward_ad.passes import RepeatedPass
 from fgtrain.layer_noise.layers import perturbed_layers, run_perturbed
@@ -238,7 +238,7 @@ class _Collected:
         for name, grad in zip((call.name, bias_name), local_grads(grad_output), strict=True):
             if name is not None:
                 grad = grad.to(self._params[name].dtype)
-                self.grads[name] = self.grads[name] + grad if name in self.grads else grad
+                add_grad(self.grads, name, grad)
 
     def _grad_output(self, call: LayerCall, length: float) -> Tensor:
         rows = self._rows.get(call.name)

@@ -156,6 +156,11 @@ def require_positive_int(name: str, value: object) -> None:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
+def add_grad(grads: dict[str, Tensor], name: str, grad: Tensor) -> None:
+    """Add the gradient of a parameter that is used several times to `grads`."""
+    grads[name] = grads[name] + grad if name in grads else grad
+
+
 def average_grads(grads: dict[str, Tensor], reduce: Reduce | None) -> dict[str, Tensor]:
     """The mean over ranks of all gradients, sent in one flat bucket."""
     if reduce is None or not grads:

@@ -1,4 +1,4 @@
-"""Gauss-Newton steps in the span of random directions: what is curved is the loss, not the network."""
+"""Gauss-Newton steps in the span of random directions, with the curvature of the loss in the outputs."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,13 +27,13 @@ class GaussNewton(GradientEstimator):
     `max_change` is a trust region: g is shortened to w . G w <= max_change. For cross-entropy w . G w is about twice
     the Kullback-Leibler divergence between the predictions before and after the step, in nats for each example.
 
-    Outputs: the input of the loss, where the loss function is the mean of one `F.cross_entropy` or `F.mse_loss` with
-    any options; H has a closed form there. For any other loss they are what the model, or the outermost of its modules
-    that are called, return to the loss function, or the parameters if none is called; forward mode over forward mode
+    Outputs: if the loss is the mean of one `F.cross_entropy` or `F.mse_loss`, with any options, the outputs are its
+    input, and H has a closed form. For any other loss they are the values that the model, or the outermost modules that
+    are called, return to the loss function, or the parameters if no module is called. Forward mode over forward mode
     through the loss alone then gives G. If the loss is not convex, |G| has the absolute eigenvalues of G. What the loss
     takes from parameters directly, beside outputs, counts in d and not in G.
 
-    Biased: g is no estimate of the gradient but a step; it always descends, as |G| + damping m I is positive.
+    Biased: g is not an estimate of the gradient but a step. It always descends, since |G| + damping m I is positive.
 
     Cost: one pass that carries K derivatives, in K times the memory of inference, and K^2 inner products of outputs
     (without a closed form K^2 passes of the loss alone). Ranks are sent K + K (K + 1) / 2 floats. `replay` takes the K
@@ -115,14 +115,14 @@ class GaussNewton(GradientEstimator):
     def _weights(self, slopes: Tensor, curvature: Tensor) -> Tensor:
         """w (K,) of d (K,) and G (K, K)."""
         if not (slopes.isfinite().all() and curvature.isfinite().all()):
-            return torch.full_like(slopes, torch.nan)  # `write_grads` tells it
+            return torch.full_like(slopes, torch.nan)  # `write_grads` refuses these gradients
         sizes, axes = torch.linalg.eigh(curvature.double())
         sizes, along = sizes.abs(), axes.mT @ slopes.double()
         if not sizes.any():
             if slopes.any():
                 raise LossError(
                     "the loss is linear in the outputs of the model, so nothing bounds a Gauss-Newton step; use "
-                    "ForwardGradient, or let the model return what a curved loss is taken of"
+                    "ForwardGradient, or let the loss be curved in the outputs of the model"
                 )
             return slopes
         rounding = torch.finfo(slopes.dtype).eps * sizes.max()

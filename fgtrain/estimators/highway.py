@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fgtrain._torch import eager_functions, tree_map_only
 from fgtrain.errors import LossError, UnsupportedOperation
 from fgtrain.estimators.backprop import Backprop
-from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, average_grads, require_positive_int
+from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, add_grad, average_grads, require_positive_int
 from fgtrain.forward_ad import jvp
 from fgtrain.forward_ad.native import primal_of
 from fgtrain.forward_ad.passes import RepeatedPass, check_losses, plain_losses
@@ -94,7 +94,7 @@ class Highway(GradientEstimator):
     ) -> Estimate:
         params = trainable_params(model)
         repeated = RepeatedPass(model)
-        with eager_functions():  # what was compiled does not look at replaced forwards
+        with eager_functions():  # compiled code would ignore replaced forwards
             shell = Shell(self._blocks_of(model, loss_fn))
             with shell.recording():
                 losses = plain_losses(model, loss_fn)
@@ -112,12 +112,11 @@ class Highway(GradientEstimator):
             with _learning(shell, self.estimator, deltas, generator) as found, torch.enable_grad():
                 loss_fn(model)
             for p, g in found:
-                name = names[id(p)]
-                grads[name] = grads[name] + g if name in grads else g
+                add_grad(grads, names[id(p)], g)
         return Estimate(losses.mean(), average_grads({name: grads[name] for name in params if name in grads}, reduce))
 
     def _blocks_of(self, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> list[nn.Module]:
-        """The residual blocks; the trial that may take leaves no trace."""
+        """The residual blocks, found at the first call by a pass whose effects are undone."""
         kept: list[str] = slots_of(model).kept(self, list)
         if not kept:
             repeated = RepeatedPass(model)
@@ -151,10 +150,10 @@ def _learning(
     """A context in which the blocks' gradients are estimated when they are called.
 
     Args:
-        shell: of the model.
-        estimator: of the gradients.
-        deltas: gradient behind every segment; None where there is none.
-        generator: of the directions.
+        shell: the shell of the model.
+        estimator: estimates the gradients.
+        deltas: the gradient after every segment; None for a segment that the loss does not depend on.
+        generator: source of the directions.
     """
     found: list[tuple[nn.Parameter, Tensor]] = []
     places = iter([s for s, segment in enumerate(shell.segments) for _ in segment.outputs])
@@ -193,7 +192,7 @@ def _learning(
 def _by_backprop(
     model: nn.Module, loss_fn: Callable[[Any], Tensor], shell: Shell
 ) -> tuple[dict[str, Tensor], list[Tensor | None]]:
-    """The gradients of what is no block, and behind every segment, by a backward pass through the shell."""
+    """The gradients of all parameters outside blocks, and the gradient after every segment, by a backward pass."""
     points: dict[int, Tensor] = {}
 
     def behind(segment: int, x: Tensor) -> Tensor:
@@ -210,7 +209,7 @@ def _by_backprop(
 
 
 class _Probed(nn.Module):
-    """A model and a zero that is added behind a segment, to be differentiated in."""
+    """A model and a parameter of zeros that is added after a segment; its gradient is that after the segment."""
 
     def __init__(self, model: nn.Module, like: Tensor) -> None:
         super().__init__()
@@ -219,7 +218,7 @@ class _Probed(nn.Module):
 
 
 def _marks(like: Tensor) -> Tensor:
-    """A direction, (1, *like.shape), that turns every derivative nan that depends on another example than the first."""
+    """A direction, (1, *like.shape), along which a loss has the derivative nan if it depends on a later example."""
     marks = torch.full_like(like, torch.nan)
     marks[0] = 0
     return marks.unsqueeze(0)
@@ -228,7 +227,7 @@ def _marks(like: Tensor) -> Tensor:
 def _by_forward_mode(
     model: nn.Module, loss_fn: Callable[[Any], Tensor], shell: Shell, segment: int, chunk_size: int | None
 ) -> Tensor:
-    """The gradient behind a segment along all unit directions of an example's hidden state, of all examples at once."""
+    """The gradient after a segment, from the derivatives along all unit directions of an example's hidden state."""
     like = shell.segments[segment].end
     probed = _Probed(model, like)
     num_examples, size = len(like), like[0].numel()
@@ -255,7 +254,7 @@ def _by_forward_mode(
                 )
             if not start and derivatives[-1, 0].isnan() and losses.isfinite().all():
                 raise UnsupportedOperation(
-                    "examples are mixed behind a residual block (BatchNorm in training mode, a contrastive loss), so "
+                    "examples are mixed after a residual block (BatchNorm in training mode, a contrastive loss), so "
                     "forward mode does not give the gradient of each; use Highway(Backprop())"
                 )
             found.append(derivatives[: len(units)])

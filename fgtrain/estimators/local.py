@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.estimators.activity import ActivityPerturbation
-from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, average_grads
+from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, add_grad, average_grads
 from fgtrain.estimators.local_heads import WHOLE, LocalHeads, Part, joined, run
 from fgtrain.estimators.local_tail import local_gradients
 from fgtrain.forward_ad.native import primal_of
@@ -114,7 +114,7 @@ class LocalLosses(LocalHeads):
                     if own is None:
                         of_head[name] = g
                     else:  # two blocks may share a weight
-                        grads[own] = grads[own] + g if own in grads else g
+                        add_grad(grads, own, g)
                 self.descend([params[name] for name in of_head], of_head.values())
             hidden = joined(outputs)
         assert estimate is not None

@@ -1,6 +1,6 @@
 """Local losses through the network's own tail: the output of a block skips the blocks behind it."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fgtrain._torch import eager_functions, tree_map_only
 from fgtrain.errors import UnsupportedOperation
-from fgtrain.estimators.base import GradientEstimator
+from fgtrain.estimators.base import GradientEstimator, add_grad
 from fgtrain.forward_ad.native import primal_of
 from fgtrain.forward_ad.passes import RepeatedPass, plain_losses
 from fgtrain.network.blocks import (
@@ -32,16 +32,16 @@ def local_gradients(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The losses of the model, and the gradient of every block's local loss.
 
-    The local loss of block l is the model's with its blocks before l left out, in favour of their output, and those
-    behind l replaced by identities. The parameters that the model uses just before a block are trained with it, and
-    those behind the last block with that.
+    The local loss of block l is the loss of the model with the blocks before l replaced by their output, a constant,
+    and the blocks after l by identities. Parameters that the model uses just before a block are trained with it.
+    Parameters after the last block are trained with the last block.
 
     Args:
-        estimator: of the local gradients.
-        model: has blocks that keep the shape of the hidden state, each called once.
-        loss_fn: of the model.
-        blocks: their names; None to look for them.
-        generator: of the directions.
+        estimator: estimates the local gradients.
+        model: a model whose blocks keep the shape of the hidden state; it calls each block once.
+        loss_fn: maps the model to its losses.
+        blocks: names of the blocks; None to search for them.
+        generator: source of the directions.
 
     Raises:
         UnsupportedOperation: the model has no such block, or calls one several times.
@@ -55,14 +55,13 @@ def local_gradients(
         ahead: Any = None
         for i, name in enumerate(chain.names):
             repeated.rewind()
-            own = {p for n in [name, *chain.around[i]] for p in _parameters(modules[n], recurse=n == name)}
+            own = {p for n in [name, *chain.around[i]] for p in modules[n].parameters(recurse=n == name)}
             run = _OneBlock([modules[n] for n in chain.names], chain.outputs, i, ahead)
             with frozen(p for p in model.parameters() if p not in own), forwards_replaced(run.forwards):
                 if any(p.requires_grad for p in own):
                     found = estimator(model, loss_fn, generator=generator).grads
                     for at, g in found.items():
-                        key = trained[id(slots_of(model).params[at])]
-                        grads[key] = grads[key] + g if key in grads else g  # a tied parameter has several local losses
+                        add_grad(grads, trained[id(slots_of(model).params[at])], g)  # tied: several local losses
                 if not run.held or not estimator.loss_at_parameters:
                     repeated.rewind_random_state()
                     plain_losses(model, loss_fn)
@@ -71,18 +70,14 @@ def local_gradients(
     return plain_losses(model, loss_fn), grads
 
 
-def _parameters(module: nn.Module, *, recurse: bool) -> Iterable[nn.Parameter]:
-    return module.parameters(recurse=recurse)
-
-
 @dataclass
 class _Chain:
-    """What is known of a model's blocks.
+    """The blocks of a model.
 
     Args:
-        names: of the blocks, in the order of their calls.
-        outputs: how many values each returns; None for a tensor by itself.
-        around: for every block, the names of modules whose own parameters are trained with it.
+        names: names of the blocks, in the order of their calls.
+        outputs: number of values that each block returns; None for a single tensor.
+        around: for every block, the names of other modules whose own parameters are trained with it.
     """
 
     names: list[str]
@@ -139,17 +134,17 @@ def _examined(model: nn.Module, loss_fn: Callable[[Any], Tensor], blocks: Sequen
 
 
 class _OneBlock:
-    """Forwards under which a model runs block i alone, between what precedes the first block and its tail.
+    """Forward methods with which a model runs only one of its blocks, and its tail on the output of that block.
 
     Args:
-        blocks: of the model.
+        blocks: the blocks of the model.
         outputs: see `_Chain`.
-        i: the one that runs.
-        ahead: what the block before it returned; None if it is the first.
+        i: index of the block that runs.
+        ahead: output of the previous block; None for the first block.
 
     Attributes:
         forwards: {module: forward}.
-        held: what the block returned in the last pass.
+        held: output of the block in the last pass, as the only item.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], outputs: Sequence[int | None], i: int, ahead: Any) -> None:

@@ -1,4 +1,4 @@
-"""What a loss takes from a model, and how the loss curves as a function of that alone.
+"""The outputs of a model that its loss uses, and the curvature of the loss in these outputs.
 
 One pass gives the outputs, their derivatives along K directions, and the losses. The output is the input of a loss
 whose Hessian has a closed form, if the loss function is the mean of that one. For any other loss the outputs are what
@@ -40,9 +40,9 @@ class Linearized(NamedTuple):
 
 
 def linearized(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> Linearized:
-    """The loss and its derivatives by one pass of the model, whose trace is that of a plain one.
+    """The loss and its derivatives from one pass of the model, with the effects of one plain pass.
 
-    A loss that calls no module with trained parameters takes these for its outputs.
+    If the loss calls no module with trained parameters, the parameters are the outputs.
 
     Raises:
         LossError: the loss carries no tangent.
@@ -86,7 +86,7 @@ class _Call(NamedTuple):
 
 
 class _SeenLoss:
-    """A loss function that returns all that is to be known of a pass as one vector.
+    """A loss function that returns the outputs and losses of a pass as one vector.
 
     Its parts are the outputs, the input and the result of the loss with a closed form, and the losses. If that result
     is the losses, its input and the losses are all.
@@ -156,7 +156,7 @@ class _SeenLoss:
         return calls_replaced({module: kept(call) for module, call in self._modules.items()})
 
     def curvature(self, taken: list[Tensor], moved: list[Tensor]) -> Tensor:
-        """T_j . H T_k, (K, K), of a loss of which nothing is known; the last pass's trace stays.
+        """T_j . H T_k, (K, K), for a loss without a closed form; the effects of the last pass are kept.
 
         Args:
             taken: the outputs, as vectors (N,).

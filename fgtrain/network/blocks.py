@@ -1,4 +1,4 @@
-"""Blocks of a model: modules that it calls one after the other, each on what the one before has returned."""
+"""Blocks of a model: modules that it calls one after the other, each on the output of the previous one."""
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,8 +12,8 @@ from fgtrain.errors import UnsupportedOperation
 from fgtrain.network.chains import is_chain
 
 Forward = Callable[..., Any]
-Test = Callable[[nn.Module, Forward, tuple[Any, ...], dict[str, Any], Any], bool]
-"""Maps a module, its forward, its positional arguments, its keyword arguments and what it returned to a verdict."""
+Test = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], bool]
+"""Maps a module, its positional arguments, its keyword arguments and its output to whether it is a block."""
 
 
 def hidden_of(output: Any) -> Any:
@@ -31,20 +31,18 @@ def entering(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     return next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
 
 
-def keeps_shape(module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> bool:
-    """A `Test`: the hidden state leaves the module with the shape and dtype that it entered with."""
+def keeps_shape(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> bool:
+    """A `Test`: the module changes neither the shape nor the dtype of the hidden state."""
     x, y = entering(args, kwargs), hidden_of(out)
     return isinstance(x, Tensor) and isinstance(y, Tensor) and (x.shape, x.dtype) == (y.shape, y.dtype)
 
 
-def has_identity_skip(
-    module: nn.Module, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
-) -> bool:
+def has_identity_skip(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> bool:
     """A `Test`: the module returns its input where its parameters are 0, as x + f(x) and relu(x + f(x)) do.
 
     The inputs of the test are between 0 and 1, as behind a ReLU.
     """
-    if not keeps_shape(module, forward, args, kwargs, out):
+    if not keeps_shape(module, args, kwargs, out):
         return False
     x = entering(args, kwargs)
     if not x.is_floating_point():
@@ -90,14 +88,14 @@ def find_blocks(
     """{name: module} of the blocks that pass a test, in the order in which the model calls them.
 
     Blocks are looked for among the members of the outermost `nn.Sequential` and `nn.ModuleList`, nested chains opened,
-    or, if the model has neither, among its children. A block has a weight matrix: a norm by itself is none.
+    or, if the model has neither, among its children. A block has a weight matrix, so a norm alone is not a block.
 
     Args:
         model: any module.
-        run: runs the model once; the caller undoes what that leaves behind.
-        test: what makes a module a block.
-        names: of the blocks, where the caller knows them; None to look for them.
-        otherwise: what is wrong with one of these that does not pass.
+        run: runs the model once; the caller restores buffers and random state afterwards.
+        test: decides whether a module is a block.
+        names: names of the blocks; None to search for them.
+        otherwise: the reason to give if a named module does not pass.
 
     Raises:
         UnsupportedOperation: one of `names` is not a module of the model, or does not pass the test.
@@ -114,7 +112,7 @@ def find_blocks(
             if not testing:
                 testing = True
                 try:
-                    passed[module] = passed.get(module, True) and test(module, forwards[module], args, kwargs, out)
+                    passed[module] = passed.get(module, True) and test(module, args, kwargs, out)
                 finally:
                     testing = False
             return out

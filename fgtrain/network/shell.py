@@ -18,10 +18,10 @@ class Segment:
     """Residual blocks that are called one directly after the other.
 
     Args:
-        start: what enters the first.
-        end: what leaves the last.
-        version: of `end`, to tell whether it was changed in place before the next block.
-        outputs: what the blocks return but for the hidden state, block by block.
+        start: input of the first block.
+        end: output of the last block.
+        version: version of `end`, to detect a change in place before the next block.
+        outputs: the output of each block, without its hidden state.
     """
 
     start: Tensor
@@ -31,14 +31,14 @@ class Segment:
 
 
 class Shell:
-    """A model without its residual blocks: what they add to the hidden state is a constant there.
+    """A model whose residual blocks add constants to the hidden state.
 
     Args:
         blocks: the residual blocks.
 
     Attributes:
-        segments: of the pass that was recorded.
-        forwards: {block: its own forward}.
+        segments: the segments of the recorded pass.
+        forwards: {block: its original forward method}.
     """
 
     def __init__(self, blocks: Iterable[nn.Module]) -> None:
@@ -56,17 +56,14 @@ class Shell:
 
         def recorded(forward: Forward) -> Forward:
             def run(*args: Any, **kwargs: Any) -> Any:
-                x, last = entering(args, kwargs), self.segments[-1] if self.segments else None
-                follows = last is not None and last.end is x and last.version == x._version
-                start = x.clone() if not follows else None  # the block may work in place
+                x, segment = entering(args, kwargs), self.segments[-1] if self.segments else None
+                if segment is None or segment.end is not x or segment.version != x._version:
+                    segment = Segment(x.clone(), x, x._version, [])  # a copy, because the block may work in place
+                    self.segments.append(segment)
                 out = forward(*args, **kwargs)
-                y = hidden_of(out)
-                if last is None or start is not None:
-                    assert start is not None
-                    self.segments.append(Segment(start, y, y._version, [with_hidden(out, _NOTHING)]))
-                else:
-                    last.end, last.version = y, y._version
-                    last.outputs.append(with_hidden(out, _NOTHING))
+                segment.end = hidden_of(out)
+                segment.version = segment.end._version
+                segment.outputs.append(with_hidden(out, _NOTHING))
                 return out
 
             return run
@@ -76,10 +73,10 @@ class Shell:
 
     @contextmanager
     def running(self, behind: Callable[[int, Tensor], Tensor] = lambda _, x: x) -> Generator[None]:
-        """A context in which blocks are identities, but for a constant that the last of a segment adds.
+        """A context in which blocks are identities, and the last block of a segment adds a constant.
 
         Args:
-            behind: maps the number of a segment and what leaves it to what stands for it.
+            behind: maps the index of a segment and its output to a replacement of the output.
         """
         number = 0
         places = [(s, k, out) for s, segment in enumerate(self.segments) for k, out in enumerate(segment.outputs)]

@@ -52,6 +52,18 @@ def test_every_optimizer_steps_as_with_the_plain_gradient(law, options):
     torch.testing.assert_close(params[0], params[1])
 
 
+def test_an_optimizer_for_many_tensors_at_once_keeps_it_factored():
+    """As on a GPU, where it is PyTorch's default."""
+    together, apart = ([nn.Parameter(torch.ones(4, 3, 2)) for _ in range(3)] for _ in range(2))
+    factored = [pair()[0], torch.full((4, 3, 2), 0.5), pair(3)[0]]
+    for params, foreach in ((together, True), (apart, False)):
+        for p, grad in zip(params, factored, strict=True):
+            p.grad = grad
+        torch.optim.SGD(params, lr=0.1, foreach=foreach).step()
+    assert all(grad.written is None for grad in factored if isinstance(grad, FactoredGrad))
+    torch.testing.assert_close(together, apart)
+
+
 @pytest.mark.parametrize("rank", [1, 3])
 def test_norms_need_no_numbers(rank):
     factored, dense = pair(rank)

@@ -180,6 +180,15 @@ def test_mixed_precisions(precision, estimator, tmp_path):
     assert 0 < (steps[1] - steps[0]).norm() < 0.05 * steps[0].norm()
 
 
+def test_clipping_is_to_the_norm_without_the_loss_scale(tmp_path):
+    """One SGD step then has the length lr clip_grad_norm."""
+    module = make(Backprop(), clip_grad_norm=1e-3)
+    start = torch.cat([p.detach().flatten() for p in module.model.parameters()])
+    trainer(tmp_path, max_steps=1, plugins=[Fp16()]).fit(module, Small())
+    step = torch.cat([p.detach().flatten() for p in module.model.parameters()]) - start
+    torch.testing.assert_close(step.norm(), torch.tensor(0.1 * 1e-3), rtol=1e-3, atol=0)
+
+
 class Cast(Small):
     """The same inputs in another dtype."""
 

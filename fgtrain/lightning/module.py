@@ -214,7 +214,9 @@ class EstimatorModule(L.LightningModule):
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         if self.clip_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm)
+            scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # optimizer.step() divides by its scale
+            scale = 1.0 if scaler is None else scaler.get_scale()
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm * scale)
         optimizer.step()
         for config in self.trainer.lr_scheduler_configs:
             config.scheduler.step()

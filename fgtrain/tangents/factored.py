@@ -49,6 +49,8 @@ class FactoredGrad(Tensor):
         if func is aten.add_.Tensor and _can_stay_factored(*args):
             param, grad = args
             return grad.add_to(param, kwargs.get("alpha", 1))
+        if func is aten._foreach_add_.List:  # optimizers on a GPU
+            return _add_to_all(*args, **kwargs)
         if func in _NORMS and _is_euclidean(args, kwargs):
             return [_norm(x) for x in args[0]] if isinstance(args[0], (list, tuple)) else _norm(args[0])
         result = func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
@@ -93,6 +95,18 @@ class FactoredGrad(Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:
         return repr(self.dense())
+
+
+def _add_to_all(params: list[Any], grads: list[Any], alpha: float = 1) -> None:
+    """params[i] += alpha grads[i]; gradients that are not factored are added in one launch."""
+    others = []
+    for param, grad in zip(params, grads, strict=True):
+        if _can_stay_factored(param, grad):
+            grad.add_to(param, alpha)
+        else:
+            others.append((_plain(param), _plain(grad)))
+    if others:
+        aten._foreach_add_.List(*map(list, zip(*others, strict=True)), alpha=alpha)
 
 
 def _can_stay_factored(param: Any, grad: Any) -> bool:

@@ -1,5 +1,6 @@
 """Rules for sums, differences, products and quotients of two tensors."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,13 @@ def aligned(tangent: Any, ndim: int) -> Any:
     if tangent is None or tangent.dim() == ndim + 1:
         return tangent
     return tangent.reshape(tangent.shape[0], *[1] * (ndim + 1 - tangent.dim()), *tangent.shape[1:])
+
+
+def each(push: Callable[[Tensor], Tensor], tangents: Tensor) -> Tensor:
+    """push(v_1), .., push(v_K) as one tensor."""
+    if len(tangents) == 1:
+        return push(tangents[0]).unsqueeze(0)
+    return torch.stack([push(tangent) for tangent in tangents])
 
 
 @register("add __add__ __radd__")

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from fgtrain.forward_ad.dual import Dual, dual, joint_of, num_directions, primal_of, tangent_of
 from fgtrain.forward_ad.registry import register
-from fgtrain.forward_ad.rules.arithmetic import aligned
+from fgtrain.forward_ad.rules.arithmetic import aligned, each
 from fgtrain.forward_ad.rules.operations import RULES
 
 aten = torch.ops.aten
@@ -105,9 +105,10 @@ def _batch_norm(
     factor, shift = scale.new_zeros(2, num_directions(x, weight, bias), len(scale))
     if training and xt is not None:
         per_channel = px.numel() // px.shape[1]
+        ones = torch.ones_like(scale)  # CUDA's kernel needs a weight; the two sums do not depend on it
         for k, t in enumerate(xt):
             _, with_x, alone = aten.native_batch_norm_backward(
-                t, px, None, running_mean, running_var, mean, scale, True, eps, [False, True, True]
+                t, px, ones, running_mean, running_var, mean, scale, True, eps, [False, True, True]
             )
             factor[k], shift[k] = -slope * with_x / per_channel, -slope * alone / per_channel
     factor = (factor if wt is None else factor + wt) * scale
@@ -116,37 +117,53 @@ def _batch_norm(
     def channels(values: Tensor) -> Tensor:
         return values.to(px.dtype).view(*values.shape[:-1], 1, -1, *[1] * (px.dim() - 2))
 
-    moving = 0 if xt is None else xt * channels(slope)
-    return dual(primal, moving + px * channels(factor) + channels(shift))
+    tangent = torch.addcmul(channels(shift), px, channels(factor))
+    return dual(primal, tangent if xt is None else tangent.addcmul_(xt, channels(slope)))
 
 
 @register("layer_norm")
 def _layer_norm(
     x: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn_enable: bool = True
 ) -> Any:
-    px, xt = primal_of(x), tangent_of(x)
-    if xt is None or torch.is_autocast_enabled(px.device.type):
+    if not isinstance(x, Dual) or _mixes_dtypes(x, weight):
         return NotImplemented
+    px, xt = _as_autocast(primal_of(x)), _as_autocast(tangent_of(x))
     unit, mean, scale = torch.native_layer_norm(px, shape, None, None, eps)
-    only_input = [True, False, False]
-    pushed = [aten.native_layer_norm_backward(t, px, shape, mean, scale, None, None, only_input)[0] for t in xt]
-    return _affine(unit, torch.stack(pushed), weight, bias, lambda values: aligned(values, px.dim()))
+
+    def push(t: Tensor) -> Tensor:
+        return aten.native_layer_norm_backward(t, px, shape, mean, scale, None, None, [True, False, False])[0]
+
+    return _affine(unit, each(push, xt), weight, bias, lambda values: aligned(values, px.dim()))
 
 
 @register("group_norm")
 def _group_norm(
     x: Any, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn_enabled: bool = True
 ) -> Any:
-    px, xt = primal_of(x), tangent_of(x)
-    if xt is None or torch.is_autocast_enabled(px.device.type):
+    if not isinstance(x, Dual) or _mixes_dtypes(x, weight):
         return NotImplemented
-    px = px.contiguous()
+    px, xt = _as_autocast(primal_of(x)).contiguous(), _as_autocast(tangent_of(x))
     sizes = (px.shape[0], px.shape[1], math.prod(px.shape[2:]), groups)
     unit, mean, scale = torch.native_group_norm(px, None, None, *sizes, eps)
-    only_input = [True, False, False]
-    pushed = [aten.native_group_norm_backward(t.contiguous(), px, mean, scale, None, *sizes, only_input)[0] for t in xt]
+
+    def push(t: Tensor) -> Tensor:
+        only_input = [True, False, False]
+        return aten.native_group_norm_backward(t.contiguous(), px, mean, scale, None, *sizes, only_input)[0]
+
     spatial = [1] * (px.dim() - 2)
-    return _affine(unit, torch.stack(pushed), weight, bias, lambda values: values.view(len(values), 1, -1, *spatial))
+    return _affine(unit, each(push, xt), weight, bias, lambda values: values.view(len(values), 1, -1, *spatial))
+
+
+def _mixes_dtypes(x: Tensor, weight: Any) -> bool:
+    """Whether a kernel of the CPU gets inputs and weights of different dtypes, as under autocast there."""
+    return x.device.type == "cpu" and weight is not None and weight.dtype != x.dtype
+
+
+def _as_autocast(x: Tensor) -> Tensor:
+    """The input of a normalisation under autocast, which computes it in float32, except on the CPU."""
+    device = x.device.type
+    is_half = x.dtype in (torch.float16, torch.bfloat16)
+    return x.float() if is_half and device != "cpu" and torch.is_autocast_enabled(device) else x
 
 
 def _affine(unit: Tensor, tangent: Tensor, weight: Any, bias: Any, place: Any) -> Tensor:
@@ -154,8 +171,9 @@ def _affine(unit: Tensor, tangent: Tensor, weight: Any, bias: Any, place: Any) -
     primal, wt, bt = unit, tangent_of(weight), tangent_of(bias)
     if weight is not None:
         scale = place(primal_of(weight)[None])
-        primal, tangent = primal * scale[0], tangent * scale
-    if bias is not None:
+        primal = primal * scale[0] if bias is None else torch.addcmul(place(primal_of(bias)[None])[0], primal, scale[0])
+        tangent = tangent * scale
+    elif bias is not None:
         primal = primal + place(primal_of(bias)[None])[0]
     if wt is not None:
         tangent = tangent.addcmul_(unit, place(wt))

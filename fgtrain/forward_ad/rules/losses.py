@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fgtrain.forward_ad.dual import Dual, dual, primal_of, tangent_of
 from fgtrain.forward_ad.registry import register
-from fgtrain.forward_ad.rules.arithmetic import aligned
+from fgtrain.forward_ad.rules.arithmetic import aligned, each
 
 aten = torch.ops.aten
 _MEAN, _SUM = 1, 2  # torch.nn._reduction
@@ -18,8 +18,12 @@ def _softmax(x: Dual, dim: int, dtype: Any = None) -> Any:
     if dtype is not None or x.dim() == 0:
         return NotImplemented
     primal = torch.softmax(primal_of(x), dim)
-    weighted = tangent_of(x) * primal
-    return dual(primal, weighted - primal * weighted.sum(_after_k(dim, primal), keepdim=True))
+    tangent = tangent_of(x).to(primal.dtype)  # autocast may have changed it
+
+    def push(t: Tensor) -> Tensor:  # the Jacobian is symmetric
+        return aten._softmax_backward_data(t, primal, dim, primal.dtype)
+
+    return dual(primal, each(push, tangent))
 
 
 @register("log_softmax")

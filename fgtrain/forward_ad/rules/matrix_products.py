@@ -149,8 +149,7 @@ def _conv(
     xt, bt = tangent_of(x), tangent_of(bias)
     total = None if xt is None else convolve(xt.flatten(0, 1), pw).unflatten(0, xt.shape[:2])
     if isinstance(weight, Dual):
-        term = _convolve_tangents(convolve, px, weight, groups)
-        total = term if total is None else total.add_(term)
+        total = _add_convolved(total, convolve, px, weight, groups)
     if bt is not None:
         bt = bt.view(len(bt), 1, -1, *[1] * spatial)
         total = bt.clone() if total is None else total.add_(bt)  # may be changed in place
@@ -178,20 +177,26 @@ def _conv_grads(x: Tensor, weight: Tensor, options: dict[str, Any], grad_output:
     return grad, grad_output.transpose(0, 1).flatten(1).sum(1)
 
 
-def _convolve_tangents(convolve: Any, x: Tensor, weight: Dual, groups: int) -> Tensor:
-    """(K, N, out, ..): x convolved with the tangents of the weight."""
+def _add_convolved(total: Tensor | None, convolve: Any, x: Tensor, weight: Dual, groups: int) -> Tensor:
+    """`total`, if any, plus (K, N, out, ..): x convolved with the tangents of the weight."""
     tangent = weight.tangent
     if not isinstance(tangent, LowRankTangent):
-        return torch.stack([convolve(x, v) for v in tangent])
+        term = torch.stack([convolve(x, v) for v in tangent])
+        return term if total is None else total.add_(term)
     left, right = tangent.factors
     num, rank, out = left.shape
     filters = right.reshape(num * rank, *tangent.shape[1:])
     maps = convolve(x, filters.repeat(groups, *[1] * (filters.dim() - 1)))  # (N, groups K r, ..)
-    maps = maps.view(len(x), groups, num, rank, 1, *maps.shape[2:])
-    left = left.reshape(num, rank, groups, out // groups).permute(2, 0, 1, 3)  # (groups, K, r, out / groups)
-    left = left.reshape(1, *left.shape, *[1] * (maps.dim() - 5)).to(maps.dtype)
-    product = maps * left if rank == 1 else (maps * left).sum(3, keepdim=True)  # (N, groups, K, 1, out / groups, ..)
-    return product.squeeze(3).transpose(1, 2).flatten(2, 3).transpose(0, 1)
+    maps = maps.view(len(x), groups, num, rank, 1, *maps.shape[2:]).movedim((2, 3), (0, 1))
+    left = left.reshape(num, rank, 1, groups, out // groups, *[1] * (x.dim() - 2)).to(maps.dtype)
+    for r in range(rank):  # (K, N, groups, 1, ..) * (K, 1, groups, out / groups, ..)
+        term = (maps[:, r], left[:, r])
+        if total is None:
+            total = torch.mul(*term).flatten(2, 3)
+        else:
+            total.unflatten(2, (groups, -1)).addcmul_(*term)
+    assert total is not None
+    return total
 
 
 _PER_DIRECTION_MATMUL = per_direction(torch.matmul)
@@ -205,6 +210,8 @@ def _matmul(x: Any, y: Any) -> Any:
     if px.dim() < 2 or py.dim() < 2:
         return _PER_DIRECTION_MATMUL(x, y)
     primal = torch.matmul(px, py)
+    if px.dim() > 2 and px.shape[:-2] == py.shape[:-2]:
+        return dual(primal, _batched_products(x, y, primal))
     total = None
     if isinstance(x, Dual):
         total = torch.matmul(aligned(tangent_of(x), primal.dim()), py)
@@ -212,6 +219,21 @@ def _matmul(x: Any, y: Any) -> Any:
         term = _times_matrix(px, y, primal.dim())
         total = term if total is None else total + term
     return dual(primal, total)
+
+
+def _batched_products(x: Any, y: Any, primal: Tensor) -> Tensor:
+    """The tangents (K, ..., n, m) of products of as many matrices; broadcasting would copy the values K times."""
+    total = primal.new_empty(num_directions(x, y), *primal.shape)
+    px, py, xt, yt = (
+        None if t is None else t.to(primal.dtype).flatten(-t.dim() + i, -3)
+        for t, i in ((primal_of(x), 0), (primal_of(y), 0), (tangent_of(x), 1), (tangent_of(y), 1))
+    )
+    for k, out in enumerate(total.flatten(1, -3)):
+        if xt is not None:
+            torch.bmm(xt[k], py, out=out)
+        if yt is not None:
+            torch.baddbmm(out, px, yt[k], beta=0 if xt is None else 1, out=out)
+    return total
 
 
 def _with_sparse(func: Any, x: Any, y: Any, *options: Any) -> Any:

@@ -224,15 +224,13 @@ def _matmul(x: Any, y: Any) -> Any:
 def _batched_products(x: Any, y: Any, primal: Tensor) -> Tensor:
     """The tangents (K, ..., n, m) of products of as many matrices; broadcasting would copy the values K times."""
     total = primal.new_empty(num_directions(x, y), *primal.shape)
-    px, py, xt, yt = (
-        None if t is None else t.to(primal.dtype).flatten(-t.dim() + i, -3)
-        for t, i in ((primal_of(x), 0), (primal_of(y), 0), (tangent_of(x), 1), (tangent_of(y), 1))
-    )
+    left, right = (primal_of(t).to(primal.dtype).flatten(0, -3) for t in (x, y))
     for k, out in enumerate(total.flatten(1, -3)):
-        if xt is not None:
-            torch.bmm(xt[k], py, out=out)
-        if yt is not None:
-            torch.baddbmm(out, px, yt[k], beta=0 if xt is None else 1, out=out)
+        if isinstance(x, Dual):
+            torch.bmm(tangent_of(x)[k].to(primal.dtype).flatten(0, -3), right, out=out)
+        if isinstance(y, Dual):
+            moving = tangent_of(y)[k].to(primal.dtype).flatten(0, -3)
+            out.baddbmm_(left, moving) if isinstance(x, Dual) else torch.bmm(left, moving, out=out)
     return total
 
 

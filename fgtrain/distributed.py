@@ -154,7 +154,7 @@ def lost_ranks_named(rank: int) -> Generator[None]:
             raise
         raise RankFailed(
             f"rank {rank} lost another rank in the middle of the run ({str(error).splitlines()[0]}); "
-            "resume=.../checkpoints/last.ckpt continues the run"
+            "ckpt_path=.../checkpoints/last.ckpt continues the run"
         ) from error
 
 

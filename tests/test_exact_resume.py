@@ -18,7 +18,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from fgtrain import ForwardGradient
 from fgtrain.errors import CheckpointError
 from fgtrain.lightning.callbacks import Monitor, RandomState, Recovery
-from fgtrain.lightning.checkpoints import AtomicCheckpointIO, checkpoint_to_resume, read_checked
+from fgtrain.lightning.checkpoints import AtomicCheckpointIO, read_checked
+from fgtrain.runs.resume import checkpoint_to_resume
 from fgtrain.schedulers import cosine
 from tests.commands import results_under, train
 from tests.interrupted import HOOKS, Killed, KillFirst, KillLast, Noisy, assert_same

@@ -49,10 +49,11 @@ SHORTENED = {
 """Additional arguments of each script, because the original commands take minutes to hours."""
 
 SWEPT = {
-    r"seed=0,[\d,]+": "seed=0",
-    r"--num-tangents 1 4 8": "--num-tangents 1 2",
+    r"(method|seed|model\.groups)=(\w+),[\w,]+": r"\1=\2",
+    r"methods=\[(\w+,\w+),[\w,]+\]": r"methods=[\1]",
+    r"--num-tangents 1( \d+)+": "--num-tangents 1",
+    r"--models (mlp cnn|resnet18 vit_b_16)": "--models digits_mlp",
     r"deep8 deep24 deep64": "deep8",
-    r"methods=\[(\w+,\w+,\w+),[\w,]+\]": r"methods=[\1]",
 }
 """Sweeps, and replacements with fewer values."""
 

@@ -16,8 +16,9 @@ import torch
 from fgtrain.errors import CheckpointError, ConfigError, Interrupted, StorageError
 from fgtrain.lightning.atomic_files import disk_error, save_atomically
 from fgtrain.lightning.callbacks import RandomState, Recovery, Trajectory
-from fgtrain.lightning.checkpoints import AtomicCheckpointIO, checkpoint_to_resume, read_checked
+from fgtrain.lightning.checkpoints import AtomicCheckpointIO, read_checked
 from fgtrain.random import random_state, set_random_state
+from fgtrain.runs.resume import checkpoint_to_resume
 from fgtrain.schedulers import cosine
 from tests.commands import results_under, train
 from tests.every_method import METHODS

@@ -15,8 +15,8 @@ from fgtrain.estimators.base import norms
 from fgtrain.network.sharding import is_sharded
 
 ADVICE = (
-    "lower lr, cap the derivative (method.clip_derivative=...) or the gradient (clip_grad_norm=...), "
-    "or take more directions (method.num_tangents=...)"
+    "lower lr, cap the derivative (clip_derivative=...) or the gradient (clip_grad_norm=...), or take more directions "
+    "(num_tangents=...)"
 )
 
 

@@ -15,6 +15,12 @@ from fgtrain.lightning.atomic_files import disk_error
 from fgtrain.runs.config import CONF
 
 USER_ERRORS = (UserError, HydraException, OmegaConfBaseException, MisconfigurationException)
+_OPTIONS = {
+    "ckpt_path": "resume",
+    **{name: f"method.{name}" for name in ("chunk_size", "clip_derivative", "memory", "num_tangents", "shrinkage")},
+}
+"""Arguments of Python that messages name in their remedy, as options of the command line."""
+
 _CHATTER = (
     ".*LeafSpec.*",
     ".*torch.jit.script.*",
@@ -85,5 +91,8 @@ def one_line(error: BaseException | str) -> str:
         text = f"{text}: {cause}"
     text = re.sub(r"\nConfig search path:.*", "", text, flags=re.DOTALL)
     text = re.sub(r"\n\s*(full_key|object_type|reference_type)[:=].*", "", text)
-    hint = on_the_command_line(text) if isinstance(error, UserError) else ""
-    return " ".join(text.split()) + hint
+    text = " ".join(text.split())
+    if not isinstance(error, UserError):
+        return text
+    as_options = re.sub(rf"(?<![\w.-])({'|'.join(_OPTIONS)})=", lambda name: f"{_OPTIONS[name[1]]}=", text)
+    return as_options + on_the_command_line(text)

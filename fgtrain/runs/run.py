@@ -65,7 +65,7 @@ from fgtrain.lightning.callbacks import (
     Summary,
 )
 from fgtrain.lightning.callbacks.dashboard import log_final
-from fgtrain.lightning.checkpoints import checkpoint_to_resume, make_atomic
+from fgtrain.lightning.checkpoints import make_atomic
 from fgtrain.lightning.divergence import Divergence
 from fgtrain.lightning.module import EstimatorModule
 from fgtrain.memory import keep_freed_memory
@@ -76,6 +76,7 @@ from fgtrain.runs.config_check import check
 from fgtrain.runs.owner import owned
 from fgtrain.runs.provenance import save_provenance
 from fgtrain.runs.results import RESULTS, read_results
+from fgtrain.runs.resume import checkpoint_to_resume
 from fgtrain.runs.world import is_follower, plan
 from fgtrain.tasks import Function
 

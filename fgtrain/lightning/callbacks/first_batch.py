@@ -135,7 +135,7 @@ def refuse_too_many_directions(estimator: GradientEstimator, model: nn.Module, a
     if available is not None and one * at_a_time > available:
         raise ConfigError(
             f"{at_a_time} directions of {one / 2**20:.3g} MiB each do not fit into the {available / 2**30:.3g} GiB of "
-            f"free memory; method.chunk_size={max(1, available // (4 * one))} processes them in parts"
+            f"free memory; chunk_size={max(1, available // (4 * one))} processes them in parts"
         )
 
 

@@ -41,8 +41,8 @@ class RankCheck(L.Callback):
         steps = [int(step) for step in pl_module.ranks.gather(first)]
         if len(set(steps)) > 1:
             raise RanksDiffer(
-                f"the ranks start at steps {steps}, so not from the same checkpoint; name it with resume=..., or name "
-                "the run's folder with hydra.run.dir=..., so that every rank finds it"
+                f"the ranks start at steps {steps}, so not from the same checkpoint; name one that every rank finds: "
+                "ckpt_path=..."
             )
 
     def on_train_batch_start(

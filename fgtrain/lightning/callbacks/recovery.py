@@ -68,7 +68,7 @@ class Recovery(Checkpoint):
             number = self._signal or signal.SIGTERM
             raise Interrupted(
                 f"stopped by {signal.Signals(number).name} after step {step}, saved in {self.dirpath / NAMES[0]}; "
-                f"the same command with resume={self.dirpath / NAMES[0]} continues",
+                f"the same command with ckpt_path={self.dirpath / NAMES[0]} continues",
                 number,
             )
         if step % self.every_n_steps == 0 and step != self._saved_at:

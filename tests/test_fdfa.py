@@ -86,6 +86,31 @@ def test_gradient_is_exact_with_the_jacobian_as_feedback(between):
     torch.testing.assert_close(flat(grads), flat(Backprop()(model, losses).grads), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("between", [[nn.Tanh()], [nn.ReLU()], [nn.ReLU(inplace=True)]], ids=str)
+def test_calls_between_updates_use_the_feedback_as_it_is(between):
+    """The gradient is that of the same feedback when it is learnt in every call, with a rate that changes nothing."""
+    model, often, seldom = network(*between), FDFA(feedback_lr=1e-12), FDFA(feedback_lr=1e-12, feedback_every=3)
+    for step in range(4):
+        for estimator in (often, seldom):
+            estimator.num_updates.fill_(10**13 if step else 0)
+        grads, expected = (e(model, losses, generator=keyed_generator(step)).grads for e in (seldom, often))
+        torch.testing.assert_close(flat(grads), flat(expected), rtol=1e-9, atol=1e-12)
+    assert int(seldom.num_calls) == 4
+
+
+def test_feedback_is_learnt_in_every_third_call():
+    model, estimator = network(nn.ReLU(), nn.LayerNorm(5, dtype=torch.float64)), FDFA(feedback_every=3)
+    changes, derivatives, norms = [], [], []
+    for step in range(7):
+        before = int(estimator.num_updates)
+        estimate = estimator(model, losses, generator=keyed_generator(step))
+        changes.append(int(estimator.num_updates) - before)
+        derivatives.append(estimate.directional_derivatives is not None)
+        norms.append("2.weight" in estimate.grads)
+    assert changes == [1, 0, 0, 1, 0, 0, 1]
+    assert derivatives == norms == [bool(change) for change in changes]
+
+
 def test_last_layer_is_exact_whatever_the_feedback():
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(48, 3)).double()
     loss_fn = lambda m: F.cross_entropy(m(IMAGES), LABELS, reduction="none")  # noqa: E731
@@ -106,11 +131,12 @@ def test_units_that_pass_nothing_learn_nothing():
     assert grads["0.weight"][0].any()
 
 
-def test_state_goes_on_where_it_was():
-    straight, model = FDFA(), network(nn.ReLU())
+@pytest.mark.parametrize("feedback_every", [1, 2])
+def test_state_goes_on_where_it_was(feedback_every):
+    straight, model = FDFA(feedback_every=feedback_every), network(nn.ReLU())
     for step in range(3):
         straight(model, losses, generator=keyed_generator(step))
-    resumed = FDFA()
+    resumed = FDFA(feedback_every=feedback_every)
     resumed.load_state_dict(straight.state_dict())
     first, again = (e(model, losses, generator=keyed_generator(3)).grads for e in (straight, resumed))
     assert torch.equal(flat(first), flat(again))

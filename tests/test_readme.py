@@ -41,7 +41,8 @@ def test_commands(command, tmp_path):
 
 
 SHORTENED = {
-    "train": "trainer.max_steps=3 trainer.val_check_interval=3",
+    "train": "trainer.max_steps=3 trainer.val_check_interval=3 "
+    "trainer.limit_val_batches=1 trainer.limit_test_batches=1",
     "bench": "--rounds 1 --batch-sizes 8",
     "compare": "seeds=1 budget=3steps",
     "profiles": "--iterations 2",

@@ -1,6 +1,7 @@
 """Direct feedback alignment with feedback matrices that are learnt from forward-mode derivatives."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from fgtrain.errors import NoTangent, UnsupportedOperation
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, average_grads, require_positive_int
 from fgtrain.forward_ad.native import NO_TANGENT
 from fgtrain.layer_noise.layers import perturbed_layers, run_perturbed
-from fgtrain.layer_noise.noise import LayerCall, LayerNoise, PerturbedPass
+from fgtrain.layer_noise.noise import LayerCall, LayerNoise, LocalGrads, PerturbedPass
 from fgtrain.layer_noise.rows import ExaminedPass, Rows, gradient_of_head, rows_of_examples
 from fgtrain.network.parameters import trainable_params
 from fgtrain.random import draw_seeds
@@ -44,11 +45,16 @@ class FDFA(GradientEstimator):
     Cost: one forward pass with K directions, and K + C through the last layer and the loss. The inputs of all layers
     and C numbers for every unit are kept. Ranks exchange the whole gradient and the feedback.
 
+    With feedback_every=m, only every m-th call learns the feedback. The other calls are forward passes without
+    directions, except through the loss. They give no gradient for parameters of other layers.
+
     State: the feedback is created at the first call, at zero, and is saved with the estimator's state.
 
     Args:
         num_tangents: K >= 1.
-        feedback_lr: beta, in (0, 1]. The first 1 / beta steps use the plain mean.
+        feedback_lr: beta, in (0, 1]. The first 1 / beta updates of the feedback use the plain mean.
+        feedback_every: m >= 1, see Cost. The feedback changes as slowly as the weights, so that a large m costs little
+            accuracy and takes less time than backpropagation.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -75,9 +81,10 @@ class FDFA(GradientEstimator):
 
     scalar_reducible = False
 
-    def __init__(self, num_tangents: int = 1, *, feedback_lr: float = 0.01) -> None:
+    def __init__(self, num_tangents: int = 1, *, feedback_lr: float = 0.01, feedback_every: int = 1) -> None:
         super().__init__()
         require_positive_int("num_tangents", num_tangents)
+        require_positive_int("feedback_every", feedback_every)
         if not 0 < feedback_lr <= 1:
             raise ValueError(f"feedback_lr must be in (0, 1], got {feedback_lr!r}")
         self.num_tangents = num_tangents
@@ -85,6 +92,10 @@ class FDFA(GradientEstimator):
         self.feedback = nn.Module()
         self.num_updates: Tensor
         self.register_buffer("num_updates", torch.zeros((), dtype=torch.int64))
+        self.feedback_every = feedback_every
+        self.num_calls: Tensor
+        if feedback_every > 1:
+            self.register_buffer("num_calls", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
     def forward(
@@ -99,19 +110,25 @@ class FDFA(GradientEstimator):
         seed, *seeds = draw_seeds(generator, 1 + self.num_tangents)
         layers = perturbed_layers(model, loss_fn)
         others = {name: p for name, p in params.items() if name not in {*layers.biases, *layers.biases.values()}}
-        directions = Rademacher().sample(others, seeds) if others else None
-        perturbed = PerturbedPass(self.num_tangents, seed, "rademacher", head=layers.last)
+        learns = self._learns_now()
+        directions = Rademacher().sample(others, seeds) if others and learns else None
+        perturbed = (
+            PerturbedPass(self.num_tangents, seed, "rademacher", head=layers.last)
+            if learns
+            else _QuietPass(0, seed, head=layers.last, rectified=layers.rectified)
+        )
         noises = {name: LayerNoise(name, perturbed) for name in layers.biases}
         examined = ExaminedPass(model, loss_fn)
-        losses, found = run_perturbed(model, loss_fn, {**noises, **(directions or {})})
+        losses, found = run_perturbed(model, loss_fn, {**noises, **(directions or {})}, follows=learns)
         if found is None:
             raise NoTangent(NO_TANGENT)
         calls = _in_order(perturbed.calls)
-        error = gradient_of_head(examined, calls, layers.last, found[self.num_tangents :])
+        error = gradient_of_head(examined, calls, layers.last, found[perturbed.num_tangents :])
         *hidden, head = calls
-        assert head.tangent is not None
-        _refuse_other_rows(hidden, rows_of_examples(examined, perturbed.calls, losses), losses.numel())
-        self._learn(hidden, head.tangent, reduce)
+        if learns:
+            assert head.tangent is not None
+            _refuse_other_rows(hidden, rows_of_examples(examined, perturbed.calls, losses), losses.numel())
+            self._learn(hidden, head.tangent, reduce)
         signals = [self._through_feedback(error, call) for call in hidden] + [error]
         grads: dict[str, Tensor] = {}
         for call, signal in zip([*hidden, head], signals, strict=True):
@@ -120,12 +137,19 @@ class FDFA(GradientEstimator):
             names = (call.name, layers.biases[call.name])
             pairs = zip(names, call.local_grads(signal), strict=True)
             grads |= {name: g.to(params[name].dtype) for name, g in pairs if name is not None}
-        derivatives = found[: self.num_tangents].mean(1)
-        if directions is not None:
+        derivatives = found[: self.num_tangents].mean(1) if learns else None
+        if directions is not None and derivatives is not None:
             numbers = perturbed.noise_size / losses.numel() + sum(p.numel() for p in others.values())
             variance = (numbers - 1) / self.num_tangents / losses.numel() ** 0.5
             grads |= directions.weighted_sum(derivatives / self.num_tangents / (1 + variance))
         return Estimate(losses.mean(), average_grads(grads, reduce), derivatives)
+
+    def _learns_now(self) -> bool:
+        """Whether this call learns the feedback; counts the call."""
+        if self.feedback_every == 1:
+            return True
+        num_calls, self.num_calls = int(self.num_calls), self.num_calls + 1
+        return num_calls % self.feedback_every == 0
 
     def _learn(self, hidden: list[LayerCall], tangent: Tensor, reduce: Reduce | None) -> None:
         """Move every feedback matrix towards the mean product of the output's tangents and the layer's noise."""
@@ -174,6 +198,25 @@ class FDFA(GradientEstimator):
 
     def extra_repr(self) -> str:
         return f"num_tangents={self.num_tangents}, feedback_lr={self.feedback_lr}"
+
+
+@dataclass(eq=False)
+class _QuietPass(PerturbedPass):
+    """A pass that records the calls of hidden layers without noise, and gives the head its unit directions.
+
+    Args:
+        rectified: names of the weights whose output only a ReLU uses.
+    """
+
+    rectified: frozenset[str] = frozenset()
+
+    def perturb(self, name: str, inputs: Tensor, output: Tensor, local_grads: LocalGrads, channels: int) -> Tensor:
+        if name == self.head:
+            return super().perturb(name, inputs, output, local_grads, channels)
+        active = output > 0 if name in self.rectified else None
+        kept = inputs, inputs._version
+        self.calls.append(LayerCall(name, local_grads, None, None, channels, output.shape, kept, active=active))
+        return output
 
 
 def _in_order(calls: list[LayerCall]) -> list[LayerCall]:

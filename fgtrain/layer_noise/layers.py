@@ -20,10 +20,12 @@ class PerturbedLayers(NamedTuple):
     Args:
         biases: {name of the weight: name of the bias or None}.
         last: name of the weight that is used last in the pass.
+        rectified: names of the weights whose output only a ReLU uses.
     """
 
     biases: dict[str, str | None]
     last: str
+    rectified: frozenset[str]
 
 
 def perturbed_layers(model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> PerturbedLayers:
@@ -55,7 +57,8 @@ def _find_layers(model: nn.Module, loss_fn: Callable[[Any], Tensor], slots: Para
             before.rewind()
         used = [call.name for call in trial.calls]
         if used:
-            return PerturbedLayers({name: biases[name] for name in biases if name in used}, used[-1])
+            rectified = frozenset(call.name for call in trial.calls if call.is_rectified)
+            return PerturbedLayers({name: biases[name] for name in biases if name in used}, used[-1], rectified)
         break
     raise UnsupportedOperation(
         f"{type(model).__name__} has no trained Linear or convolution with a weight of its own to perturb; use "

@@ -3,7 +3,9 @@
 import csv
 import io
 import json
+import math
 import re
+import sys
 from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
@@ -13,10 +15,11 @@ from fgtrain.errors import ConfigError
 from fgtrain.runs.messages import USER_ERRORS
 from fgtrain.runs.run import build
 from fgtrain.studies.compare import compare, parse, write_report
+from fgtrain.studies.compare.finished import Finished
 from fgtrain.studies.compare.plan import compose_run
-from fgtrain.studies.compare.report import seconds_to_target
-from fgtrain.studies.compare.runs import Finished
-from tests.commands import composed, load_script, options, results_under
+from fgtrain.studies.compare.search import best_of, is_at_edge, search
+from fgtrain.studies.compare.target import resolution, steps_to, target_value
+from tests.commands import PACKAGE, composed, load_script, options, results_under
 
 COMMAND = ["methods=[backprop,fwdgrad]", "seeds=2", "budget=40steps", "data.batch_size=64"]
 
@@ -64,6 +67,12 @@ def test_formats_agree(compared):
         assert {r["steps"] for r in runs} == {40}
     assert rows[0]["step_time_to_backprop"] == rows[0]["peak_memory_to_backprop"] == 1
     assert [row["bytes_per_step"] for row in rows] == [4 * 4810, 4]
+    assert [row["floats_per_step"] for row in rows] == [4810, 1]
+    assert [row["backward_pass"] for row in rows] == ["whole", "none"]
+    for row in rows:
+        cfg = composed(f"method={row['method']}")
+        assert (row["clip_grad_norm"], row["weight_decay"]) == (cfg.clip_grad_norm, cfg.optimizer.weight_decay)
+    assert all(0 < row["seconds"] < r["train_seconds"] for row in rows for r in results_under(folder / "here"))
     assert "for each seed all methods start from the same parameters" in markdown
     assert "Learning rates: those of conf/method" in markdown
     assert (folder / "here" / "curves.png").stat().st_size > 20_000
@@ -90,16 +99,45 @@ def test_goes_on_where_it_was_stopped(compared, tmp_path, monkeypatch):
     assert found == {run: straight[run] for run in (("backprop", 0), ("fwdgrad", 0))}
 
 
+@pytest.mark.parametrize(
+    ("optimum", "tried", "found", "at_edge"),
+    [
+        (1.0, [0.316, 1.0, 3.16], 1.0, False),
+        (4.0, [0.316, 1.0, 3.16, 10.0], 3.16, False),
+        (0.1, [0.0316, 0.1, 0.316, 1.0, 3.16], 0.1, False),
+        (1e3, [0.316, 1.0, 3.16, 10.0, 31.6], 31.6, True),
+        (1e-3, [0.0316, 0.1, 0.316, 1.0, 3.16], 0.0316, True),
+    ],
+)
+def test_a_search_is_widened_towards_its_best(optimum, tried, found, at_edge):
+    losses = search(1.0, 3, lambda lr: abs(math.log(lr / optimum)))
+    assert list(losses) == tried
+    assert best_of(losses) == found
+    assert is_at_edge(found, losses) == at_edge
+
+
 @pytest.mark.slow
-def test_search_tries_equally_many(tmp_path, monkeypatch):
+def test_search_treats_methods_equally_and_keeps_off_the_compared_seeds(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = ["methods=[backprop,fwdgrad]", "seeds=1", "budget=20steps", "lr=search", "lr_points=3", "out=here"]
-    outcome = compare(parse(command), lambda *_: None)
-    assert {len(found) for found in outcome.tried.values()} == {3}
-    for method, found in outcome.tried.items():
-        assert composed(f"method={method}").lr in found
-        assert found[outcome.lrs[method]] == min(found.values())
+    plan = parse(command)
+    told = []
+    outcome = compare(plan, lambda *call: told.append(call))
+    assert told[-1] == ("cost of a step", len(told) - 1, len(told) - 1)
+    for method, losses in outcome.tried.items():
+        assert composed(f"method={method}").lr in losses
+        assert losses[outcome.lrs[method]] == min(losses.values())
+        for lr, loss in losses.items():
+            runs = results_under(tmp_path / "here" / "search" / method / f"lr={lr:g}")
+            assert [run["seed"] for run in runs] == [10_000, 10_001]
+            assert loss == pytest.approx(sum(run["metrics"]["val/loss"] for run in runs) / 2)
     assert all(run.seed == 0 for run in outcome.runs)
+    rows = write_report(plan, outcome, "command")
+    edges = [is_at_edge(outcome.lrs[m], losses) for m, losses in outcome.tried.items()]
+    assert [row["lr_at_edge"] for row in rows] == edges
+    text = (tmp_path / "here" / "table.md").read_text()
+    assert text.count("(edge)") == sum(edges)
+    assert ("Still at the edge" in text) == any(edges)
 
 
 def test_seconds_become_steps(tmp_path, monkeypatch):
@@ -119,12 +157,85 @@ def test_a_diverged_run_is_a_result(tmp_path, monkeypatch):
     assert "backprop: 1 of 1 runs diverged" in (tmp_path / "here" / "table.md").read_text()
 
 
-def test_time_to_target():
-    plan = parse(["methods=[backprop]", "target=0.8"])
-    results = {"train_seconds": 10.0, "steps": 100}
-    run = Finished("backprop", 0, results, {"val/acc": [(10, 0.5), (20, 0.8), (30, 0.7), (40, 0.9)]})
-    assert seconds_to_target(plan, run) == 2.0
-    assert seconds_to_target(plan, run._replace(curves={"val/acc": [(10, 0.5)]})) is None
+def finished(method, values, seed=0, tag="val/acc"):
+    """A run of 40 steps of 0.1 s, validated every 10 steps."""
+    steps = range(10, 10 * len(values) + 1, 10)
+    curves = {tag: list(zip(steps, values, strict=True)), "clock/seconds": [(20, 2.0), (40, 4.0)]}
+    return Finished(method, seed, {"steps": 40}, curves)
+
+
+def test_an_absolute_target():
+    run = finished("backprop", [0.5, 0.8, 0.7, 0.9])
+    assert target_value("0.8", ["backprop"], [run]) == 0.8
+    assert steps_to(0.8, "val/acc", run) == 20
+    assert steps_to(0.6, "val/acc", run) == 20
+    assert steps_to(0.95, "val/acc", run) is None
+    assert steps_to(0.5, "val/loss", finished("backprop", [0.9, 0.6, 0.5, 0.55], tag="val/loss")) == 30
+    assert [run.seconds_at(step) for step in (0, 10, 40)] == [0, 1, 4]
+    assert resolution("val/acc", [run]) == 0.25
+
+
+def test_a_target_relative_to_a_method():
+    runs = [finished("a", [0.5, 0.9, 0.8, 0.9]), finished("a", [0.5, 0.6, 0.7, 0.8], seed=1), finished("a:k=2", [0.7])]
+    labels = ["a", "a:k=2"]
+    assert target_value("a-0.05", labels, runs) == pytest.approx(0.85 - 0.05)
+    assert target_value("a+0.05", labels, runs) == pytest.approx(0.85 + 0.05)
+    assert target_value("a:k=2-1e-1", labels, runs) == pytest.approx(0.7 - 0.1)
+    assert target_value("a-0.05", labels, runs[2:]) is None
+    assert [steps_to(0.8, "val/acc", run) for run in runs] == [20, 40, None]
+
+
+def test_exactly_computed_layers_are_no_merit():
+    def of(module, cosine, error):
+        tag = f"quality_of_{module}"
+        return {f"{tag}/cosine": [(0, cosine), (5, cosine)], f"{tag}/relative_squared_error": [(0, error), (5, error)]}
+
+    curves = of("first", 0.1, 0.9) | of("second", 0.3, 0.8) | of("head", 1.0, 1e-12)
+    run = Finished("fdfa", 0, {}, curves | {"quality/cosine": [(0, 0.95), (5, 0.95)]})
+    assert run.is_exact("head")
+    assert not run.is_exact("first")
+    assert run.cosine() == [(0, pytest.approx(0.2)), (5, pytest.approx(0.2))]
+    exact = Finished("backprop", 0, {}, of("head", 1.0, 0.0) | {"quality/cosine": [(0, 1.0), (5, 1.0)]})
+    assert exact.cosine() == [(0, 1.0), (5, 1.0)]
+
+
+OWN = """
+# @package _global_
+method:
+  _target_: my_method_of_comparisons.Doubled
+lr: 0.05
+"""
+
+
+def test_variants_and_own_methods(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.path", [*sys.path])
+    (tmp_path / "my_method_of_comparisons.py").write_text(PACKAGE)
+    (tmp_path / "my_conf" / "method").mkdir(parents=True)
+    (tmp_path / "my_conf" / "method" / "mine.yaml").write_text(OWN)
+    methods = ["mine", "activity_head", "fwdgrad_lowrank:num_tangents=1", "fwdgrad_lowrank:num_tangents=8+combine=mean"]
+    command = [f"methods=[{','.join(methods)}]", "seeds=1", "budget=2steps", "target=mine-0.5", "out=here"]
+    out, _ = run_script(tmp_path, "--config-dir", "my_conf", *command)
+    report = json.loads((tmp_path / "here" / "table.json").read_text())
+    rows = report["rows"]
+    assert [row["method"] for row in rows] == methods
+    assert [row["floats_per_step"] for row in rows] == [1, 4810, 1, 8]
+    assert rows[0]["lr"] == 0.05
+    folders = ["mine", "activity_head", "fwdgrad_lowrank-num_tangents=1", "fwdgrad_lowrank-num_tangents=8+combine=mean"]
+    assert all((tmp_path / "here" / folder / "seed=0" / "results.json").exists() for folder in folders)
+    assert all(len(line) <= 140 for line in out.splitlines() if line.startswith(("│", "┃")))
+    assert [value == "exact" for value in report["cosine_by_layer"]["activity_head"].values()] == [False, True]
+    assert "| 3 |" in (tmp_path / "here" / "table.md").read_text()
+
+
+def test_help_lists_every_argument_with_its_default(capsys):
+    with pytest.raises(SystemExit) as end:
+        load_script("compare").main(["--help"])
+    assert end.value.code == 0
+    said = capsys.readouterr().out
+    assert "Compare methods under equal conditions" in said
+    for key, default in {"seeds": 3, "budget": "2000steps", "lr": "yaml", "search_seeds": 2, "target": "null"}.items():
+        assert f"    {key}={default}\n" in said
+    assert "--config-dir" in said
 
 
 BAD = [
@@ -135,7 +246,16 @@ BAD = [
     ("methods=[backprop] budget=10", "budget must be a number of steps or seconds, such as 2000steps or 60s, got 10"),
     ("methods=[backprop] budget=0steps", "budget must be a number of steps or seconds"),
     ("methods=[backprop] lr=0.1", "lr must be yaml or search, got 0.1: one rate for all methods favours one"),
-    ("methods=[backprop] lr_points=4", "lr_points must be odd"),
+    ("methods=[backprop] lr_points=4", "lr_points must be odd and at least 3"),
+    ("methods=[backprop] search_seeds=0", "search_seeds must be at least 1, got 0"),
+    ("methods=[backprop] target=fwdgrad-0.1", "target must be a number or a compared method's final value with"),
+    ("methods=[backprop] target=backprop-x", "such as backprop-0.003, got backprop-x"),
+    ("methods=[backprop,backprop]", "methods: backprop is listed twice"),
+    ("methods=[fwdgrad:num_tangents]", "methods: fwdgrad:num_tangents is not a method's file and, after a colon"),
+    ("methods=[fwdgrad:num_tangets=2]", "num_tangets"),
+    ("methods=[fwdgrad:_target_=mine.Method]", "methods: .* changes the class of fwdgrad; write a file with _target_"),
+    ("methods=[backprop] --config-dir nowhere", "--config-dir: there is no folder nowhere"),
+    ("methods=[backprop] --confg-dir conf", "unrecognized arguments: --confg-dir"),
     ("methods=[backprop] modle=cnn", "modle"),
     ("methods=[backprop] data=nope", "Could not find 'data/nope'"),
 ]
@@ -181,6 +301,7 @@ def test_a_method_that_cannot_train_the_model_is_a_row(tmp_path):
     assert rows[1]["refused"].startswith(reason)
     assert rows[1]["steps"] is None
     lines = (tmp_path / "here" / "table.md").read_text().splitlines()
-    assert next(line for line in lines if line.startswith("| highway")).count("|") == lines[-1].count("|")
+    trained, refused = (next(line for line in lines if line.startswith(f"| {m} ")) for m in ("backprop", "highway"))
+    assert refused.count("|") == trained.count("|")
     with pytest.raises(USER_ERRORS, match="highway: MLP has no residual block"):
         run_script(tmp_path, "methods=[highway]", "seeds=1", "budget=4steps", "out=there")

@@ -3,6 +3,10 @@
 Every method gets the same initial parameters, the same batches in the same order and the same budget. The results are
 one table (Markdown, JSON, CSV) and figures: loss and accuracy against steps and time, and the cosine to the exact
 gradient. After an interruption, the same command continues.
+
+    suite=quick     instead of methods: small comparisons, in minutes, and one page with their tables and figures
+    suite=ladder    the same from one hidden layer to deep, convolutional and sequence models, in hours
+    suite=mine.yaml a list of comparisons of your own, such as fgtrain/studies/compare/suites/quick.yaml
 """
 
 import argparse
@@ -10,7 +14,10 @@ import os
 import shlex
 import signal
 import sys
-from typing import NoReturn
+from collections.abc import Generator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NoReturn
 
 os.environ |= {"KINETO_LOG_LEVEL": "9", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # before torch: silences its profiler
 
@@ -23,6 +30,8 @@ from fgtrain.runs.messages import USER_ERRORS, fail, silence_libraries
 from fgtrain.studies.compare import compare, parse, write_report
 from fgtrain.studies.compare.plan import describe_arguments
 from fgtrain.studies.compare.report import statement
+from fgtrain.studies.compare.runs import Tell
+from fgtrain.studies.compare.suite import read_suite, run_suite
 from fgtrain.studies.compare.table import table_of
 
 
@@ -37,7 +46,31 @@ def main(arguments: list[str]) -> None:
     silence_libraries()
     sys.path.append(os.getcwd())  # _target_ may name a module in the current folder
     options = _options(arguments)
+    command = shlex.join(["python", "scripts/compare.py", *arguments])
+    out = Console()
+    out.width = max(out.width, 140)  # do not fold the table in a file or a narrow window
+    if any(argument.startswith("suite=") for argument in options.arguments):
+        folder, rungs = read_suite(options.arguments, options.config_dir)
+        with _progress() as tell:
+            page = run_suite(folder, rungs, command, tell, partial(_show, out))
+        out.print(f"the page with all tables and figures: {page}", soft_wrap=True, highlight=False)
+        return
     plan = parse(options.arguments, options.config_dir)
+    with _progress() as tell:
+        outcome = compare(plan, tell)
+    rows = write_report(plan, outcome, command)
+    for line in statement(plan, outcome, command)[2:]:
+        out.print(line, highlight=False, soft_wrap=True)
+    out.print(table_of(rows))
+    out.print(
+        f"table.md, table.json, table.csv, curves.png, cosine.png in {plan.folder}", soft_wrap=True, highlight=False
+    )
+    out.print(f"look at it: tensorboard --host 127.0.0.1 --logdir {plan.folder}", soft_wrap=True, highlight=False)
+
+
+@contextmanager
+def _progress() -> Generator[Tell]:
+    """A function that shows how far the runs are, as a bar on a terminal and as lines in a file."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     times = (TimeElapsedColumn(), TimeRemainingColumn())
@@ -47,20 +80,15 @@ def main(arguments: list[str]) -> None:
         def tell(text: str, done: int, total: int) -> None:
             progress.update(bar, description=text, completed=done, total=total)
             if not console.is_terminal:
-                console.print(f"[{done}/{total}] {text}", markup=False, highlight=False)
+                console.print(f"[{done}/{total}] {text}", markup=False, highlight=False, soft_wrap=True)
 
-        outcome = compare(plan, tell)
-    command = shlex.join(["python", "scripts/compare.py", *arguments])
-    rows = write_report(plan, outcome, command)
-    out = Console()
-    out.width = max(out.width, 140)  # do not fold the table in a file or a narrow window
-    for line in statement(plan, outcome, command)[2:]:
-        out.print(line, highlight=False, soft_wrap=True)
-    out.print(table_of(rows))
-    out.print(
-        f"table.md, table.json, table.csv, curves.png, cosine.png in {plan.folder}", soft_wrap=True, highlight=False
-    )
-    out.print(f"look at it: tensorboard --host 127.0.0.1 --logdir {plan.folder}", soft_wrap=True, highlight=False)
+        yield tell
+
+
+def _show(out: Console, name: str, rows: list[dict[str, Any]] | None) -> None:
+    out.print(name, highlight=False, soft_wrap=True)
+    if rows is not None:
+        out.print(table_of(rows))
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:

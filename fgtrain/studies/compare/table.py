@@ -12,7 +12,7 @@ from fgtrain.studies.compare.runs import Outcome
 from fgtrain.studies.compare.search import is_at_edge
 from fgtrain.studies.compare.target import metric_of, steps_to, target_value
 
-NOT_PRINTED = ("accuracy to backprop", "steps", "time, s", "clipping", "weight decay")
+NOT_PRINTED = ("accuracy to backprop", "training loss", "steps", "time, s", "clipping", "weight decay")
 """Columns of the Markdown table that are too many for a terminal."""
 
 
@@ -46,6 +46,7 @@ def _row_of(plan: Comparison, outcome: Outcome, method: str) -> dict[str, Any]:
     row["diverged"] = len(started) - len(runs)
     for name, keys in (("accuracy", ["test/acc"]), ("loss", ["test/loss", "loss"])):
         row |= _mean_and_deviation(name, [run.results["metrics"].get(k) for run in runs for k in keys])
+    row |= _mean_and_deviation("train_loss", [run.results["metrics"].get("train/loss") for run in runs])
     row["steps"] = runs[0].results["steps"] if runs else 0
     row["seconds"] = fmean(run.seconds for run in runs) if runs else 0.0
     target, tag = target_value(plan.target, plan.methods, outcome.runs), metric_of(outcome.runs)
@@ -92,7 +93,8 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
         to_backprop = row["accuracy_to_backprop"]
         shown["accuracy, %"] = spread("accuracy", 100, ".1f")
         shown["accuracy to backprop"] = "" if to_backprop is None else f"{100 * to_backprop:+.1f}"
-    shown |= {"loss": spread("loss", 1, ".3g"), "steps": str(row["steps"]), "time, s": f"{row['seconds']:.1f}"}
+    shown |= {"loss": spread("loss", 1, ".3g"), "training loss": spread("train_loss", 1, ".3g")}
+    shown |= {"steps": str(row["steps"]), "time, s": f"{row['seconds']:.1f}"}
     if row["with_validation"]:
         seconds = optional("seconds_to_target", "{:.2f}", "never")
         shown["to target, s"] = seconds if seconds == "never" else f"{seconds} ({row['reached_target']}/{row['runs']})"

@@ -11,6 +11,7 @@ from fgtrain.errors import ConfigError
 from fgtrain.runs.messages import USER_ERRORS
 from fgtrain.runs.run import build
 from fgtrain.studies.compare import compare, parse, write_report
+from fgtrain.studies.compare.finished import read
 from fgtrain.studies.compare.plan import compose_run
 from fgtrain.studies.compare.search import is_at_edge
 from tests.commands import PACKAGE, composed, load_script, options, results_under, run_compare
@@ -60,6 +61,8 @@ def test_formats_agree(compared):
         cfg = composed(f"method={row['method']}")
         assert (row["clip_grad_norm"], row["weight_decay"]) == (cfg.clip_grad_norm, cfg.optimizer.weight_decay)
     assert all(0 < row["seconds"] < r["train_seconds"] for row in rows for r in results_under(folder / "here"))
+    curve = read(folder / "here" / "backprop" / "seed=0", "backprop", 0).curves["val/acc"]
+    assert [step for step, _ in curve] == list(range(1, 41))
     assert report["cosine_by_layer"]["backprop"] == {"1": "exact", "3": "exact"}
     assert "| 1 | exact | " + f"{report['cosine_by_layer']['fwdgrad']['1']:.3f} |" in markdown
     assert "for each seed all methods start from the same parameters" in markdown
@@ -135,6 +138,13 @@ method:
   _target_: my_method_of_comparisons.Doubled
 lr: 0.05
 """
+
+
+def test_a_diverged_trial_run_is_a_refusal(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan = parse(["methods=[backprop]", "seeds=1", "budget=1s", "optimizer.lr=1e9", "out=here"])
+    with pytest.raises(USER_ERRORS, match="backprop: its trial run of 200 steps diverged"):
+        compare(plan, lambda *_: None)
 
 
 def test_variants_and_own_methods(tmp_path):

@@ -71,5 +71,6 @@ def read(folder: Path, method: str, seed: int) -> Finished:
     """The run of a folder."""
     events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
     tags = [t for t in events.Tags()["scalars"] if t in {*CURVES, TRAINED, SECONDS} or QUALITY.fullmatch(t)]
-    curves = {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}
+    # Lightning logs a validation with the index of the last step, so after one step with 0.
+    curves = {tag: [(e.step + (tag in CURVES), e.value) for e in events.Scalars(tag)] for tag in tags}
     return Finished(method, seed, json.loads((folder / "results.json").read_text()), curves)

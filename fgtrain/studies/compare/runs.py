@@ -21,7 +21,7 @@ from fgtrain.studies.compare.variants import Variant
 
 TRIAL_STEPS = 200
 VALIDATIONS = 100  # of a run
-COSINES = 40  # comparisons of a run with the exact gradient
+COSINES = 20  # comparisons of a run with the exact gradient
 Tell = Callable[[str, int, int], None]
 
 

@@ -26,7 +26,7 @@ def statement(plan: Comparison, outcome: Outcome, command: str) -> list[str]:
     named = {key: run.results[key] for key in ("task", "data", "model")}
     lines = [f"`{command}`", "", ", ".join(f"{key} {value}" for key, value in named.items()) + f"; {device_name()}."]
     lines += [
-        f"Seeds 0 to {plan.seeds - 1}; for each seed all methods start from the same parameters and see the same "
+        f"Seeds 0 to {plan.seeds - 1}: for each seed all methods start from the same parameters and see the same "
         "batches in the same order."
     ]
     if plan.in_seconds:
@@ -56,8 +56,8 @@ def _of_learning_rates(plan: Comparison, outcome: Outcome) -> list[str]:
         return ["Learning rates: those of conf/method; none was chosen for this comparison."]
     lines = [
         f"Learning rates: for every method the best of {plan.lr_points} around that of conf/method, a factor of "
-        f"sqrt(10) apart, by the mean final validation loss of {plan.search_seeds} runs each with other seeds and the "
-        f"same budget. While the best was at the edge, {plan.lr_points // 2} more were tried, at most twice."
+        f"sqrt(10) apart, by the mean final validation loss over other seeds ({plan.search_seeds}), same budget. "
+        f"While the best was at the edge, more were tried on that side ({plan.lr_points // 2}, at most twice)."
     ]
     at_edge = [f"{m} ({outcome.lrs[m]:g})" for m, losses in outcome.tried.items() if is_at_edge(outcome.lrs[m], losses)]
     if at_edge:

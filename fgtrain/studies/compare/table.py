@@ -122,9 +122,9 @@ def table_of(rows: Sequence[dict[str, Any]]) -> Table:
     """The table for the terminal, with the columns that fit."""
     table, shown = Table(), [cells(row) for row in rows]
     names = [name for name in max(shown, key=len) if name not in NOT_PRINTED]
-    table.add_column("method", overflow="fold", min_width=16)
+    table.add_column("method", overflow="fold", min_width=12)
     for name in names[1:]:
-        table.add_column(name.replace(" ", "\n", 1).replace(",\n", "\n"), justify="right", no_wrap=True)
+        table.add_column(name.replace(",", "").replace(" ", "\n"), justify="right", no_wrap=True)
     for row in shown:
         table.add_row(*(row.get(name, "") for name in names))
     return table

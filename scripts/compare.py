@@ -1,38 +1,76 @@
 """Compare methods under equal conditions: python scripts/compare.py methods=[backprop,fwdgrad] seeds=5 budget=60s
 
-Every method gets the same initial parameters, the same batches in the same order and the same budget.
+Every method gets the same initial parameters, the same batches in the same order and the same budget. The results are
+one table (Markdown, JSON, CSV) and figures: loss and accuracy against steps and time, and the cosine to the exact
+gradient. After an interruption, the same command continues.
 
-    budget=60s           time, converted to steps by a trial run; budget=2000steps counts steps
-    lr=search            try the same number of learning rates for every method, instead of those in conf/method
-    target=0.95          measure the time to this accuracy
-    anything else        goes to every run as an argument of scripts/train.py: data=mnist model=cnn, task=beale
-
-It writes one table (Markdown, JSON, CSV) and figures: loss and accuracy against steps and time, and the cosine to the
-exact gradient. After an interruption, the same command continues.
+    suite=quick     instead of methods: small comparisons, in minutes, and one page with their tables and figures
+    suite=ladder    the same from one hidden layer to deep, convolutional and sequence models, in hours
+    suite=mine.yaml a list of comparisons of your own, such as fgtrain/studies/compare/suites/quick.yaml
 """
 
+import argparse
 import os
 import shlex
 import signal
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NoReturn
 
 os.environ |= {"KINETO_LOG_LEVEL": "9", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # before torch: silences its profiler
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from fgtrain.errors import Interrupted
+from fgtrain.errors import ConfigError, Interrupted
 from fgtrain.memory import keep_freed_memory
 from fgtrain.runs.messages import USER_ERRORS, fail, silence_libraries
 from fgtrain.studies.compare import compare, parse, write_report
-from fgtrain.studies.compare.report import statement, table_of
+from fgtrain.studies.compare.plan import describe_arguments
+from fgtrain.studies.compare.report import statement
+from fgtrain.studies.compare.runs import Tell
+from fgtrain.studies.compare.suite import read_suite, run_suite
+from fgtrain.studies.compare.table import table_of
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; --help lists the arguments")
 
 
 def main(arguments: list[str]) -> None:
     """Do the missing runs, then write and print the report."""
     keep_freed_memory()
     silence_libraries()
-    plan = parse(arguments)
+    sys.path.append(os.getcwd())  # _target_ may name a module in the current folder
+    options = _options(arguments)
+    command = shlex.join(["python", "scripts/compare.py", *arguments])
+    out = Console()
+    out.width = max(out.width, 140)  # do not fold the table in a file or a narrow window
+    if any(argument.startswith("suite=") for argument in options.arguments):
+        folder, rungs = read_suite(options.arguments, options.config_dir)
+        with _progress() as tell:
+            page = run_suite(folder, rungs, command, tell, partial(_show, out))
+        out.print(f"the page with all tables and figures: {page}", soft_wrap=True, highlight=False)
+        return
+    plan = parse(options.arguments, options.config_dir)
+    with _progress() as tell:
+        outcome = compare(plan, tell)
+    rows = write_report(plan, outcome, command)
+    for line in statement(plan, outcome, command)[2:]:
+        out.print(line, highlight=False, soft_wrap=True)
+    out.print(table_of(rows))
+    out.print(
+        f"table.md, table.json, table.csv, curves.png, cosine.png in {plan.folder}", soft_wrap=True, highlight=False
+    )
+    out.print(f"look at it: tensorboard --host 127.0.0.1 --logdir {plan.folder}", soft_wrap=True, highlight=False)
+
+
+@contextmanager
+def _progress() -> Generator[Tell]:
+    """A function that shows how far the runs are, as a bar on a terminal and as lines in a file."""
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     times = (TimeElapsedColumn(), TimeRemainingColumn())
@@ -42,20 +80,29 @@ def main(arguments: list[str]) -> None:
         def tell(text: str, done: int, total: int) -> None:
             progress.update(bar, description=text, completed=done, total=total)
             if not console.is_terminal:
-                console.print(f"[{done}/{total}] {text}", markup=False, highlight=False)
+                console.print(f"[{done}/{total}] {text}", markup=False, highlight=False, soft_wrap=True)
 
-        outcome = compare(plan, tell)
-    command = shlex.join(["python", "scripts/compare.py", *arguments])
-    rows = write_report(plan, outcome, command)
-    out = Console()
-    out.width = max(out.width, 140)  # do not fold the table in a file or a narrow window
-    for line in statement(plan, outcome, command)[2:]:
-        out.print(line, highlight=False, soft_wrap=True)
-    out.print(table_of(rows))
-    out.print(
-        f"table.md, table.json, table.csv, curves.png, cosine.png in {plan.folder}", soft_wrap=True, highlight=False
+        yield tell
+
+
+def _show(out: Console, name: str, rows: list[dict[str, Any]] | None) -> None:
+    out.print(name, highlight=False, soft_wrap=True)
+    if rows is not None:
+        out.print(table_of(rows))
+
+
+def _options(arguments: list[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog="python scripts/compare.py",
+        usage="%(prog)s [-h] [--config-dir DIR] key=value ...",
+        description=f"{__doc__}\nArguments and their defaults:\n{describe_arguments()}",
+        epilog="Every other key=value goes to all runs, as an argument of scripts/train.py: data=mnist model=cnn.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    out.print(f"look at it: tensorboard --host 127.0.0.1 --logdir {plan.folder}", soft_wrap=True, highlight=False)
+    parser.add_argument("--config-dir", "-cd", metavar="DIR", help="folder of your own configurations, beside conf")
+    parser.add_argument("arguments", nargs="*", help=argparse.SUPPRESS)
+    return parser.parse_intermixed_args(arguments)
 
 
 if __name__ == "__main__":

@@ -98,5 +98,15 @@ def train(folder, *overrides):
     return status, out.getvalue(), err.getvalue()
 
 
+def run_compare(folder, *arguments):
+    """Run scripts/compare.py in `folder`; (stdout, stderr). Errors are raised."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.chdir(folder)
+        patch.setattr(sys, "path", [*sys.path])
+        load_script("compare").main(list(arguments))
+    return out.getvalue(), err.getvalue()
+
+
 def results_under(folder):
     return [json.loads(path.read_text()) for path in sorted(folder.rglob("results.json"))]

@@ -4,35 +4,28 @@ import csv
 import io
 import json
 import re
-from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import torch
+from rich.console import Console
 
 from fgtrain.errors import ConfigError
 from fgtrain.runs.messages import USER_ERRORS
 from fgtrain.runs.run import build
 from fgtrain.studies.compare import compare, parse, write_report
+from fgtrain.studies.compare.finished import read
 from fgtrain.studies.compare.plan import compose_run
-from fgtrain.studies.compare.report import seconds_to_target
-from fgtrain.studies.compare.runs import Finished
-from tests.commands import composed, load_script, options, results_under
+from fgtrain.studies.compare.search import is_at_edge
+from fgtrain.studies.compare.table import table_of
+from tests.commands import PACKAGE, composed, load_script, options, results_under, run_compare
 
 COMMAND = ["methods=[backprop,fwdgrad]", "seeds=2", "budget=40steps", "data.batch_size=64"]
-
-
-def run_script(folder, *arguments):
-    out, err = io.StringIO(), io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
-        patch.chdir(folder)
-        load_script("compare").main(list(arguments))
-    return out.getvalue(), err.getvalue()
 
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("compare")
-    return folder, *run_script(folder, *COMMAND, "out=here")
+    return folder, *run_compare(folder, *COMMAND, "out=here")
 
 
 def test_all_methods_start_and_see_the_same():
@@ -49,7 +42,8 @@ def test_all_methods_start_and_see_the_same():
 
 def test_formats_agree(compared):
     folder, out, err = compared
-    rows = json.loads((folder / "here" / "table.json").read_text())["rows"]
+    report = json.loads((folder / "here" / "table.json").read_text())
+    rows = report["rows"]
     with (folder / "here" / "table.csv").open() as file:
         written = list(csv.DictReader(file))
     assert [row["method"] for row in rows] == [row["method"] for row in written] == ["backprop", "fwdgrad"]
@@ -64,11 +58,25 @@ def test_formats_agree(compared):
         assert {r["steps"] for r in runs} == {40}
     assert rows[0]["step_time_to_backprop"] == rows[0]["peak_memory_to_backprop"] == 1
     assert [row["bytes_per_step"] for row in rows] == [4 * 4810, 4]
+    assert [row["floats_per_step"] for row in rows] == [4810, 1]
+    assert [row["backward_pass"] for row in rows] == ["whole", "none"]
+    for row in rows:
+        cfg = composed(f"method={row['method']}")
+        assert (row["clip_grad_norm"], row["weight_decay"]) == (cfg.clip_grad_norm, cfg.optimizer.weight_decay)
+    assert all(0 < row["seconds"] < r["train_seconds"] for row in rows for r in results_under(folder / "here"))
+    curve = read(folder / "here" / "backprop" / "seed=0", "backprop", 0).curves["val/acc"]
+    assert [step for step, _ in curve] == list(range(1, 41))
+    assert report["cosine_by_layer"]["backprop"] == {"1": "exact", "3": "exact"}
+    assert "| 1 | exact | " + f"{report['cosine_by_layer']['fwdgrad']['1']:.3f} |" in markdown
     assert "for each seed all methods start from the same parameters" in markdown
     assert "Learning rates: those of conf/method" in markdown
     assert (folder / "here" / "curves.png").stat().st_size > 20_000
     assert (folder / "here" / "cosine.png").stat().st_size > 10_000
     assert re.search(r"\[3/4\] fwdgrad seed 1", err)
+    long = {"method": "fwdgrad_lowrank:num_tangents=16", "lr_at_edge": True, "backward_pass": "within a block"}
+    printed = io.StringIO()
+    Console(file=printed, width=140).print(table_of([*rows, rows[0] | long | {"floats_per_step": 11_227_812}]))
+    assert all(line[-1] in "┓┃┩│┘" for line in printed.getvalue().splitlines())
 
 
 def test_goes_on_where_it_was_stopped(compared, tmp_path, monkeypatch):
@@ -91,15 +99,27 @@ def test_goes_on_where_it_was_stopped(compared, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_search_tries_equally_many(tmp_path, monkeypatch):
+def test_search_treats_methods_equally_and_keeps_off_the_compared_seeds(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = ["methods=[backprop,fwdgrad]", "seeds=1", "budget=20steps", "lr=search", "lr_points=3", "out=here"]
-    outcome = compare(parse(command), lambda *_: None)
-    assert {len(found) for found in outcome.tried.values()} == {3}
-    for method, found in outcome.tried.items():
-        assert composed(f"method={method}").lr in found
-        assert found[outcome.lrs[method]] == min(found.values())
+    plan = parse(command)
+    told = []
+    outcome = compare(plan, lambda *call: told.append(call))
+    assert told[-1] == ("cost of a step", len(told) - 1, len(told) - 1)
+    for method, losses in outcome.tried.items():
+        assert composed(f"method={method}").lr in losses
+        assert losses[outcome.lrs[method]] == min(losses.values())
+        for lr, loss in losses.items():
+            runs = results_under(tmp_path / "here" / "search" / method / f"lr={lr:g}")
+            assert [run["seed"] for run in runs] == [10_000, 10_001]
+            assert loss == pytest.approx(sum(run["metrics"]["val/loss"] for run in runs) / 2)
     assert all(run.seed == 0 for run in outcome.runs)
+    rows = write_report(plan, outcome, "command")
+    edges = [is_at_edge(outcome.lrs[m], losses) for m, losses in outcome.tried.items()]
+    assert [row["lr_at_edge"] for row in rows] == edges
+    text = (tmp_path / "here" / "table.md").read_text()
+    assert text.count("(edge)") == sum(edges)
+    assert ("Still at the edge" in text) == any(edges)
 
 
 def test_seconds_become_steps(tmp_path, monkeypatch):
@@ -119,12 +139,45 @@ def test_a_diverged_run_is_a_result(tmp_path, monkeypatch):
     assert "backprop: 1 of 1 runs diverged" in (tmp_path / "here" / "table.md").read_text()
 
 
-def test_time_to_target():
-    plan = parse(["methods=[backprop]", "target=0.8"])
-    results = {"train_seconds": 10.0, "steps": 100}
-    run = Finished("backprop", 0, results, {"val/acc": [(10, 0.5), (20, 0.8), (30, 0.7), (40, 0.9)]})
-    assert seconds_to_target(plan, run) == 2.0
-    assert seconds_to_target(plan, run._replace(curves={"val/acc": [(10, 0.5)]})) is None
+OWN = """
+# @package _global_
+method:
+  _target_: my_method_of_comparisons.Doubled
+lr: 0.05
+"""
+
+
+def test_a_diverged_trial_run_is_a_refusal(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    plan = parse(["methods=[backprop]", "seeds=1", "budget=1s", "optimizer.lr=1e9", "out=here"])
+    with pytest.raises(USER_ERRORS, match="backprop: its trial run of 200 steps diverged"):
+        compare(plan, lambda *_: None)
+
+
+def test_variants_and_own_methods(tmp_path):
+    (tmp_path / "my_method_of_comparisons.py").write_text(PACKAGE)
+    (tmp_path / "my_conf" / "method").mkdir(parents=True)
+    (tmp_path / "my_conf" / "method" / "mine.yaml").write_text(OWN)
+    methods = ["mine", "fwdgrad_lowrank:num_tangents=1", "fwdgrad_lowrank:num_tangents=8+combine=mean"]
+    command = [f"methods=[{','.join(methods)}]", "seeds=1", "budget=2steps", "target=mine-0.5", "out=here"]
+    run_compare(tmp_path, "--config-dir", "my_conf", *command)
+    rows = json.loads((tmp_path / "here" / "table.json").read_text())["rows"]
+    assert [row["method"] for row in rows] == methods
+    assert [row["floats_per_step"] for row in rows] == [1, 1, 8]
+    assert rows[0]["lr"] == 0.05
+    folders = ["mine", "fwdgrad_lowrank-num_tangents=1", "fwdgrad_lowrank-num_tangents=8+combine=mean"]
+    assert all((tmp_path / "here" / folder / "seed=0" / "results.json").exists() for folder in folders)
+
+
+def test_help_lists_every_argument_with_its_default(capsys):
+    with pytest.raises(SystemExit) as end:
+        load_script("compare").main(["--help"])
+    assert end.value.code == 0
+    said = capsys.readouterr().out
+    assert "Compare methods under equal conditions" in said
+    for key, default in {"seeds": 3, "budget": "2000steps", "lr": "yaml", "search_seeds": 2, "target": "null"}.items():
+        assert f"    {key}={default}\n" in said
+    assert "--config-dir" in said
 
 
 BAD = [
@@ -135,7 +188,16 @@ BAD = [
     ("methods=[backprop] budget=10", "budget must be a number of steps or seconds, such as 2000steps or 60s, got 10"),
     ("methods=[backprop] budget=0steps", "budget must be a number of steps or seconds"),
     ("methods=[backprop] lr=0.1", "lr must be yaml or search, got 0.1: one rate for all methods favours one"),
-    ("methods=[backprop] lr_points=4", "lr_points must be odd"),
+    ("methods=[backprop] lr_points=4", "lr_points must be odd and at least 3"),
+    ("methods=[backprop] search_seeds=0", "search_seeds must be at least 1, got 0"),
+    ("methods=[backprop] target=fwdgrad-0.1", "target must be a number or a compared method's final value with"),
+    ("methods=[backprop] target=backprop-x", "such as backprop-0.003, got backprop-x"),
+    ("methods=[backprop,backprop]", "methods: backprop is listed twice"),
+    ("methods=[fwdgrad:num_tangents]", "methods: fwdgrad:num_tangents is not a method's file and, after a colon"),
+    ("methods=[fwdgrad:num_tangets=2]", "num_tangets"),
+    ("methods=[fwdgrad:_target_=mine.Method]", "methods: .* changes the class of fwdgrad; write a file with _target_"),
+    ("methods=[backprop] --config-dir nowhere", "--config-dir: there is no folder nowhere"),
+    ("methods=[backprop] --confg-dir conf", "unrecognized arguments: --confg-dir"),
     ("methods=[backprop] modle=cnn", "modle"),
     ("methods=[backprop] data=nope", "Could not find 'data/nope'"),
 ]
@@ -144,19 +206,19 @@ BAD = [
 @pytest.mark.parametrize(("arguments", "message"), BAD, ids=[arguments for arguments, _ in BAD])
 def test_mistakes_are_told_before_anything_runs(arguments, message, tmp_path):
     with pytest.raises(USER_ERRORS, match=message):
-        run_script(tmp_path, *arguments.split())
+        run_compare(tmp_path, *arguments.split())
     assert not list(tmp_path.rglob("results.json"))
 
 
 def test_a_folder_keeps_one_comparison(compared):
     with pytest.raises(USER_ERRORS, match="here holds another comparison; give another folder with out="):
-        run_script(compared[0], *COMMAND, "target=0.5", "out=here")
+        run_compare(compared[0], *COMMAND, "target=0.5", "out=here")
 
 
 def test_data_without_other_splits(tmp_path):
     target = "tests.test_first_batch.OnlyTraining"
     data = ["methods=[backprop,fwdgrad]", "seeds=1", "budget=4steps", f"data._target_={target}", "out=here"]
-    out, err = run_script(tmp_path, *data)
+    out, err = run_compare(tmp_path, *data)
     assert f"data {target}, model mlp" in out
     assert (
         "There is no validation split, so the table has no time to a target and the curves show the training loss."
@@ -167,11 +229,11 @@ def test_data_without_other_splits(tmp_path):
     assert err.count("the test split of OnlyTraining is missing") == 2
     assert (tmp_path / "here" / "curves.png").exists()
     with pytest.raises(ConfigError, match=r"lr=search chooses by the validation loss, but the data has no validation"):
-        run_script(tmp_path, *data[:-1], "out=there", "lr=search")
+        run_compare(tmp_path, *data[:-1], "out=there", "lr=search")
 
 
 def test_a_method_that_cannot_train_the_model_is_a_row(tmp_path):
-    out, _ = run_script(tmp_path, "methods=[backprop,highway]", "seeds=1", "budget=4steps", "out=here")
+    out, _ = run_compare(tmp_path, "methods=[backprop,highway]", "seeds=1", "budget=4steps", "out=here")
     reason = "MLP has no residual block: no member of an nn.Sequential or nn.ModuleList returns its input"
     assert f"highway is refused: {reason}" in out
     rows = json.loads((tmp_path / "here" / "table.json").read_text())["rows"]
@@ -181,6 +243,7 @@ def test_a_method_that_cannot_train_the_model_is_a_row(tmp_path):
     assert rows[1]["refused"].startswith(reason)
     assert rows[1]["steps"] is None
     lines = (tmp_path / "here" / "table.md").read_text().splitlines()
-    assert next(line for line in lines if line.startswith("| highway")).count("|") == lines[-1].count("|")
+    trained, refused = (next(line for line in lines if line.startswith(f"| {m} ")) for m in ("backprop", "highway"))
+    assert refused.count("|") == trained.count("|")
     with pytest.raises(USER_ERRORS, match="highway: MLP has no residual block"):
-        run_script(tmp_path, "methods=[highway]", "seeds=1", "budget=4steps", "out=there")
+        run_compare(tmp_path, "methods=[highway]", "seeds=1", "budget=4steps", "out=there")

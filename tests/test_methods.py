@@ -1,15 +1,17 @@
 """The table: every method of conf/method x every problem x what the method claims."""
 
+import copy
 import math
 
 import pytest
 import torch
 from torch import nn
 
-from fgtrain import SPSA, ForwardGradient, MeZO, write_grads
+from fgtrain import SPSA, ActivityPerturbation, Backprop, ForwardGradient, Highway, LocalLosses, MeZO, write_grads
 from fgtrain.errors import DivergenceError, UserError
 from fgtrain.tasks import Beale, Points, Rosenbrock, Sphere
 from tests import properties
+from tests.backward_passes import backward_passes
 from tests.basis import Basis, PartwiseBasis
 from tests.cases import CASES, Case
 from tests.derivatives import exact_hessian
@@ -52,6 +54,28 @@ def test_what_a_method_cannot_train_is_refused_in_a_line(method, case):
         estimated_grads(make(method), case)
     assert not isinstance(refusal.value, DivergenceError)
     assert "\n" not in str(refusal.value)
+
+
+WITH_ANOTHER_INNER_ESTIMATOR = {
+    "highway, no backward pass": lambda: Highway(ActivityPerturbation()),
+    "local, backprop in a block": lambda: LocalLosses(Backprop()),
+    "local by the tail, backprop in a block": lambda: LocalLosses(Backprop(), head="tail"),
+}
+
+
+@pytest.mark.parametrize("name", [*METHODS, *WITH_ANOTHER_INNER_ESTIMATOR])
+def test_the_backward_pass_is_the_one_that_is_stated(name):
+    estimator = WITH_ANOTHER_INNER_ESTIMATOR[name]() if name in WITH_ANOTHER_INNER_ESTIMATOR else make(name)
+    case = next(case for case in CASES if case.name == RESIDUAL)
+    first, block, last = case.build()
+    model = nn.Sequential(first, block, copy.deepcopy(block), last)
+    ran, reached = backward_passes(model, lambda: estimator(model, case.loss))
+    assert ran == (estimator.backward_pass != "none")
+    assert (estimator.backward_pass == "whole") == (ran and "exact" in estimator.claims)
+    if estimator.backward_pass == "within a block":
+        everything = {parameter for parameter, _ in model.named_parameters()}
+        assert reached
+        assert all(names < everything for names in reached)
 
 
 @EVERY_METHOD

@@ -32,6 +32,7 @@ class Backprop(GradientEstimator):
 
     scalar_reducible = False
     backpropagates = True
+    backward_pass = "whole"
     claims: frozenset[Claim] = frozenset({"exact"})
 
     def relative_squared_error(self, grads: Mapping[str, Tensor]) -> float:

@@ -14,6 +14,7 @@ from fgtrain.network.parameters import one_at_a_time, slots_of
 
 Reduce = Callable[[Tensor], Tensor]
 Claim = Literal["exact", "unbiased", "descent"]
+BackwardPass = Literal["none", "within a block", "whole"]
 
 
 class Estimate(NamedTuple):
@@ -51,6 +52,8 @@ class GradientEstimator(nn.Module, ABC):
             which implies the others. "unbiased": E[g_hat] = grad f. "descent": g_hat . grad f >= 0 in every draw.
         backpropagates: whether gradients pass backwards through the activations, so that in float16 the loss must be
             scaled before it is differentiated.
+        backward_pass: whether a vector-Jacobian product is taken: "none"; "within a block", if none crosses from one
+            block into the next; or "whole", through the network.
         loss_at_parameters: whether the loss of an estimate is that of the unperturbed parameters.
         shardable: whether it can train parameters whose rows are distributed over ranks.
         directions_at_a_time: number of directions over all parameters that are in memory together.
@@ -59,6 +62,7 @@ class GradientEstimator(nn.Module, ABC):
     scalar_reducible: bool
     claims: frozenset[Claim] = frozenset()
     backpropagates: bool = False
+    backward_pass: BackwardPass = "none"
     loss_at_parameters: bool = True
     shardable: bool = False
     directions_at_a_time: int = 0

@@ -50,6 +50,7 @@ class CheckpointedBackprop(GradientEstimator):
 
     scalar_reducible = False
     backpropagates = True
+    backward_pass = "whole"
     claims: frozenset[Claim] = frozenset({"exact"})
 
     def relative_squared_error(self, grads: Mapping[str, Tensor]) -> float:

@@ -83,6 +83,7 @@ class Highway(GradientEstimator):
         self.blocks = None if blocks is None else list(blocks)
         self.chunk_size = chunk_size
         self.backpropagates = self.estimator.backpropagates
+        self.backward_pass = "none" if self.estimator.backward_pass == "none" else "within a block"
 
     def forward(
         self,

@@ -85,6 +85,7 @@ class LocalLosses(LocalHeads):
         self.blocks = None if blocks is None else list(blocks)
         self.estimator = estimator or ActivityPerturbation(exact_head=True, shrinkage=True)
         self.backpropagates = self.estimator.backpropagates
+        self.backward_pass = "none" if self.estimator.backward_pass == "none" else "within a block"
         self.loss_at_parameters = self.estimator.loss_at_parameters
 
     def forward(

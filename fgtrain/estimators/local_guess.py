@@ -54,6 +54,7 @@ class LocalGuess(LocalHeads):
     """
 
     scalar_reducible = False
+    backward_pass = "within a block"
     claims: frozenset[Claim] = frozenset({"descent"})
 
     def __init__(self, head_lr: float = 0.1, *, head_size: int = 2) -> None:

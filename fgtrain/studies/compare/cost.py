@@ -12,17 +12,30 @@ from torch import Tensor
 
 from fgtrain.errors import LossError, UnsupportedOperation
 from fgtrain.estimators import write_grads
+from fgtrain.estimators.base import BackwardPass
 from fgtrain.memory import peak_mib
 from fgtrain.random import keyed_generator
 from fgtrain.runs.run import build
 
+LONG_ENOUGH = 0.1  # seconds; faster steps are timed several at a time
+
 
 class StepCost(NamedTuple):
-    """Milliseconds, peak MiB above parameters and data, and bytes that several processes would exchange per step."""
+    """The cost of one gradient and one optimizer step.
+
+    Args:
+        milliseconds: their time.
+        peak_mib: their memory above parameters and data.
+        floats_sent: numbers that a process sends to the others, if there are several.
+        bytes_sent: the size of these numbers.
+        backward_pass: see `GradientEstimator`.
+    """
 
     milliseconds: float
     peak_mib: float
+    floats_sent: int
     bytes_sent: int
+    backward_pass: BackwardPass
 
 
 def step_costs(configs: Mapping[str, DictConfig], rounds: int = 15) -> dict[str, StepCost]:
@@ -33,16 +46,20 @@ def step_costs(configs: Mapping[str, DictConfig], rounds: int = 15) -> dict[str,
         rounds: measurements per configuration; their median is returned.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    steps, peaks, traffic = {}, {}, {}
-    for name, cfg in configs.items():
-        steps[name], traffic[name] = _step(cfg, device)
-        steps[name]()
-        peaks[name] = peak_mib(steps[name], device)
+    steps = {name: _step(cfg, device) for name, cfg in configs.items()}
+    peaks = {}
+    for name, step in steps.items():
+        step.run()
+        peaks[name] = peak_mib(step.run, device)
+    repeats = {name: 1 + int(min(19, LONG_ENOUGH / _seconds(step.run, device, 1))) for name, step in steps.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
-            times[name].append(_seconds(step, device))
-    return {name: StepCost(1e3 * median(times[name]), peaks[name], traffic[name]) for name in steps}
+            times[name].append(_seconds(step.run, device, repeats[name]))
+    return {
+        name: StepCost(1e3 * median(times[name]), peaks[name], step.floats, step.bytes, step.backward_pass)
+        for name, step in steps.items()
+    }
 
 
 def refusal(cfg: DictConfig) -> str | None:
@@ -58,8 +75,16 @@ def refusal(cfg: DictConfig) -> str | None:
     return None
 
 
-def _step(cfg: DictConfig, device: torch.device) -> tuple[Callable[[], None], int]:
-    """A step as in training, and the bytes it would send."""
+class _Step(NamedTuple):
+    """A step as in training, the numbers and bytes it would send, and its kind of backward pass."""
+
+    run: Callable[[], None]
+    floats: int
+    bytes: int
+    backward_pass: BackwardPass
+
+
+def _step(cfg: DictConfig, device: torch.device) -> _Step:
     module, data, *_ = build(cfg)
     data.prepare_data()
     data.setup("fit")
@@ -74,18 +99,18 @@ def _step(cfg: DictConfig, device: torch.device) -> tuple[Callable[[], None], in
         write_grads(model, estimate.grads, check_finite=False)
         optimizer.step()
 
-    sent = 0
+    sent: list[tuple[int, int]] = []
 
     def counted(tensor: Tensor) -> Tensor:
-        nonlocal sent
-        sent += tensor.nbytes
+        sent.append((tensor.numel(), tensor.nbytes))
         return tensor
 
     module.estimator(model, losses, generator=keyed_generator(cfg.seed), reduce=counted)
-    return step, sent
+    numbers, num_bytes = (sum(sizes) for sizes in zip(*sent, strict=True))
+    return _Step(step, numbers, num_bytes, module.estimator.backward_pass)
 
 
-def _seconds(step: Callable[[], None], device: torch.device, repeats: int = 20) -> float:
+def _seconds(step: Callable[[], None], device: torch.device, repeats: int) -> float:
     start = time.perf_counter()
     for _ in range(repeats):
         step()

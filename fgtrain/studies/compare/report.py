@@ -1,84 +1,23 @@
-"""The report of a comparison: one table in three formats, and figures."""
+"""The report of a comparison: its conditions in sentences, one table in three formats, and figures."""
 
 import csv
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import fmean
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
-from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
+from fgtrain.studies.compare.figures import cosine, curves
 from fgtrain.studies.compare.plan import Comparison
-from fgtrain.studies.compare.runs import CURVES, POINTS, TRAINED, Finished, Outcome, device_name
+from fgtrain.studies.compare.runs import Outcome, device_name
+from fgtrain.studies.compare.search import is_at_edge
+from fgtrain.studies.compare.table import is_validated, markdown_of, rows_of
+from fgtrain.studies.compare.target import metric_of, resolution, target_value
 
-Curve = Callable[[Finished], list[tuple[float, float]]]
-
-
-def rows_of(plan: Comparison, outcome: Outcome) -> list[dict[str, Any]]:
-    """One row per method, with unformatted numbers; None for all of them if the method was refused."""
-    rows = [_row_of(plan, outcome, method) for method in plan.methods if method not in outcome.refused]
-    numbers = {name: None for name in rows[0] if not name.startswith("with_")}
-    for place, method in enumerate(plan.methods):
-        if method in outcome.refused:
-            rows.insert(place, rows[0] | numbers | {"method": method, "refused": outcome.refused[method]})
-    return rows
-
-
-def _row_of(plan: Comparison, outcome: Outcome, method: str) -> dict[str, Any]:
-    reference = outcome.costs["backprop"]
-    started = [run for run in outcome.runs if run.method == method]
-    runs = [run for run in started if not run.diverged]
-    cost = outcome.costs[method]
-    reached = [seconds for run in runs if (seconds := seconds_to_target(plan, run)) is not None]
-    row: dict[str, Any] = {"method": method, "lr": outcome.lrs[method], "runs": len(started)}
-    row["with_accuracy"] = any({"val/acc", "test/acc"} & run.results["metrics"].keys() for run in outcome.runs)
-    row["with_validation"] = is_validated(outcome.runs)
-    row["diverged"] = len(started) - len(runs)
-    for name, keys in (("accuracy", ["test/acc"]), ("loss", ["test/loss", "loss"])):
-        row |= _mean_and_deviation(name, [run.results["metrics"].get(k) for run in runs for k in keys])
-    row["steps"] = runs[0].results["steps"] if runs else 0
-    row["seconds"] = fmean(run.results["train_seconds"] for run in runs) if runs else 0.0
-    row |= {"reached_target": len(reached), "seconds_to_target": median(reached) if reached else None}
-    row["step_ms"] = cost.milliseconds
-    row["step_time_to_backprop"] = cost.milliseconds / reference.milliseconds
-    row["peak_mib"] = cost.peak_mib
-    row["peak_memory_to_backprop"] = cost.peak_mib / reference.peak_mib
-    return row | {"bytes_per_step": cost.bytes_sent, "refused": None}
-
-
-def is_validated(runs: Sequence[Finished]) -> bool:
-    """Whether there was validation data; runs that diverged at once never reached it."""
-    return all(run.diverged for run in runs) or any(tag in run.curves for run in runs for tag in CURVES)
-
-
-def _mean_and_deviation(name: str, values: Sequence[float | None]) -> dict[str, float | None]:
-    found = [value for value in values if value is not None]
-    return {
-        f"{name}_mean": fmean(found) if found else None,
-        f"{name}_std": stdev(found) if len(found) > 1 else 0.0 if found else None,
-    }
-
-
-def seconds_to_target(plan: Comparison, run: Finished) -> float | None:
-    """Training time at which the target was first reached; None if never."""
-    target = target_of(plan, run)
-    accuracy = run.curves.get("val/acc", [])
-    hits = [step for step, value in accuracy if value >= target]
-    if not accuracy:
-        hits = [step for step, value in run.curves.get("val/loss", []) if value <= target]
-    return run.seconds_at(min(hits)) if hits else None
-
-
-def target_of(plan: Comparison, run: Finished) -> float:
-    """The plan's target, or by default 90 % accuracy or a value of 0.1."""
-    if plan.target is not None:
-        return plan.target
-    return 0.9 if "val/acc" in run.curves else 0.1
+MANY_LAYERS = 24  # more rows of cosines are only in table.json
 
 
 def statement(plan: Comparison, outcome: Outcome, command: str) -> list[str]:
@@ -86,34 +25,23 @@ def statement(plan: Comparison, outcome: Outcome, command: str) -> list[str]:
     run = outcome.runs[0]
     named = {key: run.results[key] for key in ("task", "data", "model")}
     lines = [f"`{command}`", "", ", ".join(f"{key} {value}" for key, value in named.items()) + f"; {device_name()}."]
-    lines += [f"Seeds 0 to {plan.seeds - 1}; for each seed all methods start from the same parameters and see the same"]
-    lines[-1] += " batches in the same order."
+    lines += [
+        f"Seeds 0 to {plan.seeds - 1}: for each seed all methods start from the same parameters and see the same "
+        "batches in the same order."
+    ]
     if plan.in_seconds:
         lines += [f"Budget: {plan.amount:g} s of training, converted to steps by a trial run of each method."]
     else:
         lines += [f"Budget: {int(plan.amount)} steps for every method."]
-    if plan.lr == "yaml":
-        lines += ["Learning rates: those of conf/method; none was chosen for this comparison."]
-    else:
-        lines += [
-            f"Learning rates: for every method the best of {plan.lr_points} around that of conf/method, a factor of"
-        ]
-        lines[-1] += (
-            " sqrt(10) apart, by the final validation loss of one run each with another seed and the same budget."
-        )
-    metric = "validation accuracy" if "val/acc" in run.curves else "value"
-    if is_validated(outcome.runs):
-        lines += [f"Target: {metric} {target_of(plan, run):g}."]
-    else:
-        lines += [
-            "There is no validation split, so the table has no time to a target and the curves show the training loss."
-        ]
+    lines += _of_learning_rates(plan, outcome)
+    lines += [_of_target(plan, outcome)]
     done = [r for r in outcome.runs if not r.diverged]
     if done and not any({"test/loss", "loss"} & r.results["metrics"].keys() for r in done):
         lines += ["There is no test split, so the table has no final accuracy or loss."]
-    lines[-1] += " Step time, memory and traffic are of one gradient and update."
     lines += [
-        f"Times are of training and include {POINTS} validations, if any, and comparisons with the exact gradient.",
+        "Step time, memory and floats sent between processes are of one gradient and update.",
+        "Times are of training steps, without validation and comparisons with the exact gradient.",
+        "A backward pass is whole if it goes through the network, and within a block if it stays there.",
     ]
     lines += [f"{method} is refused: {reason}." for method, reason in outcome.refused.items()]
     diverged = Counter(run.method for run in outcome.runs if run.diverged)
@@ -123,56 +51,71 @@ def statement(plan: Comparison, outcome: Outcome, command: str) -> list[str]:
     return lines
 
 
-def cells(row: dict[str, Any]) -> dict[str, str]:
-    """{column: text} of a row; columns without text may be left out."""
-
-    def spread(name: str, scale: float, digits: str) -> str:
-        mean, deviation = row[f"{name}_mean"], row[f"{name}_std"]
-        return "" if mean is None else f"{scale * mean:{digits}} ± {scale * deviation:{digits}}"
-
-    if row["refused"] is not None:
-        return {"method": row["method"], "loss": "refused"}
-    reached = row["seconds_to_target"]
-    shown = {"method": row["method"], "lr": f"{row['lr']:g}"}
-    if row["with_accuracy"]:
-        shown["accuracy, %"] = spread("accuracy", 100, ".1f")
-    return shown | {
-        "loss": spread("loss", 1, ".3g"),
-        "steps": str(row["steps"]),
-        "time, s": f"{row['seconds']:.1f}",
-        "to target, s": ""
-        if not row["with_validation"]
-        else "never"
-        if reached is None
-        else f"{reached:.1f} ({row['reached_target']}/{row['runs']})",
-        "step time": f"{row['step_time_to_backprop']:.2f}x",
-        "peak memory": f"{row['peak_memory_to_backprop']:.2f}x",
-        "traffic": f"{row['bytes_per_step']} B/step",
-    }
+def _of_learning_rates(plan: Comparison, outcome: Outcome) -> list[str]:
+    if plan.lr == "yaml":
+        return ["Learning rates: those of conf/method; none was chosen for this comparison."]
+    lines = [
+        f"Learning rates: for every method the best of {plan.lr_points} around that of conf/method, a factor of "
+        f"sqrt(10) apart, by the mean final validation loss over other seeds ({plan.search_seeds}), same budget. "
+        f"While the best was at the edge, more were tried on that side ({plan.lr_points // 2}, at most twice)."
+    ]
+    at_edge = [f"{m} ({outcome.lrs[m]:g})" for m, losses in outcome.tried.items() if is_at_edge(outcome.lrs[m], losses)]
+    if at_edge:
+        lines += [f"Still at the edge, so that a better rate may lie outside: {', '.join(at_edge)}."]
+    return lines
 
 
-def table_of(rows: Sequence[dict[str, Any]]) -> Table:
-    """The table for the terminal."""
-    table, shown = Table(), [cells(row) for row in rows]
-    names = max(shown, key=len)
-    for name in names:
-        table.add_column(name, justify="left" if name == "method" else "right", no_wrap=True)
-    for row in shown:
-        table.add_row(*(row.get(name, "") for name in names))
-    return table
+def _of_target(plan: Comparison, outcome: Outcome) -> str:
+    if not is_validated(outcome.runs):
+        return (
+            "There is no validation split, so the table has no time to a target and the curves show the training loss."
+        )
+    tag = metric_of(outcome.runs)
+    value = target_value(plan.target, plan.methods, outcome.runs)
+    if value is None:
+        return f"Target: {plan.target}, which is unknown since no run of that method finished."
+    is_function = any("val/distance_to_minimum" in run.curves for run in outcome.runs)
+    metric = "validation accuracy" if tag == "val/acc" else "value" if is_function else "validation loss"
+    source = f" ({plan.target})" if plan.target and plan.target[0].isalpha() else ""
+    share = resolution(tag, outcome.runs)
+    known = "" if share is None else f", looked for every {100 * share:.3g} % of a run"
+    return f"Target: {metric} {value:.4g}{source}{known}."
+
+
+def layers_of(plan: Comparison, outcome: Outcome) -> dict[str, dict[str, float | str]]:
+    """{method: {module: mean cosine to its exact gradient, or "exact"}}, over seeds and steps."""
+    found: dict[str, dict[str, float | str]] = {}
+    for method in plan.methods:
+        runs = [run for run in outcome.runs if run.method == method and not run.diverged]
+        for module in runs[0].cosines() if runs else ():
+            values = [value for run in runs for _, value in run.cosines()[module] if np.isfinite(value)]
+            is_exact = all(run.is_exact(module) for run in runs)
+            mean = "exact" if is_exact else fmean(values) if values else "no gradient"
+            found.setdefault(method, {})[module] = mean
+    return found
+
+
+def _table_of_layers(layers: dict[str, dict[str, float | str]]) -> list[str]:
+    modules = list(dict.fromkeys(module for of_method in layers.values() for module in of_method))
+    if not 0 < len(modules) <= MANY_LAYERS:
+        return []
+    lines = ["Mean cosine of an estimate to the exact gradient of its batch, by layer:", ""]
+    lines += ["| layer | " + " | ".join(layers) + " |", "|" + "---|" * (1 + len(layers))]
+    for module in modules:
+        shown = [value.get(module, "") for value in layers.values()]
+        texts = [value if isinstance(value, str) else f"{value:.3f}" for value in shown]
+        lines += [f"| {module} | " + " | ".join(texts) + " |"]
+    return ["", *lines]
 
 
 def write_report(plan: Comparison, outcome: Outcome, command: str) -> list[dict[str, Any]]:
     """Write table.md, table.json, table.csv and the figures into the comparison's folder; returns the rows."""
-    rows, folder = rows_of(plan, outcome), plan.folder
-    shown = [cells(row) for row in rows]
-    names = max(shown, key=len)
-    markdown = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    markdown += ["| " + " | ".join(row.get(name, "") for name in names) + " |" for row in shown]
+    rows, folder, layers = rows_of(plan, outcome), plan.folder, layers_of(plan, outcome)
     said = statement(plan, outcome, command)
-    (folder / "table.md").write_text("\n".join([*said, "", *markdown, ""]))
+    lines = [*said, "", *markdown_of(rows), *_table_of_layers(layers), ""]
+    (folder / "table.md").write_text("\n".join(lines))
     tried = {m: [{"lr": lr, "val/loss": loss} for lr, loss in found.items()] for m, found in outcome.tried.items()}
-    report = {"statement": said, "rows": rows, "learning_rates_tried": tried}
+    report = {"statement": said, "rows": rows, "learning_rates_tried": tried, "cosine_by_layer": layers}
     (folder / "table.json").write_text(json.dumps(report, indent=2) + "\n")
     with (folder / "table.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))
@@ -189,54 +132,3 @@ def draw(plan: Comparison, outcome: Outcome, folder: Path) -> None:
         for name, figure in drawn.items():
             figure.savefig(folder / f"{name}.png", dpi=110)
             writer.add_figure(name, figure)
-
-
-def curves(plan: Comparison, runs: Sequence[Finished]) -> Figure:
-    """Loss, and error rate if there is an accuracy, against steps and against training time."""
-    tags = [tag for tag in CURVES if any(tag in run.curves for run in runs)] or [TRAINED]
-    figure = Figure(figsize=(10, 3.2 * len(tags)), layout="constrained")
-    axes = figure.subplots(len(tags), 2, squeeze=False)
-    for row, tag in zip(axes, tags, strict=True):
-
-        def by_step(run: Finished, tag: str = tag) -> list[tuple[float, float]]:
-            return [(step, 1 - v if tag == "val/acc" else v) for step, v in run.curves.get(tag, [])]
-
-        def by_time(run: Finished, by_step: Curve = by_step) -> list[tuple[float, float]]:
-            return [(run.seconds_at(int(step)), v) for step, v in by_step(run)]
-
-        for axis, label, points in ((row[0], "steps", by_step), (row[1], "training time, s", by_time)):
-            _bands(axis, plan, runs, points)
-            axis.set(xlabel=label, ylabel="1 - val/acc" if tag == "val/acc" else tag, yscale="log")
-    _legend(figure, axes[0][0])
-    return figure
-
-
-def cosine(plan: Comparison, runs: Sequence[Finished]) -> Figure:
-    """A figure of the cosine between the estimates and the exact gradient."""
-    figure = Figure(figsize=(7, 3.2), layout="constrained")
-    axis = figure.subplots()
-    _bands(axis, plan, runs, lambda run: list(run.curves.get("quality/cosine", [])))
-    axis.set(xlabel="steps", ylabel="cosine to the exact gradient")
-    axis.axhline(0, color="grey", linewidth=0.8)
-    _legend(figure, axis)
-    return figure
-
-
-def _bands(axis: Any, plan: Comparison, runs: Sequence[Finished], points: Curve) -> None:
-    """Draw each method's mean over seeds and their range."""
-    for i, method in enumerate(plan.methods):
-        found = [np.array(points(run)) for run in runs if run.method == method and points(run) and not run.diverged]
-        if not found:
-            continue
-        shortest = min(len(curve) for curve in found)
-        together = np.stack([curve[:shortest] for curve in found])
-        x, values = together[..., 0].mean(0), together[..., 1]
-        (line,) = axis.plot(x, values.mean(0), label=method, color=f"C{i}", linestyle="--" if i >= 10 else "-")
-        axis.fill_between(x, values.min(0), values.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
-
-
-def _legend(figure: Figure, axis: Any) -> None:
-    """Draw a legend beside the axes, unless every run diverged and there is no line."""
-    handles, labels = axis.get_legend_handles_labels()
-    if handles:
-        figure.legend(handles, labels, loc="outside right upper")

@@ -6,6 +6,7 @@ import json
 import re
 from contextlib import redirect_stderr, redirect_stdout
 
+import numpy as np
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from fgtrain.studies.compare import compare, parse, write_report
 from fgtrain.studies.compare.plan import compose_run
 from fgtrain.studies.compare.report import seconds_to_target
 from fgtrain.studies.compare.runs import Finished
+from fgtrain.studies.compare.trajectories import trajectories
 from tests.commands import composed, load_script, options, results_under
 
 COMMAND = ["methods=[backprop,fwdgrad]", "seeds=2", "budget=40steps", "data.batch_size=64"]
@@ -117,6 +119,21 @@ def test_a_diverged_run_is_a_result(tmp_path, monkeypatch):
     (row,) = write_report(plan, compare(plan, lambda *_: None), "command")
     assert (row["runs"], row["diverged"], row["accuracy_mean"]) == (1, 1, None)
     assert "backprop: 1 of 1 runs diverged" in (tmp_path / "here" / "table.md").read_text()
+
+
+def test_paths_on_a_function_are_on_one_contour(tmp_path):
+    command = ["methods=[backprop,fwdgrad]", "seeds=1", "budget=4steps", "task=beale", "out=here"]
+    out, _ = run_script(tmp_path, *command)
+    assert "curves.png, trajectories.png in here" in out
+    assert (tmp_path / "here" / "trajectories.svg").exists()
+    figure = trajectories(parse([*command[:-1], f"out={tmp_path / 'here'}"]), {"backprop": 0.01, "fwdgrad": 0.01})
+    assert figure is not None
+    assert figure.axes[0].get_title() == "Beale, lr 0.01, seed 0"
+    paths = [np.array(line.get_data()) for line in figure.axes[0].get_lines() if line.get_marker() == "None"]
+    assert [path.shape for path in paths] == [(2, 5), (2, 5)]
+    assert (paths[0][:, 0] == paths[1][:, 0]).all()
+    assert (paths[0][:, 1] != paths[1][:, 1]).all()
+    assert trajectories(parse(["methods=[backprop]", f"out={tmp_path}"]), {}) is None
 
 
 def test_time_to_target():

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from fgtrain.estimators import GradientEstimator
+from fgtrain.figures import house_style, look
 from fgtrain.random import keyed_generator
 from fgtrain.tasks import functions
 from fgtrain.tasks.catalogue import CATALOGUE, CataloguedFunction
@@ -134,6 +135,7 @@ def share_solved(found: Iterable[Solved], budgets: Tensor) -> Tensor:
     return (evaluations[:, None] <= budgets).double().mean(0)
 
 
+@house_style
 def draw(found: Sequence[Solved]) -> Figure:
     """A figure of the profiles of all methods."""
     finite = torch.cat([s.evaluations[s.evaluations.isfinite()] for s in found])
@@ -141,7 +143,9 @@ def draw(found: Sequence[Solved]) -> Figure:
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for method in dict.fromkeys(solved.method for solved in found):
-        axes.step(budgets, share_solved([s for s in found if s.method == method], budgets), where="post", label=method)
+        colour, dashes = look(method)
+        shares = share_solved([s for s in found if s.method == method], budgets)
+        axes.step(budgets, shares, where="post", label=method, color=colour, linestyle=dashes)
     axes.set(xscale="log", xlabel="evaluations of the function", ylabel="share of problems solved", ylim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend()

@@ -13,8 +13,10 @@ from matplotlib.figure import Figure
 from rich.table import Table
 from torch.utils.tensorboard import SummaryWriter
 
+from fgtrain.figures import house_style, look, save
 from fgtrain.studies.compare.plan import Comparison
 from fgtrain.studies.compare.runs import CURVES, POINTS, TRAINED, Finished, Outcome, device_name
+from fgtrain.studies.compare.trajectories import trajectories
 
 Curve = Callable[[Finished], list[tuple[float, float]]]
 
@@ -183,14 +185,17 @@ def write_report(plan: Comparison, outcome: Outcome, command: str) -> list[dict[
 
 
 def draw(plan: Comparison, outcome: Outcome, folder: Path) -> None:
-    """Write curves.png and cosine.png, and both to TensorBoard."""
+    """Write curves, cosine and, of a test function, trajectories as .png and .svg, and all of them to TensorBoard."""
     drawn = {"curves": curves(plan, outcome.runs), "cosine": cosine(plan, outcome.runs)}
+    if (paths := trajectories(plan, outcome.lrs)) is not None:
+        drawn["trajectories"] = paths
     with SummaryWriter(str(folder / "summary")) as writer:
         for name, figure in drawn.items():
-            figure.savefig(folder / f"{name}.png", dpi=110)
+            save(figure, folder / name)
             writer.add_figure(name, figure)
 
 
+@house_style
 def curves(plan: Comparison, runs: Sequence[Finished]) -> Figure:
     """Loss, and error rate if there is an accuracy, against steps and against training time."""
     tags = [tag for tag in CURVES if any(tag in run.curves for run in runs)] or [TRAINED]
@@ -211,6 +216,7 @@ def curves(plan: Comparison, runs: Sequence[Finished]) -> Figure:
     return figure
 
 
+@house_style
 def cosine(plan: Comparison, runs: Sequence[Finished]) -> Figure:
     """A figure of the cosine between the estimates and the exact gradient."""
     figure = Figure(figsize=(7, 3.2), layout="constrained")
@@ -224,15 +230,16 @@ def cosine(plan: Comparison, runs: Sequence[Finished]) -> Figure:
 
 def _bands(axis: Any, plan: Comparison, runs: Sequence[Finished], points: Curve) -> None:
     """Draw each method's mean over seeds and their range."""
-    for i, method in enumerate(plan.methods):
+    for method in plan.methods:
         found = [np.array(points(run)) for run in runs if run.method == method and points(run) and not run.diverged]
         if not found:
             continue
         shortest = min(len(curve) for curve in found)
         together = np.stack([curve[:shortest] for curve in found])
         x, values = together[..., 0].mean(0), together[..., 1]
-        (line,) = axis.plot(x, values.mean(0), label=method, color=f"C{i}", linestyle="--" if i >= 10 else "-")
-        axis.fill_between(x, values.min(0), values.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
+        colour, dashes = look(method)
+        axis.plot(x, values.mean(0), label=method, color=colour, linestyle=dashes)
+        axis.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
 
 
 def _legend(figure: Figure, axis: Any) -> None:

@@ -138,6 +138,8 @@ def _finish(plan: Comparison, method: str, seed: int, lr: float | None, steps: i
         own = [f"method={method}", f"seed={seed}", f"run_dir='{folder}'", f"trainer.max_steps={steps}"]
         own += [f"trainer.val_check_interval={every}", f"trainer.log_every_n_steps={every}", "callbacks=none"]
         own += ["+callbacks.quality._target_=fgtrain.lightning.callbacks.GradientQuality"]
+        own += ["+callbacks.trajectory._target_=fgtrain.lightning.callbacks.Trajectory"]  # for test functions
+        own += [f"+callbacks.trajectory.run_dir='{folder}'"]
         own += [f"+callbacks.quality.every_n_steps={every}", *([] if lr is None else [f"lr={lr}"])]
         for events in folder.glob("events.*"):  # left by an interrupted run
             events.unlink()

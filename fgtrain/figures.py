@@ -5,25 +5,25 @@ of yellow. A method has the same colour and dashes in every figure; related meth
 """
 
 from pathlib import Path
+from typing import Any
 from zlib import crc32
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-house_style = rc_context(
-    {
-        "font.size": 9,
-        "axes.titlesize": 9,
-        "axes.labelsize": 9,
-        "legend.fontsize": 8,
-        "legend.frameon": False,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "lines.linewidth": 1.4,
-        "savefig.dpi": 120,
-        "svg.hashsalt": "fgtrain",  # the same figure is the same file
-    }
-)
+STYLE: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.labelsize": 9,
+    "legend.fontsize": 8,
+    "legend.frameon": False,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "lines.linewidth": 1.4,
+    "savefig.dpi": 120,
+    "svg.hashsalt": "fgtrain",  # the same figure is the same file
+}
+house_style = rc_context(STYLE)
 """A decorator of functions that draw or save figures."""
 
 COLOURS = ("#000000", "#D55E00", "#E69F00", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#808080")

@@ -1,8 +1,8 @@
 """Compare methods under equal conditions: python scripts/compare.py methods=[backprop,fwdgrad] seeds=5 budget=60s
 
 Every method gets the same initial parameters, the same batches in the same order and the same budget. The results are
-one table (Markdown, JSON, CSV) and figures: loss and accuracy against steps and time, and the cosine to the exact
-gradient. After an interruption, the same command continues.
+one table (Markdown, JSON, CSV) and figures: loss and accuracy against steps and time, the cosine to the exact gradient,
+and on a test function the paths of all methods on one contour. After an interruption, the same command continues.
 
     suite=quick     instead of methods: small comparisons, in minutes, and one page with their tables and figures
     suite=ladder    the same from one hidden layer to deep, convolutional and sequence models, in hours
@@ -62,9 +62,9 @@ def main(arguments: list[str]) -> None:
     for line in statement(plan, outcome, command)[2:]:
         out.print(line, highlight=False, soft_wrap=True)
     out.print(table_of(rows))
-    out.print(
-        f"table.md, table.json, table.csv, curves.png, cosine.png in {plan.folder}", soft_wrap=True, highlight=False
-    )
+    figures = sorted(path.name for path in plan.folder.glob("*.png"))
+    written = ", ".join(["table.md", "table.json", "table.csv", *figures])
+    out.print(f"{written} in {plan.folder}; each figure is also an .svg", soft_wrap=True, highlight=False)
     out.print(f"look at it: tensorboard --host 127.0.0.1 --logdir {plan.folder}", soft_wrap=True, highlight=False)
 
 

@@ -3,7 +3,7 @@
 Minimises 89 test functions from many starting points with a grid of learning rates. A step treats all starts and
 learning rates of a function as one batch. Each method uses, for each function, the learning rate that solves the most
 problems. The result is the share of problems solved (1 % of f(x_0) - f* left) against function evaluations: a pass
-counts 1, each derivative in it 1, a reverse sweep 2. Writes profiles.json and profiles.png.
+counts 1, each derivative in it 1, a reverse sweep 2. Writes profiles.json, profiles.png and profiles.svg.
 """
 
 import argparse
@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from fgtrain.figures import save
 from fgtrain.runs.messages import USER_ERRORS, fail, silence_libraries
 from fgtrain.studies.compare.plan import compose_run
 from fgtrain.studies.profiles import draw, problems, share_solved, solve, speed_of_batching
@@ -50,7 +51,7 @@ def main() -> None:
         options = {"tolerance": args.tolerance, "seed": args.seed}
         found.append(solve(function, method, estimator, rates, args.starts, args.iterations, **options))
     args.out.mkdir(parents=True, exist_ok=True)
-    draw(found).savefig(args.out / "profiles.png", dpi=110)
+    save(draw(found), args.out / "profiles")
     rows = [solved._asdict() | {"evaluations": solved.evaluations.tolist()} for solved in found]
     (args.out / "profiles.json").write_text(json.dumps(rows, indent=1) + "\n")
     budgets = torch.tensor([10.0, 100.0, 1000.0, 10000.0])
@@ -64,7 +65,7 @@ def main() -> None:
     estimator, rows_at_once = instantiate(configs[args.methods[-1]].method), args.starts * args.rates
     faster = speed_of_batching(lambda count: Rosenbrock(count, "domain", dim=max(args.dims)), estimator, rows_at_once)
     print(f"one iteration of {rows_at_once} starts and learning rates is {faster:.0f} times faster than one at a time")
-    print(f"profiles.json and profiles.png in {args.out}")
+    print(f"profiles.json, profiles.png and profiles.svg in {args.out}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import io
 import json
 import re
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -17,6 +18,7 @@ from fgtrain.studies.compare.finished import read
 from fgtrain.studies.compare.plan import compose_run
 from fgtrain.studies.compare.search import is_at_edge
 from fgtrain.studies.compare.table import table_of
+from fgtrain.studies.compare.trajectories import trajectories
 from tests.commands import PACKAGE, composed, load_script, options, results_under, run_compare
 
 COMMAND = ["methods=[backprop,fwdgrad]", "seeds=2", "budget=40steps", "data.batch_size=64"]
@@ -137,6 +139,21 @@ def test_a_diverged_run_is_a_result(tmp_path, monkeypatch):
     (row,) = write_report(plan, compare(plan, lambda *_: None), "command")
     assert (row["runs"], row["diverged"], row["accuracy_mean"]) == (1, 1, None)
     assert "backprop: 1 of 1 runs diverged" in (tmp_path / "here" / "table.md").read_text()
+
+
+def test_paths_on_a_function_are_on_one_contour(tmp_path):
+    command = ["methods=[backprop,fwdgrad]", "seeds=1", "budget=4steps", "task=beale", "out=here"]
+    out, _ = run_compare(tmp_path, *command)
+    assert "curves.png, trajectories.png in here" in out
+    assert (tmp_path / "here" / "trajectories.svg").exists()
+    figure = trajectories(parse([*command[:-1], f"out={tmp_path / 'here'}"]), {"backprop": 0.01, "fwdgrad": 0.01})
+    assert figure is not None
+    assert figure.axes[0].get_title() == "Beale, lr 0.01, seed 0"
+    paths = [np.array(line.get_data()) for line in figure.axes[0].get_lines() if line.get_marker() == "None"]
+    assert [path.shape for path in paths] == [(2, 5), (2, 5)]
+    assert (paths[0][:, 0] == paths[1][:, 0]).all()
+    assert (paths[0][:, 1] != paths[1][:, 1]).all()
+    assert trajectories(parse(["methods=[backprop]", f"out={tmp_path}"]), {}) is None
 
 
 OWN = """

@@ -2,9 +2,11 @@ import pytest
 import torch
 
 from fgtrain import Backprop, ForwardGradient, write_grads
+from fgtrain.figures import look, looks, save
 from fgtrain.lightning.callbacks.trajectory import draw_trajectories
 from fgtrain.studies.profiles import problems
 from fgtrain.tasks import Beale, CataloguedFunction, Himmelblau, Matyas, Points, Rosenbrock, Sphere, StyblinskiTang
+from tests.commands import options
 
 KINKED = {"ackley", "salomon"}  # square roots of zero at the minimum: no slope there
 
@@ -82,6 +84,35 @@ def test_many_starts_are_as_many_runs(float64):
     torch.testing.assert_close(together, alone)
 
 
+ESTIMATED = [*((Backprop(), function) for function in problems([2], 3)), (ForwardGradient(rowwise=True), Beale(3))]
+
+
+@pytest.mark.parametrize(("estimator", "function"), ESTIMATED, ids=lambda x: getattr(x, "name", type(x).__name__))
+def test_a_start_that_diverged_stays_and_the_others_go_on(estimator, function):
+    low, high = function.domain
+    starts = torch.rand(3, function.dim, generator=torch.Generator().manual_seed(1)) * (high - low) + low
+    far = starts.clone()
+    far[1] = 1e30
+    function.starting_points = far.clone
+    model = Points(function)
+    if function.value(model())[1] <= 1e15:
+        return  # a bounded function
+    metrics = function.metrics(model, None)
+    assert metrics["diverged_starts"].tolist() == [0, 1, 0]
+    torch.testing.assert_close(metrics["loss"], function.value(starts[::2]))
+    estimate = estimator(model, lambda m: function.losses(m, None), generator=torch.Generator().manual_seed(0))
+    function.starting_points = starts.clone
+    alone = estimator(Points(function), lambda m: function.losses(m, None), generator=torch.Generator().manual_seed(0))
+    assert not estimate.grads["points"][1].any()
+    torch.testing.assert_close(estimate.grads["points"][::2], alone.grads["points"][::2])
+    torch.testing.assert_close(estimate.loss, function.value(starts[::2]).sum())
+
+
+def test_a_run_of_which_no_start_is_left_has_no_finite_loss():
+    task = Beale(2, start=[1e30, 1e30])
+    assert task.losses(Points(task), None).isinf().all()
+
+
 def test_equal_starts_take_different_forward_gradient_paths(float64):
     ends = descend(ForwardGradient(rowwise=True), Beale(starts=4, start=[1.0, 1.0]))
     assert len({tuple(end) for end in ends.tolist()}) == 4
@@ -112,10 +143,51 @@ def test_bad_arguments(make, message):
         make()
 
 
-def test_trajectories_are_drawn_with_diverged_paths_left_out():
-    paths = torch.rand(10, 3, 2)
-    paths[5:, 1] = torch.nan
-    figure = draw_trajectories(Himmelblau(), paths)
+def drawn(function, **paths):
+    figure = draw_trajectories(function, {m: torch.as_tensor(p) for m, p in paths.items()}, "lr 0.1", max_paths=4)
     figure.canvas.draw()
-    lines = figure.axes[0].get_lines()
-    assert len(lines) == 3 * 2 + 1  # a path and its start each, and the minima
+    lines = [line for line in figure.axes[0].get_lines() if line.get_marker() == "None"]
+    return figure, {m: [line for line in lines if line.get_color() == look(m)[0]] for m in paths}
+
+
+def test_trajectories_of_two_methods_are_on_one_contour():
+    paths = torch.rand(10, 3, 2)
+    diverged = paths.clone()
+    diverged[5:, 1] = 1e30
+    figure, lines = drawn(Himmelblau(), backprop=paths, fwdgrad=diverged)
+    assert {method: len(found) for method, found in lines.items()} == {"backprop": 3, "fwdgrad": 3}
+    assert figure.axes[0].get_title() == "Himmelblau, lr 0.1\n3 starts, 1 diverged with fwdgrad"
+    assert max(map(abs, figure.axes[0].get_xlim() + figure.axes[0].get_ylim())) < 6
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["backprop", "fwdgrad"]
+
+
+def test_a_title_says_how_many_paths_are_drawn():
+    figure, lines = drawn(Himmelblau(), backprop=torch.rand(3, 9, 2))
+    assert len(lines["backprop"]) == 4
+    assert figure.axes[0].get_title() == "Himmelblau, backprop, lr 0.1\n4 of 9 starts"
+
+
+def test_every_method_has_a_look_of_its_own():
+    shipped = {method: look(method) for method in options("method")}
+    assert len(set(shipped.values())) == len(shipped)
+    assert ":" not in {dashes for _, dashes in shipped.values()}
+    assert look("mine")[1] == ":"
+    assert look("mine") == look("mine")
+
+
+def test_methods_of_one_figure_look_different():
+    methods = [*options("method"), *(f"fwdgrad:num_tangents={k}" for k in range(12))]
+    found = looks(methods)
+    assert list(found) == methods
+    assert len(set(found.values())) == len(methods)
+    assert all(found[method] == look(method) for method in options("method"))
+
+
+def test_a_saved_figure_is_the_same_file_each_time(tmp_path):
+    for name in ("first", "second"):
+        save(
+            draw_trajectories(Beale(), {"backprop": torch.rand(3, 1, 2, generator=torch.Generator().manual_seed(0))}),
+            tmp_path / name,
+        )
+    assert {path.suffix for path in tmp_path.iterdir()} == {".png", ".svg"}
+    assert (tmp_path / "first.svg").read_bytes() == (tmp_path / "second.svg").read_bytes()

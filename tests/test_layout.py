@@ -19,7 +19,7 @@ STOREYS = [
     {"tangents"},
     {"models", "data", "tasks"},  # what a configuration names
     {"network"},
-    {"errors", "memory", "quality", "random", "schedulers", "_torch"},
+    {"errors", "figures", "memory", "quality", "random", "schedulers", "_torch"},
 ]
 """From the top. A module imports its own storey's part and what stands below."""
 

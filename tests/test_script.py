@@ -77,7 +77,23 @@ def test_backprop_reproduces_the_notebook(task, steps, loss, tmp_path):
     assert paths["points"].shape == (1001, 1, 2)
     assert paths["values"][-1, 0] == pytest.approx(loss, rel=1e-3)
     assert (run_dir / "trajectory.png").stat().st_size > 10_000
+    assert (run_dir / "trajectory.svg").exists()
     assert EventAccumulator(str(run_dir)).Reload().Tags()["images"] == ["trajectory"]
+
+
+def test_starts_that_diverge_do_not_end_the_run(tmp_path):
+    arguments = ["task=beale", "method=backprop", "task.starts=20", "task.start=domain", "trainer.max_steps=30"]
+    status, out, err = train(tmp_path, *arguments)
+    assert status == 0, err
+    (results,) = results_under(tmp_path)
+    assert results["skipped_steps"] == 0
+    assert 0 < results["metrics"]["diverged_starts"] < 1
+    assert "diverged_starts" in out
+    (path,) = tmp_path.rglob("trajectory.npz")
+    points = np.load(path)["points"][-1]
+    at_end = min(((points - [3, 0.5]) ** 2).sum(1) ** 0.5)
+    assert results["metrics"]["distance_to_minimum"] == pytest.approx(at_end, rel=1e-4)
+    assert any(np.allclose(point, results["solution"]) for point in points)
 
 
 def test_sweep_is_one_folder_of_runs(tmp_path):

@@ -63,6 +63,7 @@ from fgtrain.lightning.callbacks import (
     SelfCheck,
     StepProgress,
     Summary,
+    Trajectory,
 )
 from fgtrain.lightning.callbacks.dashboard import log_final
 from fgtrain.lightning.checkpoints import make_atomic
@@ -200,7 +201,10 @@ def _results_so_far(cfg: DictConfig) -> dict[str, Any] | None:
 
 
 class _Beginning(L.Callback):
-    """Writes the provenance of the run, once all its processes have read the previous content of its folder."""
+    """Writes the provenance of the run, once all its processes have read the previous content of its folder.
+
+    It also tells the picture of a test function the method's name.
+    """
 
     def __init__(self, cfg: DictConfig, choices: Mapping[str, str]) -> None:
         self.cfg = cfg
@@ -210,6 +214,9 @@ class _Beginning(L.Callback):
         if stage == "fit" and trainer.is_global_zero:
             (Path(self.cfg.run_dir) / RESULTS).unlink(missing_ok=True)  # from the shorter run that this extends
             save_provenance(self.cfg, self.choices)
+        for callback in trainer.callbacks:  # ty: ignore[missing-attribute]
+            if isinstance(callback, Trajectory):
+                callback.method = self.choices["method"]
 
 
 def _train(parts: Run, cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
@@ -281,9 +288,13 @@ def _monitor_named() -> Generator[None]:
 
 
 def _function_results(module: EstimatorModule) -> dict[str, Any]:
-    """Value, distance to the minimum and coordinates of the best point."""
+    """Value, distance to the minimum and coordinates of the best point, and the share of starts that diverged."""
+    assert isinstance(module.task, Function)
     with torch.no_grad():
-        metrics = module.task.metrics(module.model, None)
+        points, metrics = module.model(), module.task.metrics(module.model, None)
         best = int(metrics["loss"].nan_to_num(torch.inf).argmin())
-        solution = module.model()[best].tolist()
-    return {"metrics": {name: value[best].item() for name, value in metrics.items()}, "solution": solution}
+        solution = points[module.task.converging(points)][best].tolist()
+    found = {name: metrics[name][best].item() for name in ("loss", "distance_to_minimum")}
+    if "diverged_starts" in metrics:
+        found["diverged_starts"] = metrics["diverged_starts"].mean().item()
+    return {"metrics": found, "solution": solution}

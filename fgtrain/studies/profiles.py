@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from torch import Tensor
 
 from fgtrain.estimators import GradientEstimator
+from fgtrain.figures import house_style, looks
 from fgtrain.random import keyed_generator
 from fgtrain.tasks import functions
 from fgtrain.tasks.catalogue import CATALOGUE, CataloguedFunction
@@ -134,14 +135,16 @@ def share_solved(found: Iterable[Solved], budgets: Tensor) -> Tensor:
     return (evaluations[:, None] <= budgets).double().mean(0)
 
 
+@house_style
 def draw(found: Sequence[Solved]) -> Figure:
     """A figure of the profiles of all methods."""
     finite = torch.cat([s.evaluations[s.evaluations.isfinite()] for s in found])
     budgets = torch.logspace(0, float(finite.max().clamp_min(10).log10()) if len(finite) else 1, 200)
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    for method in dict.fromkeys(solved.method for solved in found):
-        axes.step(budgets, share_solved([s for s in found if s.method == method], budgets), where="post", label=method)
+    for method, (colour, dashes) in looks(dict.fromkeys(solved.method for solved in found)).items():
+        shares = share_solved([s for s in found if s.method == method], budgets)
+        axes.step(budgets, shares, where="post", label=method, color=colour, linestyle=dashes)
     axes.set(xscale="log", xlabel="evaluations of the function", ylabel="share of problems solved", ylim=(0, 1))
     axes.grid(alpha=0.3)
     axes.legend()

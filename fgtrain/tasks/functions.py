@@ -13,12 +13,16 @@ from torch import Tensor, nn
 
 from fgtrain.tasks.base import Task
 
+DIVERGED = 1e15
+"""A start whose value is above this has diverged: in float32, the square of its gradient would soon overflow."""
+
 
 class Function(Task):
     """Minimise f(x) over x in R^dim, from one or many starting points in one batch.
 
     The model is a `Points` (starts, dim). The objective is the *sum* over the starting points, so that each point has
-    the same gradient, and hence the same path, as in a separate run.
+    the same gradient, and hence the same path, as in a separate run. Of several starts, those that have diverged stay
+    where they are: they are left out of the loss and of the other metrics, and `diverged_starts` is their share.
 
     Args:
         starts: number N of starting points.
@@ -69,12 +73,25 @@ class Function(Task):
         """Euclidean distance of points (N, dim) to the nearest global minimum, (N,)."""
         return torch.cdist(x.double(), self.minima().to(x.device, torch.float64)).amin(1)
 
+    def converging(self, points: Tensor) -> Tensor:
+        """Which of the points (N, dim) have not diverged, (N,); all of them if none is left, so that the run ends."""
+        sound = self.value(points.detach()) <= DIVERGED
+        return sound | ~sound.any()
+
     def losses(self, model: nn.Module, batch: Any) -> Tensor:
-        return self.starts * self.value(model())
+        points = model()
+        if self.starts == 1:
+            return self.value(points)
+        left = self.converging(points)
+        low, high = self.domain
+        inside = torch.where(left[:, None], points, low + (high - low) / 4)  # has a finite gradient, to multiply by 0
+        return self.starts * torch.where(left, self.value(inside), 0.0)
 
     def metrics(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
         points = model()
-        return {"loss": self.value(points), "distance_to_minimum": self.distance_to_minimum(points)}
+        left = self.converging(points)
+        found = {"loss": self.value(points)[left], "distance_to_minimum": self.distance_to_minimum(points[left])}
+        return found if self.starts == 1 else found | {"diverged_starts": (~left).float()}
 
 
 class Points(nn.Module):

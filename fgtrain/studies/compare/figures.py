@@ -6,12 +6,14 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from fgtrain.figures import house_style, looks
 from fgtrain.studies.compare.finished import CURVES, TRAINED, Finished
 from fgtrain.studies.compare.plan import Comparison
 
 Curve = Callable[[Finished], list[tuple[float, float]]]
 
 
+@house_style
 def curves(plan: Comparison, runs: Sequence[Finished]) -> Figure:
     """Loss, and error rate if there is an accuracy, against steps and against training time."""
     tags = [tag for tag in CURVES if any(tag in run.curves for run in runs)] or [TRAINED]
@@ -32,6 +34,7 @@ def curves(plan: Comparison, runs: Sequence[Finished]) -> Figure:
     return figure
 
 
+@house_style
 def cosine(plan: Comparison, runs: Sequence[Finished]) -> Figure:
     """A figure of the mean cosine between estimates and exact gradient, over the layers that a method estimates."""
     figure = Figure(figsize=(7, 3.2), layout="constrained")
@@ -45,15 +48,15 @@ def cosine(plan: Comparison, runs: Sequence[Finished]) -> Figure:
 
 def _bands(axis: Any, plan: Comparison, runs: Sequence[Finished], points: Curve) -> None:
     """Draw each method's mean over seeds and their range."""
-    for i, method in enumerate(plan.methods):
+    for method, (colour, dashes) in looks(plan.methods).items():
         found = [np.array(points(run)) for run in runs if run.method == method and points(run) and not run.diverged]
         if not found:
             continue
         shortest = min(len(curve) for curve in found)
         together = np.stack([curve[:shortest] for curve in found])
         x, values = together[..., 0].mean(0), together[..., 1]
-        (line,) = axis.plot(x, values.mean(0), label=method, color=f"C{i}", linestyle="--" if i >= 10 else "-")
-        axis.fill_between(x, values.min(0), values.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
+        axis.plot(x, values.mean(0), label=method, color=colour, linestyle=dashes)
+        axis.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
 
 
 def _legend(figure: Figure, axis: Any) -> None:

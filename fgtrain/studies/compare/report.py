@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
+from fgtrain.figures import save
 from fgtrain.studies.compare.figures import cosine, curves
 from fgtrain.studies.compare.plan import Comparison
 from fgtrain.studies.compare.runs import Outcome, device_name
 from fgtrain.studies.compare.search import is_at_edge
 from fgtrain.studies.compare.table import is_validated, markdown_of, rows_of
 from fgtrain.studies.compare.target import metric_of, resolution, target_value
+from fgtrain.studies.compare.trajectories import trajectories
 
 MANY_LAYERS = 24  # more rows of cosines are only in table.json
 
@@ -47,6 +49,12 @@ def statement(plan: Comparison, outcome: Outcome, command: str) -> list[str]:
     diverged = Counter(run.method for run in outcome.runs if run.diverged)
     lines += [
         f"{method}: {n} of {plan.seeds} runs diverged and are not in the means." for method, n in diverged.items()
+    ]
+    lost = {m: [r.results["metrics"].get("diverged_starts", 0.0) for r in done if r.method == m] for m in plan.methods}
+    lines += [
+        f"{method}: {100 * fmean(shares):.3g} % of the starts diverged and are not in the values."
+        for method, shares in lost.items()
+        if any(shares)
     ]
     return lines
 
@@ -126,9 +134,11 @@ def write_report(plan: Comparison, outcome: Outcome, command: str) -> list[dict[
 
 
 def draw(plan: Comparison, outcome: Outcome, folder: Path) -> None:
-    """Write curves.png and cosine.png, and both to TensorBoard."""
+    """Write curves, cosine and, of a test function, trajectories as .png and .svg, and all of them to TensorBoard."""
     drawn = {"curves": curves(plan, outcome.runs), "cosine": cosine(plan, outcome.runs)}
+    if (paths := trajectories(plan, outcome.lrs)) is not None:
+        drawn["trajectories"] = paths
     with SummaryWriter(str(folder / "summary")) as writer:
         for name, figure in drawn.items():
-            figure.savefig(folder / f"{name}.png", dpi=110)
+            save(figure, folder / name)
             writer.add_figure(name, figure)

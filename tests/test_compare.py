@@ -4,11 +4,13 @@ import csv
 import io
 import json
 import re
+import sys
 from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import torch
 
+from fgtrain.commands.compare import main as run_command
 from fgtrain.errors import ConfigError
 from fgtrain.runs.messages import USER_ERRORS
 from fgtrain.runs.run import build
@@ -16,7 +18,7 @@ from fgtrain.studies.compare import compare, parse, write_report
 from fgtrain.studies.compare.plan import compose_run
 from fgtrain.studies.compare.report import seconds_to_target
 from fgtrain.studies.compare.runs import Finished
-from tests.commands import composed, load_script, options, results_under
+from tests.commands import composed, options, results_under
 
 COMMAND = ["methods=[backprop,fwdgrad]", "seeds=2", "budget=40steps", "data.batch_size=64"]
 
@@ -25,7 +27,8 @@ def run_script(folder, *arguments):
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.chdir(folder)
-        load_script("compare").main(list(arguments))
+        patch.setattr(sys, "argv", ["compare.py", *arguments])
+        run_command()
     return out.getvalue(), err.getvalue()
 
 

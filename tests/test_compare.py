@@ -4,13 +4,12 @@ import csv
 import io
 import json
 import re
-import sys
 from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
 import torch
 
-from fgtrain.commands.compare import main as run_command
+from fgtrain.commands.compare import run as run_command
 from fgtrain.errors import ConfigError
 from fgtrain.runs.messages import USER_ERRORS
 from fgtrain.runs.run import build
@@ -27,8 +26,7 @@ def run_script(folder, *arguments):
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.chdir(folder)
-        patch.setattr(sys, "argv", ["compare.py", *arguments])
-        run_command()
+        run_command(arguments)
     return out.getvalue(), err.getvalue()
 
 

@@ -3,6 +3,7 @@
 import os
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import subprocess
@@ -178,7 +179,7 @@ def test_wheel_away_from_the_checkout(installed, tmp_path):
     assert output(["fgtrain", "replay", "run", "weights.pt"], tmp_path, installed).startswith("20 steps replayed")
     command = ["fgtrain", "compare", "methods=[backprop,fwdgrad]", "seeds=1", "budget=20steps", "out=compared"]
     output(command, tmp_path, installed)
-    assert (tmp_path / "compared" / "table.md").read_text().count(" ".join(command)) == 1
+    assert (tmp_path / "compared" / "table.md").read_text().count(f"`{shlex.join(command)}`") == 1
 
 
 @pytest.mark.slow
@@ -200,4 +201,5 @@ def test_ctrl_c_during_imports(seconds, tmp_path):
     time.sleep(seconds)
     started.send_signal(signal.SIGINT)
     _, err = started.communicate()
-    assert (started.returncode, len(err.splitlines()) <= 1) == (130, True), err
+    assert started.returncode in (130, -signal.SIGINT), err  # which a shell shows as 130
+    assert len(err.splitlines()) <= 1, err

@@ -2,6 +2,8 @@
 
 Everything is set by Hydra overrides: method=backprop, tangents=low_rank, method.num_tangents=8, data=mnist, model=cnn,
 task=beale, lr=0.01, trainer.max_steps=5000; -m method=backprop,fwdgrad seed=0,1,2 sweeps. --help lists the groups.
+
+eval "$(fgtrain train -sc install=bash)" lets bash complete commands and arguments; install=fish and install=zsh exist.
 """
 
 import os

@@ -77,7 +77,7 @@ def plan(trainer: Mapping[str, Any], environ: Mapping[str, str] = os.environ) ->
     if num_nodes > 1 and strategy in START_METHODS:
         raise ConfigError(
             f"trainer.num_nodes={num_nodes} needs a start on every node; use torchrun --nnodes={num_nodes} "
-            f"--nproc_per_node={count} scripts/train.py ..., or srun"
+            f"--nproc_per_node={count} -m fgtrain train ..., or srun"
         )
     if strategy == "fsdp2" and count == 1:
         raise ConfigError("trainer=fsdp2 shards parameters over at least 2 devices; set trainer.devices")

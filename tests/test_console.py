@@ -186,7 +186,7 @@ def test_wheel_away_from_the_checkout(installed, tmp_path):
 def test_wheel_on_two_processes(installed, tmp_path):
     common = ["fgtrain", "train", "trainer=ddp", "trainer.accelerator=cpu", "trainer.max_steps=20", "quiet=true"]
     output([*common, "trainer.devices=2"], tmp_path, installed)
-    output([*common, "-m", "hydra/launcher=joblib", "trainer.devices=1", "seed=0,1"], tmp_path, installed)
+    output([*common, "hydra/launcher=joblib", "trainer.devices=1", "seed=0,1", "-m"], tmp_path, installed)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", *common]
     output(torchrun, tmp_path, installed)
     assert sorted(results["world_size"] for results in results_under(tmp_path)) == [1, 1, 2, 2]

@@ -66,29 +66,33 @@ The README lists the common traps of forward mode. Three more:
 """
 
 from importlib import import_module
-from typing import Any
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
 
-from fgtrain.estimators import (
-    FDFA,
-    SPSA,
-    ActivityPerturbation,
-    Backprop,
-    CheckpointedBackprop,
-    Estimate,
-    ForwardExact,
-    ForwardGradient,
-    GaussNewton,
-    GradientEstimator,
-    Highway,
-    LocalGuess,
-    LocalLosses,
-    MeZO,
-    SecondOrder,
-    write_grads,
-)
-from fgtrain.forward_ad import directional_derivatives
-from fgtrain.random import draw_seeds
-from fgtrain.tangents import Coordinate, LowRank, Normal, Rademacher, Sphere, Tangents
+if TYPE_CHECKING:
+    from fgtrain.estimators import (
+        FDFA,
+        SPSA,
+        ActivityPerturbation,
+        Backprop,
+        CheckpointedBackprop,
+        Estimate,
+        ForwardExact,
+        ForwardGradient,
+        GaussNewton,
+        GradientEstimator,
+        Highway,
+        LocalGuess,
+        LocalLosses,
+        MeZO,
+        SecondOrder,
+        write_grads,
+    )
+    from fgtrain.forward_ad import directional_derivatives
+    from fgtrain.random import draw_seeds
+    from fgtrain.tangents import Coordinate, LowRank, Normal, Rademacher, Sphere, Tangents
+
+__version__ = "0.1.0"
 
 __all__ = [
     "FDFA",
@@ -120,7 +124,15 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """`fgtrain.tasks` is loaded at its first use, because of its catalogue of test functions."""
-    if name == "tasks":
-        return import_module("fgtrain.tasks")
+    """The names above and the parts of the package are loaded at their first use, because PyTorch takes seconds."""
+    if find_spec(f"fgtrain.{name}") is not None:
+        return import_module(f"fgtrain.{name}")
+    for part in ("estimators", "forward_ad", "random", "tangents") if name in __all__ else ():
+        module = import_module(f"fgtrain.{part}")
+        if hasattr(module, name):
+            return getattr(module, name)
     raise AttributeError(f"module 'fgtrain' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,6 +1,25 @@
 """Errors of the user; each message says in one line what is wrong, why, and what to do."""
 
+import errno
 from pathlib import Path
+
+_DISK_ERRORS = {  # of the disk, of the network behind it, or of a pipe
+    errno.ENOENT,
+    errno.ESTALE,
+    errno.EPIPE,
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EFBIG,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+    errno.ELOOP,
+    errno.EIO,
+}
 
 
 class UserError(Exception):
@@ -82,3 +101,14 @@ class JobFailed(UserError, RuntimeError):
 
     def __str__(self) -> str:
         return str(self.args[0])
+
+
+def disk_error(error: BaseException | None) -> OSError | None:
+    """The disk error that `error` is or was caused by, if any."""
+    seen: set[int] = set()  # causes may form a cycle
+    while error is not None and id(error) not in seen:
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+            return error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None

@@ -1,34 +1,6 @@
-"""Evaluate a checkpoint: python scripts/evaluate.py runs/DATE/TIME_fwdgrad/checkpoints/best.ckpt --split test
+"""fgtrain evaluate, from a checkout: python scripts/evaluate.py runs/mine --split test."""
 
-The run's config.yaml says which model and data to use. The results are written in the format of results.json.
-"""
-
-import argparse
-from pathlib import Path
-
-from rich.console import Console
-
-from fgtrain.runs.evaluate import SPLITS, evaluate
-from fgtrain.runs.messages import USER_ERRORS, fail, silence_libraries
-
-
-def main() -> None:
-    """Evaluate a checkpoint, write the results and print them."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("checkpoint", type=Path, help="a .ckpt file in its run's folder, or that folder")
-    parser.add_argument("--split", default="test", help=", ".join(SPLITS))
-    parser.add_argument("--out", type=Path, help="file for the results")
-    args = parser.parse_args()
-    silence_libraries()
-    results = evaluate(args.checkpoint, args.split, args.out)
-    console = Console()
-    for name, value in results["metrics"].items():
-        console.print(f"{name} {value:.6g}", highlight=False)
-    console.print(f"results in {results['written']}", soft_wrap=True, highlight=False)
-
+from fgtrain.commands.evaluate import main
 
 if __name__ == "__main__":
-    try:
-        main()
-    except USER_ERRORS as error:
-        fail(error)
+    main()

@@ -1,6 +1,5 @@
 """Runs scripts like their command lines, in the process of the test."""
 
-import importlib.util
 import io
 import json
 import sys
@@ -10,7 +9,8 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from fgtrain.runs.cli import run_app
+from fgtrain.commands.compare import run as compare_command
+from fgtrain.commands.train import main as run_command
 
 PACKAGE = '''
 import lightning as L
@@ -76,15 +76,6 @@ def composed(*overrides):
         return compose("train", ["run_dir=.", *overrides])
 
 
-def load_script(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def train(folder, *overrides):
     """Run the script in `folder`; (exit status, stdout, stderr)."""
     out, err, status = io.StringIO(), io.StringIO(), 0
@@ -92,7 +83,7 @@ def train(folder, *overrides):
         patch.chdir(folder)
         patch.setattr(sys, "argv", ["train.py", *overrides])
         try:
-            run_app(load_script("train").main, config_name="train")
+            run_command()
         except SystemExit as end:
             status = end.code
     return status, out.getvalue(), err.getvalue()
@@ -104,7 +95,7 @@ def run_compare(folder, *arguments):
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.chdir(folder)
         patch.setattr(sys, "path", [*sys.path])
-        load_script("compare").main(list(arguments))
+        compare_command(arguments)
     return out.getvalue(), err.getvalue()
 
 

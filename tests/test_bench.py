@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from fgtrain import ForwardGradient
+from fgtrain.commands.bench import main as run_command
 from fgtrain.studies.benchmarks.loop import loop_overhead
 from fgtrain.studies.benchmarks.methods import methods_of
 from fgtrain.studies.benchmarks.steps import make_problem, measure
-from tests.commands import load_script
 
 
 def test_rows_and_table(tmp_path, monkeypatch, capsys):
@@ -22,7 +22,7 @@ def test_rows_and_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--json", str(rows_file)])
     clock = SimpleNamespace(perf_counter=(0.01 * i for i in count()).__next__)
     monkeypatch.setattr("fgtrain.studies.benchmarks.steps.time", clock)
-    load_script("bench").main()
+    run_command()
     rows = json.loads(rows_file.read_text())
     listed = [(row["batch_size"], row["method"], row["num_tangents"]) for row in rows]
     each = [("forward", 0), ("backprop", 0), ("fwdgrad", 1), ("fwdgrad", 2)]

@@ -10,6 +10,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from fgtrain.commands.compare import run as run_command
 from fgtrain.errors import ConfigError
 from fgtrain.runs.messages import USER_ERRORS
 from fgtrain.runs.run import build
@@ -19,7 +20,7 @@ from fgtrain.studies.compare.plan import compose_run
 from fgtrain.studies.compare.search import is_at_edge
 from fgtrain.studies.compare.table import table_of
 from fgtrain.studies.compare.trajectories import trajectories
-from tests.commands import PACKAGE, composed, load_script, options, results_under, run_compare
+from tests.commands import PACKAGE, composed, options, results_under, run_compare
 
 COMMAND = ["methods=[backprop,fwdgrad]", "seeds=2", "budget=40steps", "data.batch_size=64"]
 
@@ -188,7 +189,7 @@ def test_variants_and_own_methods(tmp_path):
 
 def test_help_lists_every_argument_with_its_default(capsys):
     with pytest.raises(SystemExit) as end:
-        load_script("compare").main(["--help"])
+        run_command(["--help"])
     assert end.value.code == 0
     said = capsys.readouterr().out
     assert "Compare methods under equal conditions" in said

@@ -18,7 +18,8 @@ from fgtrain.errors import ConfigError
 from fgtrain.estimators import write_grads
 from fgtrain.lightning import convert
 from fgtrain.random import keyed_generator
-from fgtrain.runs.world import is_follower, plan
+from fgtrain.runs.starters import is_follower
+from fgtrain.runs.world import plan
 from tests import rank_jobs
 from tests.commands import ROOT, results_under, train
 from tests.kills import Started

@@ -9,10 +9,11 @@ import sys
 import pytest
 import torch
 
+from fgtrain.commands.evaluate import main as run_command
 from fgtrain.errors import CheckpointError
 from fgtrain.runs.evaluate import evaluate
 from fgtrain.runs.messages import USER_ERRORS
-from tests.commands import load_script, train
+from tests.commands import train
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +42,7 @@ def test_script(folder, tmp_path, monkeypatch, capsys):
     out = tmp_path / "of_train.json"
     checkpoint = folder / "checkpoints" / "best.ckpt"
     monkeypatch.setattr(sys, "argv", ["evaluate.py", str(checkpoint), "--split", "train", "--out", str(out)])
-    load_script("evaluate").main()
+    run_command()
     metrics = json.loads(out.read_text())["metrics"]
     assert metrics.keys() == {"train/loss", "train/acc"}
     assert f"train/acc {metrics['train/acc']:.6g}" in capsys.readouterr().out

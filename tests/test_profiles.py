@@ -6,10 +6,10 @@ import sys
 import torch
 
 from fgtrain import SPSA, Backprop, ForwardGradient
+from fgtrain.commands.profiles import main as run_command
 from fgtrain.random import keyed_generator
 from fgtrain.studies.profiles import Solved, evaluations_of, problems, scale_of, share_solved, solve
 from fgtrain.tasks import Points, Sphere
-from tests.commands import load_script
 
 
 def test_problems_are_many():
@@ -58,7 +58,7 @@ def test_script(tmp_path, monkeypatch, capsys):
     command = ["--methods", "backprop", "fwdgrad", "--dims", "2", "--starts", "2", "--rates", "2", "--iterations", "5"]
     monkeypatch.setattr(sys, "argv", ["profiles.py", *command, "--out", str(tmp_path)])
     try:
-        load_script("profiles").main()
+        run_command()
     finally:
         torch.set_default_dtype(torch.float32)
     rows = json.loads((tmp_path / "profiles.json").read_text())

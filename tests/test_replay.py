@@ -8,11 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
+from fgtrain.commands.replay import main as run_command
 from fgtrain.errors import CheckpointError, ConfigError
 from fgtrain.lightning.atomic_files import save_atomically
 from fgtrain.lightning.checkpoints import read_checked
 from fgtrain.runs.replay import replay
-from tests.commands import load_script, results_under, train
+from tests.commands import results_under, train
 from tests.every_method import METHODS
 from tests.every_method import make as make_estimator
 from tests.interrupted import SignalAt
@@ -70,7 +71,7 @@ def test_script_and_size(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "run" / "replay.pt").stat().st_size < 4 * steps + 4096
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["replay.py", "run", "weights.pt"])
-    load_script("replay").main()
+    run_command()
     said = f"{steps} steps replayed: bit for bit the weights of the run, written to weights.pt\n"
     assert capsys.readouterr().out == said
     rebuilt, expected = torch.load(tmp_path / "weights.pt", weights_only=True), weights(tmp_path)

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import torch
 
-from fgtrain.errors import CheckpointError, ConfigError, Interrupted, StorageError
-from fgtrain.lightning.atomic_files import disk_error, save_atomically
+from fgtrain.errors import CheckpointError, ConfigError, Interrupted, StorageError, disk_error
+from fgtrain.lightning.atomic_files import save_atomically
 from fgtrain.lightning.callbacks import RandomState, Recovery, Trajectory
 from fgtrain.lightning.checkpoints import AtomicCheckpointIO, read_checked
 from fgtrain.random import random_state, set_random_state

@@ -6,8 +6,8 @@ import sys
 import pytest
 import torch
 
+from fgtrain.commands.bench import main as run_command
 from fgtrain.studies.benchmarks.scaling import Compute, Link, seconds_per_progress, step_seconds, winning_bandwidth
-from tests.commands import load_script
 
 COMPUTE = Compute("m", 1_000_000, 8, 0.030, 0.025, 0.001, 999.0)
 SLOW, FAST = Link(1e6, 1e-4), Link(1e15, 0.0)
@@ -49,6 +49,6 @@ def test_script(tmp_path, monkeypatch, capsys):
     rows_file = tmp_path / "rows.json"
     options = f"--scaling --models digits_mlp --batch-sizes 8 --rounds 2 --ranks 2 3 --gbit 1 --json {rows_file}"
     monkeypatch.setattr(sys, "argv", ["bench.py", *options.split(), "--threads", str(torch.get_num_threads())])
-    load_script("bench").main()
+    run_command()
     assert [row["ranks"] for row in json.loads(rows_file.read_text())] == [2, 3]
     assert "digits_mlp" in capsys.readouterr().out

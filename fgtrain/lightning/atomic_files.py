@@ -1,7 +1,6 @@
 """Files that are complete or absent, whenever a process or a disk stops."""
 
 import contextlib
-import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -9,25 +8,7 @@ from typing import IO, Any
 
 import torch
 
-from fgtrain.errors import StorageError
-
-_DISK_ERRORS = {  # of the disk, of the network behind it, or of a pipe
-    errno.ENOENT,
-    errno.ESTALE,
-    errno.EPIPE,
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EROFS,
-    errno.EACCES,
-    errno.EPERM,
-    errno.EFBIG,
-    errno.ENOTDIR,
-    errno.EISDIR,
-    errno.EEXIST,
-    errno.ENAMETOOLONG,
-    errno.ELOOP,
-    errno.EIO,
-}
+from fgtrain.errors import StorageError, disk_error
 
 
 def save_atomically(content: Any, path: Path) -> None:
@@ -76,14 +57,3 @@ def make_folder(path: Path) -> None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror}") from error
-
-
-def disk_error(error: BaseException | None) -> OSError | None:
-    """The disk error that `error` is or was caused by, if any."""
-    seen: set[int] = set()  # causes may form a cycle
-    while error is not None and id(error) not in seen:
-        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-            return error
-        seen.add(id(error))
-        error = error.__cause__ or error.__context__
-    return None

@@ -163,7 +163,7 @@ class FineTuned(nn.Module):
 
 def _load(network: nn.Module, path: str) -> None:
     if not Path(path).is_file():
-        raise DataError(f"model.weights={path} is not a file; give the checkpoint of a run of scripts/train.py")
+        raise DataError(f"model.weights={path} is not a file; give the checkpoint of a run")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:

@@ -15,13 +15,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from fgtrain.errors import Interrupted, JobFailed
-from fgtrain.lightning.atomic_files import disk_error
-from fgtrain.memory import is_out_of_memory
+from fgtrain.errors import Interrupted, JobFailed, disk_error
 from fgtrain.runs.config import CONF, drop_arguments_of_replaced_targets, name_targets
 from fgtrain.runs.messages import USER_ERRORS, cannot_write, fail, one_line, silence_libraries
+from fgtrain.runs.starters import is_follower
 from fgtrain.runs.sweeps import SweepTable
-from fgtrain.runs.world import is_follower
 
 ERROR_FILE = "error.txt"
 
@@ -80,8 +78,6 @@ def run_app(task: Callable[[DictConfig], Any], config_name: str) -> None:
             raise
         fail(cannot_write(error))
     except Exception as error:
-        if is_out_of_memory(error):
-            fail(f"not enough memory ({str(error)[-200:] or 'MemoryError'}); use a smaller data.batch_size or model")
         if composed:
             raise
         # The error is from the YAML parser or Hydra, since no code of fgtrain has run yet.

@@ -20,7 +20,9 @@ from omegaconf.resolvers import oc
 
 from fgtrain.errors import ConfigError
 
-CONF = Path(__file__).resolve().parents[2] / "conf"
+_PACKAGE = Path(__file__).resolve().parents[1]
+CONF = next(folder for folder in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if folder.is_dir())
+"""The configuration files: in the package where it is installed, beside it in a checkout."""
 
 
 @dataclass

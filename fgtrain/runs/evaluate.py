@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from fgtrain.errors import ConfigError
 from fgtrain.lightning.atomic_files import write_atomically
 from fgtrain.lightning.checkpoints import NAMES, first_good, list_checkpoints, read_checked
+from fgtrain.runs.library_errors import library_errors_named
 from fgtrain.runs.provenance import load_config
 from fgtrain.runs.results import read_results
 from fgtrain.runs.run import build
@@ -18,6 +19,7 @@ from fgtrain.tasks import Function
 SPLITS = ("train", "val", "test")
 
 
+@library_errors_named()
 def evaluate(checkpoint: Path, split: str, out: Path | None = None) -> dict[str, Any]:
     """Metrics of a checkpoint on a split, written as results.json.
 

@@ -31,8 +31,7 @@ import torch.multiprocessing as mp
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
 from omegaconf import DictConfig, OmegaConf
 
-from fgtrain.errors import Interrupted, RankFailed, UserError
-from fgtrain.lightning.atomic_files import disk_error
+from fgtrain.errors import Interrupted, RankFailed, UserError, disk_error
 from fgtrain.runs.config import to_plain, to_saved
 from fgtrain.runs.config_check import check
 from fgtrain.runs.messages import USER_ERRORS, cannot_write, one_line, silence_libraries

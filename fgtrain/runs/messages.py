@@ -7,14 +7,12 @@ import warnings
 from typing import NoReturn
 
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from omegaconf.errors import OmegaConfBaseException
 
-from fgtrain.errors import StorageError, UserError
-from fgtrain.lightning.atomic_files import disk_error
+from fgtrain.errors import StorageError, UserError, disk_error
 from fgtrain.runs.config import CONF
 
-USER_ERRORS = (UserError, HydraException, OmegaConfBaseException, MisconfigurationException)
+USER_ERRORS = (UserError, HydraException, OmegaConfBaseException)
 _OPTIONS = {
     "ckpt_path": "resume",
     **{name: f"method.{name}" for name in ("chunk_size", "clip_derivative", "memory", "num_tangents", "shrinkage")},

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 
@@ -32,7 +31,6 @@ def read_results(run_dir: Path) -> dict[str, Any] | None:
     return found
 
 
-@rank_zero_only
 def print_results(results: Mapping[str, Any], run_dir: Path) -> None:
     """Print the table of results and where to find more."""
     table = Table(title=f"{results['method']} on {results['task']}", title_justify="left")

@@ -74,11 +74,13 @@ from fgtrain.network.compilation import compile_model
 from fgtrain.runs.changes import is_extended, stop_holds
 from fgtrain.runs.config import signature_of, to_plain, to_saved
 from fgtrain.runs.config_check import check
+from fgtrain.runs.library_errors import library_errors_named
 from fgtrain.runs.owner import owned
 from fgtrain.runs.provenance import save_provenance
 from fgtrain.runs.results import RESULTS, read_results
 from fgtrain.runs.resume import checkpoint_to_resume
-from fgtrain.runs.world import is_follower, plan
+from fgtrain.runs.starters import is_follower
+from fgtrain.runs.world import plan
 from fgtrain.tasks import Function
 
 DATA_FACTS = ("input_shape", "num_classes", "vocab_size", "context")
@@ -174,6 +176,7 @@ def _instantiate_with(node: DictConfig, known: Mapping[str, Any]) -> Any:
     return instantiate(node, **{k: v for k, v in known.items() if k in takes and k not in node}, _convert_="all")
 
 
+@library_errors_named()
 def run(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
     """Train and test, write results.json into the run's folder and return its content.
 

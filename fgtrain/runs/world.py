@@ -8,6 +8,7 @@ import torch
 
 from fgtrain.errors import ConfigError
 from fgtrain.lightning.strategy import Replicas, Sharded
+from fgtrain.runs.starters import started_by
 
 START_METHODS = {
     "auto": "forkserver",  # imports once for all ranks, and once for all jobs of a sweep
@@ -59,7 +60,7 @@ def plan(trainer: Mapping[str, Any], environ: Mapping[str, str] = os.environ) ->
             "trainer=fsdp2 with method=fwdgrad tangents=low_rank"
         )
     devices, num_nodes = trainer.get("devices", "auto"), trainer.get("num_nodes", 1)
-    found = _started(environ)
+    found = started_by(environ)
     if found is not None:
         name, total, local = found
         if devices in ("auto", -1, "-1") and total == local * (total // local):
@@ -76,24 +77,11 @@ def plan(trainer: Mapping[str, Any], environ: Mapping[str, str] = os.environ) ->
     if num_nodes > 1 and strategy in START_METHODS:
         raise ConfigError(
             f"trainer.num_nodes={num_nodes} needs a start on every node; use torchrun --nnodes={num_nodes} "
-            f"--nproc_per_node={count} scripts/train.py ..., or srun"
+            f"--nproc_per_node={count} -m fgtrain train ..., or srun"
         )
     if strategy == "fsdp2" and count == 1:
         raise ConfigError("trainer=fsdp2 shards parameters over at least 2 devices; set trainer.devices")
     return World(devices, count, num_nodes, strategy, False)
-
-
-def _started(environ: Mapping[str, str]) -> tuple[str, int, int] | None:
-    """(starter, processes in total, processes on this node), or None if fgtrain starts them."""
-    if "WORLD_SIZE" in environ and "LOCAL_RANK" in environ:
-        total = int(environ["WORLD_SIZE"])
-        return "torchrun", total, int(environ.get("LOCAL_WORLD_SIZE", total))
-    interactive = environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
-    if "SLURM_NTASKS" in environ and not interactive:
-        total = int(environ["SLURM_NTASKS"])
-        nodes = int(environ.get("SLURM_NNODES", 1))
-        return f"SLURM (SLURM_NTASKS={total})", total, int(environ.get("SLURM_NTASKS_PER_NODE", total // nodes))
-    return None
 
 
 def _count(devices: Any, trainer: Mapping[str, Any]) -> int:
@@ -109,8 +97,3 @@ def _count(devices: Any, trainer: Mapping[str, Any]) -> int:
         return int(devices)
     except (TypeError, ValueError):
         raise ConfigError(f"trainer.devices must be a number, a list of indices or auto, got {devices!r}") from None
-
-
-def is_follower(environ: Mapping[str, str] = os.environ) -> bool:
-    """Whether torchrun or SLURM started this process and it is not rank 0, which owns the run's folder."""
-    return _started(environ) is not None and environ.get("RANK", environ.get("SLURM_PROCID", "0")) != "0"

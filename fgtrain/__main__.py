@@ -1,0 +1,76 @@
+"""The console: fgtrain COMMAND ..., or python -m fgtrain COMMAND ...
+
+`torchrun -m fgtrain train ...` starts the processes of a run, as `torchrun scripts/train.py ...` does.
+"""
+
+import difflib
+import os
+import signal
+import sys
+from importlib import import_module
+
+from fgtrain import __version__
+
+COMMANDS = {
+    "train": "train with any method; -m sweeps",
+    "compare": "compare methods under equal conditions",
+    "bench": "measure the time and memory of training steps",
+    "profiles": "draw performance profiles on test functions",
+    "evaluate": "evaluate a checkpoint on a split of its data",
+    "replay": "rebuild the weights of a run without its data",
+}
+"""What each module of fgtrain.commands does."""
+
+HELP = f"""usage: fgtrain COMMAND ...
+
+{"".join(f"  {name:<10}{what}{chr(10)}" for name, what in COMMANDS.items())}
+fgtrain COMMAND --help describes a command. In a checkout, python scripts/COMMAND.py is the same.
+eval "$(fgtrain train -sc install=bash)" lets the shell complete commands and the arguments of train."""
+COMPLETION = {"-sc", "--shell-completion"}
+
+
+def main() -> int:
+    """Run the command that the command line names, and return the exit status."""
+    name, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
+    if name in ("-h", "--help"):
+        print(HELP)
+    elif name == "--version":
+        print(f"fgtrain {__version__}")
+    elif COMPLETION & {name, *arguments}:
+        return _complete(sys.argv[sys.argv[1] in COMMANDS :][1:])
+    elif name in COMMANDS:
+        return _run(name, f"fgtrain {name}", *arguments)
+    else:
+        close = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"the commands are {', '.join(COMMANDS)}"
+        print(f"fgtrain: there is no command {name!r}; {hint}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(name: str, *command: str) -> int:
+    sys.argv = list(command)
+    try:
+        import_module(f"fgtrain.commands.{name}").main()  # late: --help and mistakes need not wait for PyTorch
+    except KeyboardInterrupt:  # also while it is imported
+        print("fgtrain: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+    return 0
+
+
+def _complete(arguments: list[str]) -> int:
+    """Complete the command, or by Hydra the arguments of train; the shell puts the whole line into COMP_LINE."""
+    if not any(argument.startswith("query=") for argument in arguments):
+        return _run("train", "fgtrain", *arguments)
+    program, _, line = os.environ.get("COMP_LINE", "").partition(" ")
+    command, space, line = line.lstrip().partition(" ")
+    if not space:
+        print(" ".join(name for name in COMMANDS if name.startswith(command)))
+    elif command == "train":
+        os.environ["COMP_LINE"] = f"{program} {line}"
+        return _run("train", "fgtrain", *arguments)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,133 @@
+"""Measure training steps against backprop's: fgtrain bench --models mlp cnn --num-tangents 1 8
+
+Times are medians over rounds in which all methods take turns. Memory is the peak above the parameters. Both are also
+given relative to one backprop step and to one forward pass without gradients, of the same model in the same run.
+--scaling models a step with many processes from compute measured here and bandwidths you name.
+scripts/results/README.md has measurements.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # before torch: silences its profiler
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from fgtrain.memory import keep_freed_memory
+from fgtrain.runs.messages import USER_ERRORS, fail, silence_libraries
+from fgtrain.studies.benchmarks.loop import loop_overhead
+from fgtrain.studies.benchmarks.methods import methods_of
+from fgtrain.studies.benchmarks.scaling import Link, measure_compute, rows_of, scaling_table
+from fgtrain.studies.benchmarks.steps import REFERENCES, Row, measure
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", default=["mlp", "cnn"], help="mlp, cnn, deep24 or any of torchvision's")
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[64])
+    parser.add_argument("--methods", nargs="+", default=["fwdgrad"], help="files in conf/method")
+    parser.add_argument("--tangents", nargs="+", default=["low_rank"], help="files in conf/tangents")
+    parser.add_argument("--num-tangents", nargs="+", type=int, default=[1])
+    parser.add_argument("--compile", action="store_true", help="also measure all methods on a compiled model")
+    parser.add_argument("--precision", default="32", choices=["32", "bf16-mixed", "bf16-true"])
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument(
+        "--loop", action="store_true", help="instead: compare a step of train.py with plain PyTorch and Lightning"
+    )
+    parser.add_argument("--scaling", action="store_true", help="instead: modelled step time against ranks")
+    parser.add_argument("--ranks", nargs="+", type=int, default=[2, 8, 64], help="for --scaling")
+    parser.add_argument("--gbit", nargs="+", type=float, default=[0.1, 1, 10], help="bandwidths, for --scaling")
+    parser.add_argument("--latency-us", type=float, default=50, help="of the link, for --scaling")
+    parser.add_argument("--json", type=Path, help="file for the rows")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, print the table, write the rows."""
+    args = parse()
+    try:
+        bench(args)
+    except (*USER_ERRORS, ValueError, RuntimeError) as error:
+        fail(error)
+
+
+def bench(args: argparse.Namespace) -> None:
+    """Measure what the command line asks for."""
+    keep_freed_memory()
+    if args.loop:
+        print_loop_overhead(args.methods)
+        return
+    torch.set_num_threads(args.threads)
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(auto if args.device == "auto" else args.device)
+    if args.scaling:
+        print_scaling(args, device)
+        return
+    methods = methods_of(args.methods, args.tangents, args.num_tangents)
+    if args.compile:
+        methods += [method._replace(compiled=True) for method in (*REFERENCES, *methods)]
+    console, rows = Console(), []
+    console.width = max(console.width, 150)  # do not fold the table in a file or a narrow window
+    with Console(stderr=True).status("") as status:
+        for model in args.models:
+            for batch_size in args.batch_sizes:
+                options = {"precision": args.precision, "rounds": args.rounds, "progress": status.update}
+                rows += measure(model, batch_size, methods, device, **options)
+    console.print(table(rows))
+    if args.json:
+        args.json.write_text(json.dumps([row.as_dict() for row in rows], indent=2) + "\n")
+
+
+def table(rows: list[Row]) -> Table:
+    """A printable table of the rows."""
+    grid = Table(title=f"one training step on {rows[0].device}, threads: {rows[0].threads}", box=SIMPLE_HEAD)
+    for heading in ("model", "batch", "method", "tangents", "K"):
+        grid.add_column(heading, no_wrap=True)
+    for heading in ("ms", "per backprop", "per forward", "peak MiB", "per backprop", "per forward"):
+        grid.add_column(heading, justify="right")
+    for row in rows:
+        low, high = row.ratio_to_backprop_quartiles
+        method = f"{row.method}, compiled" if row.compiled else row.method
+        named = (row.model, str(row.batch_size), method, row.tangents, str(row.num_tangents or ""))
+        spread = f"{row.ratio_to_backprop:.2f} ({low:.2f}-{high:.2f})"
+        times = (f"{row.step_ms:.2f}", spread, f"{row.ratio_to_forward:.2f}")
+        memory = (f"{row.peak_mib:.1f}", f"{row.peak_to_backprop:.2f}", f"{row.peak_to_forward:.2f}")
+        grid.add_row(*named, *times, *memory)
+    return grid
+
+
+def print_loop_overhead(methods: list[str]) -> None:
+    """Print the microseconds per step of the default run, of plain PyTorch and of plain Lightning."""
+    silence_libraries()
+    grid = Table(title="microseconds a step, digits MLP, one thread", box=SIMPLE_HEAD)
+    for heading in ("method", "bare loop", "plain Lightning", "scripts/train.py", "to plain Lightning"):
+        grid.add_column(heading, justify="right")
+    for method in methods:
+        found = loop_overhead(method)
+        grid.add_row(method, *(f"{found[name]:.0f}" for name in list(found)[:-1]), f"{found['to_plain']:.2f}")
+    Console().print(grid)
+
+
+def print_scaling(args: argparse.Namespace, device: torch.device) -> None:
+    """Print milliseconds per step against the number of ranks, modelled from measured compute and the given link."""
+    computes = [
+        measure_compute(model, batch_size, num_tangents, device, args.rounds)
+        for model in args.models
+        for batch_size in args.batch_sizes
+        for num_tangents in args.num_tangents
+    ]
+    links = [Link(gbit * 1e9 / 8, args.latency_us / 1e6) for gbit in args.gbit]
+    rows = rows_of(computes, args.ranks, links)
+    console = Console()
+    console.width = max(console.width, 150)
+    console.print(scaling_table(rows, f"ms a step, compute measured on {device}, link modelled"))
+    if args.json:
+        args.json.write_text(json.dumps(rows, indent=2) + "\n")

@@ -1,0 +1,77 @@
+"""Performance profiles on test functions: fgtrain profiles --methods backprop fwdgrad spsa --dims 2 10
+
+Minimises 89 test functions from many starting points with a grid of learning rates. A step treats all starts and
+learning rates of a function as one batch. Each method uses, for each function, the learning rate that solves the most
+problems. The result is the share of problems solved (1 % of f(x_0) - f* left) against function evaluations: a pass
+counts 1, each derivative in it 1, a reverse sweep 2. Writes profiles.json,
+profiles.png and profiles.svg.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from hydra.utils import instantiate
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from fgtrain.figures import save
+from fgtrain.runs.messages import USER_ERRORS, fail, silence_libraries
+from fgtrain.studies.compare.plan import compose_run
+from fgtrain.studies.profiles import draw, problems, share_solved, solve, speed_of_batching
+from fgtrain.tasks import Rosenbrock
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--methods", nargs="+", default=["backprop", "fwdgrad", "spsa"], help="files in conf/method")
+    parser.add_argument("--dims", nargs="+", type=int, default=[2, 10])
+    parser.add_argument("--starts", type=int, default=20)
+    parser.add_argument("--iterations", type=int, default=500)
+    parser.add_argument("--rates", type=int, default=9, help="learning rates, a factor of sqrt(10) apart")
+    parser.add_argument("--tolerance", type=float, default=0.01, help="share of f(x_0) - f* that may be left")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("profiles"), help="folder for the results")
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Solve the problems, write the results and print the table."""
+    args = parse()
+    try:
+        profile(args)
+    except (*USER_ERRORS, ValueError) as error:
+        fail(error)
+
+
+def profile(args: argparse.Namespace) -> None:
+    """Solve what the command line asks for."""
+    silence_libraries()
+    torch.set_default_dtype(torch.float64)
+    configs = {m: compose_run(["task=sphere"], f"method={m}", "run_dir=.")[0] for m in args.methods}
+    rates = [10 ** (-k / 2) for k in range(args.rates)]
+    found = []
+    jobs = [(m, f) for f in problems(args.dims, args.starts * args.rates) for m in args.methods]
+    for method, function in track(jobs, "solving", console=Console(stderr=True), transient=True):
+        estimator = instantiate(configs[method].method)
+        options = {"tolerance": args.tolerance, "seed": args.seed}
+        found.append(solve(function, method, estimator, rates, args.starts, args.iterations, **options))
+    args.out.mkdir(parents=True, exist_ok=True)
+    save(draw(found), args.out / "profiles")
+    rows = [solved._asdict() | {"evaluations": solved.evaluations.tolist()} for solved in found]
+    (args.out / "profiles.json").write_text(json.dumps(rows, indent=1) + "\n")
+    budgets = torch.tensor([10.0, 100.0, 1000.0, 10000.0])
+    table = Table(title=f"share of {len(jobs) // len(args.methods) * args.starts} problems solved within evaluations")
+    for name in ("method", *(f"{budget:.0f}" for budget in budgets.tolist())):
+        table.add_column(name, justify="right")
+    for method in args.methods:
+        shares = share_solved([s for s in found if s.method == method], budgets)
+        table.add_row(method, *(f"{share:.2f}" for share in shares.tolist()))
+    Console().print(table)
+    estimator, rows_at_once = instantiate(configs[args.methods[-1]].method), args.starts * args.rates
+    faster = speed_of_batching(lambda count: Rosenbrock(count, "domain", dim=max(args.dims)), estimator, rows_at_once)
+    print(f"one iteration of {rows_at_once} starts and learning rates is {faster:.0f} times faster than one at a time")
+    print(f"profiles.json, profiles.png and profiles.svg in {args.out}")

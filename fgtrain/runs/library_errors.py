@@ -1,0 +1,23 @@
+"""Errors of libraries during a run that are the user's to mend, as one-line errors."""
+
+from collections.abc import Generator
+from contextlib import contextmanager
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from fgtrain.errors import ConfigError, UserError
+from fgtrain.memory import is_out_of_memory
+
+
+@contextmanager
+def library_errors_named() -> Generator[None]:
+    """Raise Lightning's MisconfigurationException as a ConfigError and a lack of memory as a UserError."""
+    try:
+        yield
+    except MisconfigurationException as error:
+        raise ConfigError(str(error)) from error
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, UserError) or not is_out_of_memory(error):
+            raise
+        reason = str(error)[-200:] or "MemoryError"
+        raise UserError(f"not enough memory ({reason}); use a smaller data.batch_size or model") from error

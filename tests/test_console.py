@@ -1,0 +1,205 @@
+"""The console command: it is the scripts, finds its configuration where it is installed, and answers quickly."""
+
+import os
+import re
+import runpy
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib import import_module
+
+import pytest
+import torch
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+import fgtrain
+from fgtrain import __main__ as console
+from fgtrain.errors import ConfigError, UserError
+from fgtrain.runs.library_errors import library_errors_named
+from tests.commands import ROOT, results_under
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs the console with arguments; (exit status, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["/somewhere/fgtrain", *arguments])
+        try:
+            status = console.main()
+        except SystemExit as end:
+            status = end.code
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_every_script_is_its_command():
+    scripts = {path.stem: path for path in (ROOT / "scripts").glob("*.py")}
+    modules = {path.stem for path in (ROOT / "fgtrain" / "commands").glob("*.py")} - {"__init__"}
+    assert scripts.keys() == console.COMMANDS.keys() == modules
+    for name, path in scripts.items():
+        assert runpy.run_path(str(path))["main"] is import_module(f"fgtrain.commands.{name}").main
+
+
+@pytest.mark.parametrize("name", console.COMMANDS)
+def test_command_gets_its_arguments(name, run, monkeypatch):
+    monkeypatch.setattr(f"fgtrain.commands.{name}.main", lambda: print(sys.argv))
+    assert run(name, "a=1", "--b") == (0, f"['fgtrain {name}', 'a=1', '--b']\n", "")
+
+
+def test_help_has_a_line_for_each_command(run):
+    for arguments in ([], ["-h"], ["--help"]):
+        status, out, err = run(*arguments)
+        assert (status, err) == (0, "")
+        assert re.findall(r"^  (\w+) +\w", out, flags=re.MULTILINE) == list(console.COMMANDS)
+
+
+@pytest.mark.parametrize("name", [name for name in console.COMMANDS if name != "train"])
+def test_help_of_a_command_names_it(name, run):
+    status, out, _ = run(name, "--help")
+    assert not status
+    assert f"fgtrain {name} " in " ".join(out.split())
+
+
+def test_version(run):
+    assert run("--version") == (0, f"fgtrain {fgtrain.__version__}\n", "")
+    assert re.fullmatch(r"\d+\.\d+\.\d+", fgtrain.__version__)
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [("trian", r"did you mean train\?"), ("method=fwdgrad", "the commands are train, compare, bench, .*")],
+)
+def test_unknown_command_is_one_line(name, hint, run):
+    status, out, err = run(name, "--help")
+    assert (status, out) == (2, "")
+    assert re.fullmatch(f"fgtrain: there is no command '{name}'; {hint}\n", err)
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("fgtrain ", "train compare bench profiles evaluate replay"),
+        ("fgtrain re", "replay"),
+        ("fgtrain train  model=cnn method=fwdgrad", "method=fwdgrad method=fwdgrad_lowrank"),
+        ("fgtrain bench --m", ""),
+    ],
+)
+def test_completion(line, words, run, monkeypatch):
+    monkeypatch.setenv("COMP_LINE", line)
+    status, out, _ = run("-sc", "query=bash")
+    assert (status or 0, out.strip()) == (0, words)
+
+
+def test_completion_is_installed_for_the_command(run):
+    for arguments in (["train", "-sc", "install=bash"], ["--shell-completion", "install=bash"]):
+        _, out, _ = run(*arguments)
+        assert out.rstrip().endswith(" -F hydra_bash_completion fgtrain")
+
+
+def test_ctrl_c_is_one_line(run, monkeypatch):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(console, "import_module", interrupted)
+    assert run("train") == (130, "", "fgtrain: interrupted\n")
+
+
+def test_public_names_are_loaded_when_used():
+    assert dir(fgtrain) == sorted(fgtrain.__all__)
+    assert all(getattr(fgtrain, name).__name__.endswith(name) for name in fgtrain.__all__)
+    with pytest.raises(AttributeError, match="module 'fgtrain' has no attribute 'nope'"):
+        fgtrain.nope  # noqa: B018
+
+
+def test_nothing_heavy_is_loaded_before_a_run():
+    heavy = "{'torch', 'lightning', 'matplotlib', 'sklearn', 'scipy'}"
+    code = f"import sys, fgtrain.__main__, fgtrain.commands.train; print(sorted({heavy} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("error", "named", "message"),
+    [
+        (MisconfigurationException("odd"), ConfigError, "odd"),
+        (MemoryError(), UserError, r"not enough memory \(MemoryError\); use a smaller data.batch_size or model"),
+        (torch.OutOfMemoryError("9 GiB"), UserError, r"not enough memory \(9 GiB\); use a smaller data.batch_size"),
+        (ConfigError("mine"), ConfigError, "mine"),
+        (RuntimeError("a bug"), RuntimeError, "a bug"),
+    ],
+)
+def test_errors_of_libraries(error, named, message):
+    with pytest.raises(named, match=f"^{message}") as caught, library_errors_named():
+        raise error
+    assert type(caught.value) is named
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """The environment of processes that find fgtrain in a folder into which its wheel was installed."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"  # setuptools leaves a build folder
+    ignored = shutil.ignore_patterns(".*", "build", "*.egg-info", "results")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    offline = ["--no-deps", "--no-index", "--disable-pip-version-check"]
+    pip = [sys.executable, "-m", "pip"]
+    subprocess.run([*pip, "wheel", *offline, "--no-build-isolation", "-w", folder, source], check=True)
+    (wheel,) = folder.glob("*.whl")
+    subprocess.run([*pip, "install", *offline, "--target", folder / "site", wheel], check=True)
+    shutil.rmtree(source)
+    path = os.pathsep.join([str(folder / "site" / "bin"), os.environ["PATH"]])
+    return os.environ | {"PYTHONPATH": str(folder / "site"), "PATH": path}
+
+
+def output(command, folder, environ):
+    done = subprocess.run(command, cwd=folder, env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_wheel_away_from_the_checkout(installed, tmp_path):
+    where = [sys.executable, "-c", "import fgtrain; print(fgtrain.__file__, fgtrain.__version__)"]
+    site = installed["PYTHONPATH"]
+    assert output(where, tmp_path, installed) == f"{site}/fgtrain/__init__.py {fgtrain.__version__}\n"
+    (metadata,) = [file for file in os.listdir(site) if file.endswith(".dist-info")]
+    assert metadata == f"fgtrain-{fgtrain.__version__}.dist-info"
+    assert os.path.exists(f"{site}/fgtrain/py.typed")
+    module = [sys.executable, "-m", "fgtrain"]
+    output([*module, "train", "trainer.max_steps=20", "hydra.run.dir=run", "callbacks=replay_log"], tmp_path, installed)
+    (results,) = results_under(tmp_path)
+    assert results["steps"] == 20
+    said = output(["fgtrain", "evaluate", "run", "--split", "test"], tmp_path, installed)
+    assert f"test/acc {results['metrics']['test/acc']:.6g}" in said
+    assert output(["fgtrain", "replay", "run", "weights.pt"], tmp_path, installed).startswith("20 steps replayed")
+    command = ["fgtrain", "compare", "methods=[backprop]", "seeds=1", "budget=3steps", "out=compared"]
+    output(command, tmp_path, installed)
+    assert (tmp_path / "compared" / "table.md").read_text().count(f"`{shlex.join(command)}`") == 1
+
+
+@pytest.mark.slow
+def test_wheel_on_two_processes(installed, tmp_path):
+    common = ["fgtrain", "train", "trainer=ddp", "trainer.accelerator=cpu", "trainer.max_steps=20", "quiet=true"]
+    output([*common, "trainer.devices=2"], tmp_path, installed)
+    output([*common, "hydra/launcher=joblib", "trainer.devices=1", "seed=0,1", "-m"], tmp_path, installed)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", *common]
+    output(torchrun, tmp_path, installed)
+    assert sorted(results["world_size"] for results in results_under(tmp_path)) == [1, 1, 2, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.5, 1, 2, 4])
+def test_ctrl_c_during_imports(seconds, tmp_path):
+    started = subprocess.Popen(
+        [sys.executable, "-m", "fgtrain", "train"], cwd=tmp_path, stderr=subprocess.PIPE, text=True
+    )
+    time.sleep(seconds)
+    started.send_signal(signal.SIGINT)
+    _, err = started.communicate()
+    assert started.returncode in (130, -signal.SIGINT), err  # which a shell shows as 130
+    assert len(err.splitlines()) <= 1, err

@@ -48,6 +48,7 @@ def test_derivative_is_the_inner_product_with_the_gradient(device, law):
 @DEVICES
 @compiles
 @pytest.mark.slow
+@pytest.mark.filterwarnings("default")  # on a GPU the compiler warns of settings for TensorFloat32
 def test_compiled_derivatives_are_those_of_the_model_as_written(device, caplog):
     model, loss_fn = problem(device)
     tangents = LowRank().sample(dict(model.named_parameters()), seeds=[5, 6])

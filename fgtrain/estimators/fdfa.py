@@ -53,8 +53,8 @@ class FDFA(GradientEstimator):
     Args:
         num_tangents: K >= 1.
         feedback_lr: beta, in (0, 1]. The first 1 / beta updates of the feedback use the plain mean.
-        feedback_every: m >= 1, see Cost. The feedback changes as slowly as the weights, so that a large m costs little
-            accuracy and takes less time than backpropagation.
+        feedback_every: m >= 1, see Cost. The Jacobians change as slowly as the weights, so a large m costs little
+            accuracy.
 
     Raises:
         ValueError: an argument is out of its range.

@@ -125,6 +125,7 @@ def test_is_compiled():
     assert _torch.is_compiled(model)
 
 
+@pytest.mark.slow
 def test_graphs_are_compiled_as_they_are():
     graph = torch.fx.symbolic_trace(lambda x: x.sin() + 1)
     x = torch.ones(3)

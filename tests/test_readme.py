@@ -55,6 +55,7 @@ SWEPT = {
     r"--num-tangents 1( \d+)+": "--num-tangents 1",
     r"--models (mlp cnn|resnet18 vit_b_16)": "--models digits_mlp",
     r"deep8 deep24 deep64": "deep8",
+    r"experiment=(\w+_digits)": r"experiment=\1 data.batch_size=8",
 }
 """Sweeps, and replacements with fewer values."""
 

@@ -11,12 +11,17 @@ from fgtrain.memory import is_out_of_memory
 
 @contextmanager
 def library_errors_named() -> Generator[None]:
-    """Raise Lightning's MisconfigurationException as a ConfigError and a lack of memory as a UserError."""
+    """Raise a lack of memory as a UserError, and these errors of Lightning as a ConfigError.
+
+    They are its MisconfigurationException, and early stopping that needs a metric that has not been logged yet.
+    """
     try:
         yield
     except MisconfigurationException as error:
         raise ConfigError(str(error)) from error
     except (RuntimeError, MemoryError) as error:
+        if str(error).startswith("Early stopping conditioned on"):
+            raise ConfigError(f"{error}; trainer.log_every_n_steps sets how often train/... is logged") from error
         if isinstance(error, UserError) or not is_out_of_memory(error):
             raise
         reason = str(error)[-200:] or "MemoryError"

@@ -230,7 +230,7 @@ def _train(parts: Run, cfg: DictConfig, choices: Mapping[str, str]) -> dict[str,
         raise ConfigError(f"run_dir={run_dir} holds a finished run without a checkpoint to continue from")
     module.position.keeps_stop = checkpoint is None or stop_holds(cfg, checkpoint)
     trainer.callbacks[:0] = [FirstBatch(), _Beginning(cfg, choices)]  # ty: ignore[missing-attribute]
-    with lost_ranks_named(trainer.global_rank), _ctrl_c_named(trainer), _monitor_named():
+    with lost_ranks_named(trainer.global_rank), _ctrl_c_named(trainer):
         trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
     if trainer.global_step == 0:
         raise ConfigError(
@@ -277,17 +277,6 @@ def _ctrl_c_named(trainer: L.Trainer) -> Generator[None]:
             raise
         step = trainer.global_step
         raise Interrupted(f"interrupted after step {step}, which was not saved", signal.SIGINT) from end
-
-
-@contextmanager
-def _monitor_named() -> Generator[None]:
-    """Raise a ConfigError if early stopping needs a metric that has not been logged yet."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not str(error).startswith("Early stopping conditioned on"):
-            raise
-        raise ConfigError(f"{error}; trainer.log_every_n_steps sets how often train/... is logged") from error
 
 
 def _function_results(module: EstimatorModule) -> dict[str, Any]:

@@ -255,7 +255,7 @@ def test_exact_head_refuses_a_last_layer_called_twice():
 @pytest.mark.parametrize("estimator", [ActivityPerturbation(exact_head=True), ForwardGradient(exact_head=True), FDFA()])
 def test_exact_head_refuses_a_pass_without_the_last_layer(estimator):
     model, used = nn.ModuleList([nn.Linear(3, 3), nn.Linear(3, 3)]).double(), 0
-    losses = lambda m: m[used](INPUTS).square().sum(1)  # noqa: E731
+    losses = lambda m: m[used](INPUTS).square().sum(1)
     estimator(model, losses)
     used = 1
     with pytest.raises(UnsupportedOperation, match="0 was the last layer of the model's first pass"):
@@ -407,7 +407,7 @@ def test_convolutions_under_autocast(options):
     """As many directions as units, 3 maps of one position and 3 outputs; half precision has 8 bits."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 3, 6), nn.Tanh(), nn.Flatten(), nn.Linear(3, 3))
-    losses = lambda m: F.cross_entropy(m(IMAGES.float()), LABELS, reduction="none")  # noqa: E731
+    losses = lambda m: F.cross_entropy(m(IMAGES.float()), LABELS, reduction="none")
     exact = Backprop()(model, losses).grads
     with torch.autocast("cpu", torch.bfloat16):
         found = ActivityPerturbation(6, **options)(model, losses).grads
@@ -459,7 +459,7 @@ def test_shrinkage_multiplies_by_its_formula(noise):
     torch.manual_seed(0)
     layer, inputs, num = nn.Linear(3, 5, dtype=torch.float64), torch.randn(16, 3, dtype=torch.float64), 2
     variance = {"rademacher": 4 / 2, "normal": 6 / 2, "balanced": 3 / 2}[noise]
-    losses = lambda m: m(inputs).square().sum(1)  # noqa: E731
+    losses = lambda m: m(inputs).square().sum(1)
     plain, shrunk = (
         ActivityPerturbation(num, noise, shrinkage=on)(layer, losses, generator=keyed_generator(0)).grads
         for on in (False, True)

@@ -133,7 +133,7 @@ def test_several_optimizers_step_together(tmp_path):
     torch.manual_seed(1)
     for _ in range(3):
         for x, y in data():
-            loss = lambda net, x=x, y=y: F.cross_entropy(net.net(x), y)  # noqa: E731
+            loss = lambda net, x=x, y=y: F.cross_entropy(net.net(x), y)
             write_grads(plain, ForwardGradient()(plain, loss, generator=keyed_generator(0, step, 0)).grads)
             nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
             first.step()

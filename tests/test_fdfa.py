@@ -113,7 +113,7 @@ def test_feedback_is_learnt_in_every_third_call():
 
 def test_last_layer_is_exact_whatever_the_feedback():
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.Tanh(), nn.Flatten(), nn.Linear(48, 3)).double()
-    loss_fn = lambda m: F.cross_entropy(m(IMAGES), LABELS, reduction="none")  # noqa: E731
+    loss_fn = lambda m: F.cross_entropy(m(IMAGES), LABELS, reduction="none")
     grads, exact = FDFA()(model, loss_fn).grads, Backprop()(model, loss_fn).grads
     for name in ("3.weight", "3.bias"):
         torch.testing.assert_close(grads[name], exact[name])
@@ -190,7 +190,7 @@ def test_refuses_outputs_of_another_size():
     estimator = FDFA()
     for length in (6, 7):
         inputs = torch.ones(4, 1, length, dtype=torch.float64)
-        step = lambda inputs=inputs: estimator(model, lambda m: F.cross_entropy(m(inputs), LABELS, reduction="none"))  # noqa: E731
+        step = lambda inputs=inputs: estimator(model, lambda m: F.cross_entropy(m(inputs), LABELS, reduction="none"))
         if length == 6:
             step()
     with pytest.raises(UnsupportedOperation, match=r"0 has shape \(2, 5\) per example but had \(2, 4\)"):

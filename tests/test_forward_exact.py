@@ -40,7 +40,7 @@ def test_a_unit_matrix_is_two_unit_vectors(monkeypatch):
 
 def test_a_parameter_the_loss_does_not_reach_has_the_gradient_zero():
     model = nn.ModuleDict({"used": nn.Linear(3, 2), "unused": nn.Linear(3, 2), "last": nn.Linear(2, 1)}).double()
-    loss = lambda m: m["last"](m["used"](INPUTS).tanh()).square().mean()  # noqa: E731
+    loss = lambda m: m["last"](m["used"](INPUTS).tanh()).square().mean()
     found, exact = ForwardExact()(model, loss).grads, Backprop()(model, loss).grads
     assert found.keys() - exact.keys() == {"unused.weight", "unused.bias"}
     assert not any(found[name].any() for name in found.keys() - exact.keys())

@@ -308,7 +308,7 @@ def test_what_is_not_finite_is_refused_and_forgotten():
     estimator, model = GaussNewton(), net().double()
 
     def estimate(x):
-        loss = lambda m: F.cross_entropy(m(x), LABELS, reduction="none")  # noqa: E731
+        loss = lambda m: F.cross_entropy(m(x), LABELS, reduction="none")
         return estimator(model, loss, generator=torch.Generator().manual_seed(0))
 
     before = estimate(INPUTS)

@@ -140,7 +140,7 @@ def test_every_module_side_by_side_has_a_loss_of_its_own():
 def test_a_head_for_every_group_is_restored():
     model = LocalMixer((2, 6, 6), 3, channels=8, depth=1, groups=2).double()
     estimator = LocalLosses(Backprop())
-    loss_fn = lambda m: F.cross_entropy(m(IMAGES), LABELS, reduction="none")  # noqa: E731
+    loss_fn = lambda m: F.cross_entropy(m(IMAGES), LABELS, reduction="none")
     for _ in range(3):
         estimator(model, loss_fn)
     assert estimator.heads.keys() == {"0", "1-0", "1-1"}
@@ -152,7 +152,7 @@ def test_a_head_for_every_group_is_restored():
 def test_mixer():
     torch.manual_seed(0)
     model = LocalMixer((2, 6, 6), 3, channels=8).double()
-    loss_fn = lambda m: F.cross_entropy(m(IMAGES), LABELS, reduction="none")  # noqa: E731
+    loss_fn = lambda m: F.cross_entropy(m(IMAGES), LABELS, reduction="none")
     estimator = LocalLosses()
     before = loss_fn(model).mean().item()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -10,6 +10,7 @@ import sys
 from importlib import import_module
 
 from fgtrain import __version__
+from fgtrain.runs.ctrl_c import ctrl_c_named
 
 COMMANDS = {
     "train": "train with any method; -m sweeps",
@@ -39,7 +40,8 @@ def main() -> int:
     elif COMPLETION & {name, *arguments}:
         return _complete(sys.argv[sys.argv[1] in COMMANDS :][1:])
     elif name in COMMANDS:
-        return _run(name, f"fgtrain {name}", *arguments)
+        sys.argv = [f"fgtrain {name}", *arguments]
+        return run(name)
     else:
         close = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"the commands are {', '.join(COMMANDS)}"
@@ -48,11 +50,12 @@ def main() -> int:
     return 0
 
 
-def _run(name: str, *command: str) -> int:
-    sys.argv = list(command)
+def run(name: str) -> int:
+    """Run a command with the arguments in `sys.argv`, and return the exit status."""
     try:
-        import_module(f"fgtrain.commands.{name}").main()  # late: --help and mistakes need not wait for PyTorch
-    except KeyboardInterrupt:  # also while it is imported
+        with ctrl_c_named():
+            import_module(f"fgtrain.commands.{name}").main()  # late: --help and mistakes need not wait for PyTorch
+    except KeyboardInterrupt:
         print("fgtrain: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     return 0
@@ -61,14 +64,16 @@ def _run(name: str, *command: str) -> int:
 def _complete(arguments: list[str]) -> int:
     """Complete the command, or by Hydra the arguments of train; the shell puts the whole line into COMP_LINE."""
     if not any(argument.startswith("query=") for argument in arguments):
-        return _run("train", "fgtrain", *arguments)
+        sys.argv = ["fgtrain", *arguments]
+        return run("train")
     program, _, line = os.environ.get("COMP_LINE", "").partition(" ")
     command, space, line = line.lstrip().partition(" ")
     if not space:
         print(" ".join(name for name in COMMANDS if name.startswith(command)))
     elif command == "train":
         os.environ["COMP_LINE"] = f"{program} {line}"
-        return _run("train", "fgtrain", *arguments)
+        sys.argv = ["fgtrain", *arguments]
+        return run("train")
     return 0
 
 

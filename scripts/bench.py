@@ -1,6 +1,8 @@
 """fgtrain bench, from a checkout: python scripts/bench.py --models mlp cnn."""
 
-from fgtrain.commands.bench import main
+import sys
+
+from fgtrain.__main__ import run
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run("bench"))

@@ -1,6 +1,8 @@
 """fgtrain compare, from a checkout: python scripts/compare.py methods=[backprop,fwdgrad] seeds=5 budget=60s."""
 
-from fgtrain.commands.compare import main
+import sys
+
+from fgtrain.__main__ import run
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run("compare"))

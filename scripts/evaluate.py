@@ -1,6 +1,8 @@
 """fgtrain evaluate, from a checkout: python scripts/evaluate.py runs/mine --split test."""
 
-from fgtrain.commands.evaluate import main
+import sys
+
+from fgtrain.__main__ import run
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run("evaluate"))

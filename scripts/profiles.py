@@ -1,6 +1,8 @@
 """fgtrain profiles, from a checkout: python scripts/profiles.py --methods backprop fwdgrad."""
 
-from fgtrain.commands.profiles import main
+import sys
+
+from fgtrain.__main__ import run
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run("profiles"))

@@ -1,6 +1,8 @@
 """fgtrain replay, from a checkout: python scripts/replay.py runs/mine weights.pt."""
 
-from fgtrain.commands.replay import main
+import sys
+
+from fgtrain.__main__ import run
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run("replay"))

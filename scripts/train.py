@@ -1,6 +1,8 @@
 """fgtrain train, from a checkout: python scripts/train.py method=fwdgrad."""
 
-from fgtrain.commands.train import main
+import sys
+
+from fgtrain.__main__ import run
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run("train"))

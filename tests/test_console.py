@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from importlib import import_module
 
 import pytest
 import torch
@@ -37,12 +36,15 @@ def run(monkeypatch, capsys):
     return run
 
 
-def test_every_script_is_its_command():
+def test_every_script_is_its_command(monkeypatch, capsys):
     scripts = {path.stem: path for path in (ROOT / "scripts").glob("*.py")}
     modules = {path.stem for path in (ROOT / "fgtrain" / "commands").glob("*.py")} - {"__init__"}
     assert scripts.keys() == console.COMMANDS.keys() == modules
     for name, path in scripts.items():
-        assert runpy.run_path(str(path))["main"] is import_module(f"fgtrain.commands.{name}").main
+        monkeypatch.setattr(f"fgtrain.commands.{name}.main", lambda name=name: print(name))
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(path), run_name="__main__")
+        assert (end.value.code, capsys.readouterr().out) == (0, f"{name}\n")
 
 
 @pytest.mark.parametrize("name", console.COMMANDS)
@@ -107,6 +109,20 @@ def test_ctrl_c_is_one_line(run, monkeypatch):
 
     monkeypatch.setattr(console, "import_module", interrupted)
     assert run("train") == (130, "", "fgtrain: interrupted\n")
+
+
+@pytest.mark.parametrize("raised", [RecursionError, ConfigError])
+@pytest.mark.parametrize("within", ["fgtrain.commands.train.run_app", "fgtrain.runs.launch.launch"])
+def test_error_after_ctrl_c_is_one_line(within, raised, run, monkeypatch):
+    def interrupted(*_, **__):
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:
+            raise raised("an import that was interrupted") from None
+
+    monkeypatch.setattr(within, interrupted)
+    assert run("train") == (130, "", "fgtrain: interrupted\n")
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_public_names_are_loaded_when_used():

@@ -104,7 +104,7 @@ def test_of_two_runs_of_two_processes_one_trains(tmp_path):
         first.wait()
     assert second.err.count("\n") == 1, second.err
     assert "belongs to a run in progress" in second.err
-    command += ("trainer.devices=1", "trainer=default", "trainer.max_steps=20", "callbacks.recovery.every_n_steps=100")
+    command += ("trainer.devices=1", "trainer=default", "trainer.max_steps=5", "callbacks.recovery.every_n_steps=100")
     deadline = time.monotonic() + 60
     while True:  # the ranks of the killed launcher save and end
         resumed = Started(tmp_path / f"resumed {time.monotonic()}", *command)

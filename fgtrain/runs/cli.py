@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from fgtrain.errors import Interrupted, JobFailed, disk_error
 from fgtrain.runs.config import CONF, drop_arguments_of_replaced_targets, name_targets
+from fgtrain.runs.ctrl_c import ctrl_c_named
 from fgtrain.runs.messages import USER_ERRORS, cannot_write, fail, one_line, silence_libraries
 from fgtrain.runs.starters import is_follower
 from fgtrain.runs.sweeps import SweepTable
@@ -47,7 +48,8 @@ def run_app(task: Callable[[DictConfig], Any], config_name: str) -> None:
         composed = True
         silence_libraries()  # a launcher may have started this process
         try:
-            return task(cfg)
+            with ctrl_c_named():
+                return task(cfg)
         except Exception as error:
             if HydraConfig.get().mode == RunMode.MULTIRUN and not isinstance(error, Interrupted):
                 raise job_failed(error) from error  # the other jobs continue
@@ -58,7 +60,8 @@ def run_app(task: Callable[[DictConfig], Any], config_name: str) -> None:
     setattr(argparse.ArgumentParser, "error", lambda _, message: fail(_usage(message)))  # instead of the whole usage
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise errors instead of printing them
     try:
-        _hydra_main(job, config_name)
+        with ctrl_c_named():
+            _hydra_main(job, config_name)
         sys.stdout.flush()
     except BrokenPipeError:
         if not _nobody_reads():  # another pipe broke

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from fgtrain import Backprop, ForwardGradient, Highway, MeZO
 from fgtrain.errors import LossError, UnsupportedOperation
+from fgtrain.estimators import highway
+from fgtrain.forward_ad import jvp
 from fgtrain.memory import peak_mib
 from fgtrain.network.parameters import slots_of
 from tests.residual import EVERY_MODEL, Residual, assert_same, built, mlp
@@ -183,12 +185,25 @@ def test_refusals(model, options, message):
     assert all("forward" not in module.__dict__ for module in model.modules())
 
 
+def test_tokens_need_the_directions_of_one(monkeypatch):
+    model, loss, _ = built("transformer")
+    counts = []
+
+    def counted(probed, loss_fn, tangents):
+        counts.append(len(tangents["probe"]))
+        return jvp(probed, loss_fn, tangents)
+
+    monkeypatch.setattr(highway, "jvp", counted)
+    Highway(ForwardGradient())(model, loss)
+    assert counts == [8 + 1]  # the hidden state of a token, and the check
+
+
 def test_forward_mode_needs_losses_per_example():
     model, loss, _ = built("MLP")
     with pytest.raises(
         LossError, match="one loss for each of the 5 examples in the hidden state, got losses of shape "
     ):
-        Highway(ForwardGradient())(model, lambda m: loss(m).mean())
+        Highway(ForwardGradient())(model, lambda m: loss(m).square().mean())
     assert all(p.requires_grad for p in model.parameters())
 
 

@@ -7,13 +7,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from fgtrain.errors import NoTangent
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, add_grad, average_grads, require_positive_int
-from fgtrain.forward_ad.native import NO_TANGENT
 from fgtrain.forward_ad.passes import RepeatedPass
 from fgtrain.layer_noise.layers import perturbed_layers, run_perturbed
 from fgtrain.layer_noise.noise import LayerCall, LayerNoise, LocalGrads, Noise, PerturbedPass
-from fgtrain.layer_noise.rows import ExaminedPass, Rows, gradient_of_head, rows_of_examples
+from fgtrain.layer_noise.rows import ExaminedPass, Rows, gradient_of_head, per_example
 from fgtrain.layer_noise.second_pass import ReplayedPass
 from fgtrain.network.parameters import trainable_params
 from fgtrain.random import draw_seeds
@@ -151,16 +149,18 @@ class ActivityPerturbation(GradientEstimator):
         noises = {name: LayerNoise(name, perturbed) for name in layers.biases}
         repeated = RepeatedPass(model) if self.memory == "replay" else None
         examined = ExaminedPass(model, loss_fn)
-        losses, found = run_perturbed(model, loss_fn, {**noises, **(directions or {})})
-        if found is None:
-            raise NoTangent(NO_TANGENT)
-        num, calls = self.num_tangents, perturbed.calls
-        if losses.dim() == 0 and self.examples == "independent":
-            self._warn_of_scalar(calls)
-        of_head = gradient_of_head(examined, calls, layers.last, found[num:]) if self.exact_head else None
-        rows = rows_of_examples(examined, calls, losses) if self.examples == "independent" else {}
+        evaluated, calls = examined.run({**noises, **(directions or {})}), perturbed.calls
+        of_head = gradient_of_head(examined, calls, layers.last, evaluated) if self.exact_head else None
+        rows: Mapping[str, Rows] = {}
+        if self.examples == "independent":
+            evaluated, rows = per_example(examined, calls, evaluated)
+            if evaluated.losses.dim() == 0:
+                self._warn_of_scalar(calls)
+        losses, found = evaluated
         units = perturbed.noise_size / (losses.numel() if rows else 1)
-        collected = _Collected(losses, found[:num], of_head, rows, layers.biases, params, self._variance(units))
+        collected = _Collected(
+            losses, found[: self.num_tangents], of_head, rows, layers.biases, params, self._variance(units)
+        )
         if repeated is None:
             for call in perturbed.calls:
                 assert call.local_grads is not None

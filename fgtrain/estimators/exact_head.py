@@ -5,10 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fgtrain.errors import NoTangent
 from fgtrain.estimators.base import Estimate, Reduce, average_grads
-from fgtrain.forward_ad.native import NO_TANGENT
-from fgtrain.layer_noise.layers import perturbed_layers, run_perturbed
+from fgtrain.layer_noise.layers import perturbed_layers
 from fgtrain.layer_noise.noise import LayerNoise, PerturbedPass
 from fgtrain.layer_noise.rows import ExaminedPass, gradient_of_head
 from fgtrain.network.parameters import slots_of
@@ -31,7 +29,8 @@ def with_exact_head(
     Args:
         estimate: maps parameters and a function like `fgtrain.forward_ad.jvp` to an estimate for these parameters.
         model: a model whose last layer is a Linear.
-        loss_fn: maps the model to losses (B,), each of which depends on one row of the last layer.
+        loss_fn: maps the model to losses (B,), each of which depends on one row of the last layer; or to the mean of
+            one F.cross_entropy or F.mse_loss of all rows.
         params: the trained parameters.
         reduce: mean over ranks.
     """
@@ -45,15 +44,13 @@ def with_exact_head(
     ) -> tuple[Tensor, Tensor]:
         num = num_of(directions)
         perturbed, examined = PerturbedPass(num, seed=0, head=head[0]), ExaminedPass(model, loss_fn)
-        losses, found = run_perturbed(model, loss_fn, {**directions, head[0]: LayerNoise(head[0], perturbed)})
-        if found is None:
-            raise NoTangent(NO_TANGENT)
-        grad_output = gradient_of_head(examined, perturbed.calls, head[0], found[num:])
+        found = examined.run({**directions, head[0]: LayerNoise(head[0], perturbed)})
+        grad_output = gradient_of_head(examined, perturbed.calls, head[0], found)
         local_grads = perturbed.calls[0].local_grads
         assert local_grads is not None
         found_grads, dtypes = local_grads(grad_output), slots_of(model).params
         grads.update({name: g.to(dtypes[name].dtype) for name, g in zip(head, found_grads, strict=False)})
-        return losses, found[:num]
+        return found.losses, found.derivatives[:num]
 
     others = {name: p for name, p in params.items() if name not in head}
     found = estimate(others, jvp) if others else Estimate(jvp(model, loss_fn, {})[0].mean(), {})

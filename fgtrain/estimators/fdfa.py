@@ -7,12 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fgtrain.errors import NoTangent, UnsupportedOperation
+from fgtrain.errors import UnsupportedOperation
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, average_grads, require_positive_int
-from fgtrain.forward_ad.native import NO_TANGENT
-from fgtrain.layer_noise.layers import perturbed_layers, run_perturbed
+from fgtrain.layer_noise.layers import perturbed_layers
 from fgtrain.layer_noise.noise import LayerCall, LayerNoise, LocalGrads, PerturbedPass
-from fgtrain.layer_noise.rows import ExaminedPass, Rows, gradient_of_head, rows_of_examples
+from fgtrain.layer_noise.rows import ExaminedPass, Rows, gradient_of_head, per_example
 from fgtrain.network.parameters import trainable_params
 from fgtrain.random import draw_seeds
 from fgtrain.tangents import Rademacher
@@ -110,7 +109,7 @@ class FDFA(GradientEstimator):
         seed, *seeds = draw_seeds(generator, 1 + self.num_tangents)
         layers = perturbed_layers(model, loss_fn)
         others = {name: p for name, p in params.items() if name not in {*layers.biases, *layers.biases.values()}}
-        learns = self._learns_now()
+        learns = self.feedback_every == 1 or int(self.num_calls) % self.feedback_every == 0
         directions = Rademacher().sample(others, seeds) if others and learns else None
         perturbed = (
             PerturbedPass(self.num_tangents, seed, "rademacher", head=layers.last)
@@ -119,15 +118,14 @@ class FDFA(GradientEstimator):
         )
         noises = {name: LayerNoise(name, perturbed) for name in layers.biases}
         examined = ExaminedPass(model, loss_fn)
-        losses, found = run_perturbed(model, loss_fn, {**noises, **(directions or {})}, follows=learns)
-        if found is None:
-            raise NoTangent(NO_TANGENT)
+        evaluated = examined.run({**noises, **(directions or {})}, follows=learns)
         calls = _in_order(perturbed.calls)
-        error = gradient_of_head(examined, calls, layers.last, found[perturbed.num_tangents :])
+        error = gradient_of_head(examined, calls, layers.last, evaluated)
+        (losses, found), rows = per_example(examined, calls, evaluated) if learns else (evaluated, {})
         *hidden, head = calls
+        _refuse_other_rows(calls, rows, error[..., 0].shape)
         if learns:
             assert head.tangent is not None
-            _refuse_other_rows(hidden, rows_of_examples(examined, perturbed.calls, losses), losses.numel())
             self._learn(hidden, head.tangent, reduce)
         signals = [self._through_feedback(error, call) for call in hidden] + [error]
         grads: dict[str, Tensor] = {}
@@ -137,19 +135,14 @@ class FDFA(GradientEstimator):
             names = (call.name, layers.biases[call.name])
             pairs = zip(names, call.local_grads(signal), strict=True)
             grads |= {name: g.to(params[name].dtype) for name, g in pairs if name is not None}
-        derivatives = found[: self.num_tangents].mean(1) if learns else None
+        derivatives = found[: self.num_tangents].view(self.num_tangents, -1).mean(1) if learns else None
         if directions is not None and derivatives is not None:
             numbers = perturbed.noise_size / losses.numel() + sum(p.numel() for p in others.values())
             variance = (numbers - 1) / self.num_tangents / losses.numel() ** 0.5
             grads |= directions.weighted_sum(derivatives / self.num_tangents / (1 + variance))
+        if self.feedback_every > 1:
+            self.num_calls = self.num_calls + 1
         return Estimate(losses.mean(), average_grads(grads, reduce), derivatives)
-
-    def _learns_now(self) -> bool:
-        """Whether this call learns the feedback; counts the call."""
-        if self.feedback_every == 1:
-            return True
-        num_calls, self.num_calls = int(self.num_calls), self.num_calls + 1
-        return num_calls % self.feedback_every == 0
 
     def _learn(self, hidden: list[LayerCall], tangent: Tensor, reduce: Reduce | None) -> None:
         """Move every feedback matrix towards the mean product of the output's tangents and the layer's noise."""
@@ -197,7 +190,7 @@ class FDFA(GradientEstimator):
                 self.feedback.register_buffer(name.removeprefix("feedback."), torch.zeros_like(saved))
 
     def extra_repr(self) -> str:
-        return f"num_tangents={self.num_tangents}, feedback_lr={self.feedback_lr}"
+        return f"num_tangents={self.num_tangents}, feedback_lr={self.feedback_lr}, feedback_every={self.feedback_every}"
 
 
 @dataclass(eq=False)
@@ -227,10 +220,10 @@ def _in_order(calls: list[LayerCall]) -> list[LayerCall]:
     return calls
 
 
-def _refuse_other_rows(calls: list[LayerCall], rows: Mapping[str, Rows], num_examples: int) -> None:
+def _refuse_other_rows(calls: list[LayerCall], rows: Mapping[str, Rows], examples: torch.Size) -> None:
     for call in calls:
-        if call.shape[0] != num_examples or (rows and rows.get(call.name) != Rows()):
+        if call.shape[:1] != examples or (rows and rows.get(call.name) != Rows()):
             raise UnsupportedOperation(
-                f"FDFA needs outputs whose first dimension is the {num_examples} examples, but "
+                f"FDFA needs outputs whose first dimension is the {examples.numel()} examples, but "
                 f"{call.name.removesuffix('.weight')} gives {tuple(call.shape)}; use ActivityPerturbation"
             )

@@ -14,6 +14,7 @@ from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, add_gra
 from fgtrain.forward_ad import jvp
 from fgtrain.forward_ad.native import primal_of
 from fgtrain.forward_ad.passes import RepeatedPass, check_losses, plain_losses
+from fgtrain.forward_ad.row_losses import Evaluated, Scaled, WithRows
 from fgtrain.network.blocks import Forward, find_blocks, forwards_replaced, frozen, has_identity_skip, hidden_of
 from fgtrain.network.parameters import slots_of, trainable_params
 from fgtrain.network.shell import Shell
@@ -39,7 +40,7 @@ class Highway(GradientEstimator):
     Cost: about four forward passes with `Backprop` as estimator (one for the values, three for the gradients of the
     blocks). At any depth, memory holds the activations of one block and of the rest of the model. If `estimator` takes
     no backward pass, the method takes none: forward mode gives delta exactly, with one direction for every number of an
-    example's hidden state. Ranks exchange the whole gradient.
+    example's hidden state, or of a token's if what follows treats tokens alike. Ranks exchange the whole gradient.
 
     The first call finds the residual blocks: with its parameters at zero, a residual block returns its input.
 
@@ -218,45 +219,71 @@ class _Probed(nn.Module):
         self.probe = nn.Parameter(torch.zeros_like(like))
 
 
-def _marks(like: Tensor) -> Tensor:
-    """A direction, (1, *like.shape), along which a loss has the derivative nan if it depends on a later example."""
-    marks = torch.full_like(like, torch.nan)
-    marks[0] = 0
-    return marks.unsqueeze(0)
-
-
 def _by_forward_mode(
     model: nn.Module, loss_fn: Callable[[Any], Tensor], shell: Shell, segment: int, chunk_size: int | None
 ) -> Tensor:
-    """The gradient after a segment, from the derivatives along all unit directions of an example's hidden state."""
+    """The gradient after a segment, from the derivatives along unit directions of its hidden state.
+
+    The directions are those of a row (C,) if there is a loss for each row, as for the tokens of a language model. Else
+    they are those of an example.
+    """
     like = shell.segments[segment].end
     probed = _Probed(model, like)
-    num_examples, size = len(like), like[0].numel()
-    chunk_size = chunk_size or size
-    found = []
+    repeated = RepeatedPass(probed)
+    with_rows = WithRows(lambda _: loss_fn(model))
 
     def behind(s: int, x: Tensor) -> Tensor:
         return x + probed.probe if s == segment else x
 
-    with shell.running(behind):
-        repeated = RepeatedPass(probed)
-        for start in range(0, size, chunk_size):
-            repeated.rewind()
-            units = like.new_zeros(min(chunk_size, size - start), size)
-            units.fill_diagonal_(1)
-            tangent = units.roll(start, 1).view(-1, 1, *like.shape[1:]).expand(-1, *like.shape)
-            if not start:  # one more direction marks all examples but the first
-                tangent = torch.cat([tangent, _marks(like)])
-            losses, derivatives = jvp(probed, lambda _: loss_fn(model), {"probe": tangent})
-            if losses.shape != (num_examples,):
-                raise LossError(
-                    f"forward mode needs one loss for each of the {num_examples} examples in the hidden state, got "
-                    f"losses of shape {tuple(losses.shape)}; use reduction='none', or Highway(Backprop())"
-                )
-            if not start and derivatives[-1, 0].isnan() and losses.isfinite().all():
-                raise UnsupportedOperation(
-                    "examples are mixed after a residual block (BatchNorm in training mode, a contrastive loss), so "
-                    "forward mode does not give the gradient of each; use Highway(Backprop())"
-                )
-            found.append(derivatives[: len(units)])
-    return (torch.cat(found).T / num_examples).reshape(like.shape)
+    def run(direction: Tensor) -> tuple[Evaluated, Evaluated | None]:
+        repeated.rewind()
+        with shell.running(behind):
+            return with_rows.split(*jvp(probed, with_rows, {"probe": direction.view(-1, *like.shape)}))
+
+    for rows in (like.flatten(0, -2), like.flatten(1)):
+        delta = _of_rows(run, rows, chunk_size)
+        if delta is not None:
+            return delta.view(like.shape)
+    losses = run(torch.ones_like(like))[0].losses
+    if losses.shape != like.shape[:1]:
+        raise LossError(
+            f"forward mode needs one loss for each of the {len(like)} examples in the hidden state, got losses of "
+            f"shape {tuple(losses.shape)}; use reduction='none', or Highway(Backprop())"
+        )
+    raise UnsupportedOperation(
+        "examples are mixed after a residual block (BatchNorm in training mode, a contrastive loss), so forward mode "
+        "does not give the gradient of each; use Highway(Backprop())"
+    )
+
+
+def _of_rows(
+    run: Callable[[Tensor], tuple[Evaluated, Evaluated | None]], like: Tensor, chunk_size: int | None
+) -> Tensor | None:
+    """The gradient (R, C) of the mean of R losses; None if there are not R, or one depends on several rows.
+
+    Args:
+        run: gives the losses and those of the rows, with their derivatives along directions (K, R, C).
+        like: the hidden state (R, C).
+        chunk_size: number of directions in one pass; None for all.
+    """
+    num_rows, size = like.shape
+    scaled, along, found = Scaled.sample(num_rows, size, like), None, []
+    chunk_size = chunk_size or size
+    for start in range(0, size, chunk_size):
+        units = like.new_zeros(min(chunk_size, size - start), size)
+        units.fill_diagonal_(1)
+        direction = units.roll(start, 1).unsqueeze(1).expand(-1, num_rows, -1)
+        if along is None:  # one more direction tells whether the losses depend on one row each
+            direction = torch.cat([direction, scaled.direction.unsqueeze(0)])
+        evaluated, rows = run(direction)
+        if rows is not None and rows.has_mean_of(evaluated) and len(rows.losses) == num_rows:
+            evaluated = rows
+        if evaluated.losses.shape != (num_rows,):
+            return None
+        found.append(evaluated.derivatives[: len(units)])
+        along = evaluated.derivatives[-1] if along is None else along
+    every = torch.cat(found)
+    assert along is not None
+    if every.isfinite().all() and not scaled.fits(every, along):
+        return None
+    return every.T / num_rows

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from fgtrain._torch import call_of, calls_replaced, tree_flatten, tree_unflatten
 from fgtrain.errors import NoTangent
-from fgtrain.estimators.known_losses import KnownLoss, Noticed, carries_tangent
 from fgtrain.estimators.second_order import curvature_in_span
 from fgtrain.forward_ad import jvp
+from fgtrain.forward_ad.known_losses import KnownLoss, Noticed, carries_tangent
 from fgtrain.forward_ad.native import NO_TANGENT
 from fgtrain.forward_ad.passes import LightPass, RandomState, RepeatedPass, check_losses
+from fgtrain.forward_ad.row_losses import agree
 from fgtrain.network.parameters import slots_of
 from fgtrain.tangents.directions import Tangent, dense
 
@@ -54,7 +55,7 @@ def linearized(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent
     loss, slopes = losses.mean(), slopes.mean(1)
     if seen.known is not None:
         mean, mean_slopes = (loss, slopes) if seen.is_all else (taken.pop().mean(), moved.pop().mean(1))
-        if _agree(mean, loss) and _agree(mean_slopes, slopes):
+        if agree(mean, loss) and agree(mean_slopes, slopes):
             return Linearized(loss, slopes, seen.known.curvature(taken[-1], moved[-1]))
         del taken[-1], moved[-1]
     if not taken:
@@ -62,13 +63,6 @@ def linearized(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent
         everything = {name: dense(tangent) for name, tangent in tangents.items()}
         return Linearized(loss, slopes, curvature_in_span(model, loss_fn, everything)[2])
     return Linearized(loss, slopes, seen.curvature(taken, moved))
-
-
-def _agree(found: Tensor, expected: Tensor) -> bool:
-    """Whether they are the same but for rounding, or one is the other."""
-    return found is expected or bool(
-        (found - expected).norm() <= torch.finfo(expected.dtype).eps ** (2 / 3) * expected.norm()
-    )
 
 
 class _Call(NamedTuple):

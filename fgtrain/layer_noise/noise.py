@@ -182,7 +182,7 @@ class PerturbedPass:
         noise, pattern, of_head = None, None, None
         if name == self.head:
             of_head = primal.new_zeros(self.num_tangents, *primal.shape) if tangent is None else tangent
-            tangent = self._with_unit_directions(name, primal, of_head)
+            tangent = self._with_unit_directions(name, primal, of_head, channels)
         else:
             noise, pattern = self.draw(primal, channels)
             tangent = _add_noise(tangent, noise, pattern, primal, channels)
@@ -209,20 +209,19 @@ class PerturbedPass:
         pattern = (units % self.num_tangents == owner).to(output.dtype) * self.num_tangents**0.5
         return _signs(shape, generator, output), pattern
 
-    def _with_unit_directions(self, name: str, primal: Tensor, tangent: Tensor) -> Tensor:
+    def _with_unit_directions(self, name: str, primal: Tensor, tangent: Tensor, channels: int) -> Tensor:
         layer = name.removesuffix(".weight")
-        if primal.dim() != 2:
+        if channels % primal.dim() != primal.dim() - 1 or primal.dim() == 1:
             raise UnsupportedOperation(
-                f"the exact gradient of the last layer needs outputs (B, C), but {layer} gives {tuple(primal.shape)}; "
+                f"the exact gradient of the last layer needs outputs (.., C), but {layer} gives {tuple(primal.shape)}; "
                 f"{WITHOUT_HEAD}"
             )
         if any(call.name == name for call in self.calls):
             raise UnsupportedOperation(f"{layer}, the last layer, is called twice; {WITHOUT_HEAD}")
-        widen(
-            self.num_tangents + primal.shape[1]
-        )  # earlier duals that are combined with its output get these directions too
-        units = torch.eye(primal.shape[1], dtype=primal.dtype, device=primal.device)
-        return torch.cat([tangent, units.unsqueeze(1).expand(-1, len(primal), -1)])
+        size = primal.shape[-1]
+        widen(self.num_tangents + size)  # earlier duals that are combined with its output get these directions too
+        units = torch.eye(size, dtype=primal.dtype, device=primal.device)
+        return torch.cat([tangent, units.view(size, *[1] * (primal.dim() - 1), size).expand(-1, *primal.shape)])
 
 
 def _signs(shape: list[int], generator: torch.Generator, like: Tensor) -> Tensor:

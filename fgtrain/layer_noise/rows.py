@@ -5,17 +5,20 @@ nan. All rows but those assigned to the first example are marked. The assignment
 tangent other than nan.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from fgtrain.errors import LossError, UnsupportedOperation
+from fgtrain.errors import LossError, NoTangent, UnsupportedOperation
 from fgtrain.forward_ad.dual import Dual, primal_of, tangent_of
+from fgtrain.forward_ad.native import NO_TANGENT
 from fgtrain.forward_ad.passes import RepeatedPass
+from fgtrain.forward_ad.row_losses import Evaluated, Scaled, WithRows
 from fgtrain.layer_noise.layers import run_perturbed
-from fgtrain.layer_noise.noise import WITHOUT_HEAD, LayerCall, LayerNoise, LocalGrads
+from fgtrain.layer_noise.noise import WITHOUT_HEAD, LayerCall, LayerNoise, LocalGrads, Owner
 from fgtrain.network.parameters import slots_of
 
 
@@ -52,22 +55,60 @@ class ExaminedPass:
     Args:
         model: the model of the pass.
         loss_fn: its loss function.
+
+    Attributes:
+        rows: the losses of the rows of the model's last output and their derivatives, if the losses are their mean.
     """
 
     def __init__(self, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> None:
         self.model = model
+        self.rows: Evaluated | None = None
         self._loss_fn = loss_fn
         self._repeated = RepeatedPass(model)
 
+    def run(self, tangents: Mapping[str, Any], *, follows: bool = True) -> Evaluated:
+        """As `run_perturbed`.
+
+        Raises:
+            NoTangent: the losses carry no derivative.
+        """
+        with_rows = WithRows(self._loss_fn)
+        losses, found = run_perturbed(self.model, with_rows, tangents, follows=follows)
+        if found is None:
+            raise NoTangent(NO_TANGENT)
+        evaluated, rows = with_rows.split(losses, found)
+        self.rows = rows if rows is not None and rows.has_mean_of(evaluated) else None
+        return evaluated
+
     def separates(self, rows: Mapping[str, Rows], num_examples: int) -> bool:
         """Whether the first loss depends on no row that is assigned to another example."""
-        marks = _Marks(rows, num_examples)
-        with self._repeated.again():
-            _, found = run_perturbed(self.model, self._loss_fn, {name: LayerNoise(name, marks) for name in rows})
+        found = self._again(_Marks(rows, num_examples), rows, num_examples)
         if found is None:
             return False
         moved = found[0].isnan()
         return bool(moved[1:].any() & ~moved[0])
+
+    def has_rows_of(self, name: str, unit_derivatives: Tensor) -> bool:
+        """Whether every row's loss depends on the row of the last layer's output in the same place, and on no other.
+
+        Args:
+            name: name of the last layer's weight.
+            unit_derivatives: derivatives of the rows' losses along the unit directions of the output, (C, R).
+        """
+        num_channels, num_rows = unit_derivatives.shape
+        scaled = Scaled.sample(num_rows, num_channels, unit_derivatives)
+        found = self._again(_Moved(scaled.direction), [name], num_rows)
+        return found is not None and scaled.fits(unit_derivatives, found[0])
+
+    def _again(self, owner: Owner, names: Iterable[str], count: int) -> Tensor | None:
+        """The derivatives of the losses, or of the rows if there are as many, in another pass."""
+        with_rows = WithRows(self._loss_fn)
+        with self._repeated.again():
+            losses, found = run_perturbed(self.model, with_rows, {name: LayerNoise(name, owner) for name in names})
+        if found is None:
+            return None
+        evaluated, rows = with_rows.split(losses, found)
+        return evaluated.derivatives if rows is None or evaluated.losses.numel() == count else rows.derivatives
 
 
 def rows_of_examples(examined: ExaminedPass, calls: Sequence[LayerCall], losses: Tensor) -> Mapping[str, Rows]:
@@ -89,6 +130,25 @@ def rows_of_examples(examined: ExaminedPass, calls: Sequence[LayerCall], losses:
         return {}
     kept[names] = _find_rows(examined, calls, losses.numel())
     return kept[names]
+
+
+def per_example(
+    examined: ExaminedPass, calls: Sequence[LayerCall], found: Evaluated
+) -> tuple[Evaluated, Mapping[str, Rows]]:
+    """The losses per example with their derivatives, and `rows_of_examples`.
+
+    A scalar loss is replaced by the losses of the rows, if these are the losses of the examples.
+
+    Args:
+        examined: the pass.
+        calls: the layer calls of the pass.
+        found: what the pass gave.
+    """
+    if found.losses.dim() == 0 and examined.rows is not None:
+        rows = rows_of_examples(examined, calls, examined.rows.losses)
+        if rows.keys() == {call.name for call in calls}:
+            return examined.rows, rows
+    return found, rows_of_examples(examined, calls, found.losses)
 
 
 def _find_rows(examined: ExaminedPass, calls: Sequence[LayerCall], num_examples: int) -> dict[str, Rows]:
@@ -135,14 +195,31 @@ class _Marks:
         return Dual(primal, marks.clone() if tangent is None else tangent + marks)
 
 
-def gradient_of_head(examined: ExaminedPass, calls: Sequence[LayerCall], name: str, unit_derivatives: Tensor) -> Tensor:
-    """The gradient (B, C) of the mean loss in the last layer's output, from the losses' unit derivatives (C, B).
+class _Moved:
+    """A pass that moves the output of the last layer.
+
+    Args:
+        direction: (R, C).
+    """
+
+    num_tangents = 1
+
+    def __init__(self, direction: Tensor) -> None:
+        self.direction = direction
+
+    def perturb(self, name: str, inputs: Tensor, output: Tensor, local_grads: LocalGrads, channels: int) -> Tensor:
+        primal = primal_of(output)
+        return Dual(primal, self.direction.to(primal).view(1, *primal.shape))
+
+
+def gradient_of_head(examined: ExaminedPass, calls: Sequence[LayerCall], name: str, found: Evaluated) -> Tensor:
+    """The gradient (.., C) of the mean loss in the last layer's output, from its unit directions.
 
     Args:
         examined: the pass.
         calls: the layer calls of the pass.
         name: name of the last layer's weight.
-        unit_derivatives: derivatives of the losses along the unit directions of the output.
+        found: what the pass gave. The last C derivatives are along the unit directions of the output.
 
     Raises:
         LossError: there is not one loss per row.
@@ -154,17 +231,24 @@ def gradient_of_head(examined: ExaminedPass, calls: Sequence[LayerCall], name: s
         raise UnsupportedOperation(
             f"{layer} was the last layer of the model's first pass but is not called in this one; {WITHOUT_HEAD}"
         )
-    if unit_derivatives.dim() != 2 or unit_derivatives.shape[1] != head.shape[0]:
+    *leading, num_channels = head.shape
+    num_rows, losses = math.prod(leading), found.losses.shape
+    rows = found if losses == (num_rows,) else examined.rows
+    if rows is None or len(rows.losses) != num_rows:
         raise LossError(
-            f"the exact gradient of the last layer needs one loss for each of the {head.shape[0]} rows of {layer}, got "
-            f"losses of shape {tuple(unit_derivatives.shape[1:])}; use reduction='none', or {WITHOUT_HEAD}"
+            f"the exact gradient of the last layer needs one loss for each of the {num_rows} rows of {layer}, got "
+            f"losses of shape {tuple(losses)}; use reduction='none', or F.cross_entropy or F.mse_loss alone, or "
+            f"{WITHOUT_HEAD}"
         )
-    num_examples, separate = head.shape[0], slots_of(examined.model).kept(gradient_of_head, set)
-    if num_examples > 1 and name not in separate and unit_derivatives.isfinite().all():
-        if not examined.separates({name: Rows()}, num_examples):
+    units, separate = rows.derivatives[-num_channels:], slots_of(examined.model).kept(gradient_of_head, set)
+    if num_rows > 1 and name not in separate and units.isfinite().all():
+        is_separate = (
+            examined.separates({name: Rows()}, num_rows) if rows is found else examined.has_rows_of(name, units)
+        )
+        if not is_separate:
             raise UnsupportedOperation(
                 f"the exact gradient of the last layer needs losses that each depend on one row of {layer}, but "
                 f"examples are mixed after it (BatchNorm in training mode, a contrastive loss); {WITHOUT_HEAD}"
             )
         separate.add(name)
-    return unit_derivatives.T / num_examples
+    return (units.T / num_rows).view(head.shape)

@@ -1,4 +1,8 @@
-"""Losses whose Hessian in their input has a closed form, noticed where a loss function calls them."""
+"""Losses that PyTorch computes row by row, noticed where a loss function calls them.
+
+Their Hessian in the input has a closed form. A loss function that is the mean of one of them can also give the loss of
+every row.
+"""
 
 import math
 from collections.abc import Callable
@@ -10,7 +14,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from fgtrain.forward_ad.dual import Dual
-from fgtrain.forward_ad.native import has_tangent
+from fgtrain.forward_ad.native import has_tangent, primal_of
 
 
 class KnownLoss(NamedTuple):
@@ -44,10 +48,30 @@ class KnownLoss(NamedTuple):
         Args:
             unit: an input for which all elements are equal but for that; they are the weights then.
         """
-        options = self.options | {"size_average": None, "reduce": None, "reduction": "none"}
-        each = self.func(unit, self.target, **options)
-        total = self.func(unit, self.target, **self.options).mean()
-        return each * (total / torch.where(each.any(), each.sum(), 1))
+        each = self._unreduced(unit)
+        return each * (self._total(unit) / torch.where(each.any(), each.sum(), 1))
+
+    def rows(self, taken: Tensor, result: Tensor) -> Tensor:
+        """One loss for every row (.., C) of the input; their mean is the mean of the result.
+
+        Args:
+            taken: the input.
+            result: of the call.
+        """
+        if result.dim():
+            each = result
+        else:
+            each, unit = self._unreduced(taken), torch.zeros_like(primal_of(taken))
+            unit = self.target + 1 if self.func is F.mse_loss else unit
+            of_unit = self._unreduced(unit)
+            each = each * (self._total(unit) / torch.where(of_unit.any(), of_unit.mean(), 1))
+        return each.mean(-1) if each.dim() == len(self.shape) > 1 else each
+
+    def _unreduced(self, z: Tensor) -> Tensor:
+        return self.func(z, self.target, **self.options | {"size_average": None, "reduce": None, "reduction": "none"})
+
+    def _total(self, z: Tensor) -> Tensor:
+        return self.func(z, self.target, **self.options).mean()
 
 
 def _cross_entropy(loss: KnownLoss, z: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:

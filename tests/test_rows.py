@@ -1,0 +1,141 @@
+"""Losses of rows that a scalar loss, or the losses of sequences, are the mean of."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fgtrain import FDFA, ActivityPerturbation, ForwardGradient
+from fgtrain.errors import LossError, UnsupportedOperation
+from tests.cases import INPUTS, LABELS, Case
+from tests.properties import assert_is, estimated_grads, exact_grads
+
+TARGETS = INPUTS.sin()
+WEIGHTS = torch.tensor([0.5, 1.0, 3.0], dtype=torch.float64)
+SOME = LABELS.clone()
+SOME[1] = -100
+
+SCALAR = {
+    "cross-entropy": lambda z: F.cross_entropy(z, LABELS),
+    "sum": lambda z: F.cross_entropy(z, LABELS, reduction="sum"),
+    "class weights": lambda z: F.cross_entropy(z, LABELS, weight=WEIGHTS),
+    "ignored": lambda z: F.cross_entropy(z, SOME),
+    "smoothing and weights": lambda z: F.cross_entropy(z, LABELS, weight=WEIGHTS, label_smoothing=0.2),
+    "soft targets": lambda z: F.cross_entropy(z, INPUTS.softmax(1)),
+    "a temperature": lambda z: F.cross_entropy(z / 2, LABELS),
+    "squared error": lambda z: F.mse_loss(z, TARGETS),
+    "sum of squares": lambda z: F.mse_loss(z, TARGETS, reduction="sum"),
+    "mean of losses": lambda z: F.cross_entropy(z, LABELS, reduction="none").mean(),
+}
+PLAIN = ["cross-entropy", "a temperature", "squared error", "mean of losses", "soft targets"]
+
+
+def classifier():
+    return nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def of_inputs(loss):
+    return Case("classifier", classifier, lambda m: loss(m(INPUTS)))
+
+
+@pytest.mark.parametrize("estimator", [ActivityPerturbation(2, exact_head=True), ForwardGradient(exact_head=True)])
+@pytest.mark.parametrize("name", SCALAR)
+def test_the_head_is_exact_under_a_scalar_loss(name, estimator):
+    case = of_inputs(SCALAR[name])
+    found, exact = estimated_grads(estimator, case), exact_grads(case)
+    for key in ("2.weight", "2.bias"):
+        torch.testing.assert_close(found[key], exact[key])
+
+
+@pytest.mark.parametrize(
+    "estimator", [ActivityPerturbation(2), ActivityPerturbation(2, exact_head=True), ActivityPerturbation(), FDFA()]
+)
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_scalar_loss_is_as_good_as_the_losses_of_its_examples(name, estimator, caplog):
+    def losses(z):
+        if name == "squared error":
+            return F.mse_loss(z, TARGETS, reduction="none").mean(1)
+        targets = INPUTS.softmax(1) if name == "soft targets" else LABELS
+        return F.cross_entropy(z / 2 if name == "a temperature" else z, targets, reduction="none")
+
+    assert_is(estimated_grads(estimator, of_inputs(SCALAR[name])), estimated_grads(estimator, of_inputs(losses)))
+    assert not caplog.records
+
+
+class Sequences(nn.Module):
+    """A network of 4 sequences of 5 numbers, in which a number depends on those before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(1, 6)
+        self.mixing = nn.Linear(6, 6)
+        self.norm = nn.LayerNorm(6)
+        self.last = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x.unsqueeze(-1)).tanh()
+        h = h + self.mixing(h.cumsum(1)).tanh()
+        return self.last(self.norm(h))
+
+
+SERIES = torch.linspace(-2, 3, 20, dtype=torch.float64).sin().view(4, 5)
+NEXT = (SERIES > 0).long() + (SERIES > 0.7).long()
+PADDED = NEXT.clone()
+PADDED[2, 3:] = -100
+
+
+def per_token(z: Tensor) -> Tensor:
+    return F.cross_entropy(z.flatten(0, 1), NEXT.flatten(), reduction="none").view(4, 5)
+
+
+RIGHT = {
+    "mean of each sequence": lambda z: per_token(z).mean(1),
+    "scalar": lambda z: F.cross_entropy(z.flatten(0, 1), NEXT.flatten()),
+    "channels second": lambda z: F.cross_entropy(z.transpose(1, 2), NEXT, reduction="none").mean(1),
+    "padding": lambda z: F.cross_entropy(z.flatten(0, 1), PADDED.flatten()),
+    "regression": lambda z: F.mse_loss(z, SERIES.unsqueeze(-1).expand(4, 5, 3)),
+    "temperature": lambda z: per_token(z / 3).mean(1),
+}
+OTHERS = {
+    "a mask": lambda z: (per_token(z) * (NEXT > 0)).mean(1),
+    "the last token": lambda z: per_token(z)[:, -1],
+    "the best token": lambda z: per_token(z).amin(1),
+    "a penalty": lambda z: per_token(z).mean(1) + z.square().mean((1, 2)),
+    "by hand": lambda z: -z.log_softmax(-1).gather(-1, NEXT.unsqueeze(-1)).squeeze(-1).mean(1),
+}
+MIXED = {
+    "times first": lambda z: F.cross_entropy(z.transpose(0, 1).flatten(0, 1), NEXT.T.flatten()),
+    "positions mixed": lambda z: per_token(z.cumsum(1)).mean(1),
+}
+
+
+def of_series(loss):
+    return Case("sequences", Sequences, lambda m: loss(m(SERIES)))
+
+
+@pytest.mark.parametrize("estimator", [ActivityPerturbation(2, exact_head=True), ForwardGradient(exact_head=True)])
+@pytest.mark.parametrize("name", RIGHT)
+def test_the_head_is_exact_on_sequences(name, estimator):
+    case = of_series(RIGHT[name])
+    found, exact = estimated_grads(estimator, case), exact_grads(case)
+    for key in ("last.weight", "last.bias"):
+        torch.testing.assert_close(found[key], exact[key])
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_losses_that_are_no_mean_of_rows_are_refused(name):
+    with pytest.raises(LossError, match="one loss for each of the 20 rows of last, got losses of shape"):
+        estimated_grads(ActivityPerturbation(exact_head=True), of_series(OTHERS[name]))
+
+
+@pytest.mark.parametrize("name", MIXED)
+def test_rows_elsewhere_than_in_the_output_are_refused(name):
+    with pytest.raises(UnsupportedOperation, match="losses that each depend on one row of last"):
+        estimated_grads(ActivityPerturbation(exact_head=True), of_series(MIXED[name]))
+
+
+def test_fdfa_refuses_sequences():
+    with pytest.raises(
+        UnsupportedOperation, match=r"whose first dimension is the 20 examples, but first gives \(4, 5, 6\)"
+    ):
+        estimated_grads(FDFA(), of_series(RIGHT["scalar"]))

@@ -31,10 +31,11 @@ class ActivityPerturbation(GradientEstimator):
     Units zeroed by the following ReLU have zero gradient, and their estimate is exactly zero. Parameters of other
     layers (norms, embeddings, tied weights) are perturbed directly in the same pass, with the law `tangents`.
 
-    Losses: return per-example losses (B,), reduction="none". A scalar loss gives one derivative for all examples. The
-    estimate is still unbiased but has the variance of all examples' noise; a warning says so once. The first call finds
-    the rows of each layer's output that belong to each example. If it cannot, all rows of the layer use the derivative
-    of the mean loss.
+    Losses: return per-example losses (B,), reduction="none". A scalar that is the mean of one `F.cross_entropy` or
+    `F.mse_loss` with a row per example is as good: its rows are found. Any other scalar loss gives one derivative for
+    all examples. The estimate is still unbiased but has the variance of all examples' noise; a warning says so once.
+    The first call finds the rows of each layer's output that belong to each example. If it cannot, all rows of the
+    layer use the derivative of the mean loss.
 
     Bias: unbiased if neither layers nor losses mix examples, or with examples="mixed". If BatchNorm in training mode or
     a contrastive loss mixes them, examples="independent" ignores the effect of one example's noise on the losses of the
@@ -51,7 +52,8 @@ class ActivityPerturbation(GradientEstimator):
 
     Shrinkage: a layer's estimate is multiplied by 1 / (1 + s), with s = (variance for one example) / sqrt(R) and R the
     rows (examples times positions) that share the layer's weight. This s is the geometric mean of the two cases above.
-    Backpropagation's learning rate then serves every width and K.
+    Rates tuned for backpropagation are then of the right size. It is not the length of least squared error, which
+    depends on how much the rows' gradients agree: scaled to that length, a network of four layers learns less.
 
     Cost: one forward pass with K derivatives. It keeps the inputs of all layers (memory="keep"), or redraws the noise
     in a second forward pass (memory="replay"). Ranks exchange the whole gradient.
@@ -60,7 +62,8 @@ class ActivityPerturbation(GradientEstimator):
         num_tangents: K >= 1.
         noise: "balanced", "rademacher" or "normal", see `PerturbedPass`.
         exact_head: compute the gradient of the last layer exactly, from C more directions that go only through the
-            loss. Needs per-example losses (B,), and no BatchNorm or contrastive loss after the last layer.
+            loss. Needs a loss for every row of its output, or their mean as above; a row is a token in a language
+            model. Needs no BatchNorm or contrastive loss after the last layer.
         positions: "independent" noise for every position of a map or sequence, or one "shared" draw for all.
         examples: "independent" or "mixed", see Bias.
         memory: "keep" or "replay", see Cost.

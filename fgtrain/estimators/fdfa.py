@@ -18,7 +18,7 @@ from fgtrain.tangents import Rademacher
 
 
 class FDFA(GradientEstimator):
-    """The output error, sent directly to every layer through feedback matrices that are learnt by forward AD.
+    """Direct feedback alignment: the output error, sent to every layer through matrices that forward AD learns.
 
     Formula: random signs u_l,k,i are added to the tangents of the output z_l of every hidden layer l for example i. One
     pass turns them into tangents t_k,i = sum_l J_l,i u_l,k,i of the network's output, with J_l,i = dy_i / dz_l,i. A
@@ -59,7 +59,7 @@ class FDFA(GradientEstimator):
         ValueError: an argument is out of its range.
         UnsupportedOperation: the model has no Linear or convolution; it uses one twice; the size of a layer's output
             changes; examples are not its first dimension; or examples are mixed after the last layer.
-        LossError: the losses are not per example (B,).
+        LossError: the losses are neither per example (B,) nor the mean of one F.cross_entropy or F.mse_loss.
 
     Source: Bacho and Chu 2022, arXiv:2212.07282. There the noise is added after the activation function; the mean over
         active units is equivalent.

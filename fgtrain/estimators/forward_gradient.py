@@ -30,8 +30,8 @@ class ForwardGradient(GradientEstimator):
     (`fgtrain.tangents.laws`). The projection's relative squared error is 1 - K/n.
 
     Shrinkage: the mean is multiplied by 1 / (1 + s), the factor of least squared error, which is then s / (1 + s)
-    instead of s, and E[g] = grad f / (1 + s). Only the length changes, not the direction, so that one learning rate
-    serves every K and n. A projection has this length already.
+    instead of s, and E[g] = grad f / (1 + s). Only the length changes, not the direction. Good learning
+    rates then depend far less on K and n. A projection has this length already.
 
     Exact head: the gradient of the last layer is computed exactly, from C unit directions of its outputs that go only
     through the loss. n then counts the other parameters.

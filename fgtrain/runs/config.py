@@ -49,8 +49,8 @@ class TrainConfig:
         lr: learning rate; each method brings its own.
         accumulate_grad_batches: batches averaged into one optimizer step.
         clip_grad_norm: largest norm of the gradient; null for none.
-        shrinkage: scale estimates to the length of least squared error, so that a learning rate tuned on one model
-            serves others, see fgtrain.tangents.combine.Shrinkage.
+        shrinkage: shorten estimates by their variance, so that learning rates of different models and K are of one
+            size, see fgtrain.tangents.combine.Shrinkage and each method.
         rowwise: example i of the loss depends only on row i of every parameter (a starting point of a function).
         max_skipped_steps: end the run after this many batches in a row with a non-finite loss, derivative or gradient.
         max_skipped_share: end it also if a larger share of all batches was skipped; null for no limit.

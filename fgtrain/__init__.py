@@ -92,7 +92,7 @@ if TYPE_CHECKING:
     from fgtrain.random import draw_seeds
     from fgtrain.tangents import Coordinate, LowRank, Normal, Rademacher, Sphere, Tangents
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "FDFA",

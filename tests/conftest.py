@@ -1,6 +1,7 @@
 """Settings for exact tests: double precision by default, one thread, no plotting window."""
 
 import gc
+import os
 import signal
 
 import matplotlib
@@ -9,6 +10,7 @@ import torch
 
 matplotlib.use("Agg")
 torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"  # in the processes that tests start, too
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts tests in the background ignores these
 signal.signal(signal.SIGHUP, signal.SIG_DFL)  # and so does nohup
 

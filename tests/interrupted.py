@@ -3,6 +3,7 @@
 import os
 import random
 import signal
+import time
 
 import lightning as L
 import numpy as np
@@ -24,6 +25,17 @@ class SignalAt(L.Callback):
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         if trainer.global_step == self.step:
             os.kill(os.getpid(), self.number)
+
+
+class AwaitSigterm(L.Callback):
+    """Lets a run take a number of steps, and then wait for a SIGTERM: it is never over before that."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        while trainer.global_step == self.step and signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+            time.sleep(0.01)  # `Recovery` has not heard it
 
 
 class Noise(nn.Module):

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.distributed.launcher.api import elastic_launch
 from torch.distributed.run import config_from_args, parse_args
 from torch.utils import tensorboard
@@ -25,6 +26,8 @@ from fgtrain.runs import cli, launch, run
 
 ROOT = Path(__file__).resolve().parents[1]
 IMPORTED = (cli, data, launch, run, tensorboard)
+PATIENCE = 600
+"""Seconds after which a process counts as one that hangs: on a busy machine, its start alone takes a minute."""
 _CLONE_NEWNET = 0x40000000
 _CHANGES = {"os.rename", "os.link", "os.remove", "os.mkdir"}
 
@@ -58,14 +61,16 @@ class Started:
         self.process.start()
         self.session = self.process.pid
 
-    def wait(self, seconds: float = 300) -> int | None:
+    def wait(self, seconds: float = PATIENCE) -> int | None:
         """The exit status; None if it still runs after the timeout."""
         self.process.join(seconds)
         return self.process.exitcode
 
     def wait_for(self, path: Path) -> None:
         """Return as soon as there is such a file."""
+        began = time.monotonic()
         while not path.exists():
+            assert time.monotonic() < began + PATIENCE, f"{path} is not written"
             assert self.process.exitcode is None, f"ended with {self.process.exitcode} without {path}: {self.err}"
             time.sleep(0.01)
 
@@ -87,7 +92,7 @@ class Started:
         began = time.monotonic()
         while True:
             assert self.process.exitcode is None, self.err
-            assert time.monotonic() < began + 120, self.processes()
+            assert time.monotonic() < began + PATIENCE, self.processes()
             found, parents = _processes(), {self.session}
             for _ in range(depth):
                 parents = {pid for pid, (parent, _, state) in found.items() if parent in parents and state != "Z"}
@@ -122,6 +127,7 @@ def _run(
 ) -> None:
     os.setsid()
     os.environ |= {"TMPDIR": str(folder / "tmp"), "OMP_NUM_THREADS": "1"}
+    torch.set_num_threads(1)  # the fork server has read the environment before, and Lightning takes it for done
     tempfile.tempdir = None
     os.chdir(folder)
     for number, name in ((1, "out.txt"), (2, "err.txt")):
@@ -231,6 +237,11 @@ def _before_changes(folder: Path, call: Callable[[Path, int], None]) -> None:
                 call(path, flags)
 
     sys.addaudithook(hook)
+
+
+def wait_for_ranks(folder: Path, seconds: float) -> None:
+    """Give ranks another time to end after a signal: twice as long as this from a SIGTERM on."""
+    setattr(launch, "GRACE_SECONDS", seconds)
 
 
 def close_reader(folder: Path, number: int) -> None:

@@ -1,6 +1,7 @@
 """The settings that a command may change when it continues a run, and those that it may not."""
 
 import json
+import shutil
 
 import pytest
 
@@ -15,6 +16,13 @@ def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     assert train(folder, *CONSTANT)[0] == 0
     return folder
+
+
+@pytest.fixture
+def begun(finished, tmp_path):
+    """A folder of a test's own, with a copy of the finished run."""
+    shutil.copytree(finished / "run", tmp_path / "run")
+    return tmp_path
 
 
 @pytest.mark.parametrize("resume", ["resume=auto", "resume=run"])
@@ -54,35 +62,33 @@ def test_what_is_looked_at_may_change(finished):
     assert (status, out, err) == (0, "", "")
 
 
-def test_finished_run_is_extended(tmp_path):
-    assert train(tmp_path, *CONSTANT)[0] == 0
+def test_finished_run_is_extended(begun):
     longer = ("trainer.max_steps=80", "resume=auto")
-    status, out, err = train(tmp_path, *CONSTANT, *longer)
+    status, out, err = train(begun, *CONSTANT, *longer)
     assert status == 0, err
     assert "80" in out
-    (tmp_path / "straight").mkdir()
-    assert train(tmp_path / "straight", *CONSTANT, "trainer.max_steps=80")[0] == 0
-    extended, straight = final_weights(tmp_path), final_weights(tmp_path / "straight")
+    (begun / "straight").mkdir()
+    assert train(begun / "straight", *CONSTANT, "trainer.max_steps=80")[0] == 0
+    extended, straight = final_weights(begun), final_weights(begun / "straight")
     assert all(extended[name].equal(value) for name, value in straight.items())
-    found, expected = results_under(tmp_path / "run")[0], results_under(tmp_path / "straight")[0]
+    found, expected = results_under(begun / "run")[0], results_under(begun / "straight")[0]
     assert found["metrics"]["test/loss"] == expected["metrics"]["test/loss"]
     assert found["steps"] == 80
-    status, _, err = train(tmp_path, *CONSTANT, *longer)
+    status, _, err = train(begun, *CONSTANT, *longer)
     assert status == 0, err
 
 
-def test_extension_that_is_cut_goes_on(tmp_path, monkeypatch):
-    assert train(tmp_path, *CONSTANT)[0] == 0
+def test_extension_that_is_cut_goes_on(begun, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("fgtrain.runs.run.StepProgress", lambda: KillLast(10))
         with pytest.raises(Killed):
-            train(tmp_path, *CONSTANT, "trainer.max_steps=80", "resume=auto")
-    assert train(tmp_path, *CONSTANT, "trainer.max_steps=80", "resume=auto")[0] == 0
-    assert json.loads((tmp_path / "run" / "results.json").read_text())["steps"] == 80
+            train(begun, *CONSTANT, "trainer.max_steps=80", "resume=auto")
+    assert train(begun, *CONSTANT, "trainer.max_steps=80", "resume=auto")[0] == 0
+    assert json.loads((begun / "run" / "results.json").read_text())["steps"] == 80
 
 
 def test_function_is_extended(tmp_path):
-    beale = ("task=beale", "method=backprop", "hydra.run.dir=run", "resume=auto")
+    beale = ("task=beale", "method=backprop", "hydra.run.dir=run", "resume=auto", "~callbacks.trajectory")
     assert train(tmp_path, *beale, "trainer.max_steps=20")[0] == 0
     status, _, err = train(tmp_path, *beale, "trainer.max_steps=30")
     assert status == 0, err
@@ -131,10 +137,9 @@ def test_finished_run_without_checkpoints(tmp_path):
     assert results_under(tmp_path)
 
 
-def test_a_folder_of_another_run_is_not_written_over(tmp_path):
-    assert train(tmp_path, *CONSTANT)[0] == 0
-    assert train(tmp_path, *CONSTANT, "hydra.run.dir=other", "seed=1")[0] == 0
-    (tmp_path / "other" / "results.json").unlink()
-    status, _, err = train(tmp_path, *CONSTANT, "hydra.run.dir=other", "resume=run", "trainer.max_steps=80")
+def test_a_folder_of_another_run_is_not_written_over(begun):
+    assert train(begun, *CONSTANT, "hydra.run.dir=other", "seed=1")[0] == 0
+    (begun / "other" / "results.json").unlink()
+    status, _, err = train(begun, *CONSTANT, "hydra.run.dir=other", "resume=run", "trainer.max_steps=80")
     assert (status, err.count("\n")) == (2, 1), err
     assert "holds a run that has not finished" in err

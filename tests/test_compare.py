@@ -59,6 +59,7 @@ def test_formats_agree(compared):
         runs = results_under(folder / "here" / row["method"])
         assert row["accuracy_mean"] == pytest.approx(sum(r["metrics"]["test/acc"] for r in runs) / 2)
         assert {r["steps"] for r in runs} == {40}
+        assert 0 < row["seconds"] < max(r["train_seconds"] for r in runs)
     assert rows[0]["step_time_to_backprop"] == rows[0]["peak_memory_to_backprop"] == 1
     assert [row["bytes_per_step"] for row in rows] == [4 * 4810, 4]
     assert [row["floats_per_step"] for row in rows] == [4810, 1]
@@ -66,7 +67,6 @@ def test_formats_agree(compared):
     for row in rows:
         cfg = composed(f"method={row['method']}")
         assert (row["clip_grad_norm"], row["weight_decay"]) == (cfg.clip_grad_norm, cfg.optimizer.weight_decay)
-    assert all(0 < row["seconds"] < r["train_seconds"] for row in rows for r in results_under(folder / "here"))
     curve = read(folder / "here" / "backprop" / "seed=0", "backprop", 0).curves["val/acc"]
     assert [step for step, _ in curve] == list(range(1, 41))
     assert report["cosine_by_layer"]["backprop"] == {"1": "exact", "3": "exact"}
@@ -129,7 +129,7 @@ def test_seconds_become_steps(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     outcome = compare(parse(["methods=[backprop]", "seeds=1", "budget=0.1s", "task=sphere"]), lambda *_: None)
     (trial,) = results_under(next(tmp_path.glob("comparisons/*/trial")))
-    assert outcome.runs[0].results["steps"] == int(100 / trial["step_ms_median"])
+    assert outcome.runs[0].results["steps"] == max(1, int(100 / trial["step_ms_median"]))
     assert outcome.runs[0].results["metrics"].keys() == {"loss", "distance_to_minimum"}
 
 

@@ -19,6 +19,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from fgtrain import ForwardGradient
 from fgtrain.lightning.callbacks import Dashboard, Monitor, StepProgress, Summary
 from tests.commands import train
+from tests.kills import PATIENCE
 from tests.small import Small, assert_equal_weights, make, trainer
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -127,11 +128,14 @@ def test_pages_in_a_browser(sweep, tmp_path):
     keep = os.environ.get("FGTRAIN_SCREENSHOTS")  # a folder, to look at them
     try:
         url = f"http://127.0.0.1:{port}/"
-        for _ in range(100):
+        deadline = time.monotonic() + PATIENCE
+        while True:
             try:
-                urllib.request.urlopen(url, timeout=1).close()
+                urllib.request.urlopen(url, timeout=PATIENCE).close()
                 break
             except OSError:
+                assert server.poll() is None
+                assert time.monotonic() < deadline
                 time.sleep(0.3)
         sizes = {}
         for name, tab in TABS.items():
@@ -152,4 +156,4 @@ def screenshot(url, picture, profile):
     command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"]
     command += ["--disable-background-networking", "--disable-component-update", "--disable-sync"]
     command += [f"--user-data-dir={profile}", "--window-size=1400,900", "--virtual-time-budget=20000"]
-    subprocess.run([*command, f"--screenshot={picture}", url], check=True, capture_output=True, timeout=120)
+    subprocess.run([*command, f"--screenshot={picture}", url], check=True, capture_output=True, timeout=PATIENCE)

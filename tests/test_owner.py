@@ -12,13 +12,13 @@ import pytest
 from fgtrain.errors import ConfigError
 from fgtrain.runs.owner import owned
 from tests.commands import results_under, train
-from tests.kills import Started
+from tests.kills import PATIENCE, Started
 
 
 def hold(folder, mine):
     with owned(folder):
         mine.set()
-        time.sleep(600)
+        time.sleep(2 * PATIENCE)
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def holder(tmp_path):
     mine = context.Event()
     process = context.Process(target=hold, args=(tmp_path / "run", mine))
     process.start()
-    assert mine.wait(60)
+    assert mine.wait(PATIENCE)
     yield process
     process.kill()
     process.join()
@@ -61,7 +61,7 @@ def test_a_forked_child_that_outlives_the_owner_holds_nothing(tmp_path):
     with owned(tmp_path):
         child = os.fork()
         if child == 0:
-            time.sleep(60)
+            time.sleep(PATIENCE)
             os._exit(0)
     try:
         with owned(tmp_path):
@@ -86,7 +86,7 @@ def test_twenty_runs_at_once_leave_twenty_results(tmp_path):
     command = ("trainer.max_steps=3", "quiet=true", "self_check=false", "method=backprop")
     runs = [Started(tmp_path, *command) for _ in range(20)]
     for run in runs:
-        assert run.wait(300) == 0, run.err
+        assert run.wait() == 0, run.err
     assert len(results_under(tmp_path)) == 20
 
 
@@ -105,7 +105,7 @@ def test_of_two_runs_of_two_processes_one_trains(tmp_path):
     assert second.err.count("\n") == 1, second.err
     assert "belongs to a run in progress" in second.err
     command += ("trainer.devices=1", "trainer=default", "trainer.max_steps=5", "callbacks.recovery.every_n_steps=100")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + PATIENCE
     while True:  # the ranks of the killed launcher save and end
         resumed = Started(tmp_path / f"resumed {time.monotonic()}", *command)
         resumed.wait()

@@ -7,6 +7,9 @@ import re
 import shutil
 import signal
 import zipfile
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -322,6 +325,35 @@ def test_the_error_of_a_disk_is_found_in_a_circle():
         assert disk_error(OSError(number, "")) is not None
 
 
+@pytest.mark.parametrize(("seconds", "every"), [(0.001, 10), (0.23, 4), (3.0, 1)], ids=str)
+def test_ranks_ask_one_another_for_signals_every_tenth_step_or_every_second(seconds, every, tmp_path, monkeypatch):
+    now, elsewhere, asked = 0.0, 0.0, []
+
+    def reduce(told, reduce_op):
+        assert reduce_op == "max"
+        asked.append(run.global_step)
+        return told.maximum(torch.tensor([elsewhere, 0.0]))
+
+    clock, strategy = SimpleNamespace(monotonic=lambda: now), SimpleNamespace(root_device="cpu", reduce=reduce)
+    monkeypatch.setattr("fgtrain.lightning.callbacks.recovery.time", clock)
+    run: Any = SimpleNamespace(world_size=2, strategy=strategy, global_step=0, is_global_zero=False)
+    run.save_checkpoint = lambda _: None
+    recovery, module = Recovery(str(tmp_path)), L.LightningModule()
+    recovery.on_train_start(run, module)
+
+    def take_steps():
+        nonlocal now, elsewhere
+        for run.global_step in range(1, 100):
+            now, elsewhere = seconds * run.global_step, float(run.global_step > 50)
+            recovery.on_train_batch_end(run, module, None, None, 0)
+
+    with pytest.raises(Interrupted, match="stopped by SIGTERM after step"):
+        take_steps()
+    recovery.on_exception(run, module, Interrupted("", 0))
+    assert {after - before for before, after in pairwise(asked[1:])} == {every}
+    assert run.global_step - 50 <= every
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", ["moved", "removed"])
 def test_folder_that_goes_away_ends_the_run(how, tmp_path):
@@ -331,6 +363,6 @@ def test_folder_that_goes_away_ends_the_run(how, tmp_path):
     (tmp_path / "run").rename(tmp_path / "away")
     if how == "removed":
         shutil.rmtree(tmp_path / "away")
-    assert run.wait(60) == 2, run.err
+    assert run.wait() == 2, run.err
     assert re.match(r"fgtrain: .*No such file or directory", run.err.splitlines()[-1]), run.err
     assert not (tmp_path / "run").exists()

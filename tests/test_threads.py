@@ -66,7 +66,7 @@ def train(model, estimator, wait=lambda: None):
 @pytest.mark.parametrize("num_tangents", [1, 2])
 @pytest.mark.parametrize("middle", [nn.Tanh, Scattered], ids=["fast", "native"])
 def test_threads_compute_what_one_does(middle, num_tangents):
-    estimator, barrier = ForwardGradient(num_tangents=num_tangents), Barrier(4, timeout=60)
+    estimator, barrier = ForwardGradient(num_tangents=num_tangents), Barrier(4, timeout=600)
     expected = train(network(middle()), estimator)
     models = [network(middle()) for _ in range(4)]
     with ThreadPoolExecutor(4) as pool:

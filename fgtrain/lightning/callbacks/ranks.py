@@ -71,6 +71,10 @@ class RankCheck(L.Callback):
         if trainer.global_step > self._first_step:  # else keep the interrupted run's metrics
             self._log(trainer)
 
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self.bytes_per_step:  # a run killed after its last step counts no more
+            trainer.callback_metrics["comm/bytes_per_step"] = torch.tensor(self.bytes_per_step)
+
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.world_size > 1:
             for buffer in pl_module.buffers():

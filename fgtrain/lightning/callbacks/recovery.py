@@ -3,10 +3,12 @@
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Checkpoint
 
 from fgtrain.errors import Interrupted
@@ -40,10 +42,12 @@ class Recovery(Checkpoint):
         self._saved_at = -1
         self._signal: int | None = None
         self._handlers: dict[int, Any] = {}
+        self._ask_every, self._unasked, self._asked_at = 1, 0, 0.0  # of the other ranks
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._saved_at = trainer.global_step
         self._signal = None
+        self._ask_every, self._unasked, self._asked_at = 1, 0, time.monotonic()
         try:
             heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
             self._handlers = {number: signal.signal(number, self._remember) for number in heard}
@@ -75,11 +79,21 @@ class Recovery(Checkpoint):
             self._save(trainer)
 
     def _signalled(self, trainer: L.Trainer) -> bool:
+        """Whether a signal has reached any rank; ranks ask one another every tenth step, or every second.
+
+        A message at every step would slow fast ones down; ten slow ones take longer than a scheduler waits.
+        """
         if trainer.world_size == 1:
             return self._signal is not None
-        if trainer.global_step % 10:  # ranks must agree, which costs a message
+        self._unasked += 1
+        if self._unasked < self._ask_every:
             return False
-        return trainer.strategy.reduce_boolean_decision(self._signal is not None, all=False)
+        waited = time.monotonic() - self._asked_at
+        told = torch.tensor([float(self._signal is not None), waited], device=trainer.strategy.root_device)
+        signalled, waited = trainer.strategy.reduce(told, reduce_op="max").tolist()
+        self._ask_every = min(10, max(1, int(self._unasked / max(waited, 1e-3))))
+        self._unasked, self._asked_at = 0, time.monotonic()
+        return bool(signalled)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.global_step != self._saved_at:

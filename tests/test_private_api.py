@@ -10,7 +10,6 @@ import pytest
 import torch
 from hydra._internal.hydra import Hydra
 from lightning.pytorch.callbacks import LambdaCallback
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch._C import _autograd
 from torch.utils.checkpoint import checkpoint
@@ -18,7 +17,6 @@ from torch.utils.checkpoint import checkpoint
 from fgtrain import Backprop, _torch
 from fgtrain.lightning._lightning import Counters, configure_optimizers, raise_limits
 from fgtrain.runs.cli import run_app
-from fgtrain.runs.config import CONF
 from tests.small import Small, make, trainer
 
 PACKAGE = Path(_torch.__file__).parent
@@ -233,13 +231,7 @@ def test_states_are_taken_for_what_they_are(state, stages, tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "compositions"),
-    [
-        ("", 1),
-        ("-m seed=1,2", 1),
-        ("hydra.mode=MULTIRUN seed=1,2", 2),
-        ("experiment=lr_sweep lr=0.1 seed=1,2", 2),
-        ("--config-dir=. seed=1", 2),
-    ],
+    [("", 1), ("-m seed=1,2", 1), ("hydra.mode=MULTIRUN seed=1,2", 2), ("--config-dir=. seed=1", 2)],
 )
 def test_a_run_composes_its_configuration_once(arguments, compositions, tmp_path, monkeypatch):
     """A sweep does so before its jobs, which compose their own; twice if hydra.mode may be set somewhere."""
@@ -250,12 +242,6 @@ def test_a_run_composes_its_configuration_once(arguments, compositions, tmp_path
     run_app(lambda cfg: seeds.append(cfg.seed), config_name="train")
     assert seeds == ([1, 2] if "seed=1,2" in arguments else [1] if "seed" in arguments else [42])
     assert len(composed) == compositions, f"Hydra {version('hydra-core')} has changed how often it composes"
-
-
-def test_only_experiments_choose_to_sweep():
-    """The composition that is spared would find nothing else."""
-    setting = [path for path in CONF.rglob("*.yaml") if OmegaConf.select(OmegaConf.load(path), "hydra.mode")]
-    assert {path.parent.name for path in setting} == {"experiment"}
 
 
 PRIVATE = re.compile(

@@ -8,21 +8,20 @@ from typing import Any
 
 from hydra._internal.hydra import Hydra
 
-_MAY_SET_THE_MODE = ("experiment=", "hydra.mode=", "hydra.searchpath=")
 _composed_mode = Hydra.get_mode
 
 
 def compose_once() -> None:
     """Spare a run one of its two compositions of the configuration, 0.3 seconds.
 
-    Hydra makes the first one only to look for `hydra.mode`. In conf/ only experiments set it, so the options decide (-m
-    or not), unless an experiment, an argument or the user's own configuration files may set it.
+    Hydra makes the first one only to look for `hydra.mode`. No file of conf/ sets it, so the options decide (-m or
+    not), unless an argument or the user's own configuration files may set it.
     """
     setattr(Hydra, "get_mode", _mode)
 
 
 def _mode(hydra: Hydra, config_name: str | None, overrides: list[str]) -> Any:
     options = {argument for argument in sys.argv[1:] if argument.startswith("-")} - {"-m", "--multirun"}
-    if options or any(name in each for each in overrides for name in _MAY_SET_THE_MODE):
+    if options or any("hydra.mode" in each or "hydra.searchpath" in each for each in overrides):
         return _composed_mode(hydra, config_name, overrides)
     return None

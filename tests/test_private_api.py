@@ -1,14 +1,12 @@
-"""The undocumented parts of PyTorch, Lightning and Hydra; a release that changes one fails here by name."""
+"""The undocumented parts of PyTorch and Lightning that fgtrain uses; a release that changes one fails here by name."""
 
 import re
-import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hydra._internal.hydra import Hydra
 from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor, nn
 from torch._C import _autograd
@@ -16,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 
 from fgtrain import Backprop, _torch
 from fgtrain.lightning._lightning import Counters, configure_optimizers, raise_limits
-from fgtrain.runs.cli import run_app
 from tests.small import Small, make, trainer
 
 PACKAGE = Path(_torch.__file__).parent
@@ -229,33 +226,16 @@ def test_states_are_taken_for_what_they_are(state, stages, tmp_path):
     assert found == stages, f"{CHANGED} what it makes of the counters"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "compositions"),
-    [("", 1), ("-m seed=1,2", 1), ("hydra.mode=MULTIRUN seed=1,2", 2), ("--config-dir=. seed=1", 2)],
-)
-def test_a_run_composes_its_configuration_once(arguments, compositions, tmp_path, monkeypatch):
-    """A sweep does so before its jobs, which compose their own; twice if hydra.mode may be set somewhere."""
-    composed, seeds, compose = [], [], Hydra.compose_config
-    monkeypatch.setattr(Hydra, "compose_config", lambda *args, **kwargs: composed.append(1) or compose(*args, **kwargs))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments.split()])
-    run_app(lambda cfg: seeds.append(cfg.seed), config_name="train")
-    assert seeds == ([1, 2] if "seed=1,2" in arguments else [1] if "seed" in arguments else [42])
-    assert len(composed) == compositions, f"Hydra {version('hydra-core')} has changed how often it composes"
-
-
 PRIVATE = re.compile(
     r"torch\.(?:\w+\.)*_[a-zA-Z]\w*|from torch\S*\._\w+ import"
-    r"|(?<!fgtrain\.)lightning\.(?:\w+\.)*_\w+|hydra\.(?:\w+\.)*_\w+|import _[a-zA-Z]\w+"
+    r"|(?<!fgtrain\.)lightning\.(?:\w+\.)*_\w+|import _[a-zA-Z]\w+"
 )
 
 
 @pytest.mark.parametrize(
-    "file",
-    [p for p in PACKAGE.rglob("*.py") if p.name not in ("_torch.py", "_lightning.py", "_hydra.py")],
-    ids=lambda p: p.stem,
+    "file", [p for p in PACKAGE.rglob("*.py") if p.name not in ("_torch.py", "_lightning.py")], ids=lambda p: p.stem
 )
-def test_private_names_stand_in_three_files(file):
+def test_private_names_stand_in_two_files(file):
     code = re.sub(r"#.*", "", re.sub(r'""".*?"""', "", file.read_text(), flags=re.DOTALL))
     found = [name for name in PRIVATE.findall(code) if "_make_wrapper_subclass" not in name]  # PyTorch's notes name it
     assert not found

@@ -16,7 +16,6 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from fgtrain.errors import Interrupted, JobFailed, disk_error
-from fgtrain.runs._hydra import compose_once
 from fgtrain.runs.config import CONF, drop_arguments_of_replaced_targets, name_targets
 from fgtrain.runs.ctrl_c import ctrl_c_named
 from fgtrain.runs.messages import USER_ERRORS, cannot_write, fail, one_line, silence_libraries
@@ -32,7 +31,6 @@ def run_app(task: Callable[[DictConfig], Any], config_name: str) -> None:
     `HYDRA_FULL_ERROR=1` in the environment shows tracebacks.
     """
     silence_libraries()
-    compose_once()
     sys.path.append(os.getcwd())  # _target_ may name a module in the current folder
     if is_follower():  # rank 0 names the run's folder; the clock of this process may differ
         if {"-m", "--multirun"} & set(sys.argv):

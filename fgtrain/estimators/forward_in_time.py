@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fgtrain.errors import DataError, UnsupportedOperation
 from fgtrain.estimators.backprop import Backprop
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce
-from fgtrain.models.diagonal import DiagonalRecurrence, scan
+from fgtrain.models.diagonal import DiagonalRecurrence, as_rows, as_units, scan
 from fgtrain.network.blocks import forwards_replaced
 
 PARTS = ("state", "by_factor", "by_weight")
@@ -26,11 +26,11 @@ class ForwardInTime(GradientEstimator):
     `fgtrain.models.DiagonalRecurrence` goes on from one chunk to the next, and so do its derivatives by the unit's own
     parameters, the traces. A call of the model itself still starts from the state 0.
 
-    Formula: for units h_t = a h_{t-1} + W x_t, the traces are p_t = d h_t / d a = a p_{t-1} + h_{t-1} and
-    q_t = d h_t / d W = a q_{t-1} + x_t. The gradients are g_a = sum_t delta_t p_t and g_W = sum_t delta_t q_t, where
-    delta_t = d loss_t / d h_t by backpropagation through the layers at time t only. Within a chunk the sums are
-    computed in another order, without p_t and q_t at every step: with r_t = delta_t + a r_{t+1} they are
-    g_a = sum_t r_t h_{t-1} + a r_1 p_0 and g_W = sum_t r_t x_t + a r_1 q_0.
+    Formula: for units h_t = a h_{t-1} + W x_t, where W includes gamma, the traces are
+    p_t = d h_t / d a = a p_{t-1} + h_{t-1} and q_t = d h_t / d W = a q_{t-1} + x_t. The gradients are
+    g_a = sum_t delta_t p_t and g_W = sum_t delta_t q_t, where delta_t = d loss_t / d h_t by backpropagation through the
+    layers at time t only. Within a chunk the sums are computed in another order, without p_t and q_t at every step:
+    with r_t = delta_t + a r_{t+1} they are g_a = sum_t r_t h_{t-1} + a r_1 p_0 and g_W = sum_t r_t x_t + a r_1 q_0.
 
     Bias: with one recurrence, and no parameter before it, the sum over the chunks of a stream is the gradient of the
     summed loss, exactly, if the parameters stay the same. An optimizer step between chunks makes the traces those of
@@ -101,8 +101,8 @@ class ForwardInTime(GradientEstimator):
             )
         a = layer.factors()
         start = self._start(name, x, a)
-        states, *ends[name] = _Chunk.apply(x, layer.weight, a, *start)
-        return layer.normalised(states)
+        states, *ends[name] = _Chunk.apply(x, layer.input_weight(), a, *start)
+        return states
 
     def _start(self, name: str, x: Tensor, a: Tensor) -> list[Tensor]:
         """State (B, N) and traces (B, N) and (B, N, I) before a chunk; zeros before the first."""
@@ -135,41 +135,29 @@ class _Chunk(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, a: Tensor, state: Tensor, by_factor: Tensor, by_weight: Tensor
+        ctx: Any, x: Tensor, weight: Tensor, a: Tensor, start: Tensor, by_factor: Tensor, by_weight: Tensor
     ) -> tuple[Tensor, ...]:
         x = x.to(weight.dtype)
-        states = scan(a, _as_units(x @ weight.T, a), state)
-        before = torch.cat([state[:, None], states[:, :-1]], 1)
-        ctx.save_for_backward(x, weight, a, before, by_factor, by_weight)
-        powers = a[:, None] ** torch.arange(x.shape[1] - 1, -1, -1, device=x.device)  # (N, T)
-        carried = powers[:, 0] * a
-        by_factor = carried * by_factor + torch.einsum("nt,btn->bn", powers, before)
-        rows = torch.view_as_real(powers).movedim(-1, 1).flatten(0, 1) if a.is_complex() else powers
-        by_weight = carried[:, None] * by_weight + _as_units((rows @ x).mT, a).mT
+        states = scan(a, as_units(x @ weight.T, a), start)
+        ctx.save_for_backward(x, weight, a, start, states, by_factor, by_weight)
+        powers = a ** torch.arange(x.shape[1] - 1, -1, -1, device=x.device)[:, None]  # (T, N)
+        carried = powers[0] * a
+        by_factor = carried * by_factor + powers[0] * start + (powers[1:] * states[:, :-1]).sum(1)
+        by_weight = carried[:, None] * by_weight + as_units(x.mT @ as_rows(powers), a).mT
         ends = states[:, -1].clone(), by_factor, by_weight
         ctx.mark_non_differentiable(*ends)
-        return states, *ends
+        return as_rows(states), *ends
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        x, weight, a, start, states, by_factor, by_weight = ctx.saved_tensors
         delta = grads[0]
-        x, weight, a, before, by_factor, by_weight = ctx.saved_tensors
-        later = scan(a.conj(), delta.flip(1), None).flip(1)
-        first = a.conj() * later[:, 0]
-        for_a = (later * before.conj()).sum((0, 1)) + (first * by_factor.conj()).sum(0)
-        from_past = (first[..., None] * by_weight.conj()).sum(0)  # (N, I)
-        if a.is_complex():
-            from_past = torch.view_as_real(from_past).movedim(-1, 1).flatten(0, 1)
-        for_weight = _as_rows(later).flatten(0, 1).T @ x.flatten(0, 1) + from_past
-        for_x = _as_rows(delta) @ weight if ctx.needs_input_grad[0] else None
+        later = scan(a.conj().resolve_conj(), as_units(delta.contiguous(), a), backwards=True)
+        first, rows = later[:, 0], as_rows(later).flatten(0, 1)
+        into_chunk = a.conj() * first  # the derivative by the state before the chunk
+        for_a = (first * start.conj() + into_chunk * by_factor.conj()).sum(0)
+        for_a = for_a + (later[:, 1:] * states[:, :-1].conj()).sum((0, 1))
+        from_past = as_rows((into_chunk[..., None] * by_weight.conj()).sum(0).T.contiguous()).T
+        for_weight = rows.T @ x.flatten(0, 1) + from_past
+        for_x = delta @ weight if ctx.needs_input_grad[0] else None
         return for_x, for_weight, for_a, None, None, None
-
-
-def _as_units(rows: Tensor, a: Tensor) -> Tensor:
-    """(..., 2 N) real as (..., N) complex if the units are."""
-    return torch.view_as_complex(rows.unflatten(-1, (-1, 2)).contiguous()) if a.is_complex() else rows
-
-
-def _as_rows(units: Tensor) -> Tensor:
-    """The inverse of `_as_units`."""
-    return torch.view_as_real(units.resolve_conj()).flatten(-2) if units.is_complex() else units

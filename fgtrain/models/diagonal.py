@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 
 class DiagonalRecurrence(nn.Module):
-    """N units h_t = a h_{t-1} + W x_t, complex or real, with the output gamma h_t.
+    """N units h_t = a h_{t-1} + gamma W x_t, complex or real.
 
-    a = exp(-exp(log_rate) + i phase), so |a| < 1 whatever the parameters. gamma = sqrt(1 - |a|^2) gives every unit an
-    output of about the variance of W x, if the inputs are independent. The time constants 1 / exp(log_rate) start
-    log-uniform between 1 and `memory` steps.
+    a = exp(-exp(log_rate) + i phase), so |a| < 1 whatever the parameters. gamma = sqrt(1 - |a|^2) gives every unit
+    about the variance of W x, if the inputs are independent. The time constants 1 / exp(log_rate) start log-uniform
+    between 1 and `memory` steps.
 
     Args:
         inputs: I.
@@ -28,7 +28,7 @@ class DiagonalRecurrence(nn.Module):
         weight: W, (N, I); if the units are complex, (2 N, I), with a real and an imaginary row for each of them.
 
     Source: Orvieto, Smith, Gu, Fernando, Gulcehre, Pascanu, De 2023, arXiv:2303.06349, section 3. There gamma is a
-    parameter of its own, multiplies W x_t, and has this value at the start.
+    parameter of its own, which has this value at the start.
     """
 
     def __init__(self, inputs: int, units: int, memory: float, max_phase: float) -> None:
@@ -44,16 +44,10 @@ class DiagonalRecurrence(nn.Module):
         size = torch.exp(-torch.exp(self.log_rate))
         return size if self.phase is None else torch.polar(size, self.phase)
 
-    def drive(self, x: Tensor) -> Tensor:
-        """W x, (B, T, N), of inputs (B, T, I)."""
-        driven = F.linear(x, self.weight).to(self.weight.dtype)
-        return torch.view_as_complex(driven.unflatten(-1, (-1, 2))) if self.is_complex else driven
-
-    def normalised(self, states: Tensor) -> Tensor:
-        """gamma h, real, (B, T, N), or (B, T, 2 N) of complex states (B, T, N)."""
-        flat = torch.view_as_real(states).flatten(-2) if self.is_complex else states
+    def input_weight(self) -> Tensor:
+        """gamma W, shaped like `weight`."""
         gamma = torch.sqrt(-torch.expm1(-2 * torch.exp(self.log_rate)))
-        return flat * (gamma.repeat_interleave(2) if self.is_complex else gamma)
+        return (self.weight.unflatten(0, (len(gamma), -1)) * gamma[:, None, None]).flatten(0, 1)
 
     def run(self, x: Tensor, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Outputs (B, T, N or 2 N) on inputs (B, T, I), and the last state (B, N).
@@ -62,29 +56,41 @@ class DiagonalRecurrence(nn.Module):
             x: inputs.
             start: state before the first input, (B, N); None for zeros.
         """
-        states = scan(self.factors(), self.drive(x), start)
-        return self.normalised(states), states[:, -1]
+        a = self.factors()
+        states = scan(a, as_units(F.linear(x, self.input_weight()).to(self.weight.dtype), a), start)
+        return as_rows(states), states[:, -1]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Outputs (B, T, N or 2 N) on inputs (B, T, I), from the state 0."""
+        """The states h_t, (B, T, N), or (B, T, 2 N) if they are complex, on inputs (B, T, I), from the state 0."""
         return self.run(x)[0]
 
 
-def scan(a: Tensor, driven: Tensor, start: Tensor | None) -> Tensor:
+def scan(a: Tensor, driven: Tensor, start: Tensor | None = None, *, backwards: bool = False) -> Tensor:
     """The states h_t = a h_{t-1} + driven_t, (B, T, N), in a loop over T.
 
     Args:
         a: factors, (N,).
         driven: (B, T, N).
         start: h_0, (B, N); None for zeros.
+        backwards: from the last step to the first: h_t = a h_{t+1} + driven_t.
     """
-    first, *others = driven.unbind(1)
+    first, *others = driven.unbind(1)[:: -1 if backwards else 1]
     state = first if start is None else torch.addcmul(first, a, start)
     states = [state]
     for each in others:
         state = torch.addcmul(each, a, state)
         states.append(state)
-    return torch.stack(states, 1)
+    return torch.stack(states[:: -1 if backwards else 1], 1)
+
+
+def as_units(rows: Tensor, a: Tensor) -> Tensor:
+    """Numbers (..., 2 N) as complex ones (..., N), if the factors `a` are complex."""
+    return torch.view_as_complex(rows.unflatten(-1, (-1, 2))) if a.is_complex() else rows
+
+
+def as_rows(units: Tensor) -> Tensor:
+    """The inverse of `as_units`."""
+    return torch.view_as_real(units).flatten(-2) if units.is_complex() else units
 
 
 class DiagonalRNN(nn.Module):

@@ -1,0 +1,254 @@
+"""Learning on a stream: what each way to learn through time recalls, and what it costs.
+
+Every way gets the same stream and the same number of its time steps. Those that carry something from one chunk to the
+next do an update at the end of every chunk. Those that go back over a whole sequence start anew with each: one of two
+periods of the stream, so that every sequence holds a symbol and its question.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
+
+from fgtrain.data import Recall
+from fgtrain.estimators import Backprop, Estimate, ForwardInTime, write_grads
+from fgtrain.figures import COLOURS, house_style
+from fgtrain.memory import peak_mib
+from fgtrain.models import DiagonalRNN
+from fgtrain.tasks import Recall as RecallTask
+
+Batch = tuple[Tensor, Tensor]
+Learner = Callable[[DiagonalRNN, Batch], Estimate]
+"""The gradients of a batch; if it carries a state, successive calls get successive chunks."""
+
+
+def forward_in_time() -> Learner:
+    """Traces carried forwards."""
+    estimator = ForwardInTime()
+    return lambda model, batch: estimator(model, lambda m: RecallTask().losses(m, batch))
+
+
+def whole_sequences() -> Learner:
+    """Backpropagation through all steps of the batch, from the state 0."""
+    return lambda model, batch: Backprop()(model, lambda m: RecallTask().losses(m, batch))
+
+
+def checkpointed() -> Learner:
+    """The same from the states between sqrt(T) segments; the activations of a segment are computed again."""
+
+    def learn(model: DiagonalRNN, batch: Batch) -> Estimate:
+        def in_segments(tokens: Tensor) -> Tensor:
+            states, found = None, []
+            for part in tokens.split(math.isqrt(tokens.shape[1]), 1):
+                logits, states = checkpoint(model.run, part, states, use_reentrant=False)  # ty: ignore[not-iterable]
+                found.append(logits)
+            return torch.cat(found, 1)
+
+        return Backprop()(model, lambda _: RecallTask().losses(_Net(in_segments), batch))
+
+    return learn
+
+
+def truncated() -> Learner:
+    """Backpropagation through the steps of the chunk, from the last state of the one before; none without a question."""
+    states: list[Tensor] | None = None
+
+    def learn(model: DiagonalRNN, batch: Batch) -> Estimate:
+        ends: list[Tensor] = []
+
+        def from_states(tokens: Tensor) -> Tensor:
+            logits, found = model.run(tokens, states)
+            ends.extend(end.detach() for end in found)
+            return logits
+
+        nonlocal states
+        if (batch[1] >= 0).any():
+            estimate = Backprop()(model, lambda _: RecallTask().losses(_Net(from_states), batch))
+        else:
+            with torch.no_grad():
+                estimate = Estimate(RecallTask().losses(_Net(from_states), batch).mean(), {})
+        states = ends
+        return estimate
+
+    return learn
+
+
+class _Net(torch.nn.Module):
+    """A function as a model."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.function(tokens)
+
+
+class Way(NamedTuple):
+    """A way to learn through time.
+
+    Args:
+        make: makes the learner.
+        chunk: time steps of a batch; None for whole sequences.
+    """
+
+    make: Callable[[], Learner]
+    chunk: int | None
+
+
+WAYS = {
+    "forward in time": Way(forward_in_time, 20),
+    "full BPTT": Way(whole_sequences, None),
+    "full BPTT, checkpoints": Way(checkpointed, None),
+    "truncated BPTT, 100": Way(truncated, 100),
+    "truncated BPTT, 20": Way(truncated, 20),
+    "immediate derivatives": Way(truncated, 1),
+}
+"""Truncated backpropagation of one step takes the immediate derivatives alone."""
+
+SAME_GRADIENTS = {"full BPTT, checkpoints": "full BPTT"}
+"""What need not be trained, since another way has the same gradients."""
+
+
+class Recalled(NamedTuple):
+    """The result of learning at one lag.
+
+    Args:
+        way: its name.
+        lag: steps from a symbol to its question.
+        accuracy: share of the test questions answered right.
+        updates: optimizer steps.
+        seconds: CPU time of learning.
+    """
+
+    way: str
+    lag: int
+    accuracy: float
+    updates: int
+    seconds: float
+
+
+def learn(
+    way: str, data: Recall, model: DiagonalRNN, optimizer: Optimizer, num_steps: int, clip: float | None
+) -> Recalled:
+    """Train on `num_steps` time steps of the stream, then test on new sequences. A batch without a question is no update.
+
+    Args:
+        way: a key of `WAYS`.
+        data: the stream; its own chunk length is not used.
+        model: trained in place.
+        optimizer: of its parameters.
+        num_steps: time steps of the stream.
+        clip: largest norm of the gradient; None for none.
+    """
+    learner, began = WAYS[way].make(), time.process_time()
+    updates = 0
+    for batch in _batches(way, data, num_steps):
+        write_grads(model, learner(model, batch).grads)
+        if not (batch[1] >= 0).any():
+            continue
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
+        optimizer.step()
+        updates += 1
+    seconds = time.process_time() - began
+    with torch.no_grad():
+        right = torch.cat([RecallTask().metrics(model, batch)["acc"] for batch in data.test_dataloader()])
+    return Recalled(way, data.lag, right.mean().item(), updates, seconds)
+
+
+def _batches(way: str, data: Recall, num_steps: int) -> Iterator[Batch]:
+    chunk = WAYS[way].chunk
+    size = 2 * data.period if chunk is None else chunk
+    for start in range(0, num_steps - size + 1, size):
+        yield data.steps(start, start + size, since=start if chunk is None else 0)
+
+
+class Cost(NamedTuple):
+    """The cost of the gradient of a stream's loss, without updates.
+
+    Args:
+        way: its name.
+        length: time steps of the stream.
+        peak_mib: peak memory.
+        forward_passes: CPU time over that of a forward pass, in chunks of the same length.
+    """
+
+    way: str
+    length: int
+    peak_mib: float
+    forward_passes: float
+
+
+def cost(way: str, data: Recall, model: DiagonalRNN, length: int) -> Cost:
+    """Measure a way on one stream of `length` steps; whole sequences are as long as the stream."""
+    size = min(length, WAYS[way].chunk or length)
+    places = [(start, min(length, start + size)) for start in range(0, length, size)]
+
+    def gradients() -> None:
+        learner = WAYS[way].make()
+        for place in places:
+            learner(model, data.steps(*place))
+
+    def forwards() -> None:
+        states = None
+        with torch.no_grad():
+            for place in places:
+                tokens, targets = data.steps(*place)
+                logits, states = model.run(tokens, states)
+                RecallTask().losses(_Net(lambda _, logits=logits: logits), (tokens, targets))
+
+    memory = peak_mib(gradients, torch.device("cpu"))
+    rounds = max(1, 2000 // length)
+    times = [[_seconds(run) for run in (forwards, gradients)] for _ in range(2 + rounds)]
+    forward, gradient = (min(column) for column in zip(*times[1:], strict=True))
+    return Cost(way, length, memory, gradient / forward)
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    began = time.process_time()
+    run()
+    return time.process_time() - began
+
+
+def table_of(recalled: Sequence[Recalled], costs: Sequence[Cost]) -> list[dict[str, Any]]:
+    """One row for each way."""
+    rows = []
+    for way in dict.fromkeys([*(r.way for r in recalled), *(c.way for c in costs)]):
+        row: dict[str, Any] = {"way": way}
+        trained = SAME_GRADIENTS.get(way, way)
+        row |= {f"recall at {r.lag}": f"{r.accuracy:.0%}" for r in recalled if r.way == trained}
+        row |= {f"MiB at {c.length:,}": f"{c.peak_mib:.3g}" for c in costs if c.way == way}
+        last = [c for c in costs if c.way == way][-1:]
+        row |= {"forward passes": f"{c.forward_passes:.1f}" for c in last}
+        rows.append(row)
+    return rows
+
+
+@house_style
+def draw(recalled: Sequence[Recalled], costs: Sequence[Cost]) -> Figure:
+    """Accuracy against lag, memory against length, and time against length."""
+    figure = Figure(figsize=(10, 3.4), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    for i, way in enumerate(WAYS):
+        look: dict[str, Any] = {"color": COLOURS[i], "marker": "o", "markersize": 3}
+        look["linestyle"] = "--" if way in SAME_GRADIENTS else "-"
+        own = [r for r in recalled if r.way == way]
+        left.plot([r.lag for r in own], [100 * r.accuracy for r in own], **look)
+        measured = [c for c in costs if c.way == way]
+        middle.plot([c.length for c in measured], [c.peak_mib for c in measured], label=way, **look)
+        right.plot([c.length for c in measured], [c.forward_passes for c in measured], **look)
+    left.set(xscale="log", xlabel="lag in steps", ylabel="symbols recalled in %", ylim=(0, 103))
+    middle.set(xscale="log", yscale="log", xlabel="length of the stream in steps", ylabel="peak memory in MiB")
+    right.set(xscale="log", xlabel="length of the stream in steps", ylabel="time in forward passes")
+    right.set_ylim(bottom=0)
+    for axes in (left, middle, right):
+        axes.grid(alpha=0.3)
+    figure.legend(*middle.get_legend_handles_labels(), loc="outside lower center", ncols=6)
+    return figure

@@ -117,8 +117,8 @@ def test_a_resumed_run_has_the_same_weights_state_and_traces(tmp_path):
 
 @pytest.mark.slow
 def test_it_learns_the_text_and_to_recall(tmp_path):
-    options = ["method=forward_in_time", "optimizer=adam", "lr=0.003", "quiet=true"]
-    recall = ["task=recall", "data.lag=20", "model.memory=20", "trainer.max_steps=1000"]
+    options = ["method=forward_in_time", "optimizer=adam", "lr=0.01", "quiet=true"]
+    recall = ["task=recall", "data.lag=20", "data.symbols=2", "model.memory=10", "trainer.max_steps=1000"]
     text = ["task=language_modeling", "data=text_stream", "model=diagonal_rnn", "trainer.max_steps=500"]
     for command in (recall, text):
         assert train(tmp_path, *options, *command)[0] == 0

@@ -1,13 +1,16 @@
 """Learning on a stream compared with backpropagation through time: fgtrain online --quick
 
 A recurrent network of independent units learns to recall a symbol that the stream showed `lag` steps before. The
-settings are those of conf/experiment/online.yaml; the longest initial time constant of a unit is half the lag. Every
-way to learn through time gets the same number of time steps. Writes online.json, online.png and online.svg.
+settings are those of conf/experiment/online.yaml; the longest initial time constant of a unit is half the lag. Writes
+online.json, online.png and online.svg.
 """
 
 import argparse
 import json
+import os
 from pathlib import Path
+
+os.environ |= {"KINETO_LOG_LEVEL": "9", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # before torch: silences its profiler
 
 import torch
 from hydra.utils import instantiate
@@ -28,7 +31,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="two lags and three lengths, in less than three minutes")
     parser.add_argument("--lags", nargs="+", type=int, help="steps from a symbol to its question")
     parser.add_argument("--lengths", nargs="+", type=int, help="lengths of the streams whose cost is measured")
-    parser.add_argument("--periods", type=int, default=400, help="periods of the stream to learn from")
+    parser.add_argument("--updates", type=int, default=600, help="of chunks of 100 steps, or of whole sequences")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("online"), help="folder for the results")
     return parser.parse_args()
@@ -49,8 +52,8 @@ def study(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     lags = args.lags or ([20, 50] if args.quick else [20, 50, 100, 200, 500, 1000])
     lengths = args.lengths or ([100, 1000, 10_000] if args.quick else [100, 1000, 10_000, 100_000])
-    if min(*lags, *lengths, args.periods) < 2:
-        raise ConfigError("--lags, --lengths and --periods must be at least 2")
+    if min(*lags, *lengths, args.updates) < 2:
+        raise ConfigError("--lags, --lengths and --updates must be at least 2")
     console = Console(stderr=True)
     jobs = [(way, lag) for lag in lags for way in WAYS if way not in SAME_GRADIENTS]
     recalled = [_learn(*job, args) for job in track(jobs, "learning", console=console, transient=True)]
@@ -61,7 +64,9 @@ def study(args: argparse.Namespace) -> None:
     found = {"recalled": [r._asdict() for r in recalled], "costs": [c._asdict() for c in costs]}
     (args.out / "online.json").write_text(json.dumps(found, indent=1) + "\n")
     rows = table_of(recalled, costs)
-    table = Table(title=f"symbols recalled after {args.periods} periods, peak memory, and time at the longest stream")
+    table = Table(
+        title=f"symbols recalled after {args.updates} updates; peak memory and time in forward passes by length"
+    )
     for name in rows[0]:
         table.add_column(name, justify="left" if name == "way" else "right")
     for row in rows:
@@ -78,7 +83,7 @@ def _learn(way: str, lag: int, args: argparse.Namespace) -> Recalled:
     data = instantiate(cfg.data)
     model = instantiate(cfg.model, vocab_size=data.vocab_size)
     optimizer = instantiate(cfg.optimizer)(model.parameters())
-    return learn(way, data, model, optimizer, args.periods * data.period, cfg.clip_grad_norm)
+    return learn(way, data, model, optimizer, args.updates, cfg.clip_grad_norm)
 
 
 def _cost(way: str, length: int, seed: int) -> Cost:

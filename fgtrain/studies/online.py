@@ -1,8 +1,8 @@
 """Learning on a stream: what each way to learn through time recalls, and what it costs.
 
-Every way gets the same stream and the same number of its time steps. Those that carry something from one chunk to the
-next do an update at the end of every chunk. Those that go back over a whole sequence start anew with each: one of two
-periods of the stream, so that every sequence holds a symbol and its question.
+Ways that carry something from one chunk to the next get the same time steps of one stream and do an update at the end
+of every chunk. Ways that go back over a whole sequence start anew with each: one of two periods of the stream, so that
+every sequence holds a symbol and its question.
 """
 
 import math
@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.optim import Optimizer
@@ -20,7 +21,8 @@ from fgtrain.data import Recall
 from fgtrain.estimators import Backprop, Estimate, ForwardInTime, write_grads
 from fgtrain.figures import COLOURS, house_style
 from fgtrain.memory import peak_mib
-from fgtrain.models import DiagonalRNN
+from fgtrain.models import DiagonalRecurrence, DiagonalRNN
+from fgtrain.models.diagonal import as_rows, as_units, scan
 from fgtrain.tasks import Recall as RecallTask
 
 Batch = tuple[Tensor, Tensor]
@@ -46,7 +48,7 @@ def checkpointed() -> Learner:
         def in_segments(tokens: Tensor) -> Tensor:
             states, found = None, []
             for part in tokens.split(math.isqrt(tokens.shape[1]), 1):
-                logits, states = checkpoint(model.run, part, states, use_reentrant=False)  # ty: ignore[not-iterable]
+                logits, states = checkpoint(model.run, part, states, use_reentrant=False)
                 found.append(logits)
             return torch.cat(found, 1)
 
@@ -56,7 +58,7 @@ def checkpointed() -> Learner:
 
 
 def truncated() -> Learner:
-    """Backpropagation through the steps of the chunk, from the last state of the one before; none without a question."""
+    """Backpropagation through the steps of the chunk, from the last state of the one before."""
     states: list[Tensor] | None = None
 
     def learn(model: DiagonalRNN, batch: Batch) -> Estimate:
@@ -68,15 +70,35 @@ def truncated() -> Learner:
             return logits
 
         nonlocal states
-        if (batch[1] >= 0).any():
-            estimate = Backprop()(model, lambda _: RecallTask().losses(_Net(from_states), batch))
-        else:
-            with torch.no_grad():
-                estimate = Estimate(RecallTask().losses(_Net(from_states), batch).mean(), {})
+        estimate = Backprop()(model, lambda _: RecallTask().losses(_Net(from_states), batch))
         states = ends
         return estimate
 
     return learn
+
+
+def immediate() -> Learner:
+    """Backpropagation within each time step: truncated after one step, with the sum over the chunk as the gradient."""
+    carry_on = truncated()
+
+    def learn(model: DiagonalRNN, batch: Batch) -> Estimate:
+        for module in model.modules():
+            if isinstance(module, DiagonalRecurrence):
+                module.__class__ = _Immediate
+        return carry_on(model, batch)
+
+    return learn
+
+
+class _Immediate(DiagonalRecurrence):
+    """The same states, with no derivative by the state before."""
+
+    def run(self, x: Tensor, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        a = self.factors()
+        driven = as_units(F.linear(x, self.input_weight()), a)
+        states = scan(a.detach(), driven.detach(), start)
+        first = torch.zeros_like(states[:, 0]) if start is None else start
+        return as_rows(a * torch.cat([first[:, None], states[:, :-1]], 1) + driven), states[:, -1]
 
 
 class _Net(torch.nn.Module):
@@ -103,14 +125,13 @@ class Way(NamedTuple):
 
 
 WAYS = {
-    "forward in time": Way(forward_in_time, 20),
+    "forward in time": Way(forward_in_time, 100),
     "full BPTT": Way(whole_sequences, None),
     "full BPTT, checkpoints": Way(checkpointed, None),
     "truncated BPTT, 100": Way(truncated, 100),
     "truncated BPTT, 20": Way(truncated, 20),
-    "immediate derivatives": Way(truncated, 1),
+    "immediate derivatives": Way(immediate, 20),
 }
-"""Truncated backpropagation of one step takes the immediate derivatives alone."""
 
 SAME_GRADIENTS = {"full BPTT, checkpoints": "full BPTT"}
 """What need not be trained, since another way has the same gradients."""
@@ -123,50 +144,48 @@ class Recalled(NamedTuple):
         way: its name.
         lag: steps from a symbol to its question.
         accuracy: share of the test questions answered right.
-        updates: optimizer steps.
         seconds: CPU time of learning.
     """
 
     way: str
     lag: int
     accuracy: float
-    updates: int
     seconds: float
 
 
 def learn(
-    way: str, data: Recall, model: DiagonalRNN, optimizer: Optimizer, num_steps: int, clip: float | None
+    way: str, data: Recall, model: DiagonalRNN, optimizer: Optimizer, updates: int, clip: float | None
 ) -> Recalled:
-    """Train on `num_steps` time steps of the stream, then test on new sequences. A batch without a question is no update.
+    """Train on 100 time steps of the stream for each of `updates`, or on as many sequences; then test on new ones.
+
+    A batch without a question does not update the parameters.
 
     Args:
         way: a key of `WAYS`.
         data: the stream; its own chunk length is not used.
         model: trained in place.
         optimizer: of its parameters.
-        num_steps: time steps of the stream.
+        updates: their number, with chunks of 100 steps or whole sequences; shorter chunks have more.
         clip: largest norm of the gradient; None for none.
     """
     learner, began = WAYS[way].make(), time.process_time()
-    updates = 0
-    for batch in _batches(way, data, num_steps):
+    for batch in _batches(way, data, updates):
         write_grads(model, learner(model, batch).grads)
         if not (batch[1] >= 0).any():
             continue
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
-        updates += 1
     seconds = time.process_time() - began
     with torch.no_grad():
         right = torch.cat([RecallTask().metrics(model, batch)["acc"] for batch in data.test_dataloader()])
-    return Recalled(way, data.lag, right.mean().item(), updates, seconds)
+    return Recalled(way, data.lag, right.mean().item(), seconds)
 
 
-def _batches(way: str, data: Recall, num_steps: int) -> Iterator[Batch]:
+def _batches(way: str, data: Recall, updates: int) -> Iterator[Batch]:
     chunk = WAYS[way].chunk
     size = 2 * data.period if chunk is None else chunk
-    for start in range(0, num_steps - size + 1, size):
+    for start in range(0, updates * (100 if chunk else size), size):
         yield data.steps(start, start + size, since=start if chunk is None else 0)
 
 
@@ -204,11 +223,9 @@ def cost(way: str, data: Recall, model: DiagonalRNN, length: int) -> Cost:
                 logits, states = model.run(tokens, states)
                 RecallTask().losses(_Net(lambda _, logits=logits: logits), (tokens, targets))
 
-    memory = peak_mib(gradients, torch.device("cpu"))
-    rounds = max(1, 2000 // length)
-    times = [[_seconds(run) for run in (forwards, gradients)] for _ in range(2 + rounds)]
-    forward, gradient = (min(column) for column in zip(*times[1:], strict=True))
-    return Cost(way, length, memory, gradient / forward)
+    times = [[_seconds(run) for run in (forwards, gradients)] for _ in range(3)]
+    forward, gradient = (min(column) for column in zip(*times, strict=True))
+    return Cost(way, length, peak_mib(gradients, torch.device("cpu")), gradient / forward)
 
 
 def _seconds(run: Callable[[], object]) -> float:
@@ -225,8 +242,7 @@ def table_of(recalled: Sequence[Recalled], costs: Sequence[Cost]) -> list[dict[s
         trained = SAME_GRADIENTS.get(way, way)
         row |= {f"recall at {r.lag}": f"{r.accuracy:.0%}" for r in recalled if r.way == trained}
         row |= {f"MiB at {c.length:,}": f"{c.peak_mib:.3g}" for c in costs if c.way == way}
-        last = [c for c in costs if c.way == way][-1:]
-        row |= {"forward passes": f"{c.forward_passes:.1f}" for c in last}
+        row |= {f"passes at {c.length:,}": f"{c.forward_passes:.1f}" for c in costs if c.way == way}
         rows.append(row)
     return rows
 

@@ -103,6 +103,16 @@ def test_forward_mode_takes_the_model_too():
     torch.testing.assert_close(found, exact)
 
 
+def test_under_autocast_states_and_traces_stay_in_single_precision():
+    model, estimator = network(2, 0.5).float(), ForwardInTime()
+    with torch.autocast("cpu", torch.bfloat16):
+        grads = over_the_stream(estimator, model, 20)[0]
+    exact = over_the_stream(ForwardInTime(), model, 20)[0]
+    assert {buffer.dtype for buffer in estimator.buffers()} == {torch.complex64}
+    for name, g in exact.items():
+        assert (grads[name] - g).norm() <= 0.1 * g.norm(), name
+
+
 def test_what_is_carried_does_not_grow_with_the_stream():
     model, estimator = network(2, 0.5), ForwardInTime()
     sizes = []

@@ -1,6 +1,7 @@
 """Streams of chunks: what they hold, where they end, and resumed runs."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -124,4 +125,4 @@ def test_it_learns_the_text_and_to_recall(tmp_path):
         assert train(tmp_path, *options, *command)[0] == 0
     found = {results["task"]: results["metrics"] for results in results_under(tmp_path)}
     assert found["recall"]["test/acc"] > 0.9
-    assert found["language_modeling"]["test/loss"] < 3.3
+    assert found["language_modeling"]["test/loss"] < math.log(TextStream(1).vocab_size) - 0.3

@@ -138,12 +138,12 @@ class _Chunk(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, a: Tensor, start: Tensor, by_factor: Tensor, by_weight: Tensor
     ) -> tuple[Tensor, ...]:
         x = x.to(weight.dtype)
-        states = scan(a, as_units(x @ weight.T, a), start)
+        states = scan(a, as_units((x @ weight.T).to(x.dtype), a), start)  # autocast would lower it
         ctx.save_for_backward(x, weight, a, start, states, by_factor, by_weight)
         powers = a ** torch.arange(x.shape[1] - 1, -1, -1, device=x.device)[:, None]  # (T, N)
         carried = powers[0] * a
         by_factor = carried * by_factor + powers[0] * start + (powers[1:] * states[:, :-1]).sum(1)
-        by_weight = carried[:, None] * by_weight + as_units(x.mT @ as_rows(powers), a).mT
+        by_weight = carried[:, None] * by_weight + as_units((x.mT @ as_rows(powers)).to(x.dtype), a).mT
         ends = states[:, -1].clone(), by_factor, by_weight
         ctx.mark_non_differentiable(*ends)
         return as_rows(states), *ends

@@ -16,6 +16,7 @@ COMMANDS = {
     "train": "train with any method; -m sweeps",
     "compare": "compare methods under equal conditions",
     "bench": "measure the time and memory of training steps",
+    "online": "compare ways to learn on a stream",
     "profiles": "draw performance profiles on test functions",
     "evaluate": "evaluate a checkpoint on a split of its data",
     "replay": "rebuild the weights of a run without its data",

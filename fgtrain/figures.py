@@ -36,7 +36,7 @@ PAIRS = (
     ("spsa", "mezo"),
     ("gauss_newton", "second_order"),
     ("fdfa", "highway"),
-    ("local_guess",),
+    ("local_guess", "forward_in_time"),
 )
 """The methods of each colour: the first has solid lines, the second dashed ones."""
 

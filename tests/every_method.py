@@ -12,7 +12,11 @@ from tests.commands import composed, options
 METHODS = options("method")
 
 
-EVERY_METHOD = pytest.mark.parametrize("method", METHODS)
+OF_ANY_NETWORK = [method for method in METHODS if method != "forward_in_time"]
+"""The methods that are not for one kind of layer."""
+
+
+EVERY_METHOD = pytest.mark.parametrize("method", OF_ANY_NETWORK)
 
 
 RESIDUAL = "residual block"
@@ -23,6 +27,7 @@ REFUSED = {  # by name of the case; POINTS stands for the test functions too
     "activity": {TIED, POINTS},
     "activity_head": {TIED, POINTS},
     "fdfa": {TIED, POINTS},
+    "forward_in_time": {case.name for case in CASES} | {POINTS},
     "highway": {case.name for case in CASES} - {RESIDUAL} | {POINTS},
     "local": {SCALAR, TIED, POINTS},
     "local_guess": {SCALAR, TIED, POINTS},

@@ -15,7 +15,17 @@ from tests.backward_passes import backward_passes
 from tests.basis import Basis, PartwiseBasis
 from tests.cases import CASES, Case
 from tests.derivatives import exact_hessian
-from tests.every_method import EVERY_METHOD, METHODS, POINTS, RESIDUAL, configuration, make, refuses, table
+from tests.every_method import (
+    EVERY_METHOD,
+    METHODS,
+    OF_ANY_NETWORK,
+    POINTS,
+    RESIDUAL,
+    configuration,
+    make,
+    refuses,
+    table,
+)
 from tests.properties import estimated_grads, estimates_of, exact_grads, flat
 
 
@@ -63,7 +73,7 @@ WITH_ANOTHER_INNER_ESTIMATOR = {
 }
 
 
-@pytest.mark.parametrize("name", [*METHODS, *WITH_ANOTHER_INNER_ESTIMATOR])
+@pytest.mark.parametrize("name", [*OF_ANY_NETWORK, *WITH_ANOTHER_INNER_ESTIMATOR])
 def test_the_backward_pass_is_the_one_that_is_stated(name):
     estimator = WITH_ANOTHER_INNER_ESTIMATOR[name]() if name in WITH_ANOTHER_INNER_ESTIMATOR else make(name)
     case = next(case for case in CASES if case.name == RESIDUAL)

@@ -46,6 +46,7 @@ SHORTENED = {
     "bench": "--rounds 1 --batch-sizes 8",
     "compare": "seeds=1 budget=3steps",
     "profiles": "--iterations 2",
+    "online": "--lags 5 --lengths 20 --updates 2",
 }
 """Additional arguments of each script, because the original commands take minutes to hours."""
 

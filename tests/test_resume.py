@@ -24,7 +24,7 @@ from fgtrain.random import random_state, set_random_state
 from fgtrain.runs.resume import checkpoint_to_resume
 from fgtrain.schedulers import cosine
 from tests.commands import results_under, train
-from tests.every_method import METHODS
+from tests.every_method import EVERY_METHOD
 from tests.every_method import make as make_estimator
 from tests.interrupted import STEPS, Noisy, SignalAt, final_weights
 from tests.kills import Started
@@ -55,7 +55,7 @@ def fit(module, folder, *callbacks, checkpoint=None):
 
 
 @pytest.mark.parametrize("cuts", [(4, 5), pytest.param((1, 8), marks=pytest.mark.slow)], ids=str)  # of 5 an epoch
-@pytest.mark.parametrize("method", METHODS)
+@EVERY_METHOD
 def test_resumed_equals_straight_at_any_step(method, cuts, tmp_path):
     straight = fit(noisy_module(method), tmp_path / "straight")
     for cut in cuts:

@@ -129,6 +129,8 @@ COMPANIONS = {
     "transformer": ["data=text", "task=language_modeling"],
     "lstm": ["task=language_modeling"],
     "text": ["task=language_modeling"],
+    "text_stream": ["task=language_modeling", "model=diagonal_rnn"],
+    "diagonal_rnn": ["data=recall"],
     "finetune_digits": ["model.weights=null"],
 }
 CHOICES = [(group.name, choice) for group in sorted(CONF.iterdir()) if group.is_dir() for choice in options(group.name)]

@@ -5,6 +5,7 @@ from fgtrain.data.in_memory import InMemoryDataModule, TensorLoader
 from fgtrain.data.mnist1d import Mnist1D
 from fgtrain.data.mnist_subset import MnistSubset
 from fgtrain.data.steps import Steps
+from fgtrain.data.streams import Recall, TextStream
 from fgtrain.data.text import Text
 from fgtrain.data.vision import TorchvisionImages
 
@@ -13,8 +14,10 @@ __all__ = [
     "InMemoryDataModule",
     "Mnist1D",
     "MnistSubset",
+    "Recall",
     "Steps",
     "TensorLoader",
     "Text",
+    "TextStream",
     "TorchvisionImages",
 ]

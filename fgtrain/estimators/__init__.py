@@ -7,6 +7,7 @@ from fgtrain.estimators.checkpointed import CheckpointedBackprop
 from fgtrain.estimators.fdfa import FDFA
 from fgtrain.estimators.forward_exact import ForwardExact
 from fgtrain.estimators.forward_gradient import ForwardGradient
+from fgtrain.estimators.forward_in_time import ForwardInTime
 from fgtrain.estimators.gauss_newton import GaussNewton
 from fgtrain.estimators.highway import Highway
 from fgtrain.estimators.local import LocalLosses
@@ -24,6 +25,7 @@ __all__ = [
     "Estimate",
     "ForwardExact",
     "ForwardGradient",
+    "ForwardInTime",
     "GaussNewton",
     "GradientEstimator",
     "Highway",

@@ -1,6 +1,7 @@
 """The models that the configs name. Any other nn.Module works too."""
 
 from fgtrain.models.basic import CNN, MLP, ImageAdapter
+from fgtrain.models.diagonal import DiagonalRecurrence, DiagonalRNN
 from fgtrain.models.finetune import FineTuned, LoRA, add_lora
 from fgtrain.models.mixer import LocalMixer
 from fgtrain.models.sequence import LSTMLM, TransformerLM
@@ -11,6 +12,8 @@ __all__ = [
     "CNN",
     "LSTMLM",
     "MLP",
+    "DiagonalRNN",
+    "DiagonalRecurrence",
     "FineTuned",
     "ImageAdapter",
     "LoRA",

@@ -14,6 +14,7 @@ from fgtrain.tasks.functions import (
     StyblinskiTang,
 )
 from fgtrain.tasks.language_modeling import LanguageModeling
+from fgtrain.tasks.recall import Recall
 
 __all__ = [
     "Beale",
@@ -24,6 +25,7 @@ __all__ = [
     "LanguageModeling",
     "Matyas",
     "Points",
+    "Recall",
     "Rosenbrock",
     "Sphere",
     "StyblinskiTang",

@@ -1,0 +1,189 @@
+"""Online learning: the sum over the chunks of a stream is the gradient of the whole stream."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from fgtrain import Backprop, ForwardExact, ForwardInTime, write_grads
+from fgtrain.errors import DataError, UnsupportedOperation
+from fgtrain.models import DiagonalRecurrence, DiagonalRNN
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+B, T, VOCAB = 3, 60, 5
+STREAM = torch.randint(VOCAB, (B, T + 1), generator=torch.Generator().manual_seed(0))
+KINDS = pytest.mark.parametrize("max_phase", [0.0, 0.5], ids=["real", "complex"])
+
+
+def network(depth, max_phase, memory=200.0):
+    torch.manual_seed(0)
+    return DiagonalRNN(VOCAB, 4, depth, memory, max_phase)
+
+
+def summed(tokens, following):
+    return lambda model: F.cross_entropy(model(tokens).flatten(0, 1), following.flatten(), reduction="sum")
+
+
+def over_the_stream(estimator, model, length):
+    """The sum of the estimates of all chunks, and of their losses."""
+    total, loss = {name: torch.zeros_like(p) for name, p in model.named_parameters()}, torch.zeros(())
+    for tokens, following in zip(STREAM[:, :-1].split(length, 1), STREAM[:, 1:].split(length, 1), strict=True):
+        estimate = estimator(model, summed(tokens, following))
+        loss = loss + estimate.loss
+        total = {name: g + estimate.grads[name] for name, g in total.items()}
+    return total, loss
+
+
+@KINDS
+@pytest.mark.parametrize("length", [1, 7, T])
+def test_one_layer_has_the_gradient_of_the_whole_stream(length, max_phase):
+    model = network(1, max_phase)
+    exact = Backprop()(model, summed(STREAM[:, :-1], STREAM[:, 1:]))
+    found, loss = over_the_stream(ForwardInTime(), model, length)
+    torch.testing.assert_close(loss, exact.loss)
+    torch.testing.assert_close(found, exact.grads, rtol=1e-10, atol=1e-10)
+
+
+def test_the_far_past_matters_for_that():
+    """Without it, truncated backpropagation would pass the test above."""
+    model = network(1, 0.5)
+    exact = Backprop()(model, summed(STREAM[:, :-1], STREAM[:, 1:])).grads
+    states, total = None, {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for tokens, following in zip(STREAM[:, :-1].split(20, 1), STREAM[:, 1:].split(20, 1), strict=True):
+        logits, ends = model.run(tokens, states)
+        loss = F.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="sum")
+        total = {
+            name: total[name] + g
+            for name, g in zip(total, torch.autograd.grad(loss, list(model.parameters())), strict=True)
+        }
+        states = [end.detach() for end in ends]
+    for name in ("layers.0.recurrence.log_rate", "layers.0.recurrence.phase", "layers.0.recurrence.weight"):
+        assert (total[name] - exact[name]).norm() > 0.01 * exact[name].norm(), name
+
+
+class PresentInputs(DiagonalRecurrence):
+    """The layer below gets its gradient from the present input alone."""
+
+    def forward(self, x):
+        present = nn.functional.linear(x - x.detach(), self.input_weight().detach())
+        return super().forward(x.detach()) + present
+
+
+@KINDS
+@pytest.mark.parametrize("depth", [2, 3])
+def test_stacked_layers_have_the_stated_bias(depth, max_phase):
+    model = network(depth, max_phase)
+    exact = Backprop()(model, summed(STREAM[:, :-1], STREAM[:, 1:])).grads
+    cut = copy.deepcopy(model)
+    for layer in cut.layers:
+        layer.recurrence.__class__ = PresentInputs
+    expected = Backprop()(cut, summed(STREAM[:, :-1], STREAM[:, 1:])).grads
+    for length in (1, 7, T):
+        found, _ = over_the_stream(ForwardInTime(), model, length)
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    last, first = f"layers.{depth - 1}.recurrence.weight", "layers.0.recurrence.weight"
+    torch.testing.assert_close(expected[last], exact[last])
+    assert (expected[first] - exact[first]).norm() > 0.01 * exact[first].norm()
+
+
+def test_the_model_alone_starts_from_nothing_whatever_the_stream_so_far():
+    model, estimator = network(2, 0.5), ForwardInTime()
+    before = model(STREAM)
+    over_the_stream(estimator, model, 20)
+    assert torch.equal(model(STREAM), before)
+    assert not list(model.buffers())
+
+
+def test_forward_mode_takes_the_model_too():
+    model = network(2, 0.5)
+    exact, found = (e(model, summed(STREAM[:, :6], STREAM[:, 1:7])).grads for e in (Backprop(), ForwardExact()))
+    torch.testing.assert_close(found, exact)
+
+
+def test_under_autocast_states_and_traces_stay_in_single_precision():
+    model, estimator = network(2, 0.5).float(), ForwardInTime()
+    with torch.autocast("cpu", torch.bfloat16):
+        grads = over_the_stream(estimator, model, 20)[0]
+    exact = over_the_stream(ForwardInTime(), model, 20)[0]
+    assert {buffer.dtype for buffer in estimator.buffers()} == {torch.complex64}
+    for name, g in exact.items():
+        assert (grads[name] - g).norm() <= 0.1 * g.norm(), name
+
+
+def test_what_is_carried_does_not_grow_with_the_stream():
+    model, estimator = network(2, 0.5), ForwardInTime()
+    sizes = []
+    for tokens, following in zip(STREAM[:, :-1].split(6, 1), STREAM[:, 1:].split(6, 1), strict=True):
+        estimator(model, summed(tokens, following))
+        sizes.append(sum(buffer.numel() for buffer in estimator.buffers()))
+    assert set(sizes) == {B * 4 * (VOCAB + 2) + B * 4 * (4 + 2)}
+    assert not any(buffer.requires_grad for buffer in estimator.buffers())
+
+
+def trained(model, estimator, optimizer, chunks):
+    for tokens, following in chunks:
+        write_grads(model, estimator(model, summed(tokens, following)).grads)
+        optimizer.step()
+
+
+def test_state_and_traces_are_in_the_state_dict():
+    """Training goes on from saved states bit for bit."""
+    chunks = list(zip(STREAM[:, :-1].split(6, 1), STREAM[:, 1:].split(6, 1), strict=True))
+    model, estimator = network(2, 0.5), ForwardInTime()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    trained(model, estimator, optimizer, chunks[:4])
+    saved = copy.deepcopy([part.state_dict() for part in (model, estimator, optimizer)])
+    trained(model, estimator, optimizer, chunks[4:])
+
+    again = network(2, 0.5)
+    parts = again, ForwardInTime(), torch.optim.SGD(again.parameters(), lr=0.01, momentum=0.9)
+    for part, state in zip(parts, saved, strict=True):
+        part.load_state_dict(state)
+    trained(*parts, chunks[4:])
+    for name, value in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], value), name
+
+
+@pytest.mark.parametrize(
+    ("make", "run", "error", "message"),
+    [
+        (
+            lambda: nn.Linear(2, 2),
+            lambda estimator, model: estimator(model, lambda m: m(torch.ones(2)).sum()),
+            UnsupportedOperation,
+            "Linear has no DiagonalRecurrence, .* use model=diagonal_rnn, or train with another method",
+        ),
+        (
+            lambda: network(1, 0.5),
+            lambda estimator, model: estimator(model, lambda m: (m(STREAM) - m(STREAM[:, :3])[:, :1]).sum()),
+            UnsupportedOperation,
+            "calls layers.0.recurrence twice",
+        ),
+        (
+            lambda: network(1, 0.5),
+            lambda estimator, model: [estimator(model, lambda m, rows=rows: m(STREAM[:rows]).sum()) for rows in (3, 2)],
+            DataError,
+            "a chunk has 2 sequences, but the stream so far has 3: every chunk must go on with the same",
+        ),
+        (
+            lambda: network(1, 0.5),
+            lambda estimator, model: estimator(model, lambda m: m(STREAM).sum(), reduce=lambda x: x),
+            UnsupportedOperation,
+            "one process: .* set trainer.devices=1",
+        ),
+    ],
+    ids=["no recurrence", "called twice", "other sequences", "several processes"],
+)
+def test_what_it_cannot_train_is_one_line(make, run, error, message):
+    with pytest.raises(error, match=message) as refusal:
+        run(ForwardInTime(), make())
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(("option", "value"), [("width", 0), ("depth", 0), ("memory", 0.5), ("max_phase", -1.0)])
+def test_bad_sizes_are_named(option, value):
+    with pytest.raises(ValueError, match=f"{option} must be at least [01], got {value}"):
+        DiagonalRNN(VOCAB, **{option: value})

@@ -52,7 +52,7 @@ class ObservedStep:
         self.tangents: TangentsOver = tangents
         self.ranks = Ranks()
         self.user_step = user_step
-        self.divergence = divergence or Divergence()
+        self.divergence = divergence or Divergence(detect_divergence=1000.0)
         self._grads: dict[str, Tensor] = {}
         self._logs: list[_Log] = []
         self._running = False

@@ -87,6 +87,7 @@ class TrainConfig:
     optimizer: Any = None
     scheduler: Any = None
     trainer: Any = None
+    logger: Any = None
     callbacks: Any = None
 
 

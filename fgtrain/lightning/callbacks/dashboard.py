@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from omegaconf import OmegaConf
 
 LAYOUT = {
@@ -51,7 +51,9 @@ class Dashboard(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+            if not isinstance(logger, TensorBoardLogger):
+                logger.log_hyperparams(self.config)
+            elif trainer.is_global_zero:
                 logger.experiment.add_custom_scalars(LAYOUT)
                 text = OmegaConf.to_yaml(OmegaConf.create(self.config))
                 logger.experiment.add_text("config", "    " + text.replace("\n", "\n    "))  # markdown's code block
@@ -77,6 +79,10 @@ def log_final(trainer: L.Trainer, config: Mapping[str, Any], results: Mapping[st
     ends = {f"final/{name}": value for name, value in results["metrics"].items() if name.split("/")[0] in _ENDS}
     ends |= {f"final/{name}": results[name] for name in ("train_seconds", "step_ms_median", "steps")}
     for logger in trainer.loggers:
-        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+        if not isinstance(logger, TensorBoardLogger):
+            logger.log_metrics(ends, results["steps"])
+        elif trainer.is_global_zero:
             logger.log_hyperparams({k: "none" if v is None else v for k, v in columns.items()}, ends, results["steps"])
-            logger.finalize("success")
+        logger.finalize("success")
+        if isinstance(logger, WandbLogger) and trainer.is_global_zero:
+            logger.experiment.finish()  # or the next run of a sweep would continue this one

@@ -222,6 +222,27 @@ def test_too_many_of_them_end_the_run(tmp_path):
     assert all(value.isfinite().all() for value in module.state_dict().values())
 
 
+class LastOutput(nn.LSTM):
+    def forward(self, x):
+        return super().forward(x.view(-1, 2, 2))[0][:, -1]
+
+
+class Recurrent(Plain):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(LastOutput(2, 5, batch_first=True), nn.Linear(5, 3))
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("loss", loss)
+        return loss
+
+
+def test_a_recurrent_network_logs_its_loss(tmp_path):
+    trainer = fit(made(Recurrent, ForwardGradient(shrinkage=True)), tmp_path, max_epochs=1)
+    assert trainer.callback_metrics["loss"] > 0
+
+
 class Usual(Plain):
     """A network with a learning rate for backpropagation."""
 

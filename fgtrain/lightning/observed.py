@@ -174,7 +174,8 @@ def without_tangents(tree: Any) -> Any:
             return x.primal
         return fwAD.unpack_dual(x).primal.detach() if isinstance(x, Tensor) else x
 
-    return tree_map(value, tree)
+    with torch.no_grad():  # the reference engine would look for the lost tangent
+        return tree_map(value, tree)
 
 
 class _Kept:

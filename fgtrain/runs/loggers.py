@@ -1,4 +1,4 @@
-"""Where a run writes its curves: `logger=tensorboard`, `csv`, `wandb`, `mlflow`, `none`, or several: `[tensorboard,csv]`.
+"""Where a run writes its curves: `logger=tensorboard`, `csv`, `wandb`, `mlflow`, `none`, or `[tensorboard,csv]`.
 
 All of them get the metrics, the configuration and the final metrics by Lightning's interface. Histograms and the
 layout of charts are TensorBoard's; pictures go to TensorBoard and Weights & Biases.

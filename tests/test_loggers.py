@@ -18,7 +18,7 @@ def test_csv_beside_tensorboard(tmp_path):
     rows = list(csv.DictReader((folder / "metrics.csv").read_text().splitlines()))
     assert [row["step"] for row in rows if row["train/loss"]] == ["1", "2", "3", "4"]
     assert rows[-1]["step"] == "4"
-    assert float(rows[-1]["final/val/acc"]) == float(next(row["val/acc"] for row in reversed(rows) if row["val/acc"]))
+    assert float(rows[-1]["val/acc"]) == float(next(row["val/acc"] for row in reversed(rows[:-1]) if row["val/acc"]))
     assert "num_tangents: 1" in (folder / "hparams.yaml").read_text()
 
 

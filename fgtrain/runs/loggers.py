@@ -8,10 +8,11 @@ from typing import Any
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
 from fgtrain.errors import ConfigError
+from fgtrain.lightning.callbacks.dashboard import Curves
 
 
 def loggers_of(cfg: DictConfig) -> list[Logger]:
@@ -21,7 +22,7 @@ def loggers_of(cfg: DictConfig) -> list[Logger]:
         ConfigError: a logger's package is not installed.
     """
     if cfg.logger is None:
-        return [TensorBoardLogger(cfg.run_dir, name="", version="", default_hp_metric=False)]
+        return [Curves(cfg.run_dir, name="", version="", default_hp_metric=False)]
     return [_logger(name, node) for name, node in cfg.logger.items()]
 
 

@@ -1,17 +1,19 @@
 """Mean and spread over the seeds of a sweep, as curves in TensorBoard."""
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
 TAGS = ("train/loss", "val/loss", "val/acc", "val/distance_to_minimum")
-SPREAD = {"mean": fmean, "lowest": min, "highest": max}
+SPREAD: Mapping[str, Callable[[list[float]], float]] = {"mean": fmean, "lowest": min, "highest": max}
 Curve = Mapping[int, float]
 
 
-def write_seed_curves(folder: Path, runs: Iterable[tuple[Path, Sequence[str]]]) -> None:
+def write_seed_curves(folder: Path, runs: Sequence[tuple[Path, Sequence[str]]]) -> None:
     """Write the runs seeds/NAME/mean, lowest and highest, with the tags of the runs, so that they share their charts.
+
+    NAME holds the arguments that the sweep varies, without the seed.
 
     Args:
         folder: the folder of the sweep.
@@ -21,9 +23,10 @@ def write_seed_curves(folder: Path, runs: Iterable[tuple[Path, Sequence[str]]]) 
     from torch.utils.tensorboard import SummaryWriter  # late: help and completion need not wait for it
 
     groups: dict[str, list[Path]] = defaultdict(list)
+    common = set.intersection(*(set(arguments) for _, arguments in runs)) if runs else set()
     for run_dir, arguments in runs:
-        name = ",".join(sorted(a for a in arguments if not a.startswith("seed=")))
-        groups[name.replace("/", "-").replace("$", "")[:200] or "default"].append(run_dir)
+        name = ",".join(sorted(a for a in arguments if a not in common and not a.startswith("seed=")))
+        groups[name.replace("/", "-").replace("$", "")[:200] or "all"].append(run_dir)
     for name, run_dirs in groups.items():
         curves = [_curves(run_dir) for run_dir in run_dirs] if len(run_dirs) > 1 else []
         shared = [tag for tag in TAGS if curves and all(tag in found for found in curves)]

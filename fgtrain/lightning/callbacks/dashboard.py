@@ -36,15 +36,14 @@ def layout(*, is_function: bool, has_quality: bool, has_derivatives: bool) -> di
         has_quality: whether the estimates are compared with the gradient.
         has_derivatives: whether the method takes derivatives along directions.
     """
-    end = "val/distance_to_minimum" if is_function else "val/acc"
-    progress = {"loss": ["train/loss", "val/loss"], end.removeprefix("val/").replace("_", " "): [end]}
+    end = {"distance to the minimum": ["val/distance_to_minimum"]} if is_function else {"accuracy": ["val/acc"]}
+    progress = {"loss": ["train/loss", "val/loss"]} | end
     quality = {"gradient norm": ["train/grad_norm"]}
     if has_derivatives:
         quality = {"directional derivative": ["train/directional_derivative_abs"]} | quality
     if has_quality:
-        cosines = ["quality/cosine", "quality/expected_cosine"] if has_derivatives else ["quality/cosine"]
-        errors = {"relative squared error": ["quality/relative_squared_error"]}
-        quality = {"cosine to the gradient": cosines} | errors | quality
+        cosines = {"cosine to the gradient": ["quality/cosine", "quality/expected_cosine"]}
+        quality = cosines | {"relative squared error": ["quality/relative_squared_error"]} | quality
     cost = {"steps a second": ["train/steps_per_second"], "memory in MiB": ["train/memory_mib"]}
     groups = {"progress": progress, "estimator quality": quality, "cost": cost | {"learning rate": ["train/lr"]}}
     return {group: {title: ["Multiline", tags] for title, tags in charts.items()} for group, charts in groups.items()}
@@ -68,7 +67,7 @@ class Dashboard(L.Callback):
                 module: Any = pl_module
                 charts = layout(
                     is_function=isinstance(module.task, Function),
-                    has_quality=any(isinstance(callback, GradientQuality) for callback in trainer.callbacks),  # ty: ignore[unresolved-attribute]
+                    has_quality=any(isinstance(callback, GradientQuality) for callback in trainer.callbacks),  # ty: ignore[missing-attribute]
                     has_derivatives=not module.estimator.backpropagates,
                 )
                 logger.experiment.add_custom_scalars(charts)

@@ -148,7 +148,7 @@ class Monitor(L.Callback):
             if isinstance(logger, TensorBoardLogger) and len(finite):
                 # TensorBoard draws 30 bins; its default of hundreds is slow, since it computes their checksum byte by
                 # byte.
-                logger.experiment.add_histogram("directional_derivatives", finite, trainer.global_step, bins=30)
+                logger.experiment.add_histogram("train/directional_derivatives", finite, trainer.global_step, bins=30)
 
     def summary(self) -> dict[str, float]:
         """Cost of the run so far: seconds of training, median milliseconds of a step, peak memory in MiB."""

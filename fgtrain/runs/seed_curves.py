@@ -1,12 +1,11 @@
 """Mean and spread over the seeds of a sweep, as curves in TensorBoard."""
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
 TAGS = ("train/loss", "val/loss", "val/acc", "val/distance_to_minimum")
-SPREAD: Mapping[str, Callable[[list[float]], float]] = {"mean": fmean, "lowest": min, "highest": max}
 Curve = Mapping[int, float]
 
 
@@ -30,11 +29,13 @@ def write_seed_curves(folder: Path, runs: Sequence[tuple[Path, Sequence[str]]]) 
     for name, run_dirs in groups.items():
         curves = [_curves(run_dir) for run_dir in run_dirs] if len(run_dirs) > 1 else []
         shared = [tag for tag in TAGS if curves and all(tag in found for found in curves)]
-        for which, combine in SPREAD.items() if shared else ():
+        for which in ("mean", "lowest", "highest") if shared else ():
             with SummaryWriter(str(folder / "seeds" / name / which)) as writer:
                 for tag in shared:
                     for step in sorted(set.intersection(*(set(found[tag]) for found in curves))):
-                        writer.add_scalar(tag, combine([found[tag][step] for found in curves]), step)
+                        values = [found[tag][step] for found in curves]
+                        spread = {"mean": fmean(values), "lowest": min(values), "highest": max(values)}
+                        writer.add_scalar(tag, spread[which], step)
 
 
 def _curves(run_dir: Path) -> dict[str, Curve]:

@@ -6,6 +6,7 @@ import sys
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -61,7 +62,7 @@ def test_all_methods_have_the_same_budget(float64):
 def test_the_drawn_lines_end_with_the_budget():
     found = [Solved("f", 2, "a", 1.0, torch.tensor([3.0, torch.inf]))]
     (line,) = draw(found, 40).axes[0].lines
-    assert max(line.get_xdata()) == pytest.approx(40)
+    assert float(np.max(line.get_xdata())) == pytest.approx(40)
 
 
 def test_shares():

@@ -24,8 +24,19 @@ from fgtrain.tasks import Function
 class Curves(TensorBoardLogger):
     """TensorBoard without Lightning's curve of epochs, which would be the first of all charts."""
 
+    _is_row = False
+
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
+        if not self._is_row:
+            super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
+
+    def log_row(self, settings: Mapping[str, Any], ends: Mapping[str, float]) -> None:
+        """Write a row of the HPARAMS table; its metrics are the last values of the curves that `ends` names."""
+        self._is_row = True  # Lightning would add a point to each of them
+        try:
+            self.log_hyperparams(dict(settings), dict(ends))
+        finally:
+            self._is_row = False
 
 
 def layout(*, is_function: bool, has_quality: bool, has_derivatives: bool) -> dict[str, dict[str, list[Any]]]:
@@ -98,10 +109,10 @@ def log_final(trainer: L.Trainer, config: Mapping[str, Any], results: Mapping[st
     ends |= {"train/steps_per_second": 1e3 / max(1e-9, results["step_ms_median"])}
     ends |= {"train/memory_mib": results["peak_memory_mib"]}
     for logger in trainer.loggers:
-        if not isinstance(logger, TensorBoardLogger):
+        if isinstance(logger, Curves):
+            logger.log_row({k: "none" if v is None else v for k, v in columns.items()}, ends)
+        else:
             logger.log_metrics(ends, results["steps"])
-        elif trainer.is_global_zero:
-            logger.log_hyperparams({k: "none" if v is None else v for k, v in columns.items()}, ends, results["steps"])
         logger.finalize("success")
         if isinstance(logger, WandbLogger) and trainer.is_global_zero:
             logger.experiment.finish()  # or the next run of a sweep would continue this one

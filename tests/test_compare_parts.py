@@ -4,7 +4,9 @@ import math
 
 import pytest
 
+from fgtrain.errors import ConfigError
 from fgtrain.studies.compare.finished import Finished
+from fgtrain.studies.compare.plan import parse
 from fgtrain.studies.compare.search import best_of, is_at_edge, search
 from fgtrain.studies.compare.target import resolution, steps_to, target_value
 
@@ -66,3 +68,9 @@ def test_exactly_computed_layers_are_no_merit():
     assert run.cosine() == [(0, pytest.approx(0.2)), (5, pytest.approx(0.2))]
     exact = Finished("backprop", 0, {}, of("head", 1.0, 0.0) | {"quality/cosine": [(0, 1.0), (5, 1.0)]})
     assert exact.cosine() == [(0, 1.0), (5, 1.0)]
+
+
+@pytest.mark.parametrize("argument", ["logger=csv", "logger.tensorboard.version=1"])
+def test_the_loggers_of_a_comparison_are_its_own(argument):
+    with pytest.raises(ConfigError, match=r"leave logger=\.\.\. out"):
+        parse([argument])

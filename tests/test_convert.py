@@ -222,6 +222,53 @@ def test_too_many_of_them_end_the_run(tmp_path):
     assert all(value.isfinite().all() for value in module.state_dict().values())
 
 
+class LastOutput(nn.LSTM):
+    def forward(self, input, hx=None):  # noqa: A002, the base's name
+        return super().forward(input.view(-1, 2, 2), hx)[0][:, -1]
+
+
+class Recurrent(Plain):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(LastOutput(2, 5, batch_first=True), nn.Linear(5, 3))
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("loss", loss)
+        return loss
+
+
+def test_a_recurrent_network_logs_its_loss(tmp_path):
+    trainer = fit(made(Recurrent, ForwardGradient(shrinkage=True)), tmp_path, max_epochs=1)
+    assert trainer.callback_metrics["loss"] > 0
+
+
+class Usual(Plain):
+    """A network with a learning rate for backpropagation."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 32), nn.Tanh(), nn.Linear(32, 3))
+
+    def training_step(self, batch, batch_idx):
+        return self.net(batch[0]).square().mean()
+
+
+@pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
+def test_the_message_of_a_diverged_run_begins_with_shrinkage(tmp_path):
+    unshrunk = made(Usual, ForwardGradient())
+    with pytest.raises(DivergenceError, match=r"; set shrinkage=True, without which .* or lower lr"):
+        fit(unshrunk, tmp_path, max_epochs=20)
+    fit(made(Usual, ForwardGradient(shrinkage=True)), tmp_path, max_epochs=20)
+
+
+def test_shrinkage_is_not_advised_where_it_changes_nothing(tmp_path):
+    module = made(BadBatch, ForwardGradient(combine="projection"))
+    module.always = True
+    with pytest.raises(DivergenceError, match=r"; lower lr"):
+        fit(module, tmp_path)
+
+
 @pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
 def test_a_first_batch_that_is_skipped_decides_nothing(tmp_path, caplog):
     class Skips(NoDropout):

@@ -146,6 +146,18 @@ def test_loss_that_grows_slowly_from_its_best_stops_the_run():
         deque(judge.inspect(estimate, alone) for estimate in estimates)
 
 
+def test_a_loss_that_crosses_zero_is_not_judged():
+    """Multiples of a value around zero say nothing."""
+
+    class OneRank:
+        world_size = 1
+        loggers = ()
+
+    judge = Divergence(3, detect_divergence=10.0)
+    for value in [1.0] * 5 + [-5.0] * 30 + [50.0] * 30:
+        assert judge.inspect(Estimate(torch.tensor(value), {"w": torch.ones(2)}, None), cast(Any, OneRank()))
+
+
 def test_skipped_share():
     class OneRank:
         world_size = 1

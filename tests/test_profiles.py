@@ -1,14 +1,19 @@
 """Profiles: the functions have their minima, batching changes nothing, the shares are counted right."""
 
 import json
+import re
 import sys
+from typing import Any
+from unittest.mock import Mock
 
+import numpy as np
+import pytest
 import torch
 
 from fgtrain import SPSA, Backprop, ForwardGradient
 from fgtrain.commands.profiles import main as run_command
 from fgtrain.random import keyed_generator
-from fgtrain.studies.profiles import Solved, evaluations_of, problems, scale_of, share_solved, solve
+from fgtrain.studies.profiles import Solved, draw, evaluations_of, problems, scale_of, share_solved, solve
 from fgtrain.tasks import Points, Sphere
 
 
@@ -28,7 +33,7 @@ def test_batch_is_as_one_at_a_time(float64):
 
 def test_gradient_descent_solves_the_sphere_when_theory_says_so(float64):
     # x <- (1 - 2 eta) x; f falls by (1 - 2 eta)^2 a step, to 1 % after log 0.01 / (2 log |1 - 2 eta|) steps
-    found = solve(Sphere(1, dim=2), "backprop", Backprop(), [0.1], 1, 500, seed=3)
+    found = solve(Sphere(1, dim=2), "backprop", Backprop(), [0.1], 1, 1500, seed=3)
     function = Sphere(1, dim=2)
     model = Points(function)
     model.points.data = -5.12 + 10.24 * torch.rand(1, 2, generator=keyed_generator(3, 2))
@@ -46,6 +51,20 @@ def test_evaluations(float64):
         assert all(e % cost == 0 for e in found.evaluations[found.evaluations.isfinite()].tolist())
 
 
+def test_all_methods_have_the_same_budget(float64):
+    """A start that is never solved is followed to the budget's last step, and no further."""
+    for estimator, cost in ((Backprop(), 3), (ForwardGradient(rowwise=True), 2), (SPSA(rowwise=True), 2)):
+        counted: Any = Mock(side_effect=estimator)
+        solve(Sphere(1, dim=2), "x", counted, [1e-9], 1, 31)
+        assert counted.call_count == 31 // cost
+
+
+def test_the_drawn_lines_end_with_the_budget():
+    found = [Solved("f", 2, "a", 1.0, torch.tensor([3.0, torch.inf]))]
+    (line,) = draw(found, 40).axes[0].lines
+    assert float(np.max(line.get_xdata())) == pytest.approx(40)
+
+
 def test_shares():
     found = [
         Solved("f", 2, "a", 1.0, torch.tensor([3.0, 30.0])),
@@ -55,7 +74,19 @@ def test_shares():
 
 
 def test_script(tmp_path, monkeypatch, capsys):
-    command = ["--methods", "backprop", "fwdgrad", "--dims", "2", "--starts", "2", "--rates", "2", "--iterations", "5"]
+    command = [
+        "--methods",
+        "backprop",
+        "fwdgrad",
+        "--dims",
+        "2",
+        "--starts",
+        "2",
+        "--rates",
+        "2",
+        "--evaluations",
+        "30",
+    ]
     monkeypatch.setattr(sys, "argv", ["profiles.py", *command, "--out", str(tmp_path)])
     try:
         run_command()
@@ -64,4 +95,7 @@ def test_script(tmp_path, monkeypatch, capsys):
     rows = json.loads((tmp_path / "profiles.json").read_text())
     assert len(rows) == 2 * len(problems([2], 1))
     assert (tmp_path / "profiles.png").stat().st_size > 10_000
-    assert f"share of {len(rows)} problems" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"share of {len(rows)} problems" in out
+    header = next(line for line in out.splitlines() if "method" in line)
+    assert re.findall(r"\d+", header) == ["10", "30"]  # what was run, and no more

@@ -45,7 +45,7 @@ SHORTENED = {
     "trainer.limit_val_batches=1 trainer.limit_test_batches=1",
     "bench": "--rounds 1 --batch-sizes 8",
     "compare": "seeds=1 budget=3steps",
-    "profiles": "--iterations 2",
+    "profiles": "--evaluations 10",
     "online": "--lags 5 --lengths 20 --updates 2",
 }
 """Additional arguments of each script, because the original commands take minutes to hours."""

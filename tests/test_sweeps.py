@@ -7,11 +7,17 @@ import re
 
 import pytest
 from hydra import compose, initialize_config_dir
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fgtrain.runs.cli import CONF
 from fgtrain.runs.messages import one_line
 from fgtrain.runs.sweeps import objective
 from tests.commands import options, results_under, train
+
+
+def events_of(folder):
+    return EventAccumulator(str(folder)).Reload()
+
 
 OPTUNA = importlib.util.find_spec("optuna") is not None
 
@@ -100,3 +106,21 @@ def test_optuna(tmp_path):
     assert status == 0, err
     assert len(results_under(tmp_path)) == 3
     assert "best first" in out
+
+
+def test_mean_and_spread_over_seeds_are_curves(tmp_path):
+    command = ["-m", "method=backprop", "data.batch_size=64,128", "seed=0,1,2", "quiet=true", "self_check=false"]
+    status, _, err = train(tmp_path, *command, "trainer.max_steps=6", "trainer.val_check_interval=3")
+    assert status == 0, err
+    (folder,) = (path.parent for path in tmp_path.rglob("sweep.csv"))
+    runs = {path.parent for path in folder.rglob("seeds/*/*/events*")}
+    assert len(runs) == 2 * 3
+    ends = [
+        events_of(path.parent).Scalars("val/loss")[-1].value
+        for path in folder.glob("*/results.json")
+        if "data.batch_size=64" in path.parent.name
+    ]
+    for name, expected in (("mean", sum(ends) / 3), ("lowest", min(ends)), ("highest", max(ends))):
+        (run,) = (run for run in runs if run.name == name and "data.batch_size=64" in run.parent.name)
+        point = events_of(run).Scalars("val/loss")[-1]
+        assert (point.step, point.value) == (6, pytest.approx(expected))

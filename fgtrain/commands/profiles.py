@@ -3,12 +3,13 @@
 Minimises 89 test functions from many starting points with a grid of learning rates. A step treats all starts and
 learning rates of a function as one batch. Each method uses, for each function, the learning rate that solves the most
 problems. The result is the share of problems solved (1 % of f(x_0) - f* left) against function evaluations: a pass
-counts 1, each derivative in it 1, a reverse sweep 2. Writes profiles.json,
-profiles.png and profiles.svg.
+counts 1, each derivative in it 1, a reverse sweep 2. All methods have the same budget of evaluations. Writes
+profiles.json, profiles.png and profiles.svg.
 """
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from fgtrain.errors import ConfigError
 from fgtrain.figures import save
 from fgtrain.runs.messages import USER_ERRORS, fail, silence_libraries
 from fgtrain.studies.compare.plan import compose_run
@@ -30,7 +32,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=["backprop", "fwdgrad", "spsa"], help="files in conf/method")
     parser.add_argument("--dims", nargs="+", type=int, default=[2, 10])
     parser.add_argument("--starts", type=int, default=20)
-    parser.add_argument("--iterations", type=int, default=500)
+    parser.add_argument("--evaluations", type=int, default=1000, help="budget of every start, at least 10")
     parser.add_argument("--rates", type=int, default=9, help="learning rates, a factor of sqrt(10) apart")
     parser.add_argument("--tolerance", type=float, default=0.01, help="share of f(x_0) - f* that may be left")
     parser.add_argument("--seed", type=int, default=0)
@@ -48,7 +50,13 @@ def main() -> None:
 
 
 def profile(args: argparse.Namespace) -> None:
-    """Solve what the command line asks for."""
+    """Solve what the command line asks for.
+
+    Raises:
+        ConfigError: the budget is too small to show a profile.
+    """
+    if args.evaluations < 10:
+        raise ConfigError(f"--evaluations must be at least 10, got {args.evaluations}")
     silence_libraries()
     torch.set_default_dtype(torch.float64)
     configs = {m: compose_run(["task=sphere"], f"method={m}", "run_dir=.")[0] for m in args.methods}
@@ -58,12 +66,13 @@ def profile(args: argparse.Namespace) -> None:
     for method, function in track(jobs, "solving", console=Console(stderr=True), transient=True):
         estimator = instantiate(configs[method].method)
         options = {"tolerance": args.tolerance, "seed": args.seed}
-        found.append(solve(function, method, estimator, rates, args.starts, args.iterations, **options))
+        found.append(solve(function, method, estimator, rates, args.starts, args.evaluations, **options))
     args.out.mkdir(parents=True, exist_ok=True)
-    save(draw(found), args.out / "profiles")
+    save(draw(found, args.evaluations), args.out / "profiles")
     rows = [solved._asdict() | {"evaluations": solved.evaluations.tolist()} for solved in found]
     (args.out / "profiles.json").write_text(json.dumps(rows, indent=1) + "\n")
-    budgets = torch.tensor([10.0, 100.0, 1000.0, 10000.0])
+    powers = [10.0**k for k in range(1, 1 + int(math.log10(args.evaluations)))]
+    budgets = torch.tensor(sorted({*powers, float(args.evaluations)}))
     table = Table(title=f"share of {len(jobs) // len(args.methods) * args.starts} problems solved within evaluations")
     for name in ("method", *(f"{budget:.0f}" for budget in budgets.tolist())):
         table.add_column(name, justify="right")

@@ -44,8 +44,8 @@ def convert(
     a dict with "loss", or None to skip the batch) and never call `.backward()`.
 
     A batch whose loss, derivative or gradient is not finite is skipped, as if training_step had returned None. Too many
-    in a row end the run, see `Divergence`. Several optimizers, which Lightning refuses under automatic optimization,
-    all step on the same gradient.
+    in a row end the run, and so does a loss that stays above 1000 times its lowest value, see `Divergence`. Several
+    optimizers, which Lightning refuses under automatic optimization, all step on the same gradient.
 
     Args:
         module: changed in place. Converting it again replaces the estimator, even during training.

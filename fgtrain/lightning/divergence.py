@@ -10,13 +10,18 @@ from torch import Tensor
 
 from fgtrain._torch import foreach_copy
 from fgtrain.errors import DivergenceError
-from fgtrain.estimators import Estimate
+from fgtrain.estimators import Estimate, GradientEstimator
 from fgtrain.estimators.base import norms
 from fgtrain.network.sharding import is_sharded
+from fgtrain.tangents.combine import Shrinkage
 
 ADVICE = (
     "lower lr, cap the derivative (clip_derivative=...) or the gradient (clip_grad_norm=...), or take more directions "
     "(num_tangents=...)"
+)
+SHRINK = (
+    "set shrinkage=True, without which the estimate is far longer than the gradient and a learning rate for "
+    "backpropagation is far too large, or "
 )
 
 
@@ -30,7 +35,8 @@ class Divergence(L.Callback):
     Args:
         max_skipped_steps: end the run after this many skipped steps in a row.
         detect_divergence: end the run if the loss is above this multiple of its lowest smoothed value so far (or of a
-            thousandth of the first loss, if that is more) for max_skipped_steps steps in a row; None for no limit.
+            thousandth of the first loss, if that is more) for max_skipped_steps steps in a row; None for no limit. A
+            loss whose smoothed value falls to 0 is not judged.
         max_skipped_share: end the run if a larger share of its batches was skipped, counting at least a hundred batches
             before training is over; None for no limit.
 
@@ -62,6 +68,7 @@ class Divergence(L.Callback):
         self._first_loss: float | None = None
         self._smoothed = self._lowest = math.inf
         self._sound = True
+        self._advice = ADVICE
         self._buffers: list[Tensor] = []
         self._copies: list[Tensor] = []
 
@@ -86,6 +93,7 @@ class Divergence(L.Callback):
         self._lowest = state_dict.get("lowest_loss", math.inf)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._advice = SHRINK + ADVICE if _is_too_long(_estimator_of(pl_module)) else ADVICE
         self._buffers = list(pl_module.buffers())
         self._copies = [b.clone() for b in self._buffers]
 
@@ -123,7 +131,7 @@ class Divergence(L.Callback):
         if self._in_a_row == self.max_skipped_steps:
             raise DivergenceError(
                 f"step {trainer.global_step}: {what}, for {self._in_a_row} batches in a row (skipped, the weights are "
-                f"those of the last good step); {ADVICE}; lr is {_lr(trainer):.3g}"
+                f"those of the last good step); {self._advice}; lr is {_lr(trainer):.3g}"
             )
         return False
 
@@ -140,13 +148,13 @@ class Divergence(L.Callback):
         self._smoothed += 0.1 * (loss - self._smoothed)
         self._lowest = min(self._lowest, self._smoothed)
         reference = max(self._lowest, 1e-3 * self._first_loss)
-        above = 0 < self.detect_divergence * reference < loss
+        above = self._lowest > 0 and self.detect_divergence * reference < loss
         self._above_in_a_row = self._above_in_a_row + 1 if above else 0
         if self._above_in_a_row == self.max_skipped_steps:
             raise DivergenceError(
                 f"step {trainer.global_step}: the loss is {loss:.4g}; its lowest value was {reference:.4g}, and it has "
                 f"been above detect_divergence={self.detect_divergence:g} times that for {self._above_in_a_row} steps; "
-                f"{ADVICE}; lr is {_lr(trainer):.3g}"
+                f"{self._advice}; lr is {_lr(trainer):.3g}"
             )
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -159,7 +167,7 @@ class Divergence(L.Callback):
         if share is not None and self.skipped_steps > share * max(self._batches, at_least):
             raise DivergenceError(
                 f"{self._share()} were skipped, more than max_skipped_share={share:g}: their loss, a derivative or the "
-                f"gradient was not finite; look for non-finite values in the data, or {ADVICE}"
+                f"gradient was not finite; look for non-finite values in the data, or {self._advice}"
             )
 
     def _share(self) -> str:
@@ -179,6 +187,17 @@ def _sizes(estimate: Estimate, alone: bool) -> list[float]:
     if derivatives is not None and (alone or not tensors):
         tensors = [*tensors, derivatives]
     return torch.stack([estimate.loss.detach(), *norms(tensors)]).tolist()
+
+
+def _estimator_of(module: Any) -> GradientEstimator:
+    return module.estimates_at_step().estimator
+
+
+def _is_too_long(estimator: GradientEstimator) -> bool:
+    """Whether the mean of random directions keeps its full length, although its method can shrink it."""
+    shrinkage = getattr(estimator, "shrinkage", None)
+    is_off = shrinkage is False or (isinstance(shrinkage, Shrinkage) and not shrinkage.on)
+    return is_off and getattr(estimator, "combine", "mean") == "mean"
 
 
 def _lr(trainer: L.Trainer) -> float:

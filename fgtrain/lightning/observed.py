@@ -52,7 +52,7 @@ class ObservedStep:
         self.tangents: TangentsOver = tangents
         self.ranks = Ranks()
         self.user_step = user_step
-        self.divergence = divergence or Divergence()
+        self.divergence = divergence or Divergence(detect_divergence=1000.0)
         self._grads: dict[str, Tensor] = {}
         self._logs: list[_Log] = []
         self._running = False
@@ -174,7 +174,8 @@ def without_tangents(tree: Any) -> Any:
             return x.primal
         return fwAD.unpack_dual(x).primal.detach() if isinstance(x, Tensor) else x
 
-    return tree_map(value, tree)
+    with torch.no_grad():  # the reference engine would look for the lost tangent
+        return tree_map(value, tree)
 
 
 class _Kept:

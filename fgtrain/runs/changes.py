@@ -17,7 +17,7 @@ LENGTH += ("data.num_steps", "callbacks.early_stopping")
 
 STOPS = ("trainer.max_time", "callbacks.early_stopping")
 
-FREE = ("callbacks", "quiet", "resume", "self_check", "data.root")
+FREE = ("callbacks", "logger", "trainer.profiler", "quiet", "resume", "self_check", "data.root")
 FREE += ("max_skipped_steps", "max_skipped_share", "detect_divergence")
 FREE += ("trainer.accelerator", "trainer.devices", "trainer.num_nodes", "trainer.strategy", "trainer.inference_mode")
 FREE += ("trainer.log_every_n_steps", "trainer.val_check_interval", "trainer.check_val_every_n_epoch")

@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from fgtrain.errors import Interrupted, JobFailed, disk_error
-from fgtrain.runs.config import CONF, drop_arguments_of_replaced_targets, name_targets
+from fgtrain.runs.config import CONF, drop_arguments_of_replaced_targets, name_targets, refuse_ignored_tangents
 from fgtrain.runs.ctrl_c import ctrl_c_named
 from fgtrain.runs.messages import USER_ERRORS, cannot_write, fail, one_line, silence_libraries
 from fgtrain.runs.starters import is_follower
@@ -129,6 +129,7 @@ def _overrides() -> list[str]:
 
 def _hydra_main(task: Callable[[DictConfig], Any], config_name: str) -> None:
     def job(cfg: DictConfig) -> Any:
+        refuse_ignored_tangents(cfg, _overrides())
         lent = drop_arguments_of_replaced_targets(cfg, _overrides())
         if lent and not is_follower():
             said = f"kept from the chosen file, since the new _target_ has no default: {', '.join(lent)}"

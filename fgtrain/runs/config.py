@@ -87,6 +87,7 @@ class TrainConfig:
     optimizer: Any = None
     scheduler: Any = None
     trainer: Any = None
+    logger: Any = None
     callbacks: Any = None
 
 
@@ -199,6 +200,20 @@ def drop_arguments_of_replaced_targets(cfg: DictConfig, overrides: Sequence[str]
                 elif is_own:
                     lent.append(f"{path}.{name}={node[name]}")
     return lent
+
+
+def refuse_ignored_tangents(cfg: DictConfig, overrides: Sequence[str]) -> None:
+    """Refuse `tangents=...` for a method that draws its own or none.
+
+    Raises:
+        ConfigError: the method of `cfg` does not use the group.
+    """
+    given = [override for override in overrides if re.match(r"\+{0,2}tangents[.=]", override)]
+    if not given or cfg.method is None or "${tangents}" in OmegaConf.to_yaml(cfg.method):
+        return
+    own = (cfg.method.get("tangents") or {}).get("_target_")
+    draws = f"it draws {own.rpartition('.')[2]}; set method.tangents.* or" if own else "it takes no law of tangents;"
+    raise ConfigError(f"{given[0]} has no effect on the chosen method: {draws} choose method=fwdgrad")
 
 
 def name_targets(choices: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

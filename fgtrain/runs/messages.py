@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from fgtrain.errors import StorageError, UserError, disk_error
 from fgtrain.runs.config import CONF
+from fgtrain.runs.suggestions import for_file, for_key
 
 USER_ERRORS = (UserError, HydraException, OmegaConfBaseException)
 _OPTIONS = {
@@ -26,6 +27,7 @@ _CHATTER = (
     "Using ModelCheckpoint",
     "Total length of .* is zero",  # FirstBatch reports it
     "You defined a `validation_step` but have no `val_dataloader`",  # FirstBatch reports it
+    "You're using the WeightAveraging callback with a model that overrides",  # the layers of EstimatorModule exist
     "The dirpath has changed",  # a run was resumed in another folder
     "Checkpoint directory .* exists",  # or in its own folder
 )
@@ -75,16 +77,20 @@ def one_line(error: BaseException | str) -> str:
     if isinstance(error, InstantiationException):
         key = re.search(r"full_key: (\S+)", text)
         text = f"{key.group(1)}: {cause}" if key and cause else text
+        if "No supported gpu backend found" in text:
+            text += " PyTorch sees no GPU: use trainer=cpu, or install the build of torch for your GPU"
     elif isinstance(error, OverrideParseException):
         reason = "; ".join(line for line in text.splitlines() if not line.startswith(("See ", "Error parsing")))
         text = (
             f"{error.override!r} cannot be read ({reason}); put a value that contains = or , in quotes: 'key=\"a=b\"'"
         )
     elif unknown := re.match(r"Could not override '(\S+)'", text):
-        text = f"{unknown.group(1)} is not a key of the configuration; --cfg job prints the keys"
+        text = f"{unknown.group(1)} is not a key of the configuration; {for_key(unknown.group(1))}"
     elif plugin := re.match(r"In '.*': Could not find 'hydra/(sweeper|launcher)/(\w+)'", text):
         missing = f"hydra/{plugin.group(1)}={plugin.group(2)} is not installed"
         text = f'{missing}; pip install -e ".[sweeps]" installs optuna and joblib'
+    elif missing_file := re.match(r"In '.*': Could not find '([\w/]+)/([^'/]+)'", text):
+        text = re.sub(r"\nConfig search path:.*", "", text, flags=re.DOTALL).rstrip() + for_file(*missing_file.groups())
     elif isinstance(error, HydraException) and cause and not text.startswith("In "):
         text = f"{text}: {cause}"
     text = re.sub(r"\nConfig search path:.*", "", text, flags=re.DOTALL)

@@ -44,4 +44,5 @@ def print_results(results: Mapping[str, Any], run_dir: Path) -> None:
     console = Console()
     console.print(table)
     console.print(f"results in {run_dir}", soft_wrap=True, highlight=False)
-    console.print(f"look at it: tensorboard --host 127.0.0.1 --logdir {run_dir}", soft_wrap=True, highlight=False)
+    if any(run_dir.glob("events.out.tfevents.*")):
+        console.print(f"look at it: tensorboard --host 127.0.0.1 --logdir {run_dir}", soft_wrap=True, highlight=False)

@@ -2,7 +2,8 @@
 
 Before the first step a run prints its parameters, its tangents, the error and cosine to expect of one estimate, and
 the memory of a step. Then it shows a progress bar on a terminal, ten lines in a file, or nothing with `quiet=true`.
-The last line is the `tensorboard` command; `fgtrain.lightning.callbacks.dashboard` describes the charts.
+The last line is the `tensorboard` command; `fgtrain.lightning.callbacks.dashboard` describes the charts, and
+`fgtrain.runs.loggers` other places for them.
 
 **Stop and continue.** Ctrl-C, SIGTERM and SIGHUP save after the step in progress, on all processes of a run. A
 checkpoint is also written every `callbacks.recovery.every_n_steps` steps. A command with its own folder and
@@ -45,7 +46,6 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -75,6 +75,7 @@ from fgtrain.runs.changes import is_extended, stop_holds
 from fgtrain.runs.config import signature_of, to_plain, to_saved
 from fgtrain.runs.config_check import check
 from fgtrain.runs.library_errors import library_errors_named
+from fgtrain.runs.loggers import loggers_of
 from fgtrain.runs.owner import owned
 from fgtrain.runs.provenance import save_provenance
 from fgtrain.runs.results import RESULTS, read_results
@@ -139,7 +140,7 @@ def build(cfg: DictConfig) -> Run:
     trainer = instantiate(
         cfg.trainer,
         callbacks=callbacks,
-        logger=TensorBoardLogger(cfg.run_dir, name="", version="", default_hp_metric=False),
+        logger=loggers_of(cfg),
         default_root_dir=cfg.run_dir,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -2,7 +2,7 @@
 
 `python scripts/train.py -m method=backprop,fwdgrad seed=0,1,2 trainer.max_steps=500` runs six jobs into one folder
 under `multirun/`. `hydra/launcher=joblib` runs them in parallel and `experiment=optuna` searches; both need `pip
-install -e ".[sweeps]"`.
+install -e ".[sweeps]"`. The runs `seeds/...` in TensorBoard are the mean and the spread over seeds.
 """
 
 import csv
@@ -18,6 +18,8 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.table import Table
+
+from fgtrain.runs.seed_curves import write_seed_curves
 
 OBJECTIVES = ("val/loss", "loss", "train/loss")  # a run uses the first that it has
 SHOWN = ("test/acc", "val/acc", "val/loss", "loss", "distance_to_minimum")
@@ -76,6 +78,8 @@ class SweepTable(Callback):
             writer = csv.DictWriter(file, list(rows[0]))
             writer.writeheader()
             writer.writerows(rows)
+        finished = [path for path in sorted(folder.glob("*/overrides.yaml")) if (path.parent / "results.json").exists()]
+        write_seed_curves(folder, [(path.parent, _list_of(path)) for path in finished])
         console = Console()
         console.width = max(console.width, 120)  # do not fold the table in a file or a narrow window
         console.print(_table(rows))

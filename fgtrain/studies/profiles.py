@@ -8,6 +8,7 @@ learning rates of a function as one batch. A problem is one function in one dime
 Source: Dolan and More 2002; More and Wild 2009; for forward gradients Belouze 2022, arXiv:2209.06302.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -60,7 +61,7 @@ def solve(
     estimator: GradientEstimator,
     rates: Sequence[float],
     starts: int,
-    iterations: int,
+    evaluations: int,
     *,
     tolerance: float = 0.01,
     seed: int = 0,
@@ -73,7 +74,7 @@ def solve(
         estimator: the rowwise gradient estimator.
         rates: learning rates in units of 1 / (length of the gradients at the starts / length of the domain).
         starts: number of starting points.
-        iterations: maximal number of steps.
+        evaluations: the budget of a start, see `evaluations_of`; at least one step is done.
         tolerance: see above.
         seed: seed of starting points and directions; every method has the same points.
     """
@@ -85,11 +86,12 @@ def solve(
     first = function.value(model.points.detach())
     target = function.minimum + tolerance * (first - function.minimum)
     solved_at = torch.full((len(lr),), torch.inf)
-    cost = 0
-    for step in range(iterations):
+    step = cost = 0
+    while not step or (step + 1) * cost <= evaluations:
         cost = _step(function, model, estimator, lr, seed, step)
+        step += 1
         hit = function.value(model.points.detach()) <= target
-        solved_at[hit & solved_at.isinf()] = (step + 1) * cost
+        solved_at[hit & solved_at.isinf()] = step * cost
         if solved_at.view(len(rates), starts).isfinite().all(1).any():
             break
     by_rate = solved_at.view(len(rates), starts)
@@ -136,10 +138,9 @@ def share_solved(found: Iterable[Solved], budgets: Tensor) -> Tensor:
 
 
 @house_style
-def draw(found: Sequence[Solved]) -> Figure:
-    """A figure of the profiles of all methods."""
-    finite = torch.cat([s.evaluations[s.evaluations.isfinite()] for s in found])
-    budgets = torch.logspace(0, float(finite.max().clamp_min(10).log10()) if len(finite) else 1, 200)
+def draw(found: Sequence[Solved], evaluations: int) -> Figure:
+    """A figure of the profiles of all methods, up to the budget that was run."""
+    budgets = torch.logspace(0, math.log10(evaluations), 200)
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
     for method, (colour, dashes) in looks(dict.fromkeys(solved.method for solved in found)).items():

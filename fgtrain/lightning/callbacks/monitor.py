@@ -34,7 +34,7 @@ LOGGED = (
 
 
 class Monitor(L.Callback):
-    """Logs loss, learning rate, step time, directional derivatives and gradient norm every few steps.
+    """Logs loss, learning rate, step time, memory, directional derivatives and gradient norm every few steps.
 
     The values are means over the steps since the last entry, except for the largest |derivative|, a maximum, and the
     gradient norm, which is that of the last step. They are also stored in the trainer's callback metrics, for early
@@ -135,8 +135,11 @@ class Monitor(L.Callback):
         metrics["train/step_ms"] = torch.tensor(1e3 * fmean(self.step_seconds[-len(self._losses) :]))
         metrics["train/loss"] = trainer.strategy.reduce(metrics["train/loss"], reduce_op="mean")
         trainer.callback_metrics.update(metrics)
+        logged = {name: value.item() for name, value in metrics.items()}
+        logged["train/steps_per_second"] = 1e3 / max(1e-9, logged["train/step_ms"])
+        logged["train/memory_mib"] = peak_memory_mib()
         for logger in trainer.loggers:
-            logger.log_metrics({name: value.item() for name, value in metrics.items()}, step=trainer.global_step)
+            logger.log_metrics(logged, step=trainer.global_step)
         self._losses, self._derivatives, self._grad_norm = [], [], None
 
     def _write_histogram(self, trainer: L.Trainer, derivatives: Tensor) -> None:
@@ -145,7 +148,7 @@ class Monitor(L.Callback):
             if isinstance(logger, TensorBoardLogger) and len(finite):
                 # TensorBoard draws 30 bins; its default of hundreds is slow, since it computes their checksum byte by
                 # byte.
-                logger.experiment.add_histogram("directional_derivatives", finite, trainer.global_step, bins=30)
+                logger.experiment.add_histogram("train/directional_derivatives", finite, trainer.global_step, bins=30)
 
     def summary(self) -> dict[str, float]:
         """Cost of the run so far: seconds of training, median milliseconds of a step, peak memory in MiB."""

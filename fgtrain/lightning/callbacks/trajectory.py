@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -74,6 +74,8 @@ class Trajectory(L.Callback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_figure("trajectory", figure, trainer.global_step)
+            elif isinstance(logger, WandbLogger):
+                logger.log_image("trajectory", [str(self.run_dir / "trajectory.png")], trainer.global_step)
 
 
 @house_style

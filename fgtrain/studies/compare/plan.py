@@ -151,6 +151,8 @@ def parse(arguments: Sequence[str], config_dir: str | None = None) -> Comparison
         OmegaConfBaseException: a value has the wrong type.
     """
     mine, shared = split(arguments)
+    if any(override.partition("=")[0].partition(".")[0] == "logger" for override in shared):
+        raise ConfigError("compare reads the TensorBoard events of its runs; leave logger=... out")
     given = {"overrides": shared, "config_dir": config_dir}
     merged = OmegaConf.merge(OmegaConf.structured(Comparison), OmegaConf.from_dotlist(mine), given)
     comparison = OmegaConf.to_object(merged)

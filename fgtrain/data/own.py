@@ -1,0 +1,113 @@
+"""Data of one's own, from a CSV file or a folder of images, held in memory and split 70 / 10 / 20 %."""
+
+import csv
+from pathlib import Path
+
+import numpy as np
+from PIL import UnidentifiedImageError
+from torch import Tensor
+from torchvision.datasets import ImageFolder
+from torchvision.transforms.functional import pil_to_tensor
+
+from fgtrain.data.in_memory import InMemoryDataModule, Transform, standardize
+from fgtrain.data.splits import split_by_class
+from fgtrain.errors import ConfigError, DataError
+
+Splits = tuple[dict[str, tuple[Tensor, Tensor]], Transform]
+
+
+class CsvTable(InMemoryDataModule):
+    """A table with a header: one column holds the class, all others hold numbers.
+
+    Args:
+        path: the CSV file.
+        batch_size: training examples per step and process.
+        seed: key of the order of the training examples.
+        label: the column of the class, as numbers or words; None for the last one.
+
+    Raises:
+        ConfigError: there is no path, or the table has no such column.
+        DataError: the file cannot be read, or holds something other than numbers.
+    """
+
+    def __init__(self, path: str | None, batch_size: int, seed: int = 0, label: str | None = None) -> None:
+        super().__init__(batch_size, seed)
+        header, rows = _table(_existing(path))
+        if label is not None and label not in header:
+            raise ConfigError(f"{path} has no column {label!r}; it has {', '.join(header)}")
+        column = len(header) - 1 if label is None else header.index(label)
+        classes, self._labels = np.unique([row.pop(column) for row in rows], return_inverse=True)
+        try:
+            self._inputs = np.array(rows, dtype=np.float32)
+        except ValueError as error:
+            raise DataError(f"{path}: all columns but {header[column]} must hold numbers; {error}") from error
+        self.num_classes, self.input_shape = len(classes), self._inputs.shape[1:]
+
+    def load(self) -> Splits:
+        return _split(self._inputs, self._labels)
+
+
+class ImagesOfFolders(InMemoryDataModule):
+    """Images in one folder per class, cut to a square and scaled to one size: `path/cat/1.png`, `path/dog/1.png`.
+
+    Args:
+        path: the folder of the classes.
+        batch_size: training examples per step and process.
+        seed: key of the order of the training examples.
+        image_size: height and width of the images.
+
+    Raises:
+        ConfigError: there is no path.
+        DataError: it holds no images, or one that cannot be read.
+    """
+
+    def __init__(self, path: str | None, batch_size: int, seed: int = 0, image_size: int = 32) -> None:
+        super().__init__(batch_size, seed)
+        try:
+            self._folder = ImageFolder(str(_existing(path)))
+        except OSError as error:
+            raise DataError(f"{path} must hold a folder of images for every class; {error}") from error
+        self.image_size = image_size
+        self.num_classes, self.input_shape = len(self._folder.classes), (3, image_size, image_size)
+
+    def load(self) -> Splits:
+        images = []
+        for path, _ in self._folder.samples:
+            try:
+                image = self._folder.loader(path)
+            except (UnidentifiedImageError, OSError) as error:
+                raise DataError(f"{path} cannot be read as an image; {error}") from error
+            side = min(image.size)
+            left, top = (image.width - side) // 2, (image.height - side) // 2
+            square = image.resize((self.image_size,) * 2, box=(left, top, left + side, top + side))
+            images.append(pil_to_tensor(square).numpy())
+        return _split(np.stack(images), np.array(self._folder.targets))
+
+
+def _existing(path: str | None) -> Path:
+    if path is None:
+        raise ConfigError("data.path is not set; give the path of your data")
+    if not Path(path).exists():
+        raise ConfigError(f"data.path={path} does not exist")
+    return Path(path)
+
+
+def _table(path: Path) -> tuple[list[str], list[list[str]]]:
+    """The header and the rows of a CSV file."""
+    try:
+        header, *rows = [row for row in csv.reader(path.read_text().splitlines()) if row]
+    except (OSError, UnicodeDecodeError, ValueError, csv.Error) as error:
+        raise DataError(f"{path} is not a CSV file with a header; {error}") from error
+    odd = [i for i, row in enumerate(rows, 2) if len(row) != len(header)]
+    if odd or not rows or len(header) < 2:
+        what = f"row {odd[0]} has another number of columns" if odd else "it needs rows, and two columns at least"
+        raise DataError(f"{path}: {what}")
+    return header, rows
+
+
+def _split(inputs: np.ndarray, labels: np.ndarray) -> Splits:
+    try:
+        splits = split_by_class(inputs, labels)
+    except ValueError as error:
+        raise DataError(f"the data cannot be split into training, validation and test; {error}") from error
+    return splits, standardize(splits["train"][0])

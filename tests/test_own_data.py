@@ -1,0 +1,75 @@
+"""Data of one's own: a CSV file, a folder of images."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fgtrain.data import CsvTable, ImagesOfFolders
+from fgtrain.errors import ConfigError, DataError
+from tests.commands import results_under, train
+
+SHORT = ("method=backprop", "trainer.max_steps=60", "trainer.val_check_interval=30", "quiet=true", "self_check=false")
+
+
+def write_table(path, rows=60):
+    """The class is whether the first column is positive."""
+    numbers = np.random.default_rng(0).normal(size=(rows, 2))
+    lines = [f"{x:.4f},{'up' if x > 0 else 'down'},{y:.4f}" for x, y in numbers]
+    path.write_text("\n".join(["height,way,noise", *lines]) + "\n")
+
+
+def test_table(tmp_path):
+    write_table(tmp_path / "table.csv")
+    data = CsvTable(str(tmp_path / "table.csv"), 8, label="way")
+    assert (data.num_classes, data.input_shape) == (2, (2,))
+    data.setup("fit")
+    for loader in (data.train_dataloader(), data.val_dataloader(), data.test_dataloader()):
+        for inputs, labels in loader:
+            assert torch.equal(labels, (inputs[:, 0] > inputs[labels == 0, 0].max()).long())  # "down" is class 0
+    status, _, err = train(tmp_path, "data=csv", "data.path=table.csv", "data.label=way", *SHORT)
+    assert status == 0, err
+    assert results_under(tmp_path)[0]["metrics"]["test/acc"] > 0.8
+
+
+def test_images(tmp_path):
+    for name, colour in (("dark", 20), ("light", 220)):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for i in range(10):
+            Image.new("RGB", (12 + i, 9), (colour, colour, i)).save(tmp_path / "images" / name / f"{i}.png")
+    data = ImagesOfFolders(str(tmp_path / "images"), 4, image_size=8)
+    data.setup("fit")
+    inputs, labels = next(iter(data.train_dataloader()))
+    assert (data.num_classes, data.input_shape) == (2, tuple(inputs.shape[1:])) == (2, (3, 8, 8))
+    assert torch.equal(labels, (inputs[:, 0, 0, 0] > 0).long())
+    status, _, err = train(tmp_path, "data=image_folder", "data.path=images", "data.image_size=8", *SHORT)
+    assert status == 0, err
+    assert results_under(tmp_path)[0]["metrics"]["test/acc"] == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "label", "error", "message"),
+    [
+        ("a,b\n1,x\n", "c", ConfigError, "has no column 'c'; it has a, b"),
+        ("a,b\n1,x\n2\n", None, DataError, "row 3 has another number of columns"),
+        ("a,b\n", None, DataError, "needs rows"),
+        ("", None, DataError, "not a CSV file with a header"),
+        ("a,b\nq,x\n", None, DataError, "all columns but b must hold numbers"),
+    ],
+)
+def test_bad_tables(text, label, error, message, tmp_path):
+    (tmp_path / "table.csv").write_text(text)
+    with pytest.raises(error, match=message):
+        CsvTable(str(tmp_path / "table.csv"), 8, label=label)
+
+
+def test_bad_paths(tmp_path):
+    for data in ("csv", "image_folder"):
+        assert train(tmp_path, f"data={data}", *SHORT)[2].startswith("fgtrain: data: data.path is not set")
+        assert "does not exist" in train(tmp_path, f"data={data}", "data.path=nowhere", *SHORT)[2]
+    with pytest.raises(DataError, match="must hold a folder of images for every class"):
+        ImagesOfFolders(str(tmp_path), 8)
+    (tmp_path / "photos" / "cats").mkdir(parents=True)
+    (tmp_path / "photos" / "cats" / "1.png").write_text("no image")
+    with pytest.raises(DataError, match="cannot be read as an image"):
+        ImagesOfFolders(str(tmp_path / "photos"), 8).setup("fit")

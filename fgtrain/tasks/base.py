@@ -16,3 +16,7 @@ class Task(ABC):
     @abstractmethod
     def metrics(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
         """{name: value for every example (B,)}; the caller averages them over a data set."""
+
+    def results(self, model: nn.Module) -> dict[str, Any] | None:
+        """The results of a trained model, if they do not come from the splits of a data set: {"metrics": .., ..}."""
+        return None

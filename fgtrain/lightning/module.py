@@ -261,5 +261,7 @@ class EstimatorModule(L.LightningModule):
         optimizer = self.make_optimizer(p for p in self.model.parameters() if p.requires_grad)
         self._searches = isinstance(optimizer, LBFGS)
         if self._searches and (self.accumulate_grad_batches > 1 or self.clip_grad_norm is not None):
-            raise ConfigError("L-BFGS takes accumulate_grad_batches=1 and clip_grad_norm=null, since it evaluates again")
+            raise ConfigError(
+                "L-BFGS takes accumulate_grad_batches=1 and clip_grad_norm=null, since it evaluates again"
+            )
         return optimizer

@@ -104,8 +104,9 @@ class Calibration(Task):
         states = self.system(self.trajectories, self.times.to(values), self.steps, **named)
         if not isinstance(states, Tensor) or states.shape[:1] != self.times.shape:
             got = f"shape {tuple(states.shape)}" if isinstance(states, Tensor) else type(states).__name__
-            raise ValueError(f"{self.name} must return a tensor with one state for each of {len(self.times)} times, "
-                             f"got {got}")
+            raise ValueError(
+                f"{self.name} must return a tensor with one state for each of {len(self.times)} times, got {got}"
+            )
         return states
 
     def losses(self, model: nn.Module, batch: Any) -> Tensor:
@@ -144,9 +145,10 @@ class Guess(nn.Module):
         super().__init__()
         if not 0 <= spread < math.inf:
             raise ValueError(f"spread must be at least 0, got {spread}")
-        first = torch.tensor(list(task.true.values()))
-        self.register_buffer("first", first * (spread * torch.randn(len(first))).exp())
-        self.change = nn.Parameter(torch.zeros(len(first)))
+        true = torch.tensor(list(task.true.values()))
+        self.first: Tensor
+        self.register_buffer("first", true * (spread * torch.randn(len(true))).exp())
+        self.change = nn.Parameter(torch.zeros(len(true)))
 
     def forward(self) -> Tensor:
         return self.first * self.change.exp()

@@ -59,7 +59,7 @@ def lotka_volterra(
 def pendulum(
     trajectories: int, times: Tensor, steps: int, *, stiffness: float | Tensor = 2.0, damping: float | Tensor = 0.2
 ) -> Tensor:
-    """A damped pendulum's angle and velocity, (T, 2, trajectories): angle'' = -stiffness sin(angle) - damping angle'."""
+    """Angle and velocity of a pendulum, (T, 2, trajectories): angle'' = -stiffness sin(angle) - damping angle'."""
 
     def field(state: Tensor) -> Tensor:
         angle, velocity = state
@@ -84,8 +84,9 @@ def reaction_diffusion(
 
 
 def _spread(size: int, trajectories: int, like: Tensor) -> Tensor:
-    """(size, trajectories) known starting values in [0, 1), the same in every call."""
-    return torch.rand(size, trajectories, generator=torch.Generator().manual_seed(0)).to(like)
+    """(size, trajectories) starting values, spread over [0, 1): fractional parts of multiples of roots."""
+    rates = torch.arange(2.5, size + 2, dtype=torch.float64).sqrt()
+    return (rates[:, None] * torch.arange(1, trajectories + 1, dtype=torch.float64)).frac().to(like)
 
 
 SIMULATORS: dict[str, Callable[..., Tensor]] = {

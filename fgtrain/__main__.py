@@ -17,6 +17,7 @@ COMMANDS = {
     "compare": "compare methods under equal conditions",
     "bench": "measure the time and memory of training steps",
     "profiles": "draw performance profiles on test functions",
+    "calibrate": "compare methods in finding a simulator's parameters",
     "evaluate": "evaluate a checkpoint on a split of its data",
     "replay": "rebuild the weights of a run without its data",
 }

@@ -33,6 +33,7 @@ class Divergence(L.Callback):
             thousandth of the first loss, if that is more) for max_skipped_steps steps in a row; None for no limit.
         max_skipped_share: end the run if a larger share of its batches was skipped, counting at least a hundred batches
             before training is over; None for no limit.
+        advice: what else to do, beside `ADVICE`.
 
     Attributes:
         skipped_steps: the number of skipped steps so far.
@@ -46,6 +47,7 @@ class Divergence(L.Callback):
         max_skipped_steps: int = 10,
         detect_divergence: float | None = None,
         max_skipped_share: float | None = None,
+        advice: str = "",
     ) -> None:
         if max_skipped_steps < 1:
             raise ValueError(f"max_skipped_steps must be at least 1, got {max_skipped_steps}")
@@ -56,6 +58,7 @@ class Divergence(L.Callback):
         self.max_skipped_steps = max_skipped_steps
         self.max_skipped_share = max_skipped_share
         self.detect_divergence = detect_divergence
+        self.advice = f"{ADVICE}, or {advice}" if advice else ADVICE
         self.skipped_steps = 0
         self._in_a_row = self._above_in_a_row = 0
         self._batches = 0
@@ -123,7 +126,7 @@ class Divergence(L.Callback):
         if self._in_a_row == self.max_skipped_steps:
             raise DivergenceError(
                 f"step {trainer.global_step}: {what}, for {self._in_a_row} batches in a row (skipped, the weights are "
-                f"those of the last good step); {ADVICE}; lr is {_lr(trainer):.3g}"
+                f"those of the last good step); {self.advice}; lr is {_lr(trainer):.3g}"
             )
         return False
 
@@ -146,7 +149,7 @@ class Divergence(L.Callback):
             raise DivergenceError(
                 f"step {trainer.global_step}: the loss is {loss:.4g}; its lowest value was {reference:.4g}, and it has "
                 f"been above detect_divergence={self.detect_divergence:g} times that for {self._above_in_a_row} steps; "
-                f"{ADVICE}; lr is {_lr(trainer):.3g}"
+                f"{self.advice}; lr is {_lr(trainer):.3g}"
             )
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -159,7 +162,7 @@ class Divergence(L.Callback):
         if share is not None and self.skipped_steps > share * max(self._batches, at_least):
             raise DivergenceError(
                 f"{self._share()} were skipped, more than max_skipped_share={share:g}: their loss, a derivative or the "
-                f"gradient was not finite; look for non-finite values in the data, or {ADVICE}"
+                f"gradient was not finite; look for non-finite values in the data, or {self.advice}"
             )
 
     def _share(self) -> str:

@@ -14,13 +14,13 @@ _counted: ContextVar[list[int] | None] = ContextVar("_counted", default=None)
 def repeat(step: Callable[[Any], Any], state: Any, num_steps: int) -> Any:
     """step(step(.. step(state))), `num_steps` times.
 
-    Inside `checkpointed`, as under `CheckpointedBackprop`, only about sqrt(num_steps) states are stored, and the
-    backward sweep runs the steps between them again.
+    Inside `checkpointed`, as under `CheckpointedBackprop`, only every sqrt(num_steps)-th state is stored, or every
+    eighth of fewer than 64, and the backward sweep runs the steps between them again.
     """
     counted = _counted.get()
     if counted is None:
         return _run(step, state, num_steps)
-    length = max(1, isqrt(num_steps))
+    length = max(8, isqrt(num_steps))  # storing a state takes as long as some steps
     for first in range(0, num_steps, length):
         state = checkpoint(_run, step, state, min(length, num_steps - first), use_reentrant=False)
         counted.append(first)

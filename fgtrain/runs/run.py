@@ -122,7 +122,7 @@ def build(cfg: DictConfig) -> Run:
         seed=cfg.seed,
         accumulate_grad_batches=cfg.accumulate_grad_batches,
         clip_grad_norm=cfg.clip_grad_norm,
-        divergence=Divergence(cfg.max_skipped_steps, cfg.detect_divergence, cfg.max_skipped_share),
+        divergence=Divergence(cfg.max_skipped_steps, cfg.detect_divergence, cfg.max_skipped_share, task.advice),
         distributed_tangents=cfg.distributed.tangents,
         distributed_timeout=cfg.distributed.timeout_seconds,
     )

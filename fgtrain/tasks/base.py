@@ -7,7 +7,13 @@ from torch import Tensor, nn
 
 
 class Task(ABC):
-    """A loss and the metrics reported for a model."""
+    """A loss and the metrics reported for a model.
+
+    Attributes:
+        advice: what to do, beside lowering the learning rate, if numbers are not finite.
+    """
+
+    advice: str = ""
 
     @abstractmethod
     def losses(self, model: nn.Module, batch: Any) -> Tensor:

@@ -63,6 +63,8 @@ class Calibration(Task):
     True
     """
 
+    advice = "take more steps of the solver (task.steps=...) or a first guess nearer the truth (model.spread=...)"
+
     def __init__(
         self,
         system: str | Callable[..., Tensor] = "lotka_volterra",

@@ -46,13 +46,18 @@ def _part(x: Any, running: Any) -> Part | None:
 
 def _operands(running: Any, args: Sequence[Any]) -> list[Part] | None:
     """The parts of operands of one dtype and device; None if they need the general rule."""
-    parts = [part for x in args if (part := _part(x, running)) is not None]
-    values = [value for value, _ in parts if isinstance(value, Tensor)]
-    if len(parts) < len(args):
-        return None
-    first = values[0]
-    if any(value.dtype != first.dtype or value.device != first.device for value in values[1:]):
-        return None
+    parts, first = [], None
+    for x in args:
+        part = _part(x, running)
+        if part is None:
+            return None
+        value = part[0]
+        if isinstance(value, Tensor):
+            if first is None:
+                first = value
+            elif value.dtype is not first.dtype or value.device != first.device:
+                return None
+        parts.append(part)
     return parts
 
 
@@ -72,8 +77,10 @@ def _binary(rule: Callable[[Any, Any, Any, Any], Any]) -> Callable[..., Any]:
         if operands is None:
             return NotImplemented
         (px, xt), (py, yt) = operands
-        ndim = max(px.dim() if isinstance(px, Tensor) else 0, py.dim() if isinstance(py, Tensor) else 0)
-        return _dual(*rule(px, py, aligned(xt, ndim), aligned(yt, ndim)))
+        if isinstance(px, Tensor) and isinstance(py, Tensor) and px.dim() != py.dim():
+            ndim = max(px.dim(), py.dim())
+            xt, yt = aligned(xt, ndim), aligned(yt, ndim)
+        return _dual(*rule(px, py, xt, yt))
 
     return short
 

@@ -67,7 +67,7 @@ class _Over(Exception):
 
 
 def follow(task: Calibration, method: str, start: int, seconds: float, spread: float) -> Course:
-    """Calibrate by one method from one start, for some CPU time or until twenty evaluations gain less than 0.01 %."""
+    """Calibrate by one method from one start, for some CPU time or until eight evaluations gain less than 0.01 %."""
     estimator, optimizer_of = METHODS[method]
     torch.manual_seed(start)
     guess = Guess(task, spread)
@@ -87,7 +87,7 @@ def follow(task: Calibration, method: str, start: int, seconds: float, spread: f
         path.seconds.append(spent)
         path.errors.append(error if is_better else path.errors[-1] if path.errors else math.inf)
         losses.append(lowest)
-        if spent > seconds or not math.isfinite(loss) or (len(losses) > 20 and lowest > 0.9999 * losses[-20]):
+        if spent > seconds or not math.isfinite(loss) or (len(losses) > 8 and lowest > 0.9999 * losses[-9]):
             raise _Over
         return estimate.loss
 
@@ -218,5 +218,6 @@ def draw(paths: Sequence[Course], memory: Sequence[Peak]) -> Figure:
     right.set(xscale="log", yscale="log", xlabel="steps of the solver", ylabel="memory of a gradient, MiB")
     for axes in (left, right):
         axes.grid(alpha=0.3)
-        axes.legend()
+        if axes.lines:
+            axes.legend()
     return figure

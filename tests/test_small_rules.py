@@ -63,3 +63,10 @@ def test_operands_of_two_dtypes_take_the_general_rule(monkeypatch):
         _, found = fgtrain.directional_derivatives(net, lambda m, f=factor: m["x"].mul(f).sum(), {"x": torch.eye(2)})
         assert found.tolist() == [3, 4]
         assert bool(used) == general
+
+
+def test_directions_of_another_dtype_are_followed():
+    net = nn.ParameterDict({"a": torch.tensor(0.5), "x": torch.tensor([1.0, 2.0])})
+    tangents = {"a": torch.ones(2, dtype=torch.float64), "x": torch.eye(2)}
+    _, found = fgtrain.directional_derivatives(net, lambda m: (m["a"] * m["x"] * m["x"]).sum(), tangents)
+    assert found.tolist() == [5 + 1, 5 + 2]

@@ -29,7 +29,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5, help="solver steps between two of 20 observations")
     parser.add_argument("--starts", type=int, default=3)
     parser.add_argument("--spread", type=float, default=0.5, help="of the guesses, about the true values")
-    parser.add_argument("--seconds", type=float, default=6, help="CPU seconds for a start of a method")
+    parser.add_argument("--seconds", type=float, default=4, help="CPU seconds for a start of a method")
     parser.add_argument("--memory-steps", nargs="*", type=int, default=[100, 300, 1000])
     parser.add_argument("--out", type=Path, default=Path("calibration"), help="folder for the results")
     return parser.parse_args()

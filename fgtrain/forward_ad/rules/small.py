@@ -36,7 +36,9 @@ def _part(x: Any, running: Any) -> Part | None:
     kind = type(x)
     if kind is Dual:
         tangent = x.tangent
-        return (x.primal, tangent) if x.of_pass is running and type(tangent) is Tensor else None
+        if x.of_pass is not running or type(tangent) is not Tensor or tangent.dtype is not x.primal.dtype:
+            return None
+        return x.primal, tangent
     if kind is float or kind is int:
         return x, None
     if (kind is Tensor or kind is nn.Parameter) and not x.requires_grad and x.layout is torch.strided:

@@ -1,7 +1,7 @@
 """Compare forward mode with backpropagation in finding a simulator's parameters: fgtrain calibrate --system pendulum
 
 Writes a table (calibration.md), a figure (.png and .svg) of the parameters' error against time and of memory against
-the number of steps, and the numbers (.json). The quick form takes two minutes; --memory-steps 100 1000 10000 100000
+the number of steps, and the numbers (.json). The quick form takes two minutes; --memory-steps 100 1000 10000
 measures memory for longer simulations.
 """
 
@@ -30,7 +30,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--starts", type=int, default=3)
     parser.add_argument("--spread", type=float, default=0.5, help="of the guesses, about the true values")
     parser.add_argument("--seconds", type=float, default=4, help="CPU seconds for a start of a method")
-    parser.add_argument("--memory-steps", nargs="*", type=int, default=[100, 300, 1000])
+    parser.add_argument("--memory-steps", nargs="*", type=int, default=[10, 30, 100, 300])
     parser.add_argument("--out", type=Path, default=Path("calibration"), help="folder for the results")
     return parser.parse_args()
 
@@ -74,7 +74,7 @@ def _page(args: argparse.Namespace, rows: Sequence[tuple[str, ...]], memory: Seq
         "",
         *_table([HEADINGS, *rows]),
         "",
-        "MiB of a gradient, the growth of a process; - if it was not tried for want of memory:",
+        "MiB of a gradient; - if it was not tried for want of memory:",
         "",
     ]
     steps = sorted({peak.steps for peak in memory})

@@ -5,14 +5,11 @@ relative errors of the parameters with the lowest loss so far. A start fails if 
 """
 
 import math
-import multiprocessing
-import resource
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from statistics import median
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from matplotlib.figure import Figure
@@ -23,7 +20,7 @@ from torch.optim import LBFGS, SGD, Adam, Optimizer
 from fgtrain.estimators import Backprop, CheckpointedBackprop, ForwardExact, GaussNewton, GradientEstimator
 from fgtrain.estimators.base import write_grads
 from fgtrain.figures import house_style, looks
-from fgtrain.memory import free_memory
+from fgtrain.memory import free_memory, peak_mib
 from fgtrain.tasks import Calibration, Guess
 
 FAILED = 0.1
@@ -109,7 +106,7 @@ class Peak(NamedTuple):
     Args:
         method: forward_exact, backprop or backprop_checkpoint.
         steps: of the solver.
-        mib: the growth of the process; None if it was not tried, since ten times fewer steps needed too much.
+        mib: the peak size of its tensors; None if it was not tried, since ten times fewer steps needed too much.
     """
 
     method: str
@@ -118,7 +115,7 @@ class Peak(NamedTuple):
 
 
 def peaks(steps: Sequence[int], system: str, trajectories: int) -> list[Peak]:
-    """The memory of a gradient at these numbers of steps, each in a process of its own."""
+    """The memory of a gradient at these numbers of steps."""
     found = []
     for method, estimator in (
         ("forward_exact", ForwardExact()),
@@ -129,7 +126,7 @@ def peaks(steps: Sequence[int], system: str, trajectories: int) -> list[Peak]:
         for number in sorted(steps):
             mib = None
             if before is None or (before.mib is not None and before.mib * number / before.steps < _affordable()):
-                mib = _grown(system, trajectories, number, estimator)
+                mib = _peak(system, trajectories, number, estimator)
             before = Peak(method, number, mib)
             found.append(before)
     return found
@@ -140,25 +137,10 @@ def _affordable() -> float:
     return (free_memory(torch.device("cpu")) or 2**32) / 2**21
 
 
-def _grown(system: str, trajectories: int, steps: int, estimator: GradientEstimator) -> float:
-    """How much a gradient lets a new process grow, in MiB."""
-    context: Any = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(_growth, (system, trajectories, steps, estimator))
-
-
-def _growth(system: str, trajectories: int, steps: int, estimator: GradientEstimator) -> float:
-    torch.set_num_threads(1)
-
-    def gradient(steps: int) -> None:
-        task = Calibration(system, trajectories, observations=1, steps=steps)
-        estimator(Guess(task, spread=0.0), lambda model: task.losses(model, None))
-
-    gradient(2)  # loads what the first call needs
-    Path("/proc/self/clear_refs").write_text("5")  # the largest size becomes the present one
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    gradient(steps)
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**10
+def _peak(system: str, trajectories: int, steps: int, estimator: GradientEstimator) -> float:
+    task = Calibration(system, trajectories, observations=1, steps=steps)
+    guess = Guess(task, spread=0.0)
+    return peak_mib(lambda: estimator(guess, lambda model: task.losses(model, None)), torch.device("cpu"))
 
 
 def table_of(paths: Sequence[Course]) -> Table:
@@ -212,7 +194,7 @@ def draw(paths: Sequence[Course], memory: Sequence[Peak]) -> Figure:
         own = [peak for peak in memory if peak.method == method and peak.mib is not None]
         colour, dashes = styles[method]
         right.plot(
-            [p.steps for p in own], [max(p.mib or 0, 0.1) for p in own],
+            [p.steps for p in own], [p.mib or 0.0 for p in own],
             marker="o", markersize=3, label=method, color=colour, linestyle=dashes,
         )  # fmt: skip
     right.set(xscale="log", yscale="log", xlabel="steps of the solver", ylabel="memory of a gradient, MiB")

@@ -18,6 +18,7 @@ COMMANDS = {
     "bench": "measure the time and memory of training steps",
     "online": "compare ways to learn on a stream",
     "profiles": "draw performance profiles on test functions",
+    "calibrate": "compare methods in finding a simulator's parameters",
     "evaluate": "evaluate a checkpoint on a split of its data",
     "replay": "rebuild the weights of a run without its data",
 }

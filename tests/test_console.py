@@ -84,7 +84,7 @@ def test_unknown_command_is_one_line(name, hint, run):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ("fgtrain ", "train compare bench online profiles evaluate replay"),
+        ("fgtrain ", "train compare bench online profiles calibrate evaluate replay"),
         ("fgtrain re", "replay"),
         ("fgtrain train  model=cnn method=fwdgrad", "method=fwdgrad method=fwdgrad_lowrank"),
         ("fgtrain bench --m", ""),

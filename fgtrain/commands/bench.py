@@ -2,7 +2,8 @@
 
 Times are medians over rounds in which all methods take turns. Memory is the peak above the parameters. Both are also
 given relative to one backprop step and to one forward pass without gradients, of the same model in the same run.
---scaling models a step with many processes from compute measured here and bandwidths you name.
+--scaling models a step with many processes from compute measured here and bandwidths you name. --chains measures
+forward mode over few parameters and many small operations, such as a simulation.
 scripts/results/README.md has measurements.
 """
 
@@ -20,6 +21,7 @@ from rich.table import Table
 
 from fgtrain.memory import keep_freed_memory
 from fgtrain.runs.messages import USER_ERRORS, fail, silence_libraries
+from fgtrain.studies.benchmarks.chains import chains_table, measure_chains
 from fgtrain.studies.benchmarks.loop import loop_overhead
 from fgtrain.studies.benchmarks.methods import methods_of
 from fgtrain.studies.benchmarks.scaling import Link, measure_compute, rows_of, scaling_table
@@ -43,6 +45,8 @@ def parse() -> argparse.Namespace:
         "--loop", action="store_true", help="instead: compare a step of train.py with plain PyTorch and Lightning"
     )
     parser.add_argument("--scaling", action="store_true", help="instead: modelled step time against ranks")
+    parser.add_argument("--chains", action="store_true", help="instead: derivatives along chains of small operations")
+    parser.add_argument("--widths", nargs="+", type=int, default=[2048, 65536], help="of an operation, for --chains")
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 8, 64], help="for --scaling")
     parser.add_argument("--gbit", nargs="+", type=float, default=[0.1, 1, 10], help="bandwidths, for --scaling")
     parser.add_argument("--latency-us", type=float, default=50, help="of the link, for --scaling")
@@ -70,6 +74,9 @@ def bench(args: argparse.Namespace) -> None:
     device = torch.device(auto if args.device == "auto" else args.device)
     if args.scaling:
         print_scaling(args, device)
+        return
+    if args.chains:
+        print_chains(args)
         return
     methods = methods_of(args.methods, args.tangents, args.num_tangents)
     if args.compile:
@@ -114,6 +121,16 @@ def print_loop_overhead(methods: list[str]) -> None:
         found = loop_overhead(method)
         grid.add_row(method, *(f"{found[name]:.0f}" for name in list(found)[:-1]), f"{found['to_plain']:.2f}")
     Console().print(grid)
+
+
+def print_chains(args: argparse.Namespace) -> None:
+    """Print the forward passes that derivatives along chains of small operations take."""
+    rows = measure_chains(args.widths, args.rounds)
+    console = Console()
+    console.width = max(console.width, 150)
+    console.print(chains_table(rows))
+    if args.json:
+        args.json.write_text(json.dumps([row._asdict() for row in rows], indent=2) + "\n")
 
 
 def print_scaling(args: argparse.Namespace, device: torch.device) -> None:

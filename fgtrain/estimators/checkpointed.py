@@ -18,6 +18,7 @@ from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce
 from fgtrain.network.blocks import forwards_replaced
 from fgtrain.network.chains import is_chain, links
 from fgtrain.network.parameters import slots_of
+from fgtrain.network.segments import checkpointed
 
 _log = logging.getLogger(__name__)
 
@@ -27,9 +28,9 @@ class CheckpointedBackprop(GradientEstimator):
 
     Formula: g = grad f. A chain of n equal layers (`nn.Sequential`, nested ones read as one chain) is split into
     sqrt(n) segments. Only the tensors between segments are stored, and the backward sweep runs each segment forward
-    again. Each member of an `nn.ModuleList` (a block of a transformer) is a segment. Other modules store their
-    activations as in plain backpropagation. A model without a chain or list is trained as by `Backprop`, and a warning
-    says so.
+    again. Each member of an `nn.ModuleList` (a block of a transformer) is a segment, and so are sqrt(n) steps of a
+    simulation by `fgtrain.tasks.simulators.rk4`. Other code stores its activations as in plain backpropagation. A model
+    without any of these is trained as by `Backprop`, and a warning says so.
 
     Bias: exact, bit for bit if the layers' kernels are deterministic. Dropout uses the same masks again, and BatchNorm
     counts the batch once.
@@ -64,13 +65,22 @@ class CheckpointedBackprop(GradientEstimator):
         generator: torch.Generator,
         reduce: Reduce | None,
     ) -> Estimate:
-        with eager_functions(), _in_segments(model):  # compiled code would ignore replaced forwards
-            return Backprop()(model, loss_fn, reduce=reduce)
+        with eager_functions(), checkpointed() as repeated, _in_segments(model) as containers:
+            # compiled code would ignore replaced forwards
+            estimate = Backprop()(model, loss_fn, reduce=reduce)
+        told = slots_of(model).kept(_in_segments, set)
+        if not (containers or repeated or told):
+            told.add(model.__class__)
+            _log.warning(
+                "%s has no nn.Sequential or nn.ModuleList to checkpoint: memory is that of Backprop",
+                type(model).__name__,
+            )
+        return estimate
 
 
 @contextmanager
-def _in_segments(model: nn.Module) -> Generator[None]:
-    """A context in which the chains and lists of modules in `model` store only the inputs of their segments."""
+def _in_segments(model: nn.Module) -> Generator[list[nn.Sequential | nn.ModuleList]]:
+    """A context in which the chains and lists of modules in `model` store only their segments' inputs; yields them."""
     containers = list(dict.fromkeys(_containers(model)))
     forwards: dict[nn.Module, Callable[..., Any]] = {}
     for container in containers:
@@ -81,14 +91,7 @@ def _in_segments(model: nn.Module) -> Generator[None]:
             anew = [_stored_by_input(partial(_run, part), part) for part in segments]
             forwards[container] = partial(_run, [*ahead, *anew])
     with forwards_replaced(forwards):
-        told = slots_of(model).kept(_in_segments, set)
-        if not containers and not told:
-            told.add(model.__class__)
-            _log.warning(
-                "%s has no nn.Sequential or nn.ModuleList to checkpoint: memory is that of Backprop",
-                type(model).__name__,
-            )
-        yield
+        yield containers
 
 
 def _containers(module: nn.Module) -> Iterator[nn.Sequential | nn.ModuleList]:

@@ -12,7 +12,7 @@ from fgtrain.estimators.outputs import linearized
 from fgtrain.network.parameters import trainable_params
 from fgtrain.random import draw_seeds
 from fgtrain.tangents import LowRank, Tangents, law_or
-from fgtrain.tangents.directions import Directions
+from fgtrain.tangents.directions import Directions, unit_directions
 
 
 class GaussNewton(GradientEstimator):
@@ -41,7 +41,8 @@ class GaussNewton(GradientEstimator):
 
     Args:
         tangents: law of the directions.
-        num_tangents: K >= 1.
+        num_tangents: K >= 1; None for the n unit directions instead of random ones, so the step is that of
+            Levenberg and Marquardt, for few parameters.
         damping: above 0, relative to the mean curvature of the span.
         max_change: cap on w . G w; None for none.
 
@@ -69,13 +70,14 @@ class GaussNewton(GradientEstimator):
     def __init__(
         self,
         tangents: Tangents | None = None,
-        num_tangents: int = 16,
+        num_tangents: int | None = 16,
         *,
         damping: float = 0.1,
         max_change: float | None = 0.1,
     ) -> None:
         super().__init__()
-        require_positive_int("num_tangents", num_tangents)
+        if num_tangents is not None:
+            require_positive_int("num_tangents", num_tangents)
         if not damping > 0:
             raise ValueError(f"damping must be positive, got {damping!r}")
         if max_change is not None and not max_change > 0:
@@ -84,8 +86,8 @@ class GaussNewton(GradientEstimator):
         self.num_tangents = num_tangents
         self.damping = damping
         self.max_change = max_change
-        self.shardable = self.tangents.shardable
-        self.directions_at_a_time = num_tangents
+        self.shardable = num_tangents is not None and self.tangents.shardable
+        self.directions_at_a_time = num_tangents or 0
 
     def direction_bytes(self, params: Mapping[str, Tensor]) -> int:
         return self.tangents.bytes_of(params)
@@ -110,7 +112,10 @@ class GaussNewton(GradientEstimator):
         return self._directions(model, generator).weighted_sum(derivatives)
 
     def _directions(self, model: nn.Module, generator: torch.Generator) -> Directions:
-        return self.tangents.sample(trainable_params(model), draw_seeds(generator, self.num_tangents))
+        params = trainable_params(model)
+        if self.num_tangents is None:
+            return unit_directions(params)
+        return self.tangents.sample(params, draw_seeds(generator, self.num_tangents))
 
     def _weights(self, slopes: Tensor, curvature: Tensor) -> Tensor:
         """w (K,) of d (K,) and G (K, K)."""

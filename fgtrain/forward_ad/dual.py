@@ -7,7 +7,7 @@ processes the value and all directions in a few large operations. It is a tensor
 
 A call is handled by the first of these that applies:
 
-1. a rule: of `fgtrain.forward_ad.rules.operations`, `.matrix_products`, `.layers` or `.losses`;
+1. a rule: of `fgtrain.forward_ad.rules.small`, `.operations`, `.matrix_products`, `.layers` or `.losses`;
 2. a composition of other functions, whose calls are handled in turn;
 3. for a function that only reads values, a call on the values; for a change in place, a copy of the new result;
 4. for a function that PyTorch implements in Python, its body, whose calls are handled in turn;
@@ -35,7 +35,7 @@ from fgtrain.errors import UnsupportedOperation
 from fgtrain.forward_ad.dropped import is_differentiable, refuse_if_lost
 from fgtrain.forward_ad.kept import of_earlier_pass
 from fgtrain.forward_ad.passes import NotIntercepted, WritesIntoPlain
-from fgtrain.forward_ad.registry import FALLBACKS, RULES, Rule
+from fgtrain.forward_ad.registry import FALLBACKS, RULES, SMALL, Rule
 from fgtrain.forward_ad.rules.written_out import IN_OTHERS
 from fgtrain.tangents.directions import LowRankTangent, Tangent
 
@@ -144,7 +144,11 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if running is None or not torch.is_grad_enabled():
         with plain_tensors():
             return func(*values(args), **values(kwargs))
-    if running.width is not None:
+    if running.width is None:
+        small = SMALL.get(func)
+        if small is not None and (result := small(running, args, kwargs)) is not NotImplemented:
+            return result
+    else:
         _on_values(_widened, (args, kwargs, running.width), {})
     result = _on_values(RULES[func], args, kwargs) if func in RULES else NotImplemented
     if result is NotImplemented and func in IN_OTHERS:
@@ -264,8 +268,8 @@ def dual(primal: Tensor, tangent: Tensor | None, *sources: Dual) -> Tensor:
     Args:
         primal: the value.
         tangent: (K, *primal.shape), or a tensor that expands and converts to it.
-        sources: duals whose memory the result may share. If it shares the memory of their value but not of their
-            tangent, changes in place are refused.
+        sources: duals whose memory the result may share. If it shares the memory of their value or of their tangent
+            alone, changes in place are refused.
     """
     if tangent is None or not is_differentiable(primal):
         return primal
@@ -277,7 +281,7 @@ def dual(primal: Tensor, tangent: Tensor | None, *sources: Dual) -> Tensor:
         tangent = tangent.expand(-1, *primal.shape).contiguous()
     result = Dual(primal, tangent)
     for source in sources:
-        if _share_memory(primal, source.primal) and not _share_memory(tangent, tangent_of(source)):
+        if _share_memory(primal, source.primal) != _share_memory(tangent, tangent_of(source)):
             result.aliased = source.aliased = True
     return result
 

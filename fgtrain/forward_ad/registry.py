@@ -11,6 +11,9 @@ Rule = Callable[..., Any]
 RULES: dict[Any, Rule] = {}
 """Rules for values and tangents; they may return NotImplemented."""
 
+SMALL: dict[Any, Rule] = {}
+"""Short rules, called with the pass, the positional and the keyword arguments; they are tried first."""
+
 
 class Fallback(NamedTuple):
     """The treatment of a function without a rule.
@@ -42,12 +45,14 @@ FALLBACKS = _Fallbacks()
 @contextmanager
 def without_rules() -> Generator[None]:
     """A context without fast rules: slower, with the same results. For tests, and to check a suspicious rule."""
-    kept = dict(RULES)
+    kept, small = dict(RULES), dict(SMALL)
     try:
         RULES.clear()
+        SMALL.clear()
         yield
     finally:
         RULES.update(kept)
+        SMALL.update(small)
 
 
 def register(names: str) -> Callable[[Rule], Rule]:

@@ -39,6 +39,7 @@ class Divergence(L.Callback):
             loss whose smoothed value falls to 0 is not judged.
         max_skipped_share: end the run if a larger share of its batches was skipped, counting at least a hundred batches
             before training is over; None for no limit.
+        advice: what else to do, beside `ADVICE`.
 
     Attributes:
         skipped_steps: the number of skipped steps so far.
@@ -52,6 +53,7 @@ class Divergence(L.Callback):
         max_skipped_steps: int = 10,
         detect_divergence: float | None = None,
         max_skipped_share: float | None = None,
+        advice: str = "",
     ) -> None:
         if max_skipped_steps < 1:
             raise ValueError(f"max_skipped_steps must be at least 1, got {max_skipped_steps}")
@@ -62,13 +64,13 @@ class Divergence(L.Callback):
         self.max_skipped_steps = max_skipped_steps
         self.max_skipped_share = max_skipped_share
         self.detect_divergence = detect_divergence
+        self._advice = self.advice = f"{ADVICE}, or {advice}" if advice else ADVICE
         self.skipped_steps = 0
         self._in_a_row = self._above_in_a_row = 0
         self._batches = 0
         self._first_loss: float | None = None
         self._smoothed = self._lowest = math.inf
         self._sound = True
-        self._advice = ADVICE
         self._buffers: list[Tensor] = []
         self._copies: list[Tensor] = []
 
@@ -93,7 +95,7 @@ class Divergence(L.Callback):
         self._lowest = state_dict.get("lowest_loss", math.inf)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._advice = SHRINK + ADVICE if _is_too_long(_estimator_of(pl_module)) else ADVICE
+        self.advice = SHRINK * _is_too_long(_estimator_of(pl_module)) + self._advice
         self._buffers = list(pl_module.buffers())
         self._copies = [b.clone() for b in self._buffers]
 
@@ -131,7 +133,7 @@ class Divergence(L.Callback):
         if self._in_a_row == self.max_skipped_steps:
             raise DivergenceError(
                 f"step {trainer.global_step}: {what}, for {self._in_a_row} batches in a row (skipped, the weights are "
-                f"those of the last good step); {self._advice}; lr is {_lr(trainer):.3g}"
+                f"those of the last good step); {self.advice}; lr is {_lr(trainer):.3g}"
             )
         return False
 
@@ -154,7 +156,7 @@ class Divergence(L.Callback):
             raise DivergenceError(
                 f"step {trainer.global_step}: the loss is {loss:.4g}; its lowest value was {reference:.4g}, and it has "
                 f"been above detect_divergence={self.detect_divergence:g} times that for {self._above_in_a_row} steps; "
-                f"{self._advice}; lr is {_lr(trainer):.3g}"
+                f"{self.advice}; lr is {_lr(trainer):.3g}"
             )
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -167,7 +169,7 @@ class Divergence(L.Callback):
         if share is not None and self.skipped_steps > share * max(self._batches, at_least):
             raise DivergenceError(
                 f"{self._share()} were skipped, more than max_skipped_share={share:g}: their loss, a derivative or the "
-                f"gradient was not finite; look for non-finite values in the data, or {self._advice}"
+                f"gradient was not finite; look for non-finite values in the data, or {self.advice}"
             )
 
     def _share(self) -> str:

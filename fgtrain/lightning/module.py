@@ -11,7 +11,7 @@ import lightning as L
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from fgtrain.distributed import Ranks, TangentsOver
@@ -89,6 +89,7 @@ class EstimatorModule(L.LightningModule):
         self._gathered_bytes = 0
         self._is_accumulating = False  # in the middle of an optimizer step
         self._saved_grads: dict[str, Tensor] = {}
+        self._searches = False
 
     def setup(self, stage: str) -> None:
         if self.ranks.size != self.trainer.world_size:
@@ -202,7 +203,7 @@ class EstimatorModule(L.LightningModule):
         due = micro_batch + 1 == self.accumulate_grad_batches or trainer.is_last_batch
         self._is_accumulating = not due
         if due and self.divergence.step_is_sound():
-            self._optimizer_step()
+            self._optimizer_step(partial(self._evaluate_again, batch, batch_idx))
         return {
             "loss": estimate.loss,
             "directional_derivatives": estimate.directional_derivatives,
@@ -210,14 +211,20 @@ class EstimatorModule(L.LightningModule):
             "skipped": not sound,
         }
 
-    def _optimizer_step(self) -> None:
+    def _evaluate_again(self, batch: Any, batch_idx: int) -> Tensor:
+        """The loss and gradients at other parameters, for an optimizer that searches along a line."""
+        estimate = self.estimate(self.estimator, batch, batch_idx)
+        write_grads(self.model, estimate.grads, check_finite=False)
+        return estimate.loss
+
+    def _optimizer_step(self, closure: Callable[[], Tensor]) -> None:
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         if self.clip_grad_norm is not None:
             scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # optimizer.step() divides by its scale
             scale = 1.0 if scaler is None else scaler.get_scale()
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm * scale)
-        optimizer.step()
+        optimizer.step(closure) if self._searches else optimizer.step()
         for config in self.trainer.lr_scheduler_configs:
             config.scheduler.step()
 
@@ -251,4 +258,10 @@ class EstimatorModule(L.LightningModule):
         return [optimizer], [self.make_scheduler(optimizer, **options)]
 
     def _optimizer(self) -> Optimizer:
-        return self.make_optimizer(p for p in self.model.parameters() if p.requires_grad)
+        optimizer = self.make_optimizer(p for p in self.model.parameters() if p.requires_grad)
+        self._searches = isinstance(optimizer, LBFGS)
+        if self._searches and (self.accumulate_grad_batches > 1 or self.clip_grad_norm is not None):
+            raise ConfigError(
+                "L-BFGS takes accumulate_grad_batches=1 and clip_grad_norm=null, since it evaluates again"
+            )
+        return optimizer

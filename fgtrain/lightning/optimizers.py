@@ -1,10 +1,11 @@
-"""Several optimizers as one, since Lightning's automatic optimization accepts only one."""
+"""Several optimizers as one, since Lightning's automatic optimization accepts only one; and L-BFGS."""
 
 from collections import ChainMap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch.optim import Optimizer
+from torch import nn
+from torch.optim import LBFGS, Optimizer
 
 from fgtrain.lightning._lightning import configure_optimizers
 
@@ -54,3 +55,14 @@ def step_together(configured: Any) -> Any:
         return None
     optimizers, schedulers, _ = configure_optimizers(configured)
     return configured if len(optimizers) < 2 else ([Together(optimizers)], schedulers)
+
+
+def lbfgs(params: Iterable[nn.Parameter], lr: float = 1.0, max_iter: int = 20, weight_decay: float = 0.0) -> Optimizer:
+    """L-BFGS with a line search: a step does up to `max_iter` iterations and evaluates the batch anew in each.
+
+    Raises:
+        ValueError: weight_decay is not 0; L-BFGS has none.
+    """
+    if weight_decay:
+        raise ValueError(f"L-BFGS takes optimizer.weight_decay=0, got {weight_decay}")
+    return LBFGS(params, lr=lr, max_iter=max_iter, line_search_fn="strong_wolfe")

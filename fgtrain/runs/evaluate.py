@@ -7,6 +7,7 @@ from typing import Any
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader
 
+from fgtrain.data import Steps
 from fgtrain.errors import ConfigError
 from fgtrain.lightning.atomic_files import write_atomically
 from fgtrain.lightning.checkpoints import NAMES, first_good, list_checkpoints, read_checked
@@ -14,7 +15,6 @@ from fgtrain.runs.library_errors import library_errors_named
 from fgtrain.runs.provenance import load_config
 from fgtrain.runs.results import read_results
 from fgtrain.runs.run import build
-from fgtrain.tasks import Function
 
 SPLITS = ("train", "val", "test")
 
@@ -45,8 +45,8 @@ def evaluate(checkpoint: Path, split: str, out: Path | None = None) -> dict[str,
     cfg.quiet, cfg.resume = True, None
     module, data, trainer, _ = build(cfg)
     trainer.loggers = []
-    if isinstance(module.task, Function):
-        raise ConfigError(f"{checkpoint} is of a test function, which has no splits; see its results.json")
+    if isinstance(data, Steps):
+        raise ConfigError(f"{checkpoint} is of a task without data, which has no splits; see its results.json")
     try:
         module.load_state_dict(state["state_dict"])
     except (RuntimeError, KeyError, TypeError, AttributeError) as error:  # torch raises these if the parts do not fit

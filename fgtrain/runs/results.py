@@ -40,7 +40,13 @@ def print_results(results: Mapping[str, Any], run_dir: Path) -> None:
     for name, value in (flat | results["metrics"]).items():
         table.add_row(name, f"{value:.6g}" if isinstance(value, float) else str(value))
     if "solution" in results:
-        table.add_row("solution", ", ".join(f"{x:.5f}" for x in results["solution"][:6]))
+        solution = results["solution"]
+        values = (
+            [f"{k} {v:.5f}" for k, v in solution.items()]
+            if isinstance(solution, dict)
+            else [f"{x:.5f}" for x in solution]
+        )
+        table.add_row("solution", ", ".join(values[:6]))
     console = Console()
     console.print(table)
     console.print(f"results in {run_dir}", soft_wrap=True, highlight=False)

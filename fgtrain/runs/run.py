@@ -82,7 +82,6 @@ from fgtrain.runs.results import RESULTS, read_results
 from fgtrain.runs.resume import checkpoint_to_resume
 from fgtrain.runs.starters import is_follower
 from fgtrain.runs.world import plan
-from fgtrain.tasks import Function
 
 DATA_FACTS = ("input_shape", "num_classes", "vocab_size", "context")
 """Attributes of the data that are passed to the model's constructor if it takes them."""
@@ -124,7 +123,7 @@ def build(cfg: DictConfig) -> Run:
         seed=cfg.seed,
         accumulate_grad_batches=cfg.accumulate_grad_batches,
         clip_grad_norm=cfg.clip_grad_norm,
-        divergence=Divergence(cfg.max_skipped_steps, cfg.detect_divergence, cfg.max_skipped_share),
+        divergence=Divergence(cfg.max_skipped_steps, cfg.detect_divergence, cfg.max_skipped_share, task.advice),
         distributed_tangents=cfg.distributed.tangents,
         distributed_timeout=cfg.distributed.timeout_seconds,
     )
@@ -245,11 +244,11 @@ def _train(parts: Run, cfg: DictConfig, choices: Mapping[str, str]) -> dict[str,
     results |= {"world_size": trainer.world_size, "comm/bytes_per_step": sent}
     results["num_parameters"] = sum(p.numel() for p in module.model.parameters())
     results["num_trained"] = sum(p.numel() for p in module.model.parameters() if p.requires_grad)
-    if isinstance(module.task, Function):
-        results |= _function_results(module)
-    else:
+    found = module.task.results(module.model)
+    if found is None:
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
-        results["metrics"] = metrics | _tested(module, data, trainer)
+        found = {"metrics": metrics | _tested(module, data, trainer)}
+    results |= found
     log_final(trainer, to_saved(cfg), results)
     if trainer.is_global_zero:
         write_atomically(json.dumps(results, indent=2) + "\n", run_dir / RESULTS)
@@ -278,16 +277,3 @@ def _ctrl_c_named(trainer: L.Trainer) -> Generator[None]:
             raise
         step = trainer.global_step
         raise Interrupted(f"interrupted after step {step}, which was not saved", signal.SIGINT) from end
-
-
-def _function_results(module: EstimatorModule) -> dict[str, Any]:
-    """Value, distance to the minimum and coordinates of the best point, and the share of starts that diverged."""
-    assert isinstance(module.task, Function)
-    with torch.no_grad():
-        points, metrics = module.model(), module.task.metrics(module.model, None)
-        best = int(metrics["loss"].nan_to_num(torch.inf).argmin())
-        solution = points[module.task.converging(points)][best].tolist()
-    found = {name: metrics[name][best].item() for name in ("loss", "distance_to_minimum")}
-    if "diverged_starts" in metrics:
-        found["diverged_starts"] = metrics["diverged_starts"].mean().item()
-    return {"metrics": found, "solution": solution}

@@ -180,6 +180,13 @@ class Directions(Mapping[str, Tangent]):
         return tangent.double().unsqueeze(-1).flatten(1)
 
 
+def unit_directions(params: Mapping[str, Tensor]) -> Directions:
+    """The unit direction of each of the n numbers in `params`, as n directions."""
+    pieces = [Piece(name, p, p.numel()) for name, p in params.items()]
+    like = pieces[0].like
+    return Directions(torch.eye(sum(piece.size for piece in pieces), dtype=like.dtype, device=like.device), pieces)
+
+
 def _own_part(tangent: Tangent, weights: Tensor, rows: slice) -> Tensor:
     """The `rows` of sum_k weights[k] v_k, without the others."""
     if isinstance(tangent, Tensor):

@@ -1,6 +1,7 @@
-"""Tasks: classification, language modelling, and test functions of optimization."""
+"""Tasks: classification, language modelling, calibration, and test functions of optimization."""
 
 from fgtrain.tasks.base import Task
+from fgtrain.tasks.calibration import Calibration, Guess
 from fgtrain.tasks.catalogue import CataloguedFunction
 from fgtrain.tasks.classification import Classification
 from fgtrain.tasks.functions import (
@@ -18,9 +19,11 @@ from fgtrain.tasks.recall import Recall
 
 __all__ = [
     "Beale",
+    "Calibration",
     "CataloguedFunction",
     "Classification",
     "Function",
+    "Guess",
     "Himmelblau",
     "LanguageModeling",
     "Matyas",

@@ -7,7 +7,13 @@ from torch import Tensor, nn
 
 
 class Task(ABC):
-    """A loss and the metrics reported for a model."""
+    """A loss and the metrics reported for a model.
+
+    Attributes:
+        advice: what to do, beside lowering the learning rate, if numbers are not finite.
+    """
+
+    advice: str = ""
 
     @abstractmethod
     def losses(self, model: nn.Module, batch: Any) -> Tensor:
@@ -16,3 +22,7 @@ class Task(ABC):
     @abstractmethod
     def metrics(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:
         """{name: value for every example (B,)}; the caller averages them over a data set."""
+
+    def results(self, model: nn.Module) -> dict[str, Any] | None:
+        """The results of a trained model, if they do not come from the splits of a data set: {"metrics": .., ..}."""
+        return None

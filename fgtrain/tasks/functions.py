@@ -93,6 +93,17 @@ class Function(Task):
         found = {"loss": self.value(points)[left], "distance_to_minimum": self.distance_to_minimum(points[left])}
         return found if self.starts == 1 else found | {"diverged_starts": (~left).float()}
 
+    def results(self, model: nn.Module) -> dict[str, Any]:
+        """Value, distance to the minimum and coordinates of the best point, and the share of starts that diverged."""
+        with torch.no_grad():
+            points, metrics = model(), self.metrics(model, None)
+            best = int(metrics["loss"].nan_to_num(torch.inf).argmin())
+            solution = points[self.converging(points)][best].tolist()
+        found = {name: metrics[name][best].item() for name in ("loss", "distance_to_minimum")}
+        if "diverged_starts" in metrics:
+            found["diverged_starts"] = metrics["diverged_starts"].mean().item()
+        return {"metrics": found, "solution": solution}
+
 
 class Points(nn.Module):
     """The current points of a minimisation: one parameter (starts, dim)."""

@@ -42,7 +42,8 @@ def _rsub(x: Any, y: Any, *, alpha: float = 1) -> Any:
 def _sum(primal: Tensor, x: Any, y: Any, scale: float) -> Tensor:
     xt, yt = aligned(tangent_of(x), primal.dim()), aligned(tangent_of(y), primal.dim())
     if xt is None or yt is None:
-        return dual(primal, xt if yt is None else yt * scale if scale != 1 else yt)
+        # A tangent is copied, since the result may be changed in place.
+        return dual(primal, xt.clone() if yt is None else yt * scale)
     return dual(primal, torch.add(xt, yt, alpha=scale))
 
 

@@ -1,0 +1,67 @@
+"""The calibration study: courses, failed starts, memory, and the files of the command."""
+
+import json
+import sys
+
+import pytest
+
+from fgtrain.commands.calibrate import main as run_command
+from fgtrain.studies.calibration import METHODS, Course, follow, peaks, rows_of
+from fgtrain.tasks import Calibration
+
+
+@pytest.fixture(scope="module")
+def task():
+    return Calibration("pendulum", trajectories=4, observations=5, steps=3)
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if "Adam" not in name])
+def test_a_course_ends_at_the_true_parameters(method, task):
+    course = follow(task, method, start=0, seconds=60, spread=0.3)
+    assert not course.failed
+    assert len(course.seconds) == len(course.errors)
+    assert course.errors[-1] < 0.05 < course.errors[0]
+
+
+def test_equal_gradients_give_equal_courses(task):
+    names = [name for name in METHODS if "Adam" in name]
+    first, *others = [follow(task, name, start=1, seconds=0.5, spread=0.1).errors[:3] for name in names]
+    assert all(other == pytest.approx(first, rel=1e-3) for other in others)
+
+
+def test_a_start_that_fails_is_counted():
+    courses = [
+        Course("backprop, Adam", 0, [1.0, 2.0, 3.0], [0.5, 0.05, 0.03]),
+        Course("backprop, Adam", 1, [1.0, 2.0], [0.9, 0.8]),
+        Course("backprop, Adam", 2, [1.0], [float("nan")]),
+    ]
+    assert rows_of(courses) == [("backprop, Adam", "2 of 3", "3.00%", "2.00", "2", "1000")]
+
+
+def test_the_command_writes_its_files(tmp_path, monkeypatch, capsys):
+    small = ["--system", "pendulum", "--trajectories", "2", "--steps", "1", "--starts", "1", "--seconds", "0.1"]
+    monkeypatch.setattr(sys, "argv", ["calibrate", *small, "--memory-steps", "--out", str(tmp_path)])
+    run_command()
+    assert {path.name for path in tmp_path.iterdir()} == {f"calibration.{end}" for end in ("md", "json", "png", "svg")}
+    found = json.loads((tmp_path / "calibration.json").read_text())
+    assert [path["method"] for path in found["paths"]] == [*METHODS]
+    assert all(method in (tmp_path / "calibration.md").read_text() for method in METHODS)
+    assert "a start fails above an error of 10%" in capsys.readouterr().out
+
+
+def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["calibrate", "--system", "nonsense", "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as end:
+        run_command()
+    assert end.value.code != 0
+    assert capsys.readouterr().err.startswith("fgtrain: there is no simulator nonsense")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_only_backpropagation_grows_with_the_steps():
+    found = {(peak.method, peak.steps): peak.mib or 0.0 for peak in peaks([10, 40], "pendulum", 1000)}
+    stored, few, forward = (found[name, 40] for name in ("backprop", "backprop_checkpoint", "forward_exact"))
+    assert forward == pytest.approx(found["forward_exact", 10], rel=0.02)
+    assert few < stored / 2
+    assert stored / found["backprop", 10] == pytest.approx(4, rel=0.3)

@@ -48,7 +48,7 @@ def spring(trajectories, times, steps, *, stiffness=1.5, friction=-0.1):
     return odeint(lambda t, y: y @ matrix.T, start, times, options={"step_size": step})
 
 
-@pytest.mark.parametrize("system", [*SIMULATORS, spring], ids=str)
+@pytest.mark.parametrize("system", [*SIMULATORS, spring], ids=[*SIMULATORS, "spring"])
 def test_forward_mode_and_checkpoints_have_the_gradient_of_backpropagation(system):
     task, guess = problem(system)
     expected = fgtrain.Backprop()(guess, loss_of(task))

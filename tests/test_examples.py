@@ -10,7 +10,7 @@ from torch import nn
 
 from fgtrain import Backprop
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+EXAMPLES = Path(__file__).resolve().parents[1] / "scripts" / "examples"
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]  # those libraries have warnings of their own
 
 

@@ -73,8 +73,8 @@ def test_adamw_on_the_cpu_with_a_profile(tmp_path):
         (["methd=backprop"], "methd is not a key of the configuration; did you mean method?"),
         (["precision=16"], "precision is not a key of the configuration; did you mean trainer.precision?"),
         (
-            ["model.width=3"],
-            "model.width is not a key of the configuration; it belongs to model=lstm, model=transformer",
+            ["model.channels=3"],
+            "model.channels is not a key of the configuration; it belongs to model=cnn, model=local_mixer",
         ),
         (["method.num_tangent=3"], "did you mean method.num_tangents?"),
         (["model.zigzag=3"], "--cfg job prints the keys; +model.zigzag=... adds it, if the class there takes it"),

@@ -131,6 +131,8 @@ COMPANIONS = {
     "text": ["task=language_modeling"],
     "text_stream": ["task=language_modeling", "model=diagonal_rnn"],
     "diagonal_rnn": ["data=recall"],
+    "recall": ["model=diagonal_rnn"],
+    "guess": ["task=calibration"],
     "finetune_digits": ["model.weights=null"],
 }
 CHOICES = [(group.name, choice) for group in sorted(CONF.iterdir()) if group.is_dir() for choice in options(group.name)]

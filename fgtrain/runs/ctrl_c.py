@@ -7,6 +7,8 @@ from threading import current_thread, main_thread
 from types import FrameType
 from typing import NoReturn
 
+from fgtrain.errors import Interrupted
+
 
 @contextmanager
 def ctrl_c_named() -> Generator[None]:
@@ -30,7 +32,7 @@ def ctrl_c_named() -> Generator[None]:
     try:
         yield
     except Exception as error:
-        if pressed:
+        if pressed and not isinstance(error, Interrupted):  # which knows more
             raise KeyboardInterrupt from error
         raise
     finally:

@@ -65,9 +65,7 @@ def study(args: argparse.Namespace) -> None:
     found = {"recalled": [r._asdict() for r in recalled], "costs": [c._asdict() for c in costs]}
     (args.out / "online.json").write_text(json.dumps(found, indent=1) + "\n")
     rows = table_of(recalled, costs)
-    table = Table(
-        title=f"symbols recalled after {updates} updates; peak memory and time in forward passes by length"
-    )
+    table = Table(title=f"symbols recalled after {updates} updates; peak memory and time in forward passes by length")
     for name in rows[0]:
         table.add_column(name, justify="left" if name == "way" else "right")
     for row in rows:

@@ -107,6 +107,31 @@ def test_a_plain_network_of_equal_widths():
     torch.testing.assert_close(found["4.weight"], torch.autograd.grad(loss, model.get_parameter("4.weight"))[0])
 
 
+class Halved(nn.Module):
+    def __init__(self, in_place):
+        super().__init__()
+        self.in_place = in_place
+
+    def forward(self, x):
+        return x.mul_(0.5) if self.in_place else x * 0.5
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("estimator", [Backprop(), ActivityPerturbation(2), ActivityPerturbation(2, exact_head=True)])
+def test_what_stands_between_blocks_may_work_in_place(estimator):
+    def grads(in_place):
+        torch.manual_seed(0)
+        x, y = torch.randn(6, 4), torch.arange(6) % 3
+        layers = [nn.Linear(4, 5), nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 5)]
+        between = [(layer, Halved(in_place), nn.ReLU(inplace=in_place)) for layer in layers]
+        net = nn.Sequential(*(module for part in between for module in part), nn.Linear(5, 3))
+        estimate = LocalLosses(copy.deepcopy(estimator), head="tail")
+        generator = torch.Generator().manual_seed(2)
+        return estimate(net, lambda m: F.cross_entropy(m(x), y, reduction="none"), generator=generator)
+
+    assert_same(grads(in_place=True), grads(in_place=False))
+
+
 @pytest.mark.parametrize(
     "estimator", [ActivityPerturbation(num_tangents=8), SPSA(num_tangents=4)], ids=["activity", "spsa"]
 )

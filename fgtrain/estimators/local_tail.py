@@ -142,6 +142,8 @@ class _OneBlock:
         i: index of the block that runs.
         ahead: output of the previous block; None for the first block.
 
+    What stands between blocks may work in place, so all outputs are copies.
+
     Attributes:
         forwards: {module: forward}.
         held: output of the block in the last pass, as the only item.
@@ -151,13 +153,13 @@ class _OneBlock:
         self.held: list[Any] = []
         self.forwards = {b: self._identity(n) for b, n in zip(blocks, outputs, strict=True)}
         if i:
-            self.forwards[blocks[i - 1]] = lambda *_, **__: ahead
+            self.forwards[blocks[i - 1]] = lambda *_, **__: tree_map_only(Tensor, Tensor.clone, ahead)
         self.forwards[blocks[i]] = self._holding(blocks[i].forward)
 
     @staticmethod
     def _identity(num_outputs: int | None) -> Forward:
         def run(*args: Any, **kwargs: Any) -> Any:
-            x = entering(args, kwargs)
+            x = entering(args, kwargs).clone()
             return x if num_outputs is None else (x, *[None] * (num_outputs - 1))
 
         return run
@@ -165,7 +167,7 @@ class _OneBlock:
     def _holding(self, forward: Forward) -> Forward:
         def run(*args: Any, **kwargs: Any) -> Any:
             out = forward(*args, **kwargs)
-            self.held[:] = [tree_map_only(Tensor, lambda x: primal_of(x).detach(), out)]
+            self.held[:] = [tree_map_only(Tensor, lambda x: primal_of(x).detach().clone(), out)]
             return out
 
         return run

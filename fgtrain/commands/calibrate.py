@@ -21,6 +21,7 @@ from fgtrain.figures import save
 from fgtrain.memory import keep_freed_memory
 from fgtrain.runs.messages import USER_ERRORS, fail, silence_libraries
 from fgtrain.studies.calibration import HEADINGS, METHODS, Peak, draw, follow, peaks, rows_of, table_of
+from fgtrain.studies.compare.table import markdown_table
 from fgtrain.tasks import Calibration
 
 
@@ -75,7 +76,7 @@ def _page(args: argparse.Namespace, rows: Sequence[tuple[str, ...]], memory: Seq
         f"`python scripts/calibrate.py --system {args.system}`: {args.trajectories} trajectories, "
         f"{20 * args.steps} steps, {args.starts} starts, at most {args.seconds:g} CPU seconds each, one thread.",
         "",
-        *_table([HEADINGS, *rows]),
+        *markdown_table(HEADINGS, rows),
         "",
         "MiB of a gradient; - if it was not tried for want of memory:",
         "",
@@ -86,10 +87,4 @@ def _page(args: argparse.Namespace, rows: Sequence[tuple[str, ...]], memory: Seq
         [method, *("-" if (mib := known[method, n]) is None else f"{mib:.1f}" for n in steps)]
         for method in dict.fromkeys(peak.method for peak in memory)
     ]
-    return "\n".join([*lines, *_table([["steps", *map(str, steps)], *cells]), ""])
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a Markdown table; the first row has the headings."""
-    lines = [f"| {' | '.join(row)} |" for row in rows]
-    return [lines[0], "|---" * len(rows[0]) + "|", *lines[1:]]
+    return "\n".join([*lines, *markdown_table(["steps", *map(str, steps)], cells), ""])

@@ -160,6 +160,15 @@ def require_positive_int(name: str, value: object) -> None:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 
 
+def buffers_in(state: Mapping[str, Tensor], prefix: str) -> nn.Module:
+    """A module with a buffer of zeros for every tensor of a saved state below `prefix`."""
+    module = nn.Module()
+    for name, saved in state.items():
+        if name.startswith(f"{prefix}."):
+            module.register_buffer(name.removeprefix(f"{prefix}."), torch.zeros_like(saved))
+    return module
+
+
 def add_grad(grads: dict[str, Tensor], name: str, grad: Tensor) -> None:
     """Add the gradient of a parameter that is used several times to `grads`."""
     grads[name] = grads[name] + grad if name in grads else grad

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fgtrain.errors import UnsupportedOperation
-from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, average_grads, require_positive_int
+from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, average_grads, buffers_in, require_positive_int
 from fgtrain.layer_noise.layers import perturbed_layers
 from fgtrain.layer_noise.noise import LayerCall, LayerNoise, LocalGrads, PerturbedPass
 from fgtrain.layer_noise.rows import ExaminedPass, Rows, gradient_of_head, per_example
@@ -184,10 +184,7 @@ class FDFA(GradientEstimator):
         return call.cut_off((error @ feedback.flatten(1).to(error.dtype)).view(call.shape))
 
     def make_room(self, state: Mapping[str, Tensor]) -> None:
-        self.feedback = nn.Module()
-        for name, saved in state.items():
-            if name.startswith("feedback."):
-                self.feedback.register_buffer(name.removeprefix("feedback."), torch.zeros_like(saved))
+        self.feedback = buffers_in(state, "feedback")
 
     def extra_repr(self) -> str:
         return f"num_tangents={self.num_tangents}, feedback_lr={self.feedback_lr}, feedback_every={self.feedback_every}"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fgtrain.errors import DataError, UnsupportedOperation
 from fgtrain.estimators.backprop import Backprop
-from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce
+from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, buffers_in
 from fgtrain.models.diagonal import DiagonalRecurrence, as_rows, as_units, scan
 from fgtrain.network.blocks import forwards_replaced
 
@@ -119,10 +119,7 @@ class ForwardInTime(GradientEstimator):
         return start
 
     def make_room(self, state: Mapping[str, Tensor]) -> None:
-        self.traces = nn.Module()
-        for name, saved in state.items():
-            if name.startswith("traces."):
-                self.traces.register_buffer(name.removeprefix("traces."), torch.zeros_like(saved))
+        self.traces = buffers_in(state, "traces")
 
 
 def _key(name: str, part: str) -> str:

@@ -49,7 +49,7 @@ class KnownLoss(NamedTuple):
             unit: an input for which all elements are equal but for that; they are the weights then.
         """
         each = self._unreduced(unit)
-        return each * (self._total(unit) / torch.where(each.any(), each.sum(), 1))
+        return each * self._share(unit, each)
 
     def rows(self, taken: Tensor, result: Tensor) -> Tensor:
         """One loss for every row (.., C) of the input; their mean is the mean of the result.
@@ -64,14 +64,15 @@ class KnownLoss(NamedTuple):
             each, unit = self._unreduced(taken), torch.zeros_like(primal_of(taken))
             unit = self.target + 1 if self.func is F.mse_loss else unit
             of_unit = self._unreduced(unit)
-            each = each * (self._total(unit) / torch.where(of_unit.any(), of_unit.mean(), 1))
+            each = each * (of_unit.numel() * self._share(unit, of_unit))
         return each.mean(-1) if each.dim() == len(self.shape) > 1 else each
 
     def _unreduced(self, z: Tensor) -> Tensor:
         return self.func(z, self.target, **self.options | {"size_average": None, "reduce": None, "reduction": "none"})
 
-    def _total(self, z: Tensor) -> Tensor:
-        return self.func(z, self.target, **self.options).mean()
+    def _share(self, z: Tensor, each: Tensor) -> Tensor:
+        """The mean of the result over the sum of the elements `each`, for one input."""
+        return self.func(z, self.target, **self.options).mean() / torch.where(each.any(), each.sum(), 1)
 
 
 def _cross_entropy(loss: KnownLoss, z: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:

@@ -114,8 +114,13 @@ def markdown_of(rows: Sequence[dict[str, Any]]) -> list[str]:
     """The lines of a table in Markdown, with all columns."""
     shown = [cells(row) for row in rows]
     names = max(shown, key=len)
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    return lines + ["| " + " | ".join(row.get(name, "") for name in names) + " |" for row in shown]
+    return markdown_table(list(names), [[row.get(name, "") for name in names] for row in shown])
+
+
+def markdown_table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown, from its headings and rows."""
+    line, *lines = (f"| {' | '.join(row)} |" for row in (names, *rows))
+    return [line, "|" + "---|" * len(names), *lines]
 
 
 def table_of(rows: Sequence[dict[str, Any]]) -> Table:

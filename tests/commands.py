@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from hydra._internal.hydra import Hydra
 
 from fgtrain.commands.compare import run as compare_command
 from fgtrain.commands.train import main as run_command
@@ -82,6 +83,8 @@ def train(folder, *overrides):
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.chdir(folder)
         patch.setattr(sys, "argv", ["train.py", *overrides])
+        if not any("experiment=" in override for override in overrides):  # the only ones that set hydra.mode
+            patch.setattr(Hydra, "get_mode", lambda *_, **__: None)  # composes the configuration once more to see it
         try:
             run_command()
         except SystemExit as end:

@@ -17,6 +17,14 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 SAMPLES = {"module": 40, "operation": 4}
 """Most samples that are tried, from the first to the last in the order of the database."""
 
+LARGEST = 100_000
+"""Most numbers of the input of a sample of an operation."""
+
+
+def seed(number: int) -> None:
+    """Random numbers on the CPU; `torch.manual_seed` formats the stack for each kind of device that there is not."""
+    torch.default_generator.manual_seed(number)
+
 
 class Problem(NamedTuple):
     """A model, made anew by `build`, and its loss."""
@@ -66,13 +74,17 @@ def is_real(x: Tensor) -> bool:
     return x.layout == torch.strided and x.dtype == torch.float64
 
 
+def is_large(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.numel() > LARGEST
+
+
 def modules() -> Iterator[tuple[str, Callable[[], list[Problem]]]]:
     """(name, its problems), in training and in evaluation mode."""
     for info in module_db:
         for training in (True, False):
 
             def problems(info: Any = info, training: bool = training) -> list[Problem]:
-                torch.manual_seed(0)
+                seed(0)
                 samples = info.module_inputs_func(info, "cpu", torch.float64, False, training)
                 return [_of_module(info, s, training) for s in _spread(samples, SAMPLES["module"])]
 
@@ -81,7 +93,7 @@ def modules() -> Iterator[tuple[str, Callable[[], list[Problem]]]]:
 
 def _of_module(info: Any, sample: Any, training: bool) -> Problem:
     def build() -> nn.Module:
-        torch.manual_seed(0)
+        seed(0)
         created, given = sample.constructor_input, sample.forward_input
         module = info.module_cls(*created.args, **created.kwargs).double().train(training)
         if info.is_lazy:
@@ -101,8 +113,9 @@ def operations() -> Iterator[tuple[str, Callable[[], list[Problem]]]]:
                 if function is not None and (suffix != " in place" or op.supports_inplace_autograd):
 
                     def problems(op: Any = op, function: Any = function) -> list[Problem]:
-                        torch.manual_seed(0)
-                        samples = list(op.sample_inputs("cpu", torch.float64, requires_grad=True))
+                        seed(0)
+                        samples = list(op.sample_inputs_func(op, "cpu", torch.float64, True))
+                        samples = [s for s in samples if not is_large(s.input)]
                         if function is op.inplace_variant:
                             samples = [s for s in samples if not s.broadcasts_input]
                         return [_of_operation(op, function, s) for s in _spread(samples, SAMPLES["operation"])]

@@ -47,7 +47,7 @@ def backpropagated(problem):
     """Loss, gradients and whether all are finite; None if there is nothing to differentiate."""
     model = problem.build()
     params = dict(model.named_parameters())
-    torch.manual_seed(3)
+    torch.default_generator.manual_seed(3)
     try:
         loss = problem.loss(model) if params else None
         if not isinstance(loss, torch.Tensor) or not loss.requires_grad:
@@ -63,7 +63,7 @@ def backpropagated(problem):
 def by_differences(problem, directions, step=1e-6):
     def loss_at(scale, k):
         model = problem.build()
-        torch.manual_seed(3)
+        torch.default_generator.manual_seed(3)
         with torch.no_grad():
             for name, p in model.named_parameters():
                 p.add_(dense(directions[name])[k], alpha=scale)
@@ -77,7 +77,7 @@ def outcome(name, problem, loss, grads, law, num_tangents):
     """ "exact", "refused", or what is wrong."""
     model = problem.build()
     directions = law.sample(dict(model.named_parameters()), range(num_tangents))
-    torch.manual_seed(3)
+    torch.default_generator.manual_seed(3)
     try:
         losses, found = directional_derivatives(model, problem.loss, directions)
     except UserError as refusal:

@@ -26,10 +26,16 @@ from tests.coverage_layers import PENALTIES, chain, named
 from tests.derivatives import COVERAGE, assert_derivatives
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A folder without earlier compilations. Tests share it, since it holds the precompiled headers of PyTorch too."""
+    return tmp_path_factory.mktemp("inductor")
+
+
 @pytest.fixture
-def fresh(monkeypatch, tmp_path):
+def fresh(monkeypatch, cache):
     """Start without earlier compilations, and restore all changes."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
     torch.compiler.reset()
     yield
     torch.compiler.reset()

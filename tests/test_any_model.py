@@ -66,6 +66,7 @@ def test_exact_along_every_coordinate(loss):
     torch.testing.assert_close(derivatives, torch.cat([exact[name].flatten() for name in reached]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss", [regression, several])
 def test_a_loop_of_ones_own_learns(loss):
     model, batch = make(), batch_of(64)

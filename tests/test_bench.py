@@ -39,6 +39,7 @@ def test_rows_and_table(tmp_path, monkeypatch, capsys):
     assert "fwdgrad" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_memory_is_what_backprop_must_store():
     """The inputs of every layer; in a deep network with a large batch, everything else is small in comparison."""
     batch_size, width, layers = 4096, 256, 8
@@ -63,6 +64,7 @@ def test_methods_are_those_of_the_configuration():
     assert repr(crossed.estimator.tangents) == "Rademacher()"
 
 
+@pytest.mark.slow
 def test_measurement_of_the_loop(monkeypatch):
     """By a clock that shows 0, 1, 4, 9, .. seconds: 1 - 0 for the warm-up, 9 - 4 for the bare loop, and so on."""
     clock = SimpleNamespace(process_time=(float(i**2) for i in count()).__next__)

@@ -38,6 +38,7 @@ def test_a_start_that_fails_is_counted():
     assert rows_of(courses) == [("backprop, Adam", "2 of 3", "3.00%", "2.00", "2", "1000")]
 
 
+@pytest.mark.slow
 def test_the_command_writes_its_files(tmp_path, monkeypatch, capsys):
     small = ["--system", "pendulum", "--trajectories", "2", "--steps", "1", "--starts", "1", "--seconds", "0.1"]
     monkeypatch.setattr(sys, "argv", ["calibrate", *small, "--memory-steps", "--out", str(tmp_path)])

@@ -82,6 +82,7 @@ def test_gauss_newton_in_unit_directions_is_rebuilt_from_its_weights():
     assert torch.equal(rebuilt["change"], estimate.grads["change"])
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_few_states_at_any_number_of_steps():
     def peak(estimator, steps):
         task, guess = problem(trajectories=500, observations=1, steps=steps)
@@ -140,6 +141,7 @@ def test_bad_input(options, message):
 COMMAND = ("task=calibration", "task.trajectories=4", "task.steps=2", "self_check=false", "task.system=pendulum")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "method",
     [
@@ -157,6 +159,7 @@ def test_a_run_finds_the_parameters(method, tmp_path):
     assert float(error) < 0.03
 
 
+@pytest.mark.slow
 def test_a_simulation_that_diverges_ends_with_advice(tmp_path):
     command = [*COMMAND[:-1], "task.system=reaction_diffusion", "method=forward_exact", "model.spread=30", "seed=1"]
     status, _, err = train(tmp_path, *command, "trainer.max_steps=60", "max_skipped_steps=3", "max_skipped_share=null")

@@ -8,6 +8,8 @@ import pytest
 from tests.commands import results_under, train
 from tests.interrupted import STEPS, Killed, KillLast, final_weights
 
+pytestmark = pytest.mark.slow
+
 CONSTANT = (*STEPS, "scheduler=constant")
 
 

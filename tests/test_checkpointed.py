@@ -104,6 +104,7 @@ def test_equals_backprop_bit_for_bit(name):
         assert torch.equal(value, outcomes[1][key]), key
 
 
+@pytest.mark.slow
 def test_stores_about_the_square_root():
     """24 layers need 24 activations, or five between the segments and five in one of them; the gradients are small."""
     batch = 1024

@@ -38,6 +38,7 @@ def test_ema_averages_the_weights(tmp_path):
     torch.testing.assert_close(torch.nn.utils.parameters_to_vector(module.parameters()).detach(), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
 def test_ema_continues(tmp_path):
     ends = []

@@ -22,6 +22,8 @@ from fgtrain.studies.compare.table import table_of
 from fgtrain.studies.compare.trajectories import trajectories
 from tests.commands import PACKAGE, composed, options, results_under, run_compare
 
+pytestmark = pytest.mark.slow
+
 COMMAND = ["methods=[backprop,fwdgrad]", "seeds=2", "budget=40steps", "data.batch_size=64"]
 
 
@@ -101,7 +103,6 @@ def test_goes_on_where_it_was_stopped(compared, tmp_path, monkeypatch):
     assert found == {run: straight[run] for run in (("backprop", 0), ("fwdgrad", 0))}
 
 
-@pytest.mark.slow
 def test_search_treats_methods_equally_and_keeps_off_the_compared_seeds(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     command = ["methods=[backprop,fwdgrad]", "seeds=1", "budget=20steps", "lr=search", "lr_points=3", "out=here"]

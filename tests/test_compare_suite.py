@@ -12,6 +12,8 @@ from fgtrain.studies.compare.plan import compose_run
 from fgtrain.studies.compare.suite import SUITES, read_suite
 from tests.commands import run_compare
 
+pytestmark = pytest.mark.slow
+
 SUITE = """
 - name: a plain one
   goal: backprop's loss
@@ -63,7 +65,6 @@ def test_the_command_of_a_rung_runs_it_alone(folder):
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in SUITES.glob("*.yaml")))
-@pytest.mark.slow
 def test_every_method_of_a_rung_can_be_built(name):
     for rung in read_suite([f"suite={name}"])[1]:
         for variant in rung.plan.variants:

@@ -69,6 +69,7 @@ class DropoutNet(nn.Sequential):
         assert compiled[name] == pytest.approx(plain[name], rel=1e-5), name
 
 
+@pytest.mark.slow
 def test_without_a_compiler_it_is_one_line(fresh):
     with (
         inductor.patch({"cpp.cxx": ("no_such_compiler",)}),

@@ -46,6 +46,7 @@ def runs(sweep, name):
     return found
 
 
+@pytest.mark.slow
 def test_scalars_images_and_histograms(sweep):
     tags = events_of(runs(sweep, "fwdgrad")).Tags()
     assert {"train/loss", "val/acc", "quality/cosine", "quality/relative_squared_error"} <= set(tags["scalars"])
@@ -118,6 +119,7 @@ def test_observers_change_nothing(tmp_path):
     assert_equal_weights(watched.state_dict(), alone.state_dict())
 
 
+@pytest.mark.slow
 def test_terminal(tmp_path):
     status, out, err = train(
         tmp_path, "method=fwdgrad_lowrank", "trainer.max_steps=40", "trainer.val_check_interval=20"

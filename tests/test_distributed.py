@@ -220,6 +220,7 @@ def test_what_cannot_be_sharded(overrides, message, tmp_path):
     assert re.search(rf"fgtrain: {message}", err)
 
 
+@pytest.mark.slow
 def test_sweep_of_runs_on_two_processes(tmp_path):
     status, _, err = train(tmp_path, "-m", "trainer=ddp", *CPUS, *STEP, "method=backprop,fwdgrad", "lr=0.1,-1")
     check_sweep(tmp_path, status, err)

@@ -239,6 +239,7 @@ PLANS = st.builds(
 LONGER = st.sampled_from([{"max_steps": 17}, {"max_steps": -1, "max_epochs": 5}, {"max_steps": 16, "max_epochs": 7}])
 
 
+@pytest.mark.slow
 @given(plan=PLANS)
 @settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 @example(plan=Plan(EPOCHS, save_every=5, cuts=((18, True), (12, True))))
@@ -378,6 +379,7 @@ def test_length_is_known_without_a_loader_of_the_run(options, tmp_path):
     assert [loader._epoch >= 0 for loader in loaders] == [False] * (len(loaders) - 1) + [True]
 
 
+@pytest.mark.slow
 def test_results_of_a_run_cut_twice(tmp_path, monkeypatch):
     """Through the script, with a validation on the step of a checkpoint, and a cut before results.json is written."""
     options = ("trainer.max_steps=-1", "trainer.max_epochs=4", "trainer.val_check_interval=8", "hydra.run.dir=run")

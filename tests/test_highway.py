@@ -44,6 +44,7 @@ def test_gradient_along_the_skips(name):
     assert_same(Highway(blocks=blocks)(model, loss), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 @EVERY_MODEL
 def test_delta_by_forward_mode(name):
@@ -91,6 +92,7 @@ def test_dropout_masks_of_a_block_are_those_of_one_pass():
     assert all(torch.equal(mask, dropped) for mask in seen[-2:])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("estimator", [ForwardGradient(num_tangents=3), MeZO(num_tangents=2)], ids=["jvp", "mezo"])
 def test_noisy_estimators_within_blocks_are_unbiased(estimator):

@@ -149,6 +149,7 @@ def test_a_head_for_every_group_is_restored():
     assert torch.equal(flat(other(model, loss_fn).grads), flat(estimator(model, loss_fn).grads))
 
 
+@pytest.mark.slow
 def test_mixer():
     torch.manual_seed(0)
     model = LocalMixer((2, 6, 6), 3, channels=8).double()

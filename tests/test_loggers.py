@@ -30,6 +30,7 @@ def test_none(tmp_path):
     assert (tmp_path / "mine" / "results.json").exists()
 
 
+@pytest.mark.slow
 def test_the_logger_of_a_continued_run_may_change(tmp_path):
     assert train(tmp_path, *SHORT)[0] == 0
     status, _, err = train(tmp_path, *SHORT, "trainer.max_steps=6", "logger=csv", "resume=auto")

@@ -59,6 +59,7 @@ def test_targets_on_the_command_line(project):
     assert "test/acc" in results["metrics"]
 
 
+@pytest.mark.slow
 def test_a_class_of_ones_own_has_its_own_defaults(project):
     folder, name = project
     targets = [f"model._target_={name}.MyNet", f"data._target_={name}.Sized", f"method._target_={name}.Doubled"]

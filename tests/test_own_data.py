@@ -63,6 +63,7 @@ def test_bad_tables(text, label, error, message, tmp_path):
         CsvTable(str(tmp_path / "table.csv"), 8, label=label)
 
 
+@pytest.mark.slow
 def test_bad_paths(tmp_path):
     for data in ("csv", "image_folder"):
         assert train(tmp_path, f"data={data}", *SHORT)[2].startswith("fgtrain: data: data.path is not set")

@@ -114,6 +114,7 @@ def test_of_two_runs_of_two_processes_one_trains(tmp_path):
     assert "has done" in resumed.err, resumed.err
 
 
+@pytest.mark.slow
 def test_default_folders_differ(tmp_path):
     quick = ("trainer.max_steps=1", "self_check=false", "method=backprop")
     for _ in range(2):

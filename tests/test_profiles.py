@@ -73,6 +73,7 @@ def test_shares():
     assert share_solved(found, torch.tensor([1.0, 3.0, 10.0, 100.0])).tolist() == [0, 0.25, 0.5, 0.75]
 
 
+@pytest.mark.slow
 def test_script(tmp_path, monkeypatch, capsys):
     command = [
         "--methods",

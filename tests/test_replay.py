@@ -32,6 +32,7 @@ def assert_replays(folder):
         assert torch.equal(value, expected[f"model.{name}"]), name
 
 
+@pytest.mark.slow
 @EVERY_METHOD
 def test_replay_rebuilds_the_weights(method, tmp_path):
     if not make_estimator(method).scalar_reducible:
@@ -42,6 +43,7 @@ def test_replay_rebuilds_the_weights(method, tmp_path):
     assert_replays(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -56,6 +58,7 @@ def test_whatever_the_training_is(options, tmp_path):
     assert_replays(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists")
 def test_run_that_was_cut(tmp_path, monkeypatch):
     """The checkpoint holds the log of the step after which it is written, wherever its callback stands."""
@@ -68,6 +71,7 @@ def test_run_that_was_cut(tmp_path, monkeypatch):
     assert_replays(tmp_path)
 
 
+@pytest.mark.slow
 def test_script_and_size(tmp_path, monkeypatch, capsys):
     steps = 300
     assert train(tmp_path, *LOGGED, f"trainer.max_steps={steps}", "trainer.val_check_interval=300")[0] == 0
@@ -85,6 +89,7 @@ def test_script_and_size(tmp_path, monkeypatch, capsys):
         replay(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_altered_logs_are_refused(tmp_path):
     assert train(tmp_path, *LOGGED)[0] == 0
     path = tmp_path / "run" / "replay.pt"
@@ -124,6 +129,7 @@ def test_methods_that_need_the_data_are_refused(tmp_path):
     assert "unlike those of Backprop; use ForwardGradient, GaussNewton, SPSA or MeZO (" in err
 
 
+@pytest.mark.slow
 def test_saved_configuration_runs_again(tmp_path):
     assert train(tmp_path, "hydra.run.dir=run", "trainer.max_steps=20", "seed=3", "method.num_tangents=2")[0] == 0
     status, _, err = train(tmp_path, "--config-dir", "run", "--config-name", "config")

@@ -222,6 +222,7 @@ def test_which_checkpoint(saved, tmp_path):
 # --- through the script ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_run_directory_is_kept(tmp_path):
     assert train(tmp_path, *STEPS)[0] == 0
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
@@ -234,6 +235,7 @@ def test_run_directory_is_kept(tmp_path):
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.slow
 def test_foreign_checkpoint_is_one_line(tmp_path):
     """One that lies in no run's folder, so that no configuration tells what it is of."""
     assert train(tmp_path, *STEPS)[0] == 0
@@ -252,6 +254,7 @@ def test_foreign_checkpoint_is_one_line(tmp_path):
         assert message in err
 
 
+@pytest.mark.slow
 def test_weights_without_a_run_are_one_line(tmp_path):
     assert train(tmp_path, *STEPS)[0] == 0
     torch.save({"state_dict": final_weights(tmp_path)}, tmp_path / "weights.ckpt")
@@ -275,6 +278,7 @@ def test_ctrl_c_without_checkpoints_is_one_line(tmp_path, monkeypatch):
     assert not results_under(tmp_path)
 
 
+@pytest.mark.slow
 def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     fills = tmp_path / "run" / f"results.json.{os.getpid()}.tmp"
     with monkeypatch.context() as patch:

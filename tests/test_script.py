@@ -49,6 +49,7 @@ def test_run_directory(digits_run):
     assert len(scalars["val/acc"]) == 2
 
 
+@pytest.mark.slow
 def test_equals_the_parts_put_together_by_hand(digits_run):
     (run_dir,) = (path.parent for path in digits_run[0].rglob("results.json"))
     same = ("trainer.max_steps=200", "callbacks=none", "trainer.limit_val_batches=0")
@@ -59,6 +60,7 @@ def test_equals_the_parts_put_together_by_hand(digits_run):
         assert torch.equal(value, saved[name]), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "steps", "loss"),
     [("beale", 1000, 5.2046e-05), ("rosenbrock", 1000, 2.3395e-03)],
@@ -81,6 +83,7 @@ def test_backprop_reproduces_the_notebook(task, steps, loss, tmp_path):
     assert EventAccumulator(str(run_dir)).Reload().Tags()["images"] == ["trajectory"]
 
 
+@pytest.mark.slow
 def test_starts_that_diverge_do_not_end_the_run(tmp_path):
     arguments = ["task=beale", "method=backprop", "task.starts=20", "task.start=domain", "trainer.max_steps=30"]
     status, out, err = train(tmp_path, *arguments)
@@ -96,6 +99,7 @@ def test_starts_that_diverge_do_not_end_the_run(tmp_path):
     assert any(np.allclose(point, results["solution"]) for point in points)
 
 
+@pytest.mark.slow
 def test_sweep_is_one_folder_of_runs(tmp_path):
     status, _, err = train(tmp_path, "-m", "method=backprop,fwdgrad", "seed=0,1,2", "trainer.max_steps=3")
     assert status == 0, err
@@ -229,6 +233,7 @@ def test_bad_input_is_one_line(arguments, message, tmp_path):
     assert not list(tmp_path.rglob("events*"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts what /proc/self shows")
 def test_runs_of_one_process_leave_nothing_open(tmp_path):
     counts = []

@@ -30,6 +30,7 @@ def weights(run_dir):
     return torch.load(run_dir / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
 
 
+@pytest.mark.slow
 def test_a_run_repeated_and_resumed(folder, monkeypatch):
     status, _, err = train(folder, *SHORT, "hydra.run.dir=run")
     assert status == 0, err
@@ -52,6 +53,7 @@ def test_a_run_repeated_and_resumed(folder, monkeypatch):
     assert leaks(folder) == []
 
 
+@pytest.mark.slow
 def test_a_sweep(folder):
     status, _, err = train(folder, *SHORT, "seed=0,1", "-m")
     assert status == 0, err

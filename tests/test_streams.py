@@ -102,6 +102,7 @@ def test_a_bad_stream_is_one_line(options, message, tmp_path):
     assert message in err
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_weights_state_and_traces(tmp_path):
     for folder, *others in (("straight",), ("resumed", "trainer.max_steps=5"), ("resumed", "resume=auto")):
         options = [*RECALL, "trainer.max_steps=11", f"hydra.run.dir={folder}", *others]

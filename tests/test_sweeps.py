@@ -14,6 +14,8 @@ from fgtrain.runs.messages import one_line
 from fgtrain.runs.sweeps import objective
 from tests.commands import options, results_under, train
 
+pytestmark = pytest.mark.slow
+
 
 def events_of(folder):
     return EventAccumulator(str(folder)).Reload()

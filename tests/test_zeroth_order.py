@@ -62,6 +62,7 @@ def test_derivative_is_that_of_the_direction(kind, case):
         assert bias(kind(epsilon=1e-5), case) < 1e-6
 
 
+@pytest.mark.slow
 def test_mezo_holds_one_perturbed_parameter_at_a_time():
     methods = [Method("spsa", SPSA()), Method("mezo", MeZO())]
     rows = {row.method: row for row in measure("deep64", 1, methods, torch.device("cpu"), rounds=1)}

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fgtrain import Backprop, ForwardGradient, Highway, MeZO
 from fgtrain.errors import LossError, UnsupportedOperation
-from fgtrain.estimators import highway
+from fgtrain.estimators import highway_forward
 from fgtrain.forward_ad import jvp
 from fgtrain.memory import peak_mib
 from fgtrain.network.parameters import slots_of
@@ -193,7 +193,7 @@ def test_tokens_need_the_directions_of_one(monkeypatch):
         counts.append(len(tangents["probe"]))
         return jvp(probed, loss_fn, tangents)
 
-    monkeypatch.setattr(highway, "jvp", counted)
+    monkeypatch.setattr(highway_forward, "jvp", counted)
     Highway(ForwardGradient())(model, loss)
     assert counts == [8 + 1]  # the hidden state of a token, and the check
 

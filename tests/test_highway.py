@@ -12,21 +12,7 @@ from fgtrain.estimators import highway_forward
 from fgtrain.forward_ad import jvp
 from fgtrain.memory import peak_mib
 from fgtrain.network.parameters import slots_of
-from tests.residual import EVERY_MODEL, Residual, assert_same, built, mlp
-
-
-def stopped(model, blocks):
-    """A copy in which the gradient passes these blocks along their skips alone."""
-    model = copy.deepcopy(model)
-    for name in blocks:
-        block = model.get_submodule(name)
-
-        def forward(*args, _forward=block.forward, **kwargs):
-            x = args[0]
-            return x + _forward(x.detach(), *args[1:], **kwargs) - x.detach()
-
-        block.forward = forward
-    return model
+from tests.residual import EVERY_MODEL, Residual, assert_same, built, mlp, stopped
 
 
 class WithoutABackwardPass(Backprop):

@@ -40,19 +40,31 @@ class Highway(GradientEstimator):
     by any estimator. The rest of the model (stem, blocks that change the shape, head) is differentiated exactly, with
     the residual blocks as identities plus constants.
 
+    Without a backward pass: if `estimator` takes none, the method takes none. Forward mode gives delta exactly, with
+    one direction for every number of an example's hidden state, or of a token's if what follows treats tokens alike.
+    Where only element-wise functions lead from the output z of a layer to the hidden state h (a sum, a dropout mask, an
+    activation function), dh / dz has a diagonal D, the derivative of h along a direction of ones. The layer's gradient
+    is then that for the output gradient D delta, in closed form. This holds for the last layer of a branch and for the
+    embeddings or the layer before the first block. The last layer of the model is as with exact_head of
+    `ActivityPerturbation`. `estimator` gives the gradients of every other layer of a block, one layer at a time, so
+    that the noise on one layer does not disturb another. A layer that treats tokens one by one gets a loss for every
+    token, delta . h of that token; any other layer, such as one before attention, gets one for every example.
+
     Bias: biased, because the gradient that passes back through the residual branches is left out. Only the last block
-    and what follows it have the exact gradient. The bias and the variance of `estimator` come on top.
+    and what follows it have the exact gradient. The bias and the variance of `estimator` come on top, except for layers
+    with a closed form. For `ActivityPerturbation`, N is the number of units of one layer, times the tokens of an
+    example unless tokens have their own losses.
 
     Cost: about four forward passes with `Backprop` as estimator (one for the values, three for the gradients of the
-    blocks). At any depth, memory holds the activations of one block and of the rest of the model. If `estimator` takes
-    no backward pass, the method takes none: forward mode gives delta exactly, with one direction for every number of an
-    example's hidden state, or of a token's if what follows treats tokens alike. Ranks exchange the whole gradient.
+    blocks). Without a backward pass, that of delta, and for every block one pass for each layer that is estimated. At
+    any depth, memory holds the activations of one block and of the rest of the model. Ranks exchange the whole
+    gradient.
 
     The first call finds the residual blocks: with its parameters at zero, a residual block returns its input.
 
     Args:
         estimator: estimates the gradients of the blocks. If it takes no backward pass, it also estimates those of the
-            rest. None for `Backprop`.
+            rest that have no closed form. None for `Backprop`.
         blocks: names of the residual blocks; None to search every `nn.Sequential` and `nn.ModuleList`.
         chunk_size: number of directions in one pass, if forward mode computes delta; None for all.
 
@@ -62,7 +74,8 @@ class Highway(GradientEstimator):
             after a block.
         LossError: forward mode computes delta, and losses are not per example (B,).
 
-    Source: Fagnou, Caillon, Delattre, Allauzen 2025, arXiv:2501.17086, with no iteration (k = 0).
+    Source: Fagnou, Caillon, Delattre, Allauzen 2025, arXiv:2501.17086, with no iteration (k = 0). The closed forms and
+    the losses of tokens are fgtrain's own, tested in tests/test_highway_forward.py.
 
     The last block and the head have the gradient of backpropagation; the stem lacks the path through the branch:
 

@@ -60,10 +60,11 @@ def closed_forms(model: nn.Module, run: Run, delta: Tensor, part: int = 0) -> tu
     key = part, frozenset(slots_of(model).trainable())
     if key not in kept:
         kept[key] = _found(model, run, delta)
-    ways, grads = kept[key], dict[str, Tensor]()
+    ways, grads, params = kept[key], dict[str, Tensor](), slots_of(model).params
     for name, grad_output, local_grads in _diagonal(model, run, delta, ways.diagonal):
-        params = (name, ways.biases[name])
-        grads |= {p: g for p, g in zip(params, local_grads(grad_output), strict=True) if p is not None}
+        for param, grad in zip((name, ways.biases[name]), local_grads(grad_output), strict=True):
+            if param is not None:
+                grads[param] = grad.to(params[param].dtype)  # autocast may have rounded the output
     return grads, ways
 
 

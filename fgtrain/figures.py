@@ -28,17 +28,17 @@ house_style = rc_context(STYLE)
 """A decorator of functions that draw or save figures."""
 
 COLOURS = ("#000000", "#D55E00", "#E69F00", "#0072B2", "#56B4E9", "#009E73", "#CC79A7", "#808080")
-PAIRS = (
+GROUPS = (
     ("backprop", "backprop_checkpoint"),
     ("fwdgrad", "forward_exact"),
     ("fwdgrad_lowrank", "local"),
     ("activity_head", "activity"),
     ("spsa", "mezo"),
     ("gauss_newton", "second_order"),
-    ("fdfa", "highway"),
+    ("fdfa", "highway", "highway_forward"),
     ("local_guess", "forward_in_time"),
 )
-"""The methods of each colour: the first has solid lines, the second dashed ones."""
+"""The methods of each colour: the first has solid lines, the second dashed ones, a third dash-dotted ones."""
 
 
 def looks(methods: Iterable[str]) -> dict[str, tuple[str, str]]:
@@ -52,9 +52,9 @@ def looks(methods: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 def look(method: str) -> tuple[str, str]:
     """(colour, line style) of a method. One of your own has a dotted line, of a colour that its name determines."""
-    for colour, methods in zip(COLOURS, PAIRS, strict=True):
+    for colour, methods in zip(COLOURS, GROUPS, strict=True):
         if method in methods:
-            return colour, ("-", "--")[methods.index(method)]
+            return colour, ("-", "--", "-.")[methods.index(method)]
     return COLOURS[crc32(method.encode()) % len(COLOURS)], ":"
 
 

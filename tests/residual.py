@@ -1,5 +1,7 @@
 """Networks of blocks that keep the shape of their input, each with a skip around it."""
 
+import copy
+
 import pytest
 import torch
 import torchvision
@@ -77,6 +79,20 @@ def built(name):
         return losses.view(len(x), -1).mean(1)
 
     return build(), loss, blocks
+
+
+def stopped(model, blocks):
+    """A copy in which the gradient passes these blocks along their skips alone."""
+    model = copy.deepcopy(model)
+    for name in blocks:
+        block = model.get_submodule(name)
+
+        def forward(*args, _forward=block.forward, **kwargs):
+            x = args[0]
+            return x + _forward(x.detach(), *args[1:], **kwargs) - x.detach()
+
+        block.forward = forward
+    return model
 
 
 def assert_same(estimate, expected):

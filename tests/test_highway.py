@@ -8,25 +8,11 @@ from torch import Tensor, nn
 
 from fgtrain import Backprop, ForwardGradient, Highway, MeZO
 from fgtrain.errors import LossError, UnsupportedOperation
-from fgtrain.estimators import highway
+from fgtrain.estimators import highway_forward
 from fgtrain.forward_ad import jvp
 from fgtrain.memory import peak_mib
 from fgtrain.network.parameters import slots_of
-from tests.residual import EVERY_MODEL, Residual, assert_same, built, mlp
-
-
-def stopped(model, blocks):
-    """A copy in which the gradient passes these blocks along their skips alone."""
-    model = copy.deepcopy(model)
-    for name in blocks:
-        block = model.get_submodule(name)
-
-        def forward(*args, _forward=block.forward, **kwargs):
-            x = args[0]
-            return x + _forward(x.detach(), *args[1:], **kwargs) - x.detach()
-
-        block.forward = forward
-    return model
+from tests.residual import EVERY_MODEL, Residual, assert_same, built, mlp, stopped
 
 
 class WithoutABackwardPass(Backprop):
@@ -195,7 +181,7 @@ def test_tokens_need_the_directions_of_one(monkeypatch):
         counts.append(len(tangents["probe"]))
         return jvp(probed, loss_fn, tangents)
 
-    monkeypatch.setattr(highway, "jvp", counted)
+    monkeypatch.setattr(highway_forward, "jvp", counted)
     Highway(ForwardGradient())(model, loss)
     assert counts == [8 + 1]  # the hidden state of a token, and the check
 

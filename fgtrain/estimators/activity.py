@@ -247,4 +247,4 @@ class _Collected:
         rows = self._rows.get(call.name)
         if rows is None or not rows.fits(call.shape, self._num_examples):
             return call.grad_output(length * self.derivatives.unsqueeze(1))
-        return call.grad_output(length * rows.spread(self._per_example, call.shape[rows.dim]), rows.dim)
+        return call.grad_output(length * rows.spread(self._per_example, call.shape), rows.dim)

@@ -1,11 +1,14 @@
 """The exact gradient of the last layer and an estimate for the other parameters, from one pass."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
+from fgtrain.errors import LossError, UnsupportedOperation
 from fgtrain.estimators.base import Estimate, Reduce, average_grads
+from fgtrain.forward_ad.passes import RepeatedPass
+from fgtrain.forward_ad.row_losses import Evaluated
 from fgtrain.layer_noise.layers import perturbed_layers
 from fgtrain.layer_noise.noise import LayerNoise, PerturbedPass
 from fgtrain.layer_noise.rows import ExaminedPass, gradient_of_head
@@ -34,24 +37,48 @@ def with_exact_head(
         params: the trained parameters.
         reduce: mean over ranks.
     """
-    layers = perturbed_layers(model, loss_fn)
-    bias = layers.biases[layers.last]
-    head = [layers.last] if bias is None else [layers.last, bias]
-    grads: dict[str, Tensor] = {}
+    head, grads = _head_of(model, loss_fn), dict[str, Tensor]()
 
     def jvp(
         model: nn.Module, loss_fn: Callable[[Any], Tensor], directions: Mapping[str, Tangent]
     ) -> tuple[Tensor, Tensor]:
-        num = num_of(directions)
-        perturbed, examined = PerturbedPass(num, seed=0, head=head[0]), ExaminedPass(model, loss_fn)
-        found = examined.run({**directions, head[0]: LayerNoise(head[0], perturbed)})
-        grad_output = gradient_of_head(examined, perturbed.calls, head[0], found)
-        local_grads = perturbed.calls[0].local_grads
-        assert local_grads is not None
-        found_grads, dtypes = local_grads(grad_output), slots_of(model).params
-        grads.update({name: g.to(dtypes[name].dtype) for name, g in zip(head, found_grads, strict=False)})
-        return found.losses, found.derivatives[:num]
+        found, of_head = _pass_with_head(model, loss_fn, directions, head)
+        grads.update(of_head)
+        return found.losses, found.derivatives[: num_of(directions)]
 
     others = {name: p for name, p in params.items() if name not in head}
     found = estimate(others, jvp) if others else Estimate(jvp(model, loss_fn, {})[0].mean(), {})
     return found._replace(grads=found.grads | average_grads(grads, reduce))
+
+
+def gradient_of_last_layer(model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> dict[str, Tensor]:
+    """The exact gradient of the last layer alone; empty if no layer has one, which is remembered."""
+    refused: set[frozenset[str]] = slots_of(model).kept(gradient_of_last_layer, set)
+    trained, repeated = frozenset(slots_of(model).trainable()), RepeatedPass(model)
+    if trained and trained not in refused:
+        try:
+            return _pass_with_head(model, loss_fn, {}, _head_of(model, loss_fn))[1]
+        except (LossError, UnsupportedOperation):
+            refused.add(trained)
+            repeated.rewind()
+    return {}
+
+
+def _head_of(model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> list[str]:
+    """The names of the last layer's weight and bias."""
+    layers = perturbed_layers(model, loss_fn)
+    return [name for name in (layers.last, layers.biases[layers.last]) if name is not None]
+
+
+def _pass_with_head(
+    model: nn.Module, loss_fn: Callable[[Any], Tensor], directions: Mapping[str, Tangent], head: Sequence[str]
+) -> tuple[Evaluated, dict[str, Tensor]]:
+    """What a pass gives along directions, followed by the unit directions of the head; and the head's gradient."""
+    perturbed = PerturbedPass(num_of(directions), seed=0, head=head[0])
+    examined = ExaminedPass(model, loss_fn)
+    found = examined.run({**directions, head[0]: LayerNoise(head[0], perturbed)})
+    grad_output = gradient_of_head(examined, perturbed.calls, head[0], found)
+    local_grads = perturbed.calls[0].local_grads
+    assert local_grads is not None
+    found_grads, params = local_grads(grad_output), slots_of(model).params
+    return found, {name: g.to(params[name].dtype) for name, g in zip(head, found_grads, strict=False)}

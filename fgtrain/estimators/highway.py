@@ -1,6 +1,6 @@
 """The gradient after the last residual block, sent back along the skips to every block."""
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -8,13 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from fgtrain._torch import eager_functions, tree_map_only
-from fgtrain.errors import LossError, UnsupportedOperation
+from fgtrain.errors import UnsupportedOperation
 from fgtrain.estimators.backprop import Backprop
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, add_grad, average_grads, require_positive_int
-from fgtrain.forward_ad import jvp
+from fgtrain.estimators.exact_head import gradient_of_last_layer
+from fgtrain.estimators.highway_forward import (
+    delta_by_forward_mode,
+    estimated,
+    gradients_before,
+    gradients_within,
+    per_example,
+)
 from fgtrain.forward_ad.native import primal_of
 from fgtrain.forward_ad.passes import RepeatedPass, check_losses, plain_losses
-from fgtrain.forward_ad.row_losses import Evaluated, Scaled, WithRows
 from fgtrain.network.blocks import Forward, find_blocks, forwards_replaced, frozen, has_identity_skip, hidden_of
 from fgtrain.network.parameters import slots_of, trainable_params
 from fgtrain.network.shell import Shell
@@ -34,19 +40,31 @@ class Highway(GradientEstimator):
     by any estimator. The rest of the model (stem, blocks that change the shape, head) is differentiated exactly, with
     the residual blocks as identities plus constants.
 
+    Without a backward pass: if `estimator` takes none, the method takes none. Forward mode gives delta exactly, with
+    one direction for every number of an example's hidden state, or of a token's if what follows treats tokens alike.
+    Where only element-wise functions lead from the output z of a layer to the hidden state h (a sum, a dropout mask, an
+    activation function), dh / dz has a diagonal D, the derivative of h along a direction of ones. The layer's gradient
+    is then that for the output gradient D delta, in closed form. This holds for the last layer of a branch and for the
+    embeddings or the layer before the first block. The last layer of the model is as with exact_head of
+    `ActivityPerturbation`. `estimator` gives the gradients of every other layer of a block, one layer at a time, so
+    that the noise on one layer does not disturb another. A layer that treats tokens one by one gets a loss for every
+    token, delta . h of that token; any other layer, such as one before attention, gets one for every example.
+
     Bias: biased, because the gradient that passes back through the residual branches is left out. Only the last block
-    and what follows it have the exact gradient. The bias and the variance of `estimator` come on top.
+    and what follows it have the exact gradient. The bias and the variance of `estimator` come on top, except for layers
+    with a closed form. For `ActivityPerturbation`, N is the number of units of one layer, times the tokens of an
+    example unless tokens have their own losses.
 
     Cost: about four forward passes with `Backprop` as estimator (one for the values, three for the gradients of the
-    blocks). At any depth, memory holds the activations of one block and of the rest of the model. If `estimator` takes
-    no backward pass, the method takes none: forward mode gives delta exactly, with one direction for every number of an
-    example's hidden state, or of a token's if what follows treats tokens alike. Ranks exchange the whole gradient.
+    blocks). Without a backward pass, that of delta, and for every block one pass for each layer that is estimated. At
+    any depth, memory holds the activations of one block and of the rest of the model. Ranks exchange the whole
+    gradient.
 
     The first call finds the residual blocks: with its parameters at zero, a residual block returns its input.
 
     Args:
         estimator: estimates the gradients of the blocks. If it takes no backward pass, it also estimates those of the
-            rest. None for `Backprop`.
+            rest that have no closed form. None for `Backprop`.
         blocks: names of the residual blocks; None to search every `nn.Sequential` and `nn.ModuleList`.
         chunk_size: number of directions in one pass, if forward mode computes delta; None for all.
 
@@ -56,7 +74,8 @@ class Highway(GradientEstimator):
             after a block.
         LossError: forward mode computes delta, and losses are not per example (B,).
 
-    Source: Fagnou, Caillon, Delattre, Allauzen 2025, arXiv:2501.17086, with no iteration (k = 0).
+    Source: Fagnou, Caillon, Delattre, Allauzen 2025, arXiv:2501.17086, with no iteration (k = 0). The closed forms and
+    the losses of tokens are fgtrain's own, tested in tests/test_highway_forward.py.
 
     The last block and the head have the gradient of backpropagation; the stem lacks the path through the branch:
 
@@ -104,11 +123,13 @@ class Highway(GradientEstimator):
             if self.backpropagates:
                 grads, deltas = _by_backprop(model, loss_fn, shell)
             else:
-                grads = self._grads_of_rest(model, loss_fn, shell, generator)
                 deltas = []
                 for segment in range(len(shell.segments)):
+                    deltas.append(delta_by_forward_mode(model, loss_fn, shell, segment, self.chunk_size))
                     repeated.rewind()
-                    deltas.append(_by_forward_mode(model, loss_fn, shell, segment, self.chunk_size))
+                grads = gradients_before(model, loss_fn, shell, deltas)
+                repeated.rewind()
+                grads |= self._grads_of_rest(model, loss_fn, shell, grads, generator)
             repeated.rewind()
             names = {id(p): name for name, p in params.items()}
             with _learning(shell, self.estimator, deltas, generator) as found, torch.enable_grad():
@@ -134,12 +155,23 @@ class Highway(GradientEstimator):
         return [modules[name] for name in kept]
 
     def _grads_of_rest(
-        self, model: nn.Module, loss_fn: Callable[[Any], Tensor], shell: Shell, generator: torch.Generator
+        self,
+        model: nn.Module,
+        loss_fn: Callable[[Any], Tensor],
+        shell: Shell,
+        known: Iterable[str],
+        generator: torch.Generator,
     ) -> dict[str, Tensor]:
-        with frozen(shell.params()), shell.running():
-            if not slots_of(model).trainable():
-                return {}
-            return self.estimator(model, loss_fn, generator=generator).grads
+        """The gradients of the parameters outside blocks, except the known ones: exact for the last layer."""
+        params = slots_of(model).params
+        with frozen([*shell.params(), *(params[name] for name in known)]), shell.running():
+            repeated = RepeatedPass(model)
+            grads = gradient_of_last_layer(model, loss_fn)
+            with frozen([params[name] for name in grads]):
+                if slots_of(model).trainable():
+                    repeated.rewind()
+                    grads |= estimated(self.estimator, model, loss_fn, generator)
+        return grads
 
     def extra_repr(self) -> str:
         return f"blocks={self.blocks}, chunk_size={self.chunk_size}"
@@ -169,14 +201,16 @@ def _learning(
                     return forward(*args, **kwargs)
             held: list[Any] = []
 
-            def losses(_: object) -> Tensor:
+            def output(_: object) -> Tensor:
                 out = forward(*args, **kwargs)
                 held[:] = [tree_map_only(Tensor, lambda x: primal_of(x).detach(), out)]
-                y = hidden_of(out)
-                return (delta * y).reshape(len(y), -1).sum(1) * len(y)
+                return hidden_of(out)
 
             repeated = None if estimator.loss_at_parameters else RepeatedPass(block)
-            grads = estimator(block, losses, generator=generator).grads
+            if estimator.backpropagates:
+                grads = estimator(block, lambda m: per_example(delta * output(m)), generator=generator).grads
+            else:
+                grads = gradients_within(estimator, block, output, delta, generator)
             params = slots_of(block).params
             found.extend((params[name], g) for name, g in grads.items())
             if repeated is not None:  # the output is that of perturbed parameters
@@ -208,82 +242,3 @@ def _by_backprop(
     grads = {name: g for name, g in zip(rest, found, strict=False) if g is not None}
     deltas = dict(zip(points, found[len(rest) :], strict=True))
     return grads, [deltas.get(s) for s in range(len(shell.segments))]
-
-
-class _Probed(nn.Module):
-    """A model and a parameter of zeros that is added after a segment; its gradient is that after the segment."""
-
-    def __init__(self, model: nn.Module, like: Tensor) -> None:
-        super().__init__()
-        self.model = model
-        self.probe = nn.Parameter(torch.zeros_like(like))
-
-
-def _by_forward_mode(
-    model: nn.Module, loss_fn: Callable[[Any], Tensor], shell: Shell, segment: int, chunk_size: int | None
-) -> Tensor:
-    """The gradient after a segment, from the derivatives along unit directions of its hidden state.
-
-    The directions are those of a row (C,) if there is a loss for each row, as for the tokens of a language model. Else
-    they are those of an example.
-    """
-    like = shell.segments[segment].end
-    probed = _Probed(model, like)
-    repeated = RepeatedPass(probed)
-    with_rows = WithRows(lambda _: loss_fn(model))
-
-    def behind(s: int, x: Tensor) -> Tensor:
-        return x + probed.probe if s == segment else x
-
-    def run(direction: Tensor) -> tuple[Evaluated, Evaluated | None]:
-        repeated.rewind()
-        with shell.running(behind):
-            return with_rows.split(*jvp(probed, with_rows, {"probe": direction.view(-1, *like.shape)}))
-
-    for rows in (like.flatten(0, -2), like.flatten(1)):
-        delta = _of_rows(run, rows, chunk_size)
-        if delta is not None:
-            return delta.view(like.shape)
-    losses = run(torch.ones_like(like))[0].losses
-    if losses.shape != like.shape[:1]:
-        raise LossError(
-            f"forward mode needs one loss for each of the {len(like)} examples in the hidden state, got losses of "
-            f"shape {tuple(losses.shape)}; use reduction='none', or Highway(Backprop())"
-        )
-    raise UnsupportedOperation(
-        "examples are mixed after a residual block (BatchNorm in training mode, a contrastive loss), so forward mode "
-        "does not give the gradient of each; use Highway(Backprop())"
-    )
-
-
-def _of_rows(
-    run: Callable[[Tensor], tuple[Evaluated, Evaluated | None]], like: Tensor, chunk_size: int | None
-) -> Tensor | None:
-    """The gradient (R, C) of the mean of R losses; None if there are not R, or one depends on several rows.
-
-    Args:
-        run: gives the losses and those of the rows, with their derivatives along directions (K, R, C).
-        like: the hidden state (R, C).
-        chunk_size: number of directions in one pass; None for all.
-    """
-    num_rows, size = like.shape
-    scaled, along, found = Scaled.sample(num_rows, size, like), None, []
-    chunk_size = chunk_size or size
-    for start in range(0, size, chunk_size):
-        units = like.new_zeros(min(chunk_size, size - start), size)
-        units.fill_diagonal_(1)
-        direction = units.roll(start, 1).unsqueeze(1).expand(-1, num_rows, -1)
-        if along is None:  # one more direction tells whether the losses depend on one row each
-            direction = torch.cat([direction, scaled.direction.unsqueeze(0)])
-        evaluated, rows = run(direction)
-        if rows is not None and rows.has_mean_of(evaluated) and len(rows.losses) == num_rows:
-            evaluated = rows
-        if evaluated.losses.shape != (num_rows,):
-            return None
-        found.append(evaluated.derivatives[: len(units)])
-        along = evaluated.derivatives[-1] if along is None else along
-    every = torch.cat(found)
-    assert along is not None
-    if every.isfinite().all() and not scaled.fits(every, along):
-        return None
-    return every.T / num_rows

@@ -9,7 +9,7 @@ from fgtrain.errors import UnsupportedOperation
 from fgtrain.forward_ad import stacked
 from fgtrain.forward_ad.passes import NotIntercepted, RepeatedPass, WritesIntoPlain
 from fgtrain.layer_noise.noise import LayerNoise, PerturbedPass, UsedElsewhere
-from fgtrain.network.parameters import ParameterSlots, slots_of
+from fgtrain.network.parameters import slots_of
 
 PERTURBED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -37,12 +37,15 @@ def perturbed_layers(model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> Pert
     slots = slots_of(model)
     kept, trained = slots.kept(perturbed_layers, dict), frozenset(slots.trainable())
     if trained not in kept:
-        kept[trained] = _find_layers(model, loss_fn, slots)
+        kept[trained] = find_layers(model, loss_fn, PERTURBED)
     return kept[trained]
 
 
-def _find_layers(model: nn.Module, loss_fn: Callable[[Any], Tensor], slots: ParameterSlots) -> PerturbedLayers:
-    biases = _candidates(model, slots)
+def find_layers(
+    model: nn.Module, loss_fn: Callable[[Any], Tensor], kinds: tuple[type[nn.Module], ...]
+) -> PerturbedLayers:
+    """As `perturbed_layers`, for layers of these kinds; nothing is kept."""
+    biases = candidates(model, kinds)
     before = RepeatedPass(model)
     while biases:
         trial = PerturbedPass(1, seed=0)
@@ -66,13 +69,14 @@ def _find_layers(model: nn.Module, loss_fn: Callable[[Any], Tensor], slots: Para
     )
 
 
-def _candidates(model: nn.Module, slots: ParameterSlots) -> dict[str, str | None]:
-    names = {id(p): name for name, p in slots.trainable().items()}
+def candidates(model: nn.Module, kinds: tuple[type[nn.Module], ...] = PERTURBED) -> dict[str, str | None]:
+    """{name of the weight: name of the bias or None} of the layers of these kinds whose weight is trained."""
+    names = {id(p): name for name, p in slots_of(model).trainable().items()}
     owned = [(module, key, id(p)) for module in model.modules() for key, p in module._parameters.items()]
     times_owned = {key: sum(at == key for _, _, at in owned) for key in names}
     biases: dict[str, str | None] = {}
     for module in model.modules():
-        if isinstance(module, PERTURBED):
+        if isinstance(module, kinds):
             weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
             if weight is not None and times_owned.get(id(weight)) == 1:
                 bias_name = names.get(id(bias)) if times_owned.get(id(bias)) == 1 else None

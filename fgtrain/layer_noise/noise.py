@@ -85,9 +85,11 @@ class LayerCall:
         self.active = None if self.active is None else self.active[:0]  # an empty tensor marks that there is one
 
     def grad_output(self, derivatives: Tensor, dim: int = 0) -> Tensor:
-        """(1/K) sum_k d_k u_k in every row of the output, from derivatives (K, rows) of the rows in dimension `dim`.
+        """(1/K) sum_k d_k u_k in every row of the output, from derivatives of the rows that begin at dimension `dim`.
 
-        Derivatives with a single row apply to all rows.
+        Args:
+            derivatives: (K, rows), or (K, .., rows) if the rows take several dimensions. A single row stands for all.
+            dim: the first dimension of the rows.
         """
         assert self.noise is not None
         self.check_inputs()
@@ -115,17 +117,17 @@ def _local_signal(noise: Tensor, pattern: Tensor | None, derivatives: Tensor, ch
     Args:
         noise: (B, .., q), or (K, B, .., q) without a pattern.
         pattern: (K, q) or None.
-        derivatives: (K, rows of the output).
+        derivatives: (K, rows of the output), or (K, .., rows).
         channels: dimension of the channels in the output.
-        dim: dimension of the rows in the output.
+        dim: first dimension of the rows in the output.
     """
-    num = len(derivatives)
+    num, *rows = derivatives.shape
     if pattern is None:
-        behind = noise.dim() - 2 - dim
-        return (noise * derivatives.view(num, *[1] * dim, -1, *[1] * behind)).sum(0) / num
-    weights = (derivatives.T @ pattern.to(derivatives.dtype)) / num  # (rows, q)
+        behind = noise.dim() - 1 - dim - len(rows)
+        return (noise * derivatives.view(num, *[1] * dim, *rows, *[1] * behind)).sum(0) / num
+    weights = (derivatives.flatten(1).T @ pattern.to(derivatives.dtype)) / num  # (rows, q)
     shape = [1] * noise.dim()
-    shape[dim], shape[channels] = weights.shape
+    shape[dim : dim + len(rows)], shape[channels] = rows, weights.shape[1]
     return noise * weights.view(shape)
 
 

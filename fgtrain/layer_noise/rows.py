@@ -1,8 +1,8 @@
 """Assigns the rows of a layer's output to examples by testing which losses depend on them.
 
 A pass marks rows with tangents of nan. Every loss that depends on a marked row, even by a factor of 0, gets the tangent
-nan. All rows but those assigned to the first example are marked. The assignment is right if only the first loss has a
-tangent other than nan.
+nan. One direction marks all rows but those assigned to the first example: the first loss must not have the tangent nan,
+but another must. A second direction marks the rows of the first example alone: no other loss may have the tangent nan.
 """
 
 import math
@@ -28,20 +28,25 @@ class Rows(NamedTuple):
     Args:
         dim: the dimension of the examples.
         order: "single" for one row per example; "blocks" for all rows of one example, then those of the next;
-            "interleaved" for one row of each example, then the next row of each.
+            "interleaved" for one row of each example, then the next row of each; "tokens" if all dimensions before the
+            last hold one example in each place.
     """
 
     dim: int = 0
-    order: Literal["single", "blocks", "interleaved"] = "single"
+    order: Literal["single", "blocks", "interleaved", "tokens"] = "single"
 
     def fits(self, shape: torch.Size, num_examples: int) -> bool:
         """Whether an output of this shape can hold the examples in this way."""
+        if self.order == "tokens":
+            return math.prod(shape[:-1]) == num_examples
         size = shape[self.dim]
         return size == num_examples if self.order == "single" else size > 0 and size % num_examples == 0
 
-    def spread(self, values: Tensor, size: int) -> Tensor:
-        """Repeat values (.., B) of the examples for their rows, (.., size)."""
-        times = size // values.shape[-1]
+    def spread(self, values: Tensor, shape: torch.Size) -> Tensor:
+        """Repeat values (.., B) of the examples for their rows in an output of this shape: (.., size), or all sizes."""
+        if self.order == "tokens":
+            return values.unflatten(-1, shape[:-1])
+        times = shape[self.dim] // values.shape[-1]
         if times == 1:
             return values
         if self.order == "blocks":
@@ -81,12 +86,12 @@ class ExaminedPass:
         return evaluated
 
     def separates(self, rows: Mapping[str, Rows], num_examples: int) -> bool:
-        """Whether the first loss depends on no row that is assigned to another example."""
+        """Whether the first loss depends on no row of another example, and no other loss on those of the first."""
         found = self._again(_Marks(rows, num_examples), rows, num_examples)
         if found is None:
             return False
-        moved = found[0].isnan()
-        return bool(moved[1:].any() & ~moved[0])
+        of_others, of_first = found.isnan()
+        return bool(of_others[1:].any() & ~of_others[0] & ~of_first[1:].any())
 
     def has_rows_of(self, name: str, unit_derivatives: Tensor) -> bool:
         """Whether every row's loss depends on the row of the last layer's output in the same place, and on no other.
@@ -167,6 +172,8 @@ def _choices(calls: Sequence[LayerCall], num_examples: int) -> list[Rows]:
     """Possible positions of the examples in a layer's output: not the channels or the positions of a convolution."""
     before_channels = min(call.channels % len(call.shape) for call in calls)
     several = [Rows(0, "blocks"), Rows(0, "interleaved")] if before_channels else []
+    if before_channels > 1 and all(call.channels % len(call.shape) == len(call.shape) - 1 for call in calls):
+        several.append(Rows(0, "tokens"))
     choices = [*(Rows(dim) for dim in range(before_channels)), *several]
     fitting = [rows for rows in choices if all(rows.fits(call.shape, num_examples) for call in calls)]
     return [rows for rows in fitting if rows.order == "single" or Rows() not in fitting]
@@ -180,7 +187,7 @@ class _Marks:
         num_examples: B.
     """
 
-    num_tangents = 1
+    num_tangents = 2
 
     def __init__(self, rows: Mapping[str, Rows], num_examples: int) -> None:
         self.rows = rows
@@ -188,10 +195,11 @@ class _Marks:
 
     def perturb(self, name: str, inputs: Tensor, output: Tensor, local_grads: LocalGrads, channels: int) -> Tensor:
         primal, tangent, rows = primal_of(output), tangent_of(output), self.rows[name]
-        of_examples = primal.new_full((self.num_examples,), torch.nan)
-        of_examples[0] = 0
-        marks = rows.spread(of_examples, primal.shape[rows.dim])
-        marks = marks.view(-1, *[1] * (primal.dim() - 1 - rows.dim)).expand(1, *primal.shape)
+        of_examples = primal.new_zeros(2, self.num_examples)
+        of_examples[0, 1:] = of_examples[1, 0] = torch.nan
+        marks = rows.spread(of_examples, primal.shape)
+        behind = primal.dim() + 1 - rows.dim - marks.dim()
+        marks = marks.view(2, *[1] * rows.dim, *marks.shape[1:], *[1] * behind).expand(2, *primal.shape)
         return Dual(primal, marks.clone() if tangent is None else tangent + marks)
 
 

@@ -118,6 +118,8 @@ def _embedding(
         return NotImplemented
     primal = torch.embedding(primal_of(weight), indices)
     tangent = weight.tangent
+    if isinstance(tangent, OutputTangent) and not scale_grad_by_freq:
+        return tangent.perturb(indices, primal, partial(_embedding_grads, indices, len(weight), padding_idx), -1)
     if isinstance(tangent, LowRankTangent):
         left, right = tangent.factors
         moved = torch.einsum("k...a,kan->k...n", left.mT[:, indices], right)
@@ -126,6 +128,12 @@ def _embedding(
     if padding_idx >= 0:  # the padding row is not trained
         moved = moved.masked_fill((indices == padding_idx).unsqueeze(-1), 0)
     return dual(primal, moved)
+
+
+def _embedding_grads(indices: Tensor, size: int, padding_idx: int, grad_output: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of the weight from that of the output; there is no bias."""
+    grad = aten.embedding_dense_backward(grad_output, indices, size, padding_idx, False)
+    return grad, grad_output.flatten(0, -2).sum(0)
 
 
 @register("conv1d conv2d conv3d")

@@ -1,0 +1,201 @@
+"""Highway without a backward pass.
+
+Forward mode gives the gradient delta after the residual blocks. From delta follow the gradients of the layers that have
+a closed form, in the blocks and before them. An estimator gives the others, one layer at a time.
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fgtrain.errors import LossError, UnsupportedOperation
+from fgtrain.estimators.activity import ActivityPerturbation
+from fgtrain.estimators.base import GradientEstimator
+from fgtrain.estimators.forward_gradient import ForwardGradient
+from fgtrain.forward_ad import jvp
+from fgtrain.forward_ad.native import primal_of
+from fgtrain.forward_ad.passes import RepeatedPass
+from fgtrain.forward_ad.row_losses import Evaluated, Scaled, WithRows
+from fgtrain.layer_noise.closed_forms import closed_forms
+from fgtrain.layer_noise.layers import candidates
+from fgtrain.network.blocks import frozen
+from fgtrain.network.parameters import slots_of
+from fgtrain.network.shell import Shell
+
+
+def gradients_within(
+    estimator: GradientEstimator,
+    block: nn.Module,
+    output: Callable[[Any], Tensor],
+    delta: Tensor,
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """The gradients of sum delta . output(block) in the parameters of a block.
+
+    They are exact for layers with a closed form. The estimator gets every other layer alone, so that the noise on one
+    layer does not disturb the others, and then the parameters of no layer. The losses of a layer that treats rows one
+    by one, such as the tokens of an MLP, are those of the rows; the others are those of the examples.
+
+    Args:
+        estimator: estimates the gradients that have no closed form.
+        block: any module.
+        output: maps the block to its output.
+        delta: the gradient of the output, in its shape.
+        generator: source of the directions.
+    """
+    repeated = RepeatedPass(block)
+    grads, ways = closed_forms(block, lambda module: output(module).flatten(), delta)
+
+    def estimate(names: Collection[str], losses: Callable[[Tensor], Tensor]) -> None:
+        if names:
+            repeated.rewind()
+            others = (p for name, p in slots_of(block).params.items() if name not in names)
+            with frozen(others):
+                grads.update(estimated(estimator, block, lambda m: losses(delta * output(m)), generator))
+
+    for name in ways.biases:
+        if name not in grads:
+            estimate(ways.params([name]), per_row if name in ways.by_rows and delta.dim() > 2 else per_example)
+    estimate(slots_of(block).trainable().keys() - grads.keys(), per_example)
+    return grads
+
+
+def per_row(each: Tensor) -> Tensor:
+    """As `per_example`, for the rows of (.., C)."""
+    return per_example(each.flatten(0, -2))
+
+
+def estimated(
+    estimator: GradientEstimator, model: nn.Module, loss_fn: Callable[[Any], Tensor], generator: torch.Generator
+) -> dict[str, Tensor]:
+    """The estimator's gradients; where activity perturbation has no layer to perturb, those of weight perturbation."""
+    if isinstance(estimator, ActivityPerturbation) and not candidates(model):
+        estimator = ForwardGradient(estimator.tangents, estimator.num_tangents, shrinkage=estimator.shrinkage)
+    return estimator(model, loss_fn, generator=generator).grads
+
+
+def per_example(each: Tensor) -> Tensor:
+    """The losses (B,) of which the mean is the sum of all elements (B, ..)."""
+    return each.reshape(len(each), -1).sum(1) * len(each)
+
+
+def gradients_before(
+    model: nn.Module, loss_fn: Callable[[Any], Tensor], shell: Shell, deltas: Sequence[Tensor | None]
+) -> dict[str, Tensor]:
+    """The gradients of the layers outside blocks that have a closed form, because they are just before a segment.
+
+    Args:
+        model: a model with residual blocks.
+        loss_fn: maps the model to its losses.
+        shell: the recorded shell of the model.
+        deltas: the gradient of every segment's hidden state; None if the loss does not depend on it.
+    """
+    grads: dict[str, Tensor] = {}
+    repeated = RepeatedPass(model)
+    for segment, delta in enumerate(deltas):
+        if delta is not None:
+            repeated.rewind()
+            run = partial(_hidden_and_rest, loss_fn=loss_fn, shell=shell, segment=segment)
+            with frozen(shell.params()):
+                grads |= closed_forms(model, run, delta, segment)[0]
+    return grads
+
+
+def _hidden_and_rest(model: nn.Module, loss_fn: Callable[[Any], Tensor], shell: Shell, segment: int) -> Tensor:
+    """The hidden state of a segment, then what a layer must not change on another path: earlier ones and the losses."""
+    hidden: list[Tensor] = []
+
+    def behind(s: int, x: Tensor) -> Tensor:
+        if s > segment:
+            return x
+        hidden.append(x.flatten())
+        return primal_of(x).detach()
+
+    with shell.running(behind):
+        losses = loss_fn(model).flatten()
+    return torch.cat([hidden[segment], losses, *hidden[:segment]])
+
+
+class _Probed(nn.Module):
+    """A model and a parameter of zeros that is added after a segment; its gradient is that after the segment."""
+
+    def __init__(self, model: nn.Module, like: Tensor) -> None:
+        super().__init__()
+        self.model = model
+        self.probe = nn.Parameter(torch.zeros_like(like))
+
+
+def delta_by_forward_mode(
+    model: nn.Module, loss_fn: Callable[[Any], Tensor], shell: Shell, segment: int, chunk_size: int | None
+) -> Tensor:
+    """The gradient after a segment, from the derivatives along unit directions of its hidden state.
+
+    The directions are those of a row (C,) if there is a loss for each row, as for the tokens of a language model. Else
+    they are those of an example.
+    """
+    like = shell.segments[segment].end
+    probed = _Probed(model, like)
+    repeated = RepeatedPass(probed)
+    with_rows = WithRows(lambda _: loss_fn(model))
+
+    def behind(s: int, x: Tensor) -> Tensor:
+        return x + probed.probe if s == segment else x
+
+    def run(direction: Tensor) -> tuple[Evaluated, Evaluated | None]:
+        repeated.rewind()
+        with shell.running(behind):
+            return with_rows.split(*jvp(probed, with_rows, {"probe": direction.view(-1, *like.shape)}))
+
+    choices = {"rows": like.flatten(0, -2), "examples": like.flatten(1)}
+    right: dict[int, str] = slots_of(model).kept(delta_by_forward_mode, dict)
+    for choice in sorted(choices, key=lambda c: c != right.get(segment, "rows")):  # the one of earlier calls first
+        delta = _of_rows(run, choices[choice], chunk_size)
+        if delta is not None:
+            right[segment] = choice
+            return delta.view(like.shape)
+    losses = run(torch.ones_like(like))[0].losses
+    if losses.shape != like.shape[:1]:
+        raise LossError(
+            f"forward mode needs one loss for each of the {len(like)} examples in the hidden state, got losses of "
+            f"shape {tuple(losses.shape)}; use reduction='none', or Highway(Backprop())"
+        )
+    raise UnsupportedOperation(
+        "examples are mixed after a residual block (BatchNorm in training mode, a contrastive loss), so forward mode "
+        "does not give the gradient of each; use Highway(Backprop())"
+    )
+
+
+def _of_rows(
+    run: Callable[[Tensor], tuple[Evaluated, Evaluated | None]], like: Tensor, chunk_size: int | None
+) -> Tensor | None:
+    """The gradient (R, C) of the mean of R losses; None if there are not R, or one depends on several rows.
+
+    Args:
+        run: gives the losses and those of the rows, with their derivatives along directions (K, R, C).
+        like: the hidden state (R, C).
+        chunk_size: number of directions in one pass; None for all.
+    """
+    num_rows, size = like.shape
+    scaled, along, found = Scaled.sample(num_rows, size, like), None, []
+    chunk_size = chunk_size or size
+    for start in range(0, size, chunk_size):
+        units = like.new_zeros(min(chunk_size, size - start), size)
+        units.fill_diagonal_(1)
+        direction = units.roll(start, 1).unsqueeze(1).expand(-1, num_rows, -1)
+        if along is None:  # one more direction tells whether the losses depend on one row each
+            direction = torch.cat([direction, scaled.direction.unsqueeze(0)])
+        evaluated, rows = run(direction)
+        if rows is not None and rows.has_mean_of(evaluated) and len(rows.losses) == num_rows:
+            evaluated = rows
+        if evaluated.losses.shape != (num_rows,):
+            return None
+        found.append(evaluated.derivatives[: len(units)])
+        along = evaluated.derivatives[-1] if along is None else along
+    every = torch.cat(found)
+    assert along is not None
+    if every.isfinite().all() and not scaled.fits(every, along):
+        return None
+    return every.T / num_rows

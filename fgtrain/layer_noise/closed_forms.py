@@ -1,0 +1,162 @@
+"""Gradients of layers in closed form, where the gradient of a later tensor is given.
+
+Behind a layer, often nothing but element-wise functions leads to a tensor y: the layer's output z is added to y, or
+passes a dropout mask or an activation function first. Then dy / dz is diagonal. A direction of ones at z gives the
+diagonal D, and the gradient of z is D * delta for the gradient delta of y. That of the layer's weight follows from it
+and the layer's input.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fgtrain.errors import UnsupportedOperation
+from fgtrain.forward_ad.dual import Dual, primal_of, tangent_of
+from fgtrain.forward_ad.output_tangent import LocalGrads
+from fgtrain.forward_ad.passes import RepeatedPass
+from fgtrain.forward_ad.row_losses import agree
+from fgtrain.layer_noise.layers import PERTURBED, find_layers, run_perturbed
+from fgtrain.layer_noise.noise import LayerNoise
+from fgtrain.network.parameters import slots_of
+
+Run = Callable[[Any], Tensor]
+"""Maps a model to y and what else may depend on its layers, as one vector that begins with y."""
+
+
+@dataclass
+class Ways:
+    """How the layers before y lead to it.
+
+    Args:
+        biases: {name of the weight: name of the bias or None}.
+        diagonal: the layers with a diagonal dy / dz; what else is in the vector does not depend on z.
+        by_rows: the layers of which each row of y depends on the row of z in the same place, and on no other.
+    """
+
+    biases: dict[str, str | None]
+    diagonal: set[str] = field(default_factory=set)
+    by_rows: set[str] = field(default_factory=set)
+
+    def params(self, names: Iterable[str]) -> set[str]:
+        """The names of the weights and biases of these layers."""
+        return {p for name in names for p in (name, self.biases[name]) if p is not None}
+
+
+def closed_forms(model: nn.Module, run: Run, delta: Tensor, part: int = 0) -> tuple[dict[str, Tensor], Ways]:
+    """The gradients of the parameters of diagonal layers, and the ways of all layers, found at the first call.
+
+    Every call tests again that the layers are diagonal, and leaves out those that are not.
+
+    Args:
+        model: any module.
+        run: see `Run`.
+        delta: the gradient of y, in its shape.
+        part: a number for this y, if the model has several.
+    """
+    kept: dict[tuple[int, frozenset[str]], Ways] = slots_of(model).kept(closed_forms, dict)
+    key = part, frozenset(slots_of(model).trainable())
+    if key not in kept:
+        kept[key] = _found(model, run, delta)
+    ways, grads, params = kept[key], dict[str, Tensor](), slots_of(model).params
+    for name, grad_output, local_grads in _diagonal(model, run, delta, ways.diagonal):
+        for param, grad in zip((name, ways.biases[name]), local_grads(grad_output), strict=True):
+            if param is not None:
+                grads[param] = grad.to(params[param].dtype)  # autocast may have rounded the output
+    return grads, ways
+
+
+def _found(model: nn.Module, run: Run, delta: Tensor) -> Ways:
+    repeated = RepeatedPass(model)
+    try:
+        ways = Ways(find_layers(model, run, (*PERTURBED, nn.Embedding)).biases)
+        repeated.rewind()
+        ways.diagonal = {name for name, *_ in _diagonal(model, run, delta, ways.biases)}
+        repeated.rewind()
+        ways.by_rows = _by_rows(model, run, delta, ways.biases)
+    except UnsupportedOperation:
+        ways = Ways({})
+    finally:
+        repeated.rewind()
+    return ways
+
+
+class _Probe:
+    """A pass with two directions for each layer.
+
+    Args:
+        names: names of the layers' weights.
+        draw: maps a layer's output and the dimension of its channels to its directions, (2, ..).
+    """
+
+    def __init__(self, names: Iterable[str], draw: Callable[[Tensor, int], Tensor]) -> None:
+        self.names = list(names)
+        self.num_tangents = 2 * len(self.names)
+        self.draw = draw
+        self.calls: dict[str, list[tuple[Tensor, LocalGrads]]] = {name: [] for name in self.names}
+
+    def perturb(self, name: str, inputs: Tensor, output: Tensor, local_grads: LocalGrads, channels: int) -> Tensor:
+        primal, tangent = primal_of(output), tangent_of(output)
+        moved = primal.new_zeros(self.num_tangents, *primal.shape) if tangent is None else tangent.clone()
+        first, drawn = 2 * self.names.index(name), self.draw(primal, channels % primal.dim())
+        moved[first : first + 2] += drawn
+        self.calls[name].append((drawn[1], local_grads))
+        return Dual(primal, moved)
+
+    def run(self, model: nn.Module, run: Run) -> Tensor:
+        """The derivatives of the vector for each layer, (layers, 2, its length)."""
+        values, found = run_perturbed(model, run, {name: LayerNoise(name, self) for name in self.names})
+        if found is None:
+            found = values.new_zeros(self.num_tangents, len(values))
+        return found.unflatten(0, (len(self.names), 2))
+
+
+def _diagonal(model: nn.Module, run: Run, delta: Tensor, names: Iterable[str]) -> list[tuple[str, Tensor, LocalGrads]]:
+    """Those of the layers that are diagonal, the gradient of their output, and what follows from it."""
+
+    def draw(output: Tensor, _: int) -> Tensor:
+        numbers = torch.empty_like(output).normal_(generator=torch.Generator(output.device).manual_seed(0))
+        return torch.stack([torch.ones_like(output), numbers])
+
+    probe, found = _Probe(names, draw), []
+    if not probe.names:
+        with torch.no_grad():
+            run(model)
+        return []
+    for name, moved in zip(probe.names, probe.run(model, run), strict=True):
+        ones, along = moved[:, : delta.numel()].view(2, *delta.shape)
+        if len(probe.calls[name]) != 1 or moved[:, delta.numel() :].any() or not ones.any():
+            continue
+        drawn, local_grads = probe.calls[name][0]
+        if _spreads(drawn.shape, delta.shape) and agree(along, ones * drawn):
+            found.append((name, (ones * delta).sum_to_size(drawn.shape), local_grads))
+    return found
+
+
+def _spreads(shape: torch.Size, to: torch.Size) -> bool:
+    """Whether a tensor of this shape can be repeated to the shape `to`."""
+    behind = to[len(to) - len(shape) :]
+    return len(shape) <= len(to) and all(n in (1, m) for n, m in zip(shape, behind, strict=True))
+
+
+def _by_rows(model: nn.Module, run: Run, delta: Tensor, names: Iterable[str]) -> set[str]:
+    """The layers by rows, found as in `layer_noise.rows`: by marks in all rows but the first, and in it alone."""
+
+    def draw(output: Tensor, channels: int) -> Tensor:
+        marks = output.new_zeros(2, *output.shape)
+        if channels == output.dim() - 1 and output.shape[:-1] == delta.shape[:-1]:
+            rows = marks.flatten(1, -2)
+            rows[0, 1:] = rows[1, 0] = torch.nan
+        return marks
+
+    if delta.dim() < 3:
+        return set()
+    probe = _Probe(names, draw)
+    found = set()
+    for name, moved in zip(probe.names, probe.run(model, run), strict=True):
+        of_others, of_first = moved[:, : delta.numel()].view(2, -1, delta.shape[-1]).isnan().any(-1)
+        if of_others[1:].any() and not of_others[0] and not of_first[1:].any():
+            found.add(name)
+    return found

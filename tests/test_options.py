@@ -44,8 +44,7 @@ def test_a_comment_is_found_again_behind_its_key(path):
 def test_info_is_the_configuration(tmp_path):
     status, out, err = train(tmp_path, "--info", "method=gauss_newton", "lr=0.5")
     assert (status, err) == (0, "")
-    expected = OmegaConf.to_container(composed("method=gauss_newton", "lr=0.5"))
-    expected |= {"run_dir": "${hydra:runtime.output_dir}"}
+    expected = composed("method=gauss_newton", "lr=0.5", "run_dir=${hydra:runtime.output_dir}")
     assert yaml.safe_load(out) == yaml.safe_load(OmegaConf.to_yaml(expected))
     (line,) = (line for line in out.splitlines() if "max_change" in line)
     assert line.rpartition(" # ")[2] in (CONF / "method" / "gauss_newton.yaml").read_text()

@@ -29,7 +29,7 @@ ERROR_FILE = "error.txt"
 _HELP = ("-h", "--help", "--info")
 
 
-def run_app(task: Callable[[DictConfig], Any], config_name: str, description: str) -> None:
+def run_app(task: Callable[[DictConfig], Any], config_name: str, description: str = "") -> None:
     """Run `task` as a Hydra application. A search over configurations minimises its return value.
 
     `--info` prints the options instead, and `--help` the description before them. `HYDRA_FULL_ERROR=1` in the
@@ -144,7 +144,8 @@ def _hydra_main(task: Callable[[DictConfig], Any], config_name: str, description
     main = hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")(job)
     asked = {*_HELP} & {*sys.argv}
     if not asked:
-        return main()
+        main()
+        return
     if {"-m", "--multirun"} & {*sys.argv}:
         fail(f"{asked.pop()} describes one run; leave out -m and give each key one value")
     sys.argv = [*(argument for argument in sys.argv if argument not in asked), "--cfg", "job"]

@@ -61,9 +61,9 @@ def on_the_command_line(text: str) -> str:
     """The command-line options for the classes named in a message's remedy; empty if it names none."""
     remedy = text.rpartition(";")[2]
     known = {"Replicas": "trainer=ddp"}
-    for group in ("tangents", "method"):
+    for group in ("tangents", "method", "model"):
         for path in sorted((CONF / group).glob("*.yaml"), key=lambda path: -len(path.stem)):  # shortest name wins
-            if target := re.search(r"_target_: fgtrain\.(\w+)$", path.read_text(), re.MULTILINE):
+            if target := re.search(r"_target_: fgtrain\.(?:models\.)?(\w+)$", path.read_text(), re.MULTILINE):
                 known[target[1]] = f"{group}={path.stem}"
     found = [f"{name} is {option}" for name, option in known.items() if re.search(rf"\b{name}\b", remedy)]
     hint = f" ({', '.join(found)})"

@@ -77,7 +77,10 @@ def test_adamw_on_the_cpu_with_a_profile(tmp_path):
             "model.channels is not a key of the configuration; it belongs to model=cnn, model=local_mixer",
         ),
         (["method.num_tangent=3"], "did you mean method.num_tangents?"),
-        (["model.zigzag=3"], "--info prints the keys; +model.zigzag=... adds it, if the class there takes it"),
+        (
+            ["model.zigzag=3"],
+            "fgtrain train --info prints the keys; +model.zigzag=... adds it, if the class there takes it",
+        ),
         (["method=fwdgard"], "; did you mean method=fwdgrad?"),
         (["logger=tensorbord"], "; did you mean logger=tensorboard?"),
         (

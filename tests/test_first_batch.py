@@ -156,6 +156,14 @@ def test_only_outputs_behind_trained_parameters_have_derivatives(frozen, status,
     assert ("do not fit into the 0.000977 GiB of free memory" in err) is not frozen
 
 
+def test_the_points_of_a_function_are_counted_without_a_batch(tmp_path, monkeypatch):
+    """Eight directions over 1024 starts have 64 KiB, and so do the derivatives of the points."""
+    options = ("task=beale", "task.starts=1024", "method=fwdgrad", "method.num_tangents=8", "trainer.max_steps=1")
+    for free, status in ((2**17 - 1, 2), (2**17, 0)):
+        monkeypatch.setattr("fgtrain.lightning.callbacks.first_batch.free_memory", lambda _, free=free: free)
+        assert train(tmp_path, *options, "quiet=true", f"hydra.run.dir={status}")[0] == status
+
+
 @pytest.mark.parametrize("tangents", ["normal", "low_rank"])
 def test_directions_larger_than_the_memory_are_one_line(tangents, tmp_path):
     options = ("method=fwdgrad", f"tangents={tangents}", "hydra.run.dir=run")

@@ -184,7 +184,7 @@ BAD = [
     ("seed=abc", r"Value 'abc' of type 'str' could not be converted to Integer"),
     ("accumulate_grad_batches=0", r"accumulate_grad_batches must be at least 1, got 0"),
     ("clip_grad_norm=-1", r"clip_grad_norm must be positive, got -1.0"),
-    ("nope=1", r"nope is not a key of the configuration; --info prints the keys"),
+    ("nope=1", r"nope is not a key of the configuration; fgtrain train --info prints the keys"),
     (
         "run_dir=a=b",
         r"'run_dir=a=b' cannot be read \(mismatched .*\); put a value that contains = or , in quotes: 'key=\"a=b\"'",

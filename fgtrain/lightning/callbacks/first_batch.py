@@ -86,7 +86,9 @@ class FirstBatch(L.Callback):
             measured.remove()
             with torch.no_grad():
                 metrics = list(module.task.metrics(module.model, few))
-            whole, part = (next((len(leaf) for leaf in _tensors(given) if leaf.dim()), 1) for given in (batch, few))
+            whole, part = (
+                next((len(leaf) for leaf in _tensors(given) if leaf.dim() and len(leaf)), 1) for given in (batch, few)
+            )
             return metrics, max(sizes) * whole // part
         except Exception as error:
             shapes = ", ".join(f"{tuple(leaf.shape)} {_name(leaf)}" for leaf in _tensors(few))

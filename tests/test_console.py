@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 
 import pytest
 import torch
@@ -205,6 +206,19 @@ def test_wheel_on_two_processes(installed, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", *common]
     output(torchrun, tmp_path, installed)
     assert sorted(results["world_size"] for results in results_under(tmp_path)) == [1, 1, 2, 2]
+
+
+@pytest.mark.slow
+def test_source_distribution_holds_its_tests_and_what_they_read(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__"))
+    folders = ("conf", "fgtrain", "scripts", "tests")
+    files = {path.relative_to(source).as_posix() for f in folders for path in (source / f).rglob("*") if path.is_file()}
+    build = "import setuptools.build_meta, sys; print(setuptools.build_meta.build_sdist(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", build, tmp_path], cwd=source, capture_output=True, check=True)
+    with tarfile.open(tmp_path / f"fgtrain-{fgtrain.__version__}.tar.gz") as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    assert sorted(files - held) == []
 
 
 CTRL_C_AT = """

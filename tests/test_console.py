@@ -67,6 +67,13 @@ def test_help_of_a_command_names_it(name, run):
     assert f"fgtrain {name} " in " ".join(out.split())
 
 
+@pytest.mark.parametrize("name", [name for name in console.COMMANDS if name not in ("train", "compare")])
+def test_an_unknown_option_of_a_command_is_one_line(name, run):
+    status, out, err = run(name, "--nope", *(["a", "b"] if name == "replay" else ["a"] if name == "evaluate" else []))
+    assert (status, out) == (2, "")
+    assert err == "fgtrain: unrecognized arguments: --nope; --help describes the arguments\n"
+
+
 def test_version(run):
     assert run("--version") == (0, f"fgtrain {fgtrain.__version__}\n", "")
     assert re.fullmatch(r"\d+\.\d+\.\d+", fgtrain.__version__)

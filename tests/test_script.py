@@ -211,7 +211,10 @@ BAD = [
         r"data: a task without data counts steps: trainer.max_steps must be at least 1",
     ),
     ("data=mnist data.root=/dev/null/x", r"MNIST is not in data.root=/dev/null/x and cannot be downloaded"),
-    ("model=torchvision model.name=resnet19", r"model: torchvision has no classification model 'resnet19'; it has"),
+    (
+        "model=torchvision model.name=resnet19",
+        r"torchvision has no classification model 'resnet19'; did you mean resnet\d+\?",
+    ),
     ("--nope", r"unrecognized arguments: --nope"),
     ("lr=0.1 -m lr=0.2", r"unrecognized arguments: lr=0.2; put options such as -m .* before or after all key=value"),
     ("lr=${nope}", r"Interpolation key 'nope' not found"),

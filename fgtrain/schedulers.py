@@ -1,9 +1,12 @@
 """Learning-rate schedules that PyTorch does not have in this form."""
 
+import logging
 import math
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+
+_log = logging.getLogger(__name__)
 
 
 def cosine(optimizer: Optimizer, total_steps: int, warmup_steps: int = 0) -> LambdaLR:
@@ -13,6 +16,11 @@ def cosine(optimizer: Optimizer, total_steps: int, warmup_steps: int = 0) -> Lam
     """
     if warmup_steps < 0:
         raise ValueError(f"warmup_steps must be at least 0, got {warmup_steps}")
+    if 0 < total_steps <= warmup_steps:
+        message = (
+            "warmup_steps=%d in a run of %d steps: the learning rate never reaches its full value; warm up for less"
+        )
+        _log.warning(message, warmup_steps, total_steps)
 
     def factor(step: int) -> float:
         if step < warmup_steps:

@@ -78,7 +78,14 @@ def test_adamw_on_the_cpu_with_a_profile(tmp_path):
             "model.channels is not a key of the configuration; it belongs to model=cnn, model=local_mixer",
         ),
         (["method.num_tangent=3"], "did you mean method.num_tangents?"),
-        (["model.zigzag=3"], "--cfg job prints the keys; +model.zigzag=... adds it, if the class there takes it"),
+        (
+            ["model.zigzag=3"],
+            "fgtrain train --info prints the keys; +model.zigzag=... adds it, if the class there takes it",
+        ),
+        (["method"], "; an argument is key=value, without spaces around ="),
+        (["lr=0,1"], "lr gets several values; -m runs one after the other, and lr=[0,1] is one list"),
+        (["--method=fwdgrad"], "--method=fwdgrad is no option; write method=fwdgrad, without dashes"),
+        (["trainer.devices=0"], "trainer.devices must be a number above 0, a list of indices or auto, got 0"),
         (["method=fwdgard"], "; did you mean method=fwdgrad?"),
         (["logger=tensorbord"], "; did you mean logger=tensorboard?"),
         (

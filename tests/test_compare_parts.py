@@ -74,3 +74,8 @@ def test_exactly_computed_layers_are_no_merit():
 def test_the_loggers_of_a_comparison_are_its_own(argument):
     with pytest.raises(ConfigError, match=r"leave logger=\.\.\. out"):
         parse([argument])
+
+
+def test_a_list_without_brackets_is_told():
+    with pytest.raises(ConfigError, match=r"^methods takes a list in brackets: methods=\[backprop,fwdgrad\]$"):
+        parse(["methods=backprop,fwdgrad"])

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 
 import pytest
 import torch
@@ -64,6 +65,13 @@ def test_help_of_a_command_names_it(name, run):
     status, out, _ = run(name, "--help")
     assert not status
     assert f"fgtrain {name} " in " ".join(out.split())
+
+
+@pytest.mark.parametrize("name", [name for name in console.COMMANDS if name not in ("train", "compare")])
+def test_an_unknown_option_of_a_command_is_one_line(name, run):
+    status, out, err = run(name, "--nope", *(["a", "b"] if name == "replay" else ["a"] if name == "evaluate" else []))
+    assert (status, out) == (2, "")
+    assert err == "fgtrain: unrecognized arguments: --nope; --help describes the arguments\n"
 
 
 def test_version(run):
@@ -205,6 +213,19 @@ def test_wheel_on_two_processes(installed, tmp_path):
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", *common]
     output(torchrun, tmp_path, installed)
     assert sorted(results["world_size"] for results in results_under(tmp_path)) == [1, 1, 2, 2]
+
+
+@pytest.mark.slow
+def test_source_distribution_holds_its_tests_and_what_they_read(tmp_path):
+    source = tmp_path / "source"
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__"))
+    folders = ("conf", "fgtrain", "scripts", "tests")
+    files = {path.relative_to(source).as_posix() for f in folders for path in (source / f).rglob("*") if path.is_file()}
+    build = "import setuptools.build_meta, sys; print(setuptools.build_meta.build_sdist(sys.argv[1]))"
+    subprocess.run([sys.executable, "-c", build, tmp_path], cwd=source, capture_output=True, check=True)
+    with tarfile.open(tmp_path / f"fgtrain-{fgtrain.__version__}.tar.gz") as archive:
+        held = {name.partition("/")[2] for name in archive.getnames()}
+    assert sorted(files - held) == []
 
 
 CTRL_C_AT = """

@@ -367,7 +367,7 @@ def test_world(trainer, environ, size):
         ({"strategy": "fsdp"}, {}, r"trainer.strategy=fsdp needs a backward pass"),
         ({"strategy": "deepspeed_stage_2"}, {}, r"trainer.strategy=deepspeed_stage_2 needs a backward pass"),
         ({"strategy": "fsdp2"}, {}, r"trainer=fsdp2 shards parameters over at least 2 devices"),
-        ({"devices": "two"}, {}, r"trainer.devices must be a number, a list of indices or auto, got 'two'"),
+        ({"devices": "two"}, {}, r"trainer.devices must be a number above 0, a list of indices or auto, got 'two'"),
     ],
 )
 def test_worlds_that_would_be_wrong(trainer, environ, message):

@@ -1,6 +1,7 @@
 """Unsuitable data and runs without a step give one-line errors."""
 
 import math
+import re
 
 import lightning as L
 import pytest
@@ -73,6 +74,25 @@ class OnlyTraining(L.LightningDataModule):
         return DataLoader(TensorDataset(x, y), self.batch_size, shuffle=True)
 
 
+class Wide(nn.Sequential):
+    """A layer of four parameters with 4096 outputs, and a head."""
+
+    def __init__(self, num_classes: int, frozen: bool):
+        super().__init__(nn.Flatten(), Repeated(), nn.Linear(4096, num_classes))
+        self[1].requires_grad_(not frozen)
+
+
+class Repeated(nn.Module):
+    """Four factors for 4096 outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        return (x * self.factor).repeat(1, 1024)
+
+
 class Large(nn.Module):
     """Takes images of 224 x 224 only."""
 
@@ -111,6 +131,37 @@ def test_model_that_takes_other_shapes_is_one_line(tmp_path):
     status, _, err = run(tmp_path, "", "model._target_=tests.test_first_batch.Large")
     assert (status, err.count("\n")) == (2, 1), err
     assert "cannot take two examples of the data, (2, 1, 2, 2) float32, (2,) int64: mat1 and mat2 shapes" in err
+
+
+@pytest.mark.parametrize("method", ["activity", "activity_head", "fdfa", "gauss_newton", "second_order"])
+def test_directions_of_other_methods_larger_than_the_memory_are_one_line(method, tmp_path):
+    status, _, err = train(tmp_path, f"method={method}", "method.num_tangents=1000000000", "hydra.run.dir=run")
+    assert (status, err.count("\n")) == (2, 1), err
+    assert re.search(r"1000000000 directions of .* MiB each do not fit .*; method.num_tangents=\d+ fit$", err)
+
+
+@pytest.mark.parametrize(("frozen", "status"), [(True, 0), (False, 2)])
+def test_only_outputs_behind_trained_parameters_have_derivatives(frozen, status, tmp_path, monkeypatch):
+    """A direction over the head has 48 KiB; the derivative of the first layer's output has 128 KiB."""
+    monkeypatch.setattr("fgtrain.lightning.callbacks.first_batch.free_memory", lambda _: 2**20)
+    options = (
+        *QUICK,
+        "method=fwdgrad",
+        "method.num_tangents=16",
+        "quiet=true",
+        "data._target_=tests.test_first_batch.Given",
+    )
+    found, _, err = train(tmp_path, "model._target_=tests.test_first_batch.Wide", f"+model.frozen={frozen}", *options)
+    assert found == status, err
+    assert ("do not fit into the 0.000977 GiB of free memory" in err) is not frozen
+
+
+def test_the_points_of_a_function_are_counted_without_a_batch(tmp_path, monkeypatch):
+    """Eight directions over 1024 starts have 64 KiB, and so do the derivatives of the points."""
+    options = ("task=beale", "task.starts=1024", "method=fwdgrad", "method.num_tangents=8", "trainer.max_steps=1")
+    for free, status in ((2**17 - 1, 2), (2**17, 0)):
+        monkeypatch.setattr("fgtrain.lightning.callbacks.first_batch.free_memory", lambda _, free=free: free)
+        assert train(tmp_path, *options, "quiet=true", f"hydra.run.dir={status}")[0] == status
 
 
 @pytest.mark.parametrize("tangents", ["normal", "low_rank"])

@@ -154,7 +154,7 @@ def test_state_and_traces_are_in_the_state_dict():
             lambda: nn.Linear(2, 2),
             lambda estimator, model: estimator(model, lambda m: m(torch.ones(2)).sum()),
             UnsupportedOperation,
-            "Linear has no DiagonalRecurrence, .* use model=diagonal_rnn, or train with another method",
+            "Linear has no DiagonalRecurrence, .* use fgtrain.models.DiagonalRNN, or train with another method",
         ),
         (
             lambda: network(1, 0.5),
@@ -172,7 +172,7 @@ def test_state_and_traces_are_in_the_state_dict():
             lambda: network(1, 0.5),
             lambda estimator, model: estimator(model, lambda m: m(STREAM).sum(), reduce=lambda x: x),
             UnsupportedOperation,
-            "one process: .* set trainer.devices=1",
+            "one process: .* use one process",
         ),
     ],
     ids=["no recurrence", "called twice", "other sequences", "several processes"],

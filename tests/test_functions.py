@@ -133,7 +133,8 @@ def test_start_points():
     [
         (lambda: Beale(starts=0), "starts must be at least 1, got 0"),
         (lambda: Rosenbrock(dim=1), "dim must be at least 2, got 1"),
-        (lambda: CataloguedFunction("bowl"), "there is no test function bowl; choose one of ackley, "),
+        (lambda: CataloguedFunction("ackely"), r"there is no test function ackely; did you mean ackley\?"),
+        (lambda: CataloguedFunction("zigzag"), "there is no test function zigzag; choose one of ackley, "),
         (lambda: CataloguedFunction("wood", dim=3), "wood has dimension 4, got dim=3"),
         (lambda: Beale(start=[1.0]), r"start must have 2 coordinates, got \[1.0\]"),
     ],

@@ -1,5 +1,8 @@
 """The library's messages name arguments of Python; the command line names its options."""
 
+import ast
+import re
+
 import pytest
 import yaml
 
@@ -17,6 +20,7 @@ from fgtrain.runs.messages import one_line
         ("no; use method.num_tangents=2", "no; use method.num_tangents=2"),
         ("no; use my_memory=2", "no; use my_memory=2"),
         ("no;\n use LowRank", "no; use LowRank (LowRank is tangents=low_rank)"),
+        ("no; use fgtrain.models.MLP", "no; use fgtrain.models.MLP (MLP is model=mlp)"),
     ],
 )
 def test_remedies_are_options_of_the_command_line(message, line):
@@ -32,3 +36,16 @@ def test_methods_have_these_options():
     names = ("chunk_size", "clip_derivative", "memory", "num_tangents", "shrinkage")
     assert keys.issuperset(names)
     assert all(one_line(ConfigError(f"{name}=1")) == f"method.{name}=1" for name in names)
+
+
+def test_the_library_names_no_option_of_the_command_line():
+    """Its messages are also read by those who convert a module or write a loop of their own."""
+    groups = "|".join(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
+    option = re.compile(rf"(?<![\w.])({groups})(\.\w+)*=[\w.]")
+    found = []
+    for part in ("estimators", "forward_ad", "layer_noise", "network", "tangents"):
+        for path in (CONF.parent / "fgtrain" / part).rglob("*.py"):
+            raised = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Raise)]
+            texts = [text.value for node in raised for text in ast.walk(node) if isinstance(text, ast.Constant)]
+            found += [(path.name, text) for text in texts if isinstance(text, str) and option.search(text)]
+    assert found == []

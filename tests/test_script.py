@@ -31,6 +31,8 @@ def test_results(digits_run):
     assert results["train_seconds"] > 0
     assert results["step_ms_median"] > 0
     assert results["peak_memory_mib"] > 100
+    assert "peak_memory_mib (of the whole process, or of the GPU)" in out
+    assert re.search(r"tensors of a step +[\d.]+ MiB at their peak, beside parameters and data", err)
     assert {"train/loss", "val/loss", "val/acc", "test/loss", "test/acc"} <= results["metrics"].keys()
     assert f"{results['metrics']['test/acc']:.6g}" in out
     assert out.rstrip().splitlines()[-1].startswith("look at it: tensorboard --host 127.0.0.1 --logdir runs")
@@ -186,7 +188,7 @@ BAD = [
     ("seed=abc", r"Value 'abc' of type 'str' could not be converted to Integer"),
     ("accumulate_grad_batches=0", r"accumulate_grad_batches must be at least 1, got 0"),
     ("clip_grad_norm=-1", r"clip_grad_norm must be positive, got -1.0"),
-    ("nope=1", r"nope is not a key of the configuration; --cfg job prints the keys"),
+    ("nope=1", r"nope is not a key of the configuration; fgtrain train --info prints the keys"),
     (
         "run_dir=a=b",
         r"'run_dir=a=b' cannot be read \(mismatched .*\); put a value that contains = or , in quotes: 'key=\"a=b\"'",
@@ -213,7 +215,10 @@ BAD = [
         r"data: a task without data counts steps: trainer.max_steps must be at least 1",
     ),
     ("data=mnist data.root=/dev/null/x", r"MNIST is not in data.root=/dev/null/x and cannot be downloaded"),
-    ("model=torchvision model.name=resnet19", r"model: torchvision has no classification model 'resnet19'; it has"),
+    (
+        "model=torchvision model.name=resnet19",
+        r"torchvision has no classification model 'resnet19'; did you mean resnet\d+\?",
+    ),
     ("--nope", r"unrecognized arguments: --nope"),
     ("lr=0.1 -m lr=0.2", r"unrecognized arguments: lr=0.2; put options such as -m .* before or after all key=value"),
     ("lr=${nope}", r"Interpolation key 'nope' not found"),

@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import json
 import math
 import re
 
@@ -11,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from fgtrain.runs.cli import CONF
 from fgtrain.runs.messages import one_line
-from fgtrain.runs.sweeps import objective
+from fgtrain.runs.sweeps import SweepTable, objective
 from tests.commands import options, results_under, train
 
 pytestmark = pytest.mark.slow
@@ -48,6 +49,23 @@ def test_best_first_and_failed_last(sweep):
     shown = [re.search(r"lr=[\d.-]+", line) for line in out.splitlines()]
     assert [found.group() for found in shown if found][-4:] == [row["run"] for row in rows]
     assert "--logdir multirun" in out.splitlines()[-1]
+    assert "best first by final val/loss" in out
+
+
+@pytest.mark.parametrize("name", ["train/loss", "loss"])
+def test_the_title_names_the_value_that_orders_the_runs(name, tmp_path, capsys, monkeypatch):
+    for job, value in enumerate((3.0, 1.0, 2.0)):
+        (tmp_path / str(job)).mkdir()
+        (tmp_path / str(job) / "overrides.yaml").write_text(f"[lr={value}]")
+        results = {"metrics": {name: value, "val/acc": 0.5}, "steps": 4, "train_seconds": 1.0}
+        (tmp_path / str(job) / "results.json").write_text(json.dumps(results))
+    monkeypatch.setattr(SweepTable, "_folder", tmp_path)
+    SweepTable.close()
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert title.rstrip() == f"runs of the sweep, best first by final {name}"
+    assert [float(found[1]) for line in lines if (found := re.search(r"lr=([\d.]+)", line))] == [1, 2, 3]
+    with (tmp_path / "sweep.csv").open() as file:
+        assert [float(row[name]) for row in csv.DictReader(file)] == [1, 2, 3]
 
 
 def test_names_of_runs_are_short(sweep):
@@ -107,7 +125,7 @@ def test_optuna(tmp_path):
     status, out, err = train(tmp_path, *command, "hydra.sweeper.n_trials=3")
     assert status == 0, err
     assert len(results_under(tmp_path)) == 3
-    assert "best first" in out
+    assert "best first by final val/loss" in out
 
 
 def test_mean_and_spread_over_seeds_are_curves(tmp_path):

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fgtrain.memory import keep_freed_memory
-from fgtrain.runs.messages import USER_ERRORS, fail, silence_libraries
+from fgtrain.runs.messages import USER_ERRORS, OneLineParser, fail, silence_libraries
 from fgtrain.studies.benchmarks.chains import chains_table, measure_chains
 from fgtrain.studies.benchmarks.loop import loop_overhead
 from fgtrain.studies.benchmarks.methods import methods_of
@@ -30,7 +30,7 @@ from fgtrain.studies.benchmarks.steps import REFERENCES, Row, measure
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=["mlp", "cnn"], help="mlp, cnn, deep24 or any of torchvision's")
     parser.add_argument("--batch-sizes", nargs="+", type=int, default=[64])
     parser.add_argument("--methods", nargs="+", default=["fwdgrad"], help="files in conf/method")

@@ -19,7 +19,7 @@ from rich.progress import track
 
 from fgtrain.figures import save
 from fgtrain.memory import keep_freed_memory
-from fgtrain.runs.messages import USER_ERRORS, fail, silence_libraries
+from fgtrain.runs.messages import USER_ERRORS, OneLineParser, fail, silence_libraries
 from fgtrain.studies.calibration import HEADINGS, METHODS, Peak, draw, follow, peaks, rows_of, table_of
 from fgtrain.studies.compare.table import markdown_table
 from fgtrain.tasks import Calibration
@@ -27,7 +27,7 @@ from fgtrain.tasks import Calibration
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("--system", default="lotka_volterra", help="lotka_volterra, pendulum, reaction_diffusion")
     parser.add_argument("--trajectories", type=int, default=512)
     parser.add_argument("--steps", type=int, default=5, help="solver steps between two of 20 observations")

@@ -3,18 +3,17 @@
 The run's config.yaml says which model and data to use. The results are written in the format of results.json.
 """
 
-import argparse
 from pathlib import Path
 
 from rich.console import Console
 
 from fgtrain.runs.evaluate import SPLITS, evaluate
-from fgtrain.runs.messages import USER_ERRORS, fail, silence_libraries
+from fgtrain.runs.messages import USER_ERRORS, OneLineParser, fail, silence_libraries
 
 
 def main() -> None:
     """Evaluate a checkpoint, write the results and print them."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path, help="a .ckpt file in its run's folder, or that folder")
     parser.add_argument("--split", default="test", help=", ".join(SPLITS))
     parser.add_argument("--out", type=Path, help="file for the results")

@@ -20,14 +20,14 @@ from rich.table import Table
 
 from fgtrain.errors import ConfigError
 from fgtrain.figures import save
-from fgtrain.runs.messages import USER_ERRORS, fail, silence_libraries
+from fgtrain.runs.messages import USER_ERRORS, OneLineParser, fail, silence_libraries
 from fgtrain.studies.compare.plan import compose_run
 from fgtrain.studies.online import SAME_GRADIENTS, WAYS, Cost, Recalled, cost, draw, learn, table_of
 
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="lag 20, lengths 100 and 1,000, 300 updates: two minutes")
     parser.add_argument("--lags", nargs="+", type=int, help="steps from a symbol to its question")
     parser.add_argument("--lengths", nargs="+", type=int, help="lengths of the streams whose cost is measured")

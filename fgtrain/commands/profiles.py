@@ -20,7 +20,7 @@ from rich.table import Table
 
 from fgtrain.errors import ConfigError
 from fgtrain.figures import save
-from fgtrain.runs.messages import USER_ERRORS, fail, silence_libraries
+from fgtrain.runs.messages import USER_ERRORS, OneLineParser, fail, silence_libraries
 from fgtrain.studies.compare.plan import compose_run
 from fgtrain.studies.profiles import draw, problems, share_solved, solve, speed_of_batching
 from fgtrain.tasks import Rosenbrock
@@ -28,7 +28,7 @@ from fgtrain.tasks import Rosenbrock
 
 def parse() -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("--methods", nargs="+", default=["backprop", "fwdgrad", "spsa"], help="files in conf/method")
     parser.add_argument("--dims", nargs="+", type=int, default=[2, 10])
     parser.add_argument("--starts", type=int, default=20)

@@ -7,13 +7,13 @@ import argparse
 from pathlib import Path
 
 from fgtrain.lightning.atomic_files import save_atomically
-from fgtrain.runs.messages import USER_ERRORS, fail, silence_libraries
+from fgtrain.runs.messages import USER_ERRORS, OneLineParser, fail, silence_libraries
 from fgtrain.runs.replay import replay
 
 
 def main() -> None:
     """Replay, and write the weights."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of the run")
     parser.add_argument("weights", type=Path, help="file for the model's state_dict")
     arguments = parser.parse_args()

@@ -1,7 +1,7 @@
 """Train with any method: fgtrain train method=fwdgrad
 
 Everything is set by Hydra overrides: method=backprop, tangents=low_rank, method.num_tangents=8, data=mnist, model=cnn,
-task=beale, lr=0.01, trainer.max_steps=5000; -m method=backprop,fwdgrad seed=0,1,2 sweeps. --help lists the groups.
+task=beale, lr=0.01, trainer.max_steps=5000; -m method=backprop,fwdgrad seed=0,1,2 sweeps. --info lists the options.
 
 eval "$(fgtrain train -sc install=bash)" lets bash complete commands and arguments; install=fish and install=zsh exist.
 """
@@ -21,7 +21,7 @@ from fgtrain.runs.sweeps import objective
 
 def main() -> None:
     """Run what the command line asks for."""
-    run_app(train, config_name="train")
+    run_app(train, config_name="train", description=__doc__)
 
 
 def train(cfg: DictConfig) -> float:

@@ -116,7 +116,7 @@ class ActivityPerturbation(GradientEstimator):
         for argument, (value, allowed) in choices.items():
             if value not in allowed:
                 raise ValueError(f"{argument} must be one of {', '.join(allowed)}, got {value!r}")
-        self.num_tangents = num_tangents
+        self.num_tangents = self.directions_at_a_time = num_tangents
         self.noise: Noise = noise
         self.exact_head = exact_head
         self.positions = positions

@@ -56,7 +56,7 @@ class GradientEstimator(nn.Module, ABC):
             block into the next; or "whole", through the network.
         loss_at_parameters: whether the loss of an estimate is that of the unperturbed parameters.
         shardable: whether it can train parameters whose rows are distributed over ranks.
-        directions_at_a_time: number of directions over all parameters that are in memory together.
+        directions_at_a_time: number of directions that are in memory together.
     """
 
     scalar_reducible: bool
@@ -113,7 +113,7 @@ class GradientEstimator(nn.Module, ABC):
         """Create the tensors in a saved state that otherwise the first call creates; few methods have any."""
 
     def direction_bytes(self, params: Mapping[str, Tensor]) -> int:
-        """Memory of one direction over `params`."""
+        """Memory of one direction over `params`; without what it needs in the model's pass."""
         return 0
 
     def relative_squared_error(self, grads: Mapping[str, Tensor]) -> float | None:

@@ -86,7 +86,7 @@ class FDFA(GradientEstimator):
         require_positive_int("feedback_every", feedback_every)
         if not 0 < feedback_lr <= 1:
             raise ValueError(f"feedback_lr must be in (0, 1], got {feedback_lr!r}")
-        self.num_tangents = num_tangents
+        self.num_tangents = self.directions_at_a_time = num_tangents
         self.feedback_lr = feedback_lr
         self.feedback = nn.Module()
         self.num_updates: Tensor

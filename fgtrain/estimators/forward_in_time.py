@@ -77,12 +77,12 @@ class ForwardInTime(GradientEstimator):
         if not found:
             raise UnsupportedOperation(
                 f"{type(model).__name__} has no DiagonalRecurrence, whose past forward-in-time learning carries "
-                "forwards; use model=diagonal_rnn, or train with another method"
+                "forwards; use fgtrain.models.DiagonalRNN, or train with another method"
             )
         if reduce is not None:
             raise UnsupportedOperation(
                 "forward-in-time learning runs in one process: a checkpoint would hold the state of the first "
-                "process's sequences only; set trainer.devices=1"
+                "process's sequences only; use one process"
             )
         ends: dict[str, list[Tensor]] = {}
         with forwards_replaced({m: partial(self._chunk, name, m, ends) for name, m in found.items()}):
@@ -114,7 +114,7 @@ class ForwardInTime(GradientEstimator):
         if len(start[0]) != len(x):
             raise DataError(
                 f"a chunk has {len(x)} sequences, but the stream so far has {len(start[0])}: every chunk must go on "
-                "with the same sequences, as those of data=recall and data=text_stream do"
+                "with the same sequences, as those of fgtrain.data.Recall and TextStream do"
             )
         return start
 

@@ -60,8 +60,11 @@ class SecondOrder(GradientEstimator):
         if not 0 < damping <= 1:
             raise ValueError(f"damping must be above 0 and at most 1, got {damping!r}")
         self.tangents = law_or(tangents, Normal())
-        self.num_tangents = num_tangents
+        self.num_tangents = self.directions_at_a_time = num_tangents
         self.damping = damping
+
+    def direction_bytes(self, params: Mapping[str, Tensor]) -> int:
+        return self.tangents.bytes_of(params)
 
     @torch.no_grad()
     def forward(

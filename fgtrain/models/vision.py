@@ -1,5 +1,7 @@
 """Any classification model of torchvision, by name."""
 
+import difflib
+
 import torchvision
 from torch import nn
 
@@ -23,7 +25,9 @@ def torchvision_model(
     """
     names = torchvision.models.list_models(module=torchvision.models)
     if name not in names:
-        raise ValueError(f"torchvision has no classification model {name!r}; it has {', '.join(names)}")
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(names)}"
+        raise ValueError(f"torchvision has no classification model {name!r}; {hint}")
     if weights is None:
         network = torchvision.models.get_model(name, num_classes=num_classes)
     else:

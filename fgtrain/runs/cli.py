@@ -1,12 +1,15 @@
 """The command line: a user's mistake gives one line and a non-zero exit status, without a traceback."""
 
 import argparse
+import io
 import os
+import re
 import select
 import signal
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +22,19 @@ from fgtrain.errors import Interrupted, JobFailed, disk_error
 from fgtrain.runs.config import CONF, drop_arguments_of_replaced_targets, name_targets, refuse_ignored_tangents
 from fgtrain.runs.ctrl_c import ctrl_c_named
 from fgtrain.runs.messages import USER_ERRORS, cannot_write, fail, one_line, silence_libraries
+from fgtrain.runs.options import commented, groups
 from fgtrain.runs.starters import is_follower
 from fgtrain.runs.sweeps import SweepTable
 
 ERROR_FILE = "error.txt"
+_HELP = ("-h", "--help", "--info")
 
 
-def run_app(task: Callable[[DictConfig], Any], config_name: str) -> None:
+def run_app(task: Callable[[DictConfig], Any], config_name: str, description: str = "") -> None:
     """Run `task` as a Hydra application. A search over configurations minimises its return value.
 
-    `HYDRA_FULL_ERROR=1` in the environment shows tracebacks.
+    `--info` prints the options instead, and `--help` the description before them. `HYDRA_FULL_ERROR=1` in the
+    environment shows tracebacks.
     """
     silence_libraries()
     sys.path.append(os.getcwd())  # _target_ may name a module in the current folder
@@ -39,7 +45,7 @@ def run_app(task: Callable[[DictConfig], Any], config_name: str) -> None:
         if not _names_run_dir(sys.argv):
             sys.argv += ["hydra.run.dir=."]
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
-        return _hydra_main(task, config_name)
+        return _hydra_main(task, config_name, description)
 
     composed = False
 
@@ -61,7 +67,7 @@ def run_app(task: Callable[[DictConfig], Any], config_name: str) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise errors instead of printing them
     try:
         with ctrl_c_named():
-            _hydra_main(job, config_name)
+            _hydra_main(job, config_name, description)
         sys.stdout.flush()
     except BrokenPipeError:
         if not _nobody_reads():  # another pipe broke
@@ -116,6 +122,8 @@ def job_failed(error: Exception) -> JobFailed:
 
 def _usage(message: str) -> str:
     """A message of argparse, with a hint on the order of options."""
+    if option := re.search(r"unrecognized arguments: --([\w.]+=\S*)", message):
+        return f"--{option[1]} is no option; write {option[1]}, without dashes"
     hint = "; put options such as -m or --config-dir before or after all key=value, not between them"
     return message + hint * message.startswith("unrecognized")
 
@@ -127,7 +135,7 @@ def _overrides() -> list[str]:
     return [str(override) for override in found]
 
 
-def _hydra_main(task: Callable[[DictConfig], Any], config_name: str) -> None:
+def _hydra_main(task: Callable[[DictConfig], Any], config_name: str, description: str) -> None:
     def job(cfg: DictConfig) -> Any:
         refuse_ignored_tangents(cfg, _overrides())
         lent = drop_arguments_of_replaced_targets(cfg, _overrides())
@@ -136,7 +144,20 @@ def _hydra_main(task: Callable[[DictConfig], Any], config_name: str) -> None:
             print(f"fgtrain: {said}", file=sys.stderr)
         return task(cfg)
 
-    hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")(job)()
+    main = hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")(job)
+    asked = {*_HELP} & {*sys.argv}
+    if not asked:
+        main()
+        return
+    if {"-m", "--multirun"} & {*sys.argv}:
+        fail(f"{asked.pop()} describes one run; leave out -m and give each key one value")
+    sys.argv = [*(argument for argument in sys.argv if argument not in asked), "--cfg", "job"]
+    with redirect_stdout(io.StringIO()) as composed:
+        main()
+    if asked != {"--info"}:
+        files = "".join(f"  {group}={', '.join(names)}\n" for group, names in groups().items())
+        print(f"{description}\nFiles of the groups:\n{files}\nOptions, with the values of this command line:\n")
+    print(commented(composed.getvalue()))
 
 
 def choices() -> dict[str, str]:

@@ -1,5 +1,6 @@
 """Messages to the user: one line for a mistake, and no warnings that libraries address to each other."""
 
+import argparse
 import re
 import sys
 import threading
@@ -51,6 +52,13 @@ def cannot_write(error: OSError) -> StorageError:
     return StorageError(f"cannot write {error.filename or 'to the disk'}: {error.strerror}")
 
 
+class OneLineParser(argparse.ArgumentParser):
+    """A parser that prints one line for a mistake, instead of its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        fail(f"{message}; --help describes the arguments")
+
+
 def fail(error: BaseException | str) -> NoReturn:
     """Print one line on stderr and exit with the error's status, or 2."""
     print(f"fgtrain: {one_line(error)}", file=sys.stderr)
@@ -61,9 +69,9 @@ def on_the_command_line(text: str) -> str:
     """The command-line options for the classes named in a message's remedy; empty if it names none."""
     remedy = text.rpartition(";")[2]
     known = {"Replicas": "trainer=ddp"}
-    for group in ("tangents", "method"):
+    for group in ("tangents", "method", "model"):
         for path in sorted((CONF / group).glob("*.yaml"), key=lambda path: -len(path.stem)):  # shortest name wins
-            if target := re.search(r"_target_: fgtrain\.(\w+)$", path.read_text(), re.MULTILINE):
+            if target := re.search(r"_target_: fgtrain\.(?:models\.)?(\w+)$", path.read_text(), re.MULTILINE):
                 known[target[1]] = f"{group}={path.stem}"
     found = [f"{name} is {option}" for name, option in known.items() if re.search(rf"\b{name}\b", remedy)]
     hint = f" ({', '.join(found)})"
@@ -81,9 +89,13 @@ def one_line(error: BaseException | str) -> str:
             text += " PyTorch sees no GPU: use trainer=cpu, or install the build of torch for your GPU"
     elif isinstance(error, OverrideParseException):
         reason = "; ".join(line for line in text.splitlines() if not line.startswith(("See ", "Error parsing")))
-        text = (
-            f"{error.override!r} cannot be read ({reason}); put a value that contains = or , in quotes: 'key=\"a=b\"'"
-        )
+        remedy = "put a value that contains = or , in quotes: 'key=\"a=b\"'"
+        if error.override is not None and "=" not in error.override.strip("="):
+            remedy = "an argument is key=value, without spaces around ="
+        text = f"{error.override!r} cannot be read ({reason}); {remedy}"
+    elif several := re.match(r"Ambiguous value for argument '([^=]+)=(.*?)'\n", text):
+        key, values = several.groups()
+        text = f"{key} gets several values; -m runs one after the other, and {key}=[{values}] is one list"
     elif unknown := re.match(r"Could not override '(\S+)'", text):
         text = f"{unknown.group(1)} is not a key of the configuration; {for_key(unknown.group(1))}"
     elif plugin := re.match(r"In '.*': Could not find 'hydra/(sweeper|launcher)/(\w+)'", text):

@@ -38,7 +38,8 @@ def print_results(results: Mapping[str, Any], run_dir: Path) -> None:
     table.add_column("value", justify="right")
     flat = {k: v for k, v in results.items() if k not in ("method", "task", "metrics", "solution")}
     for name, value in (flat | results["metrics"]).items():
-        table.add_row(name, f"{value:.6g}" if isinstance(value, float) else str(value))
+        label = f"{name} (of the whole process, or of the GPU)" if name == "peak_memory_mib" else name
+        table.add_row(label, f"{value:.6g}" if isinstance(value, float) else str(value))
     if "solution" in results:
         solution = results["solution"]
         values = (

@@ -18,7 +18,7 @@ def for_key(key: str) -> str:
     close = ends or difflib.get_close_matches(key, known, n=1, cutoff=0.75)
     if close:
         return f"did you mean {close[0]}?"
-    return "--cfg job prints the keys" + f"; +{key}=... adds it, if the class there takes it" * ("." in key)
+    return "fgtrain train --info prints the keys" + f"; +{key}=... adds it, if the class there takes it" * ("." in key)
 
 
 def for_file(group: str, name: str) -> str:

@@ -1,4 +1,4 @@
-"""The table of runs that ends a sweep, best first.
+"""The table of runs that ends a sweep, best first by the final validation loss, or by the loss where none is measured.
 
 `python scripts/train.py -m method=backprop,fwdgrad seed=0,1,2 trainer.max_steps=500` runs six jobs into one folder
 under `multirun/`. `hydra/launcher=joblib` runs them in parallel and `experiment=optuna` searches; both need `pip
@@ -27,8 +27,13 @@ SHOWN = ("test/acc", "val/acc", "val/loss", "loss", "distance_to_minimum")
 
 def objective(results: Mapping[str, Any]) -> float:
     """The value that a search minimises: the final validation loss or a function's value; infinity if not finite."""
-    values = [results["metrics"][name] for name in OBJECTIVES if name in results["metrics"]]
-    return values[0] if values and math.isfinite(values[0]) else math.inf
+    value = results["metrics"].get(_objective_of(results["metrics"]), math.inf)
+    return value if math.isfinite(value) else math.inf
+
+
+def _objective_of(metrics: Mapping[str, Any]) -> str:
+    """The name of that value; the first one if there is none."""
+    return next((name for name in OBJECTIVES if metrics.get(name) is not None), OBJECTIVES[0])
 
 
 class FailedJob(JobReturn):
@@ -99,10 +104,11 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
         results = json.loads(results_path.read_text()) if results_path.exists() else None
         runs.append((_list_of(path), results))
     common = set.intersection(*(set(overrides) for overrides, _ in runs)) if len(runs) > 1 else set()
+    names = dict.fromkeys([*SHOWN, *(_objective_of(results["metrics"]) for _, results in runs if results)])
     rows = []
     for overrides, results in sorted(runs, key=lambda run: objective(run[1]) if run[1] else math.inf):
         row: dict[str, Any] = {"run": " ".join(o for o in overrides if o not in common) or "default"}
-        row |= {name: (results or {"metrics": {}})["metrics"].get(name) for name in SHOWN}
+        row |= {name: (results or {"metrics": {}})["metrics"].get(name) for name in names}
         row |= {name: results[name] if results else None for name in ("steps", "train_seconds")}
         rows.append(row | {"status": "done" if results else "failed"})
     return rows
@@ -120,7 +126,8 @@ def _number(name: str) -> int:
 
 
 def _table(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title="runs of the sweep, best first", title_justify="left")
+    ranks = " or ".join(dict.fromkeys(_objective_of(row) for row in rows if row["status"] == "done")) or OBJECTIVES[0]
+    table = Table(title=f"runs of the sweep, best first by final {ranks}", title_justify="left")
     names = [name for name in rows[0] if any(row[name] is not None for row in rows)]
     for name in names:
         table.add_column(name, justify="left" if name in ("run", "status") else "right", overflow="fold")

@@ -94,6 +94,11 @@ def _count(devices: Any, trainer: Mapping[str, Any]) -> int:
         on_gpu = trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda") and torch.cuda.is_available()
         return torch.cuda.device_count() if on_gpu else 1
     try:
-        return int(devices)
+        count = int(devices)
+        if count < 1:
+            raise ValueError
+        return count
     except (TypeError, ValueError):
-        raise ConfigError(f"trainer.devices must be a number, a list of indices or auto, got {devices!r}") from None
+        raise ConfigError(
+            f"trainer.devices must be a number above 0, a list of indices or auto, got {devices!r}"
+        ) from None

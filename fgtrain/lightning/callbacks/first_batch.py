@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 
 from fgtrain._torch import tree_flatten, tree_map
 from fgtrain.data.in_memory import refuse_other_examples
@@ -41,7 +42,7 @@ class FirstBatch(L.Callback):
             return
         assert isinstance(pl_module, EstimatorModule)
         data, model = trainer.datamodule, pl_module.model
-        refuse_too_many_directions(pl_module.estimator, model, free_memory(trainer.strategy.root_device))
+        free, largest = free_memory(trainer.strategy.root_device), 0
         with preserved_random_state():
             batch = next(iter(data.train_dataloader()), None)
             if batch is None:
@@ -61,20 +62,34 @@ class FirstBatch(L.Callback):
             if bad and trainer.is_global_zero:
                 print(f"fgtrain: part {bad[0]} of the first batch holds nan or infinity", file=sys.stderr)
             if model._compiled_call_impl is None:  # else two examples would be compiled too
-                metrics = self._try(batch, pl_module, trainer)
+                metrics, largest = self._try(batch, pl_module, trainer)
                 refuse_unknown_monitors(trainer, {f"val/{name}" for name in metrics})
+            refuse_too_many_directions(pl_module.estimator, model, free, largest)
 
-    def _try(self, batch: Any, module: EstimatorModule, trainer: Any) -> list[str]:
-        """Run two examples through the model, its loss and its metrics; return the metrics' names."""
+    def _try(self, batch: Any, module: EstimatorModule, trainer: Any) -> tuple[list[str], int]:
+        """Run two examples through the model, its loss and its metrics.
+
+        Returns:
+            The metrics' names, and the bytes of the largest output that a module with trained parameters before it or
+            in it would give for the whole batch.
+        """
         few = tree_map(lambda leaf: leaf[:2] if isinstance(leaf, Tensor) and leaf.dim() else leaf, batch)
+        sizes = [0]
         dtype = next((p.dtype for p in module.model.parameters() if p.is_floating_point()), torch.float32)
         if type(trainer.precision_plugin) is not Precision:  # it will convert batch and model later
             few = tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, few)
         before = RepeatedPass(module.model)
+        measured = register_module_forward_hook(lambda _, __, output: sizes.extend(_trained_bytes(output)))
         try:
-            with torch.no_grad():
+            with torch.set_grad_enabled(module.estimator.directions_at_a_time > 1):
                 module.task.losses(module.model, few)
-                return list(module.task.metrics(module.model, few))
+            measured.remove()
+            with torch.no_grad():
+                metrics = list(module.task.metrics(module.model, few))
+            whole, part = (
+                next((len(leaf) for leaf in _tensors(given) if leaf.dim() and len(leaf)), 1) for given in (batch, few)
+            )
+            return metrics, max(sizes) * whole // part
         except Exception as error:
             shapes = ", ".join(f"{tuple(leaf.shape)} {_name(leaf)}" for leaf in _tensors(few))
             reason = next(iter(str(error).splitlines()), "") or type(error).__name__
@@ -83,6 +98,7 @@ class FirstBatch(L.Callback):
                 "shows the place"
             ) from error
         finally:
+            measured.remove()
             before.rewind()
 
 
@@ -125,17 +141,32 @@ def refuse_unknown_monitors(trainer: Any, validated: Set[str]) -> None:
                 )
 
 
-def refuse_too_many_directions(estimator: GradientEstimator, model: nn.Module, available: int | None) -> None:
-    """Raise if the directions held in memory together need more than the available bytes.
+def refuse_too_many_directions(
+    estimator: GradientEstimator, model: nn.Module, available: int | None, largest_output: int = 0
+) -> None:
+    """Raise if the directions held in memory together, and their effect on one layer, need more than what is available.
+
+    Args:
+        estimator: says how many directions it holds together.
+        model: the model.
+        available: bytes; None if unknown.
+        largest_output: bytes of the largest output of a layer, of which every direction has a derivative.
 
     Raises:
         ConfigError: the message says how many of them would fit.
     """
-    one, at_a_time = estimator.direction_bytes(trainable_params(model)), estimator.directions_at_a_time
+    at_a_time = estimator.directions_at_a_time
+    one = estimator.direction_bytes(trainable_params(model)) + largest_output
     if available is not None and one * at_a_time > available:
+        some = max(1, available // (4 * one))
+        remedy = (
+            f"chunk_size={some} processes them in parts"
+            if hasattr(estimator, "chunk_size")
+            else f"num_tangents={some} fit"
+        )
         raise ConfigError(
             f"{at_a_time} directions of {one / 2**20:.3g} MiB each do not fit into the {available / 2**30:.3g} GiB of "
-            f"free memory; chunk_size={max(1, available // (4 * one))} processes them in parts"
+            f"free memory; {remedy}"
         )
 
 
@@ -147,6 +178,10 @@ def _refuse_other_precision(batch: Any, model: nn.Module) -> None:
                 f"the data gives {_name(leaf)}, but the model has {_name(next(iter(own)))} parameters; convert the "
                 "data (inputs.float()), or train in its precision (trainer.precision=64-true)"
             )
+
+
+def _trained_bytes(output: Any) -> list[int]:
+    return [leaf.nbytes for leaf in _tensors(output) if leaf.requires_grad]
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:

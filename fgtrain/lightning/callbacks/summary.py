@@ -16,9 +16,9 @@ from fgtrain.memory import peak_mib
 
 
 class Summary(L.Callback):
-    """Prints the parameters, the directions, the expected error of one estimate and the memory of a step.
+    """Prints the parameters, the directions, the expected error of one estimate and the size of a step's tensors.
 
-    The error is the estimator's closed form for a gradient with equal entries. The memory is measured with one unused
+    The error is the estimator's closed form for a gradient with equal entries. The size is measured with one unused
     estimate on the first batch of a separate loader.
     """
 
@@ -60,7 +60,7 @@ def describe(module: EstimatorModule, batch: Any) -> dict[str, str]:
             estimate_for_step(plugin, Ranks(), watched, model, loss_fn, key=(module.seed,))
 
         peak = peak_mib(step, next(iter(params.values())).device)
-        lines["expected memory"] = f"{peak:.3g} MiB a step, above parameters and data"
+        lines["tensors of a step"] = f"{peak:.3g} MiB at their peak, beside parameters and data"
     return lines
 
 

@@ -153,6 +153,9 @@ def parse(arguments: Sequence[str], config_dir: str | None = None) -> Comparison
     mine, shared = split(arguments)
     if any(override.partition("=")[0].partition(".")[0] == "logger" for override in shared):
         raise ConfigError("compare reads the TensorBoard events of its runs; leave logger=... out")
+    for key, _, value in (argument.partition("=") for argument in mine):
+        if "list" in str(Comparison.__annotations__[key]) and not value.startswith("["):
+            raise ConfigError(f"{key} takes a list in brackets: {key}=[{value}]")
     given = {"overrides": shared, "config_dir": config_dir}
     merged = OmegaConf.merge(OmegaConf.structured(Comparison), OmegaConf.from_dotlist(mine), given)
     comparison = OmegaConf.to_object(merged)

@@ -1,5 +1,6 @@
 """The catalogue: test functions by their names, `task=function task.name=branin`."""
 
+import difflib
 from collections.abc import Sequence
 from typing import Literal
 
@@ -37,7 +38,9 @@ class CataloguedFunction(Function):
         dim: int | None = None,
     ) -> None:
         if name not in CATALOGUE:
-            raise ValueError(f"there is no test function {name}; choose one of {', '.join(sorted(CATALOGUE))}")
+            close = difflib.get_close_matches(name, CATALOGUE, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"choose one of {', '.join(sorted(CATALOGUE))}"
+            raise ValueError(f"there is no test function {name}; {hint}")
         formula = CATALOGUE[name]
         if dim is not None and formula.dim not in (None, dim):
             raise ValueError(f"{name} has dimension {formula.dim}, got dim={dim}")

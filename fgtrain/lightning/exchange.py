@@ -87,9 +87,9 @@ class Compressed:
             p.grad = None
         size = sum(p.nbytes for p in params)
         if self._state is None:
-            size //= 2
+            size = 2 * sum(p.numel() for p in params)
         elif (sent := self._numbers_sent() - before) > 0:  # its first steps send the whole gradient
-            size = 4 * sent
+            size = params[0].element_size() * sent
         self._ranks.count_all_reduce(size)
         return {name: found[name] for name in grads}
 

@@ -10,15 +10,16 @@ import os
 import tempfile
 import time
 from collections.abc import Sequence
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import lightning as L
 import torch
 
-from fgtrain.runs.messages import silence_libraries
+from fgtrain.errors import RankFailed, UserError
+from fgtrain.runs.messages import USER_ERRORS, one_line, silence_libraries
 from fgtrain.runs.run import run
 from fgtrain.studies.compare.plan import compose_run
 from fgtrain.studies.hosts import FIRST_ADDRESS, connected, enter, sent_bytes
@@ -56,8 +57,8 @@ class Problem(NamedTuple):
 
 
 PROBLEMS = {
-    "mnist_subset": Problem(("data=mnist_subset",), (0.8, 0.9), 150, {}),
-    "mnist1d": Problem(("data=mnist1d",), (0.4, 0.54), 60, {}),
+    "mnist_subset": Problem(("data=mnist_subset",), (0.8, 0.9), 100, {"gauss_newton": 0.1}),
+    "mnist1d": Problem(("data=mnist1d",), (0.3, 0.54), 30, {method: 1.5 for method in METHODS if "backprop" in method}),
 }
 
 
@@ -152,8 +153,6 @@ def measure_pair(data: str, method: str, mbit: float, problem: Problem) -> Measu
         NoNamespaces: this machine cannot make the hosts.
         UserError: the run failed; the message is that of the first rank that failed.
     """
-    context = get_context("forkserver")
-    context.set_forkserver_preload([__name__])
     with tempfile.TemporaryDirectory() as folder, connected(2, mbit) as hosts:
         course = Path(folder, "course.json")
         arguments = [*problem.arguments, *METHODS[method], f"run_dir={folder}/run"]
@@ -165,14 +164,7 @@ def measure_pair(data: str, method: str, mbit: float, problem: Problem) -> Measu
             f"+callbacks.course.target={problem.targets[-1]}",
             f"+callbacks.course.seconds={problem.seconds}",
         ]
-        pools = [ProcessPoolExecutor(1, context) for _ in hosts]
-        try:
-            jobs = [pool.submit(_rank, i, hosts[i], arguments) for i, pool in enumerate(pools)]
-            ended, _ = wait(jobs, return_when=FIRST_EXCEPTION)
-            results = next(iter(job.result() for job in jobs if job in ended))
-        finally:
-            for pool in pools:
-                pool.shutdown()
+        results = _together(hosts, arguments)
         noted = json.loads(course.read_text())
     points = [tuple(point) for point in noted["points"]]
     accuracy, steps = results["metrics"]["test/acc"], points[-1][0]
@@ -180,14 +172,49 @@ def measure_pair(data: str, method: str, mbit: float, problem: Problem) -> Measu
     return Measured(data, method, mbit, points, accuracy, 1e3 * noted["cpu"] / steps, counted, noted["sent"] / steps)
 
 
-def _rank(rank: int, host: str, arguments: Sequence[str]) -> dict[str, Any]:
-    """One rank, as torchrun would start it on its host."""
+def _together(hosts: Sequence[str], arguments: Sequence[str]) -> dict[str, Any]:
+    """The results of a run with one rank on each host; raises the first error of a rank."""
+    context, pending, ranks = get_context("forkserver"), [], []
+    context.set_forkserver_preload([__name__])
+    for i, host in enumerate(hosts):
+        end, other_end = context.Pipe(duplex=False)
+        ranks.append(context.Process(target=_rank, args=(other_end, i, host, arguments)))
+        ranks[-1].start()
+        other_end.close()
+        pending.append(end)
+    results: dict[str, Any] = {}
+    try:
+        while pending:
+            ready: list[Any] = wait(pending)
+            for end in ready:
+                found = end.recv()
+                if isinstance(found, Exception):
+                    raise found
+                results |= found
+                pending.remove(end)
+    except EOFError:
+        raise RankFailed("a rank of the run over the link was ended by a signal, or by an error shown above") from None
+    except BaseException:
+        for rank in ranks:
+            rank.terminate()
+        raise
+    finally:
+        for rank in ranks:
+            rank.join()
+    return results
+
+
+def _rank(end: Connection, rank: int, host: str, arguments: Sequence[str]) -> None:
+    """One rank, as torchrun would start it on its host; sends its results or its error."""
     enter(host)
     silence_libraries()
     torch.set_num_threads(1)
     os.environ |= {"MASTER_ADDR": FIRST_ADDRESS, "MASTER_PORT": "29517", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1"}
-    os.environ |= {"RANK": str(rank), "NODE_RANK": str(rank), "LOCAL_RANK": "0"}
+    os.environ |= {"RANK": str(rank), "NODE_RANK": str(rank), "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
     shared = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.max_steps=1000000", "scheduler=constant")
     shared += ("callbacks=none", "logger=none", "self_check=false")
-    cfg, choices = compose_run(shared, *arguments)
-    return run(cfg, choices)
+    try:
+        cfg, choices = compose_run(shared, *arguments)
+        end.send(run(cfg, choices))
+    except USER_ERRORS as error:
+        end.send(UserError(one_line(error)))

@@ -43,8 +43,13 @@ def sent_bytes(host):
 
 
 @pytest.mark.slow
-def test_a_cut_link_ends_both_hosts_and_the_run_can_be_resumed(hosts, tmp_path):
-    ranks = start(hosts, tmp_path, "trainer.max_steps=1000000", "trainer.val_check_interval=20")
+@pytest.mark.parametrize(
+    "method",
+    [("method=fwdgrad",), ("method=backprop", "distributed.gradients=power_sgd")],
+    ids=["derivatives", "compressed gradients"],
+)
+def test_a_cut_link_ends_both_hosts_and_the_run_can_be_resumed(hosts, tmp_path, method):
+    ranks = start(hosts, tmp_path, *method, "trainer.max_steps=1000000", "trainer.val_check_interval=20")
     deadline = time.monotonic() + PATIENCE
     while not (checkpoints := list(tmp_path.glob("runs/*/*/checkpoints/last.ckpt"))):
         assert time.monotonic() < deadline, "no checkpoint was written"
@@ -59,7 +64,8 @@ def test_a_cut_link_ends_both_hosts_and_the_run_can_be_resumed(hosts, tmp_path):
     ip("-n", hosts[0], "link", "set", DEVICE, "up")
     assert len(list(tmp_path.glob("runs/*/*"))) == 1
     (checkpoint,) = checkpoints
-    again = start(hosts, tmp_path, f"resume={checkpoint}", "trainer.max_steps=1000000", "trainer.max_time=00:00:00:02")
+    longer = ("trainer.max_steps=1000000", "trainer.max_time=00:00:00:02")
+    again = start(hosts, tmp_path, *method, f"resume={checkpoint}", *longer)
     for rank in again:
         assert rank.wait() == 0, rank.err
     (results,) = results_under(tmp_path)

@@ -38,7 +38,7 @@ def test_seconds_are_those_of_the_first_validation_at_the_target():
 def test_rows_have_a_column_for_every_target_and_link():
     assert rows_of(MEASURED, PROBLEM) == [
         ("backprop", "20.0", "0.2", "40.0", "0.4", "95.0%", "10.0", "1,000", "1,100"),
-        ("gauss_newton", "2.0", "2.0", "never", "never", "55.0%", "10.0", "1,000", "1,100"),
+        ("gauss_newton", "2.0", "2.0", "-", "-", "55.0%", "10.0", "1,000", "1,100"),
     ]
 
 

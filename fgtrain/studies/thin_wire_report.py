@@ -47,7 +47,7 @@ def rows_of(measured: Sequence[Measured], problem: Problem) -> list[tuple[str, .
         found = [
             own[r].seconds_to(target) if r in own else None for target in problem.targets for r in _rates_of(measured)
         ]
-        times = ["never" if seconds is None else f"{seconds:.1f}" for seconds in found]
+        times = ["-" if seconds is None else f"{seconds:.1f}" for seconds in found]
         cpu = fmean(m.cpu_ms for m in own.values())
         sizes = (fmean(m.bytes_counted for m in own.values()), fmean(m.bytes_on_wire for m in own.values()))
         best = max(m.best for m in own.values())

@@ -44,6 +44,7 @@ class Ranks:
     Attributes:
         rank: the index of this process.
         size: R, the number of processes.
+        group: PyTorch's process group with the deadline of a step; None for a single process.
         bytes_sent: bytes sent by this process so far, assuming ring algorithms: all-reduce of m bytes sends
             2 m (R - 1) / R, all-gather of m bytes from each rank sends m (R - 1).
 
@@ -58,9 +59,9 @@ class Ranks:
         self.size = dist.get_world_size() if in_group else 1
         self.bytes_sent = 0.0
         self._timeout = timedelta(seconds=timeout_seconds)
-        self._group: Any = None
+        self.group: Any = None
         if self.size > 1:  # a separate group, whose deadline is not that of loading data
-            self._group = dist.new_group(timeout=self._timeout)
+            self.group = dist.new_group(timeout=self._timeout)
 
     def end_startup(self) -> None:
         """Apply the deadline of a step to other communication (of Lightning, between steps) from now on."""
@@ -74,8 +75,12 @@ class Ranks:
             return tensor
         total = tensor.detach().clone(memory_format=torch.contiguous_format)
         self._together(dist.all_reduce, total)
-        self.bytes_sent += 2 * total.nbytes * (self.size - 1) / self.size
+        self.count_all_reduce(total.nbytes)
         return total / self.size
+
+    def count_all_reduce(self, size: int) -> None:
+        """Add an all-reduce of `size` bytes to `bytes_sent`."""
+        self.bytes_sent += 2 * size * (self.size - 1) / self.size
 
     def gather(self, tensor: Tensor) -> list[Tensor]:
         """The tensors of all ranks, which must have the same shape, in the order of the ranks."""
@@ -89,7 +94,7 @@ class Ranks:
 
     def _together(self, collective: Callable[..., Any], *tensors: Any) -> None:
         with lost_ranks_named(self.rank):
-            collective(*tensors, group=self._group)
+            collective(*tensors, group=self.group)
 
     def estimate(
         self,
@@ -98,6 +103,7 @@ class Ranks:
         loss_fn: Callable[[Any], Tensor],
         key: tuple[int, ...],
         tangents: TangentsOver = "shared",
+        exchange: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,
     ) -> Estimate:
         """The joint estimate of all ranks, with the same gradients on each; the loss is that of the rank's own shard.
 
@@ -109,6 +115,7 @@ class Ranks:
             loss_fn: the loss on this rank's shard of the batch.
             key: integers that determine the directions, such as (seed, step).
             tangents: "shared" or "per_rank".
+            exchange: replaces the mean of exact gradients; see `fgtrain.lightning.exchange`.
 
         Raises:
             ConfigError: `tangents` is neither.
@@ -117,6 +124,9 @@ class Ranks:
             raise ConfigError(f"distributed.tangents must be 'shared' or 'per_rank', got {tangents!r}")
         if self.size == 1:
             return estimator(model, loss_fn, generator=keyed_generator(*key))
+        if exchange is not None:
+            own = estimator(model, loss_fn, generator=keyed_generator(*key, self.rank))
+            return own._replace(grads=exchange(dict(own.grads)))
         if not estimator.scalar_reducible:
             return estimator(model, loss_fn, generator=keyed_generator(*key, self.rank), reduce=self.mean)
         if tangents == "shared":

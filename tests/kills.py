@@ -1,7 +1,6 @@
 """Runs that are killed, suspended or lose their disk, as processes forked from a server with all imports."""
 
 import contextlib
-import ctypes
 import errno
 import gc
 import multiprocessing
@@ -23,12 +22,12 @@ from torch.utils import tensorboard
 
 from fgtrain import data
 from fgtrain.runs import cli, launch, run
+from fgtrain.studies import hosts
 
 ROOT = Path(__file__).resolve().parents[1]
 IMPORTED = (cli, data, launch, run, tensorboard)
 PATIENCE = 600
 """Seconds after which a process counts as one that hangs: on a busy machine, its start alone takes a minute."""
-_CLONE_NEWNET = 0x40000000
 _CHANGES = {"os.rename", "os.link", "os.remove", "os.mkdir"}
 
 
@@ -183,11 +182,9 @@ def _spawn_by_fork(path: bytes, arguments: Sequence[Any], kept: Sequence[int]) -
         os._exit(status)
 
 
-def enter_network(folder: Path, name: str, device: str) -> None:
-    """Move the process into a named network namespace, whose device Gloo takes."""
-    os.environ["GLOO_SOCKET_IFNAME"] = device
-    with Path("/run/netns", name).open() as namespace:
-        assert ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), _CLONE_NEWNET) == 0
+def enter_network(folder: Path, host: str) -> None:
+    """Move the process into the network namespace of a host."""
+    hosts.enter(host)
 
 
 def kill_at_change(folder: Path, name: str = "", count: int = 1, alone: bool = False) -> None:

@@ -18,6 +18,7 @@ GROUPS = sorted(group.name for group in CONF.iterdir() if group.is_dir() and opt
 KEYS = """
 seed lr accumulate_grad_batches clip_grad_norm shrinkage rowwise max_skipped_steps detect_divergence self_check resume
 quiet distributed.tangents distributed.timeout_seconds distributed.check_every_n_steps method.num_tangents
+distributed.gradients distributed.local_steps
 method.combine method.tangents method.chunk_size method._target_ tangents._target_ data.batch_size data._target_
 model.hidden model._target_ optimizer.momentum optimizer._target_ scheduler._target_ trainer.max_steps
 trainer.precision trainer.devices trainer.strategy trainer.num_nodes trainer._target_ callbacks.checkpoint

@@ -1,90 +1,71 @@
 """Several hosts, made of network namespaces on this machine, at a switch with ports of limited rate."""
 
-import contextlib
 import re
-import shutil
 import subprocess
 import time
 from functools import partial
 
 import pytest
 
+from fgtrain.studies.hosts import DEVICE, FIRST_ADDRESS, NoNamespaces, connected, ip
 from tests.commands import results_under
 from tests.kills import PATIENCE, Started, enter_network
-
-SWITCH, HOSTS = "fgtrain-switch", ("fgtrain-a", "fgtrain-b", "fgtrain-c")
-
-
-def ip(*arguments):
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
 
 
 @pytest.fixture
 def hosts(request):
-    """Namespaces 10.77.0.1, .2, ... at a switch, 100 Mbit/s each way; two, or as many as the parameter."""
-    names = HOSTS[: getattr(request, "param", 2)]
-    if not (shutil.which("ip") and shutil.which("tc")):
-        pytest.skip("needs ip and tc (iproute2)")
-    with contextlib.ExitStack() as undo:
-        try:
-            for namespace in (SWITCH, *names):
-                ip("netns", "add", namespace)
-                undo.callback(ip, "netns", "del", namespace)
-            ip("-n", SWITCH, "link", "add", "bridge", "type", "bridge")
-            ip("-n", SWITCH, "link", "set", "bridge", "up")
-            for i, host in enumerate(names):
-                port = f"port{i}"
-                ip("link", "add", "fg0", "netns", host, "type", "veth", "peer", "name", port, "netns", SWITCH)
-                ip("-n", SWITCH, "link", "set", port, "master", "bridge", "up")
-                ip("-n", host, "addr", "add", f"10.77.0.{i + 1}/24", "dev", "fg0")
-                ip("-n", host, "link", "set", "lo", "up")
-                ip("-n", host, "link", "set", "fg0", "up")
-                for namespace, device in ((host, "fg0"), (SWITCH, port)):
-                    limit = f"tc qdisc add dev {device} root tbf rate 100mbit burst 64kb latency 100ms"
-                    ip("netns", "exec", namespace, *limit.split())
-        except subprocess.CalledProcessError as error:
-            pytest.skip(f"cannot make network namespaces: {error.stderr.strip()}")
-        yield names
+    """Network namespaces at a switch, 100 Mbit/s each way; two, or as many as the parameter."""
+    try:
+        with connected(getattr(request, "param", 2), mbit=100) as names:
+            yield names
+    except NoNamespaces as error:
+        pytest.skip(str(error))
 
 
 def start(hosts, folder, *overrides):
     """The command line on every host: torchrun, with one rank."""
-    torchrun = (f"--nnodes={len(hosts)}", "--nproc_per_node=1", "--master_addr=10.77.0.1", "--master_port=29517")
+    torchrun = (f"--nnodes={len(hosts)}", "--nproc_per_node=1", f"--master_addr={FIRST_ADDRESS}", "--master_port=29517")
     command = ("trainer=ddp", "trainer.accelerator=cpu", "distributed.timeout_seconds=10", *overrides)
     return [
         Started(
             folder,
             *command,
             torchrun=(*torchrun, f"--node_rank={i}"),
-            disturb=partial(enter_network, name=host, device="fg0"),
+            disturb=partial(enter_network, host=host),
         )
         for i, host in enumerate(hosts)
     ]
 
 
 def sent_bytes(host):
-    counter = ["ip", "netns", "exec", host, "cat", "/sys/class/net/fg0/statistics/tx_bytes"]
+    counter = ["ip", "netns", "exec", host, "cat", f"/sys/class/net/{DEVICE}/statistics/tx_bytes"]
     return int(subprocess.run(counter, check=True, capture_output=True, text=True).stdout)
 
 
 @pytest.mark.slow
-def test_a_cut_link_ends_both_hosts_and_the_run_can_be_resumed(hosts, tmp_path):
-    ranks = start(hosts, tmp_path, "trainer.max_steps=1000000", "trainer.val_check_interval=20")
+@pytest.mark.parametrize(
+    "method",
+    [("method=fwdgrad",), ("method=backprop", "distributed.gradients=power_sgd")],
+    ids=["derivatives", "compressed gradients"],
+)
+def test_a_cut_link_ends_both_hosts_and_the_run_can_be_resumed(hosts, tmp_path, method):
+    ranks = start(hosts, tmp_path, *method, "trainer.max_steps=1000000", "trainer.val_check_interval=20")
     deadline = time.monotonic() + PATIENCE
     while not (checkpoints := list(tmp_path.glob("runs/*/*/checkpoints/last.ckpt"))):
         assert time.monotonic() < deadline, "no checkpoint was written"
         assert [rank.process.exitcode for rank in ranks] == [None, None], ranks[0].err
         time.sleep(0.02)
     time.sleep(1)
-    ip("-n", hosts[0], "link", "set", "fg0", "down")
+    ip("-n", hosts[0], "link", "set", DEVICE, "down")
     for rank in ranks:
         assert rank.wait() not in (0, None), rank.err
     told = re.findall(r"fgtrain: rank ([01]) lost another rank in the middle of the run", ranks[0].err)
     assert set(told) == {"0", "1"}, ranks[0].err
-    ip("-n", hosts[0], "link", "set", "fg0", "up")
+    ip("-n", hosts[0], "link", "set", DEVICE, "up")
     assert len(list(tmp_path.glob("runs/*/*"))) == 1
     (checkpoint,) = checkpoints
-    again = start(hosts, tmp_path, f"resume={checkpoint}", "trainer.max_steps=1000000", "trainer.max_time=00:00:00:02")
+    longer = ("trainer.max_steps=1000000", "trainer.max_time=00:00:00:02")
+    again = start(hosts, tmp_path, *method, f"resume={checkpoint}", *longer)
     for rank in again:
         assert rank.wait() == 0, rank.err
     (results,) = results_under(tmp_path)

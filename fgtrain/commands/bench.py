@@ -3,7 +3,8 @@
 Times are medians over rounds in which all methods take turns. Memory is the peak above the parameters. Both are also
 given relative to one backprop step and to one forward pass without gradients, of the same model in the same run.
 --scaling models a step with many processes from compute measured here and bandwidths you name. --chains measures
-forward mode over few parameters and many small operations, such as a simulation.
+forward mode over few parameters and many small operations, such as a simulation. --thin-wire trains by two hosts, made
+of network namespaces, over links of limited rate; it needs root, and --quick takes three minutes.
 scripts/results/README.md has measurements.
 """
 
@@ -12,11 +13,12 @@ import json
 import os
 from pathlib import Path
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # before torch: silences its profiler
+os.environ |= {"KINETO_LOG_LEVEL": "9", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # before torch: silences its profiler
 
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from fgtrain.memory import keep_freed_memory
@@ -26,6 +28,8 @@ from fgtrain.studies.benchmarks.loop import loop_overhead
 from fgtrain.studies.benchmarks.methods import methods_of
 from fgtrain.studies.benchmarks.scaling import Link, measure_compute, rows_of, scaling_table
 from fgtrain.studies.benchmarks.steps import REFERENCES, Row, measure
+from fgtrain.studies.thin_wire import METHODS, PROBLEMS, Measured, measure_pair
+from fgtrain.studies.thin_wire_report import write_report
 
 
 def parse() -> argparse.Namespace:
@@ -47,6 +51,11 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--scaling", action="store_true", help="instead: modelled step time against ranks")
     parser.add_argument("--chains", action="store_true", help="instead: derivatives along chains of small operations")
     parser.add_argument("--widths", nargs="+", type=int, default=[2048, 65536], help="of an operation, for --chains")
+    parser.add_argument("--thin-wire", action="store_true", help="instead: seconds to an accuracy against bandwidth")
+    parser.add_argument("--quick", action="store_true", help="three methods, two links, one target, for --thin-wire")
+    parser.add_argument("--mbit", nargs="+", type=float, help="links, for --thin-wire")
+    parser.add_argument("--seconds", type=float, help="of a run, for --thin-wire")
+    parser.add_argument("--out", type=Path, default=Path("thin_wire"), help="folder, for --thin-wire")
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 8, 64], help="for --scaling")
     parser.add_argument("--gbit", nargs="+", type=float, default=[0.1, 1, 10], help="bandwidths, for --scaling")
     parser.add_argument("--latency-us", type=float, default=50, help="of the link, for --scaling")
@@ -66,6 +75,9 @@ def main() -> None:
 def bench(args: argparse.Namespace) -> None:
     """Measure what the command line asks for."""
     keep_freed_memory()
+    if args.thin_wire:
+        print_thin_wire(args)
+        return
     if args.loop:
         print_loop_overhead(args.methods)
         return
@@ -148,3 +160,26 @@ def print_scaling(args: argparse.Namespace, device: torch.device) -> None:
     console.print(scaling_table(rows, f"ms a step, compute measured on {device}, link modelled"))
     if args.json:
         args.json.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def print_thin_wire(args: argparse.Namespace) -> None:
+    """Train over links of limited rate; write the table, the figure and the numbers after every run."""
+    silence_libraries()
+    methods, problems, mbit = list(METHODS), PROBLEMS, [1.0, 10.0, 100.0]
+    if args.quick:
+        methods, mbit = ["backprop", "backprop, PowerSGD", "gauss_newton"], [1.0, 100.0]
+        problems = {"mnist_subset": PROBLEMS["mnist_subset"]._replace(targets=(0.7,), seconds=15)}
+    if args.seconds is not None:
+        problems = {data: problem._replace(seconds=args.seconds) for data, problem in problems.items()}
+    mbit = args.mbit or mbit
+    if not min(*mbit, *(problem.seconds for problem in problems.values())) > 0:
+        raise ValueError("--mbit and --seconds must be positive")
+    args.out.mkdir(parents=True, exist_ok=True)
+    jobs = [(data, method, rate) for data in problems for rate in mbit for method in methods]
+    measured: list[Measured] = []
+    console, progress = Console(), Console(stderr=True)
+    for data, method, rate in track(jobs, "training over the link", console=progress, transient=True):
+        measured.append(measure_pair(data, method, rate, problems[data]))
+        page = write_report(measured, problems, args.out)
+    console.print(page, soft_wrap=True, highlight=False, markup=False)
+    console.print(f"thin_wire.md, thin_wire.json, thin_wire.png and thin_wire.svg in {args.out}", soft_wrap=True)

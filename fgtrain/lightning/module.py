@@ -26,6 +26,7 @@ from fgtrain.lightning.checkpoints import (
     take_along,
 )
 from fgtrain.lightning.divergence import Divergence
+from fgtrain.lightning.exchange import Exchange, Gradients, average_weights, exchange_of
 from fgtrain.lightning.length import total_steps
 from fgtrain.lightning.position import Position
 from fgtrain.lightning.step import StepEstimates, estimate_for_step
@@ -50,6 +51,8 @@ class EstimatorModule(L.LightningModule):
         divergence: checks every estimate before a step uses it.
         distributed_tangents: whether processes share their directions, see `fgtrain.distributed`.
         distributed_timeout: seconds a process waits for the others, once training has begun.
+        distributed_gradients: what processes send of exact gradients, see `fgtrain.lightning.exchange`.
+        local_steps: optimizer steps between two means of the weights, with distributed_gradients="local".
 
     Attributes:
         ranks: the processes, once the trainer has set them up.
@@ -70,6 +73,8 @@ class EstimatorModule(L.LightningModule):
         divergence: Divergence | None = None,
         distributed_tangents: TangentsOver = "shared",
         distributed_timeout: float = 60.0,
+        distributed_gradients: Gradients = "mean",
+        local_steps: int = 16,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -84,6 +89,9 @@ class EstimatorModule(L.LightningModule):
         self.divergence = divergence or Divergence()
         self.distributed_tangents: TangentsOver = distributed_tangents
         self.distributed_timeout = distributed_timeout
+        self.distributed_gradients: Gradients = distributed_gradients
+        self.local_steps = local_steps
+        self._exchange: Exchange | None = None
         self.ranks = Ranks()
         self.position = Position()
         self._gathered_bytes = 0
@@ -97,6 +105,7 @@ class EstimatorModule(L.LightningModule):
 
     def on_train_start(self) -> None:
         self.ranks.end_startup()
+        self._exchange = exchange_of(self.distributed_gradients, self.estimator, self.model, self.ranks)
         params, self._is_accumulating = dict(self.named_parameters()), bool(self._saved_grads)
         while self._saved_grads:
             name, grad = self._saved_grads.popitem()
@@ -130,6 +139,14 @@ class EstimatorModule(L.LightningModule):
                 f"the learning rate is 0 at step {step}, where the run continues: its schedule ends there; give it "
                 "a longer one, or start another run from its weights"
             )
+
+    def on_train_end(self) -> None:
+        if self._is_local:
+            average_weights(self.model, self.ranks)
+
+    @property
+    def _is_local(self) -> bool:
+        return self.distributed_gradients == "local" and self.ranks.size > 1
 
     def configure_callbacks(self) -> list[L.Callback]:
         return [self.divergence, self.position]
@@ -168,7 +185,9 @@ class EstimatorModule(L.LightningModule):
             if self.clip_grad_norm is not None or self.distributed_tangents != "shared":
                 raise ConfigError("sharded parameters take clip_grad_norm=null and distributed.tangents=shared")
 
-    def estimate(self, estimator: GradientEstimator, batch: Any, batch_idx: int) -> Estimate:
+    def estimate(
+        self, estimator: GradientEstimator, batch: Any, batch_idx: int, exchange: Exchange | None = None
+    ) -> Estimate:
         """The estimate that all ranks would add to `.grad` at the current step; changes nothing."""
         trainer = self.trainer
         return estimate_for_step(
@@ -180,6 +199,7 @@ class EstimatorModule(L.LightningModule):
             key=(self.seed, trainer.global_step, batch_idx % self.accumulate_grad_batches),
             tangents=self.distributed_tangents,
             micro_batches=self.accumulate_grad_batches,
+            exchange=exchange,
         )
 
     def estimates_at_step(self) -> StepEstimates:
@@ -195,7 +215,7 @@ class EstimatorModule(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         trainer, micro_batch = self.trainer, batch_idx % self.accumulate_grad_batches
-        estimate = self.estimate(self.estimator, batch, batch_idx)
+        estimate = self.estimate(self.estimator, batch, batch_idx, self._exchange)
         scales = getattr(trainer.precision_plugin, "scaler", None) is not None
         sound = scales or self.divergence.inspect(estimate, trainer)  # a loss scaler skips such steps itself
         self.ranks.bytes_sent += self._gathered_bytes
@@ -213,7 +233,7 @@ class EstimatorModule(L.LightningModule):
 
     def _evaluate_again(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss and gradients at other parameters, for an optimizer that searches along a line."""
-        estimate = self.estimate(self.estimator, batch, batch_idx)
+        estimate = self.estimate(self.estimator, batch, batch_idx, self._exchange)
         write_grads(self.model, estimate.grads, check_finite=False)
         return estimate.loss
 
@@ -225,6 +245,8 @@ class EstimatorModule(L.LightningModule):
             scale = 1.0 if scaler is None else scaler.get_scale()
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm * scale)
         optimizer.step(closure) if self._searches else optimizer.step()
+        if self._is_local and self.trainer.global_step % self.local_steps == 0:
+            average_weights(self.model, self.ranks)
         for config in self.trainer.lr_scheduler_configs:
             config.scheduler.step()
 

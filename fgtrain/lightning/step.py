@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fgtrain.distributed import Ranks, TangentsOver
 from fgtrain.estimators import Estimate, GradientEstimator
+from fgtrain.lightning.exchange import Exchange
 
 
 class StepEstimates(NamedTuple):
@@ -43,6 +44,7 @@ def estimate_for_step(
     key: tuple[int, ...],
     tangents: TangentsOver = "shared",
     micro_batches: int = 1,
+    exchange: Exchange | None = None,
 ) -> Estimate:
     """An estimate whose gradients can be added to `.grad` unchanged.
 
@@ -63,7 +65,7 @@ def estimate_for_step(
         return scaled(found / micro_batches) if is_scaled and estimator.backpropagates else found
 
     with _full_precision(plugin):
-        estimate = ranks.estimate(estimator, model, losses, key, tangents)
+        estimate = ranks.estimate(estimator, model, losses, key, tangents, exchange)
         if not is_scaled:
             return estimate
         if estimator.backpropagates:

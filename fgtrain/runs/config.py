@@ -33,11 +33,15 @@ class DistributedConfig:
         tangents: "shared" or "per_rank" directions.
         check_every_n_steps: optimizer steps between two checks that all ranks have the same parameters; 0 for none.
         timeout_seconds: how long a rank waits for the others within a step before it gives up.
+        gradients: what ranks send of exact gradients, see `fgtrain.lightning.exchange`.
+        local_steps: optimizer steps between two means of the weights, with gradients=local.
     """
 
     tangents: str = "shared"
     check_every_n_steps: int = 1000
     timeout_seconds: float = 60.0
+    gradients: str = "mean"
+    local_steps: int = 16
 
 
 @dataclass

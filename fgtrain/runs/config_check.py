@@ -11,6 +11,7 @@ from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 from fgtrain.errors import ConfigError
+from fgtrain.lightning.exchange import GRADIENTS
 from fgtrain.runs.config import TrainConfig, nodes, signature_of, to_plain
 
 
@@ -44,6 +45,12 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError(
             f"distributed.check_every_n_steps must not be negative, got {cfg.distributed.check_every_n_steps}"
         )
+    if cfg.distributed.gradients not in GRADIENTS:
+        raise ConfigError(
+            f"distributed.gradients must be one of {', '.join(GRADIENTS)}, got {cfg.distributed.gradients!r}"
+        )
+    if cfg.distributed.local_steps < 1:
+        raise ConfigError(f"distributed.local_steps must be at least 1, got {cfg.distributed.local_steps}")
     if not cfg.distributed.timeout_seconds > 0:
         raise ConfigError(f"distributed.timeout_seconds must be positive, got {cfg.distributed.timeout_seconds}")
     plain = to_plain(cfg)

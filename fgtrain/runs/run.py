@@ -126,10 +126,13 @@ def build(cfg: DictConfig) -> Run:
         divergence=Divergence(cfg.max_skipped_steps, cfg.detect_divergence, cfg.max_skipped_share, task.advice),
         distributed_tangents=cfg.distributed.tangents,
         distributed_timeout=cfg.distributed.timeout_seconds,
+        distributed_gradients=cfg.distributed.gradients,
+        local_steps=cfg.distributed.local_steps,
     )
     monitor = Monitor(cfg.trainer.log_every_n_steps)
     world = plan(to_plain(cfg)["trainer"])
-    several = [RankCheck(cfg.distributed.check_every_n_steps, cfg.trainer.log_every_n_steps)] if world.size > 1 else []
+    every = 0 if cfg.distributed.gradients == "local" else cfg.distributed.check_every_n_steps
+    several = [RankCheck(every, cfg.trainer.log_every_n_steps)] if world.size > 1 else []
     checks = [SelfCheck()] if cfg.self_check else []
     chosen = [instantiate(node) for node in (cfg.callbacks or {}).values()]
     console = [] if cfg.quiet else [Summary(), StepProgress()]  # the training time excludes the summary

@@ -130,7 +130,7 @@ def test_terminal(tmp_path):
     assert lines[1].startswith("tangents         16 a step, LowRank")
     assert lines[2].startswith("expected error   0.998 times")  # sqrt(s / (1 + s)), s = (4810 - 1) / 16
     assert lines[2].rstrip().endswith("cosine 0.058")  # 1 / sqrt(1 + s)
-    assert "MiB a step" in lines[3]
+    assert lines[3].startswith("memory per step  ")
     assert sum(line.startswith("step ") for line in lines) == 10
     assert "\x1b" not in out + err  # no control characters into a file
     assert train(tmp_path, "method=backprop", "quiet=true", "trainer.max_steps=3") == (0, "", "")

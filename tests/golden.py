@@ -93,6 +93,9 @@ def run_script(name: str, *arguments: str) -> None:
     try:
         with redirect_stdout(StringIO()):
             runpy.run_path(str(ROOT / "scripts" / name), run_name="__main__")
+    except SystemExit as end:  # scripts end with their status
+        if end.code:
+            raise
     finally:
         sys.argv = before
 

@@ -239,7 +239,6 @@ PLANS = st.builds(
 LONGER = st.sampled_from([{"max_steps": 17}, {"max_steps": -1, "max_epochs": 5}, {"max_steps": 16, "max_epochs": 7}])
 
 
-@pytest.mark.slow
 @given(plan=PLANS)
 @settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 @example(plan=Plan(EPOCHS, save_every=5, cuts=((18, True), (12, True))))

@@ -16,8 +16,8 @@ def torchvision_model(
     Args:
         name: as in torchvision.models.list_models(), for example "resnet18".
         num_classes: number of outputs.
-        image_size: enlarge images to this size. Networks with a minimum size need it: 224 for vit_b_16, 32 for
-            vgg11_bn.
+        image_size: enlarge images to this size; None for the size that a vision transformer was built for, and for the
+            data's own otherwise. Networks with a minimum size need it, for example 32 for vgg11_bn.
         weights: name of pre-trained weights, for example "DEFAULT" (downloaded by torchvision); None for random ones.
 
     Raises:
@@ -33,7 +33,7 @@ def torchvision_model(
     else:
         network = torchvision.models.get_model(name, weights=weights)
         _replace_head(network, num_classes)
-    return ImageAdapter(network, image_size)
+    return ImageAdapter(network, image_size or getattr(network, "image_size", None))
 
 
 def _replace_head(network: nn.Module, num_classes: int) -> None:

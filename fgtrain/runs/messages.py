@@ -21,6 +21,8 @@ _OPTIONS = {
 }
 """Arguments of Python that messages name in their remedy, as options of the command line."""
 
+_TYPES = {"Float": "a number", "Integer": "an integer", "Boolean": "true or false"}
+
 _CHATTER = (
     ".*LeafSpec.*",
     ".*torch.jit.script.*",
@@ -96,6 +98,11 @@ def one_line(error: BaseException | str) -> str:
     elif several := re.match(r"Ambiguous value for argument '([^=]+)=(.*?)'\n", text):
         key, values = several.groups()
         text = f"{key} gets several values; -m runs one after the other, and {key}=[{values}] is one list"
+    elif wrong := re.search(
+        r"Value (.*) of type '\w+' could not be converted to (Float|Integer|Boolean)", f"{text} {cause}"
+    ):
+        key = re.search(r"(?:override \+*|full_key: )([\w.]+)", text)
+        text = f"{key[1] if key else 'a value'} must be {_TYPES[wrong[2]]}, got {wrong[1]}"
     elif unknown := re.match(r"Could not override '(\S+)'", text):
         text = f"{unknown.group(1)} is not a key of the configuration; {for_key(unknown.group(1))}"
     elif plugin := re.match(r"In '.*': Could not find 'hydra/(sweeper|launcher)/(\w+)'", text):

@@ -25,6 +25,9 @@ from torch.utils._pytree import tree_unflatten as tree_unflatten
 plain_tensors = torch._C.DisableTorchFunctionSubclass
 """A context in which tensor subclasses' `__torch_function__` is not called. It has no public name."""
 
+no_overrides = torch._C.DisableTorchFunction
+"""A context in which neither subclasses nor modes override functions. It has no public name."""
+
 overrides_of_tensors = torch._C._EnableTorchFunction
 """A context that undoes `plain_tensors`. It has no public name."""
 

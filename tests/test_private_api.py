@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import LambdaCallback
 from torch import Tensor, nn
 from torch._C import _autograd
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from fgtrain import Backprop, _torch
@@ -36,6 +37,18 @@ def test_plain_tensors_asks_nobody():
         assert isinstance(torch.sin(x), Tensor)
         with _torch.overrides_of_tensors():
             assert torch.sin(x) == "asked"
+
+
+def test_no_overrides_asks_neither_subclasses_nor_modes():
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            return "asked"
+
+    x = override()
+    with Mode():
+        assert torch.sin(x) == "asked"
+        with _torch.no_overrides():
+            assert isinstance(torch.sin(x), Tensor)
 
 
 def test_no_torch_function():

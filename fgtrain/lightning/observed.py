@@ -5,7 +5,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as fwAD
 from torch import Tensor, nn
 from torchmetrics import Metric
 from torchmetrics.wrappers.abstract import WrapperMetric
@@ -15,6 +14,7 @@ from fgtrain.distributed import Ranks, TangentsOver
 from fgtrain.errors import LossError
 from fgtrain.estimators import Estimate, GradientEstimator
 from fgtrain.forward_ad.dual import Dual
+from fgtrain.forward_ad.native import primal_of
 from fgtrain.lightning.divergence import Divergence
 
 LossFn = Callable[[Any], Tensor]
@@ -168,14 +168,7 @@ def _loss_of(output: Any) -> Tensor:
 
 def without_tangents(tree: Any) -> Any:
     """The same nested values with tensors reduced to their values: no tangent, no graph."""
-
-    def value(x: Any) -> Any:
-        if isinstance(x, Dual):
-            return x.primal
-        return fwAD.unpack_dual(x).primal.detach() if isinstance(x, Tensor) else x
-
-    with torch.no_grad():  # the reference engine would look for the lost tangent
-        return tree_map(value, tree)
+    return tree_map(lambda x: primal_of(x).detach() if isinstance(x, Tensor) else x, tree)
 
 
 class _Kept:

@@ -48,7 +48,7 @@ def self_check(model: nn.Module, loss_fn: LossFn, estimator: GradientEstimator) 
 
     try:
         first, second = evaluate(), evaluate()
-        if not first.loss.isfinite():
+        if not _is_finite(first):
             return []  # training counts and reports this itself
         _refuse_changed(model, before)
         tolerance = _tolerance(first)
@@ -70,6 +70,10 @@ def self_check(model: nn.Module, loss_fn: LossFn, estimator: GradientEstimator) 
     finally:
         estimator.load_state_dict(state)
         again.rewind()
+
+
+def _is_finite(estimate: Estimate) -> bool:
+    return all(bool(x.isfinite().all()) for x in (estimate.loss, *estimate.grads.values()))
 
 
 def _tolerance(estimate: Estimate) -> float:

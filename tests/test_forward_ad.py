@@ -164,6 +164,15 @@ def test_unknown_names_are_refused():
         directional_derivatives(CASES[0].build(), CASES[0].loss, {"nope": torch.zeros(1, 2)})
 
 
+@pytest.mark.parametrize(
+    ("weight", "bias"), [((2, 4, 3), (3, 4)), ((4, 3), (4,)), ((1, 4, 3), (1, 1)), ((1, 3, 4), (1, 4)), ((), (1, 4))]
+)
+def test_tangents_of_another_shape_are_refused(weight, bias):
+    tangents = {"0.weight": torch.ones(weight), "0.bias": torch.ones(bias)}
+    with pytest.raises(ValueError, match=r"^the tangents of 0\.\w+ have the shape .*; give \(K, \*p\.shape\)"):
+        directional_derivatives(CASES[0].build(), CASES[0].loss, tangents)
+
+
 def test_parameters_left_out_have_the_direction_zero():
     model = CASES[0].build()
     tangents = Normal().sample(dict(model.named_parameters()), [0])

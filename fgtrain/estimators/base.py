@@ -1,5 +1,6 @@
 """The base of all methods: an estimator, called with a model and a loss, returns gradients."""
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -198,11 +199,18 @@ def write_grads(
         check_finite: check the norm of each gradient for nan and inf; on a GPU this waits for the gradients.
 
     Raises:
+        ValueError: a name in `grads` is not that of a parameter.
         DivergenceError: a gradient is not finite.
     """
+    params = slots_of(model).params
+    if unknown := grads.keys() - params.keys():
+        raise ValueError(
+            f"gradients for {', '.join(sorted(unknown))}, which the model's named_parameters() do not list; write "
+            "them to the model that the estimator was called with"
+        )
     if check_finite:
         _refuse_non_finite(grads)
-    for name, p in slots_of(model).params.items():
+    for name, p in params.items():
         if name in grads:
             p.grad = grads[name] if p.grad is None or not accumulate else p.grad.add_(grads[name])
         elif not accumulate:
@@ -221,4 +229,7 @@ def _refuse_non_finite(grads: Mapping[str, Tensor]) -> None:
 
 def norms(tensors: list[Tensor]) -> tuple[Tensor, ...]:
     """The norms, not finite if an entry is not; half precision is squared in single, to avoid overflow."""
-    return foreach_norm(tensors, 2, dtype=torch.float32 if tensors[0].dtype.itemsize < 4 else None)
+    dtypes = {x.dtype for x in tensors}
+    has_half = any(dtype.itemsize < 4 for dtype in dtypes)
+    widest = functools.reduce(torch.promote_types, dtypes, torch.float32) if has_half else None
+    return foreach_norm(tensors, 2, dtype=widest)

@@ -23,7 +23,7 @@ from fgtrain.forward_ad.passes import LightPass, NotIntercepted, RepeatedPass, W
 from fgtrain.memory import is_out_of_memory
 from fgtrain.network.parameters import ParameterSlots, one_at_a_time, slots_of
 from fgtrain.network.sharding import is_sharded
-from fgtrain.tangents.directions import Tangent, num_of
+from fgtrain.tangents.directions import LowRankTangent, Tangent, num_of
 
 __all__ = ["directional_derivatives", "jvp"]
 
@@ -49,7 +49,8 @@ def directional_derivatives(
     Raises:
         UnsupportedOperation: an operation has no forward-mode derivative; the message says where and what to do.
         LossError: the loss depends on no parameter, or is not of shape (B,) or ().
-        ValueError: a name is not that of a parameter.
+        ValueError: a name is not that of a parameter, a tangent has another shape than its parameter, or tangents
+            differ in K.
 
     The derivative of x^2 at x = 3 along v = 1 is 6:
 
@@ -57,8 +58,21 @@ def directional_derivatives(
     >>> directional_derivatives(model, lambda m: m["x"] ** 2, {"x": torch.ones(1)})
     (tensor(9.), tensor([6.]))
     """
+    _refuse_other_shapes(model, tangents)
     losses, derivatives = jvp(model, loss_fn, tangents)
     return losses, derivatives if losses.dim() == 0 else derivatives.mean(1)
+
+
+def _refuse_other_shapes(model: nn.Module, tangents: Mapping[str, Tangent]) -> None:
+    params = slots_of(model).params
+    shapes = {n: (t.num, *t.shape) if isinstance(t, LowRankTangent) else tuple(t.shape) for n, t in tangents.items()}
+    num = next(iter(shapes.values()), ())[:1]
+    for name, shape in shapes.items():
+        if name in params and (not num or shape != (*num, *params[name].shape)):
+            raise ValueError(
+                f"the tangents of {name} have the shape {shape}; give (K, *p.shape), where K is the same for all "
+                f"parameters and p.shape is {tuple(params[name].shape)}"
+            )
 
 
 def jvp(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> tuple[Tensor, Tensor]:

@@ -46,7 +46,10 @@ class Tangents(ABC):
 
     @abstractmethod
     def relative_variance(self, grads: Mapping[str, Tensor]) -> float:
-        """E ||(g . v) v - g||^2 / ||g||^2 for one direction v, where g is the gradient `grads`."""
+        """E ||(g . v) v - g||^2 / ||g||^2 for one direction v, where g is the gradient `grads`.
+
+        If the value depends on g, it is nan for g = 0.
+        """
 
     def bytes_of(self, params: Mapping[str, Tensor]) -> int:
         """Memory of one direction over `params`."""
@@ -218,7 +221,7 @@ class LowRank(Tangents):
                 excess += square * 2 * (1 - 1 / self.rank)
             else:
                 excess += square * (2 + 2 * (g.shape[0] + math.prod(g.shape[1:]) + 1) / self.rank)
-        return count - 1 + excess / norm
+        return count - 1 + (excess / norm if norm else math.nan)
 
     def __repr__(self) -> str:
         return f"LowRank(rank={self.rank}, factors={self.factors!r})"

@@ -5,6 +5,7 @@ rules for the usual layers. `compiled` turns that pass into one compiled functio
 `native` is PyTorch's own forward mode, one pass per direction: slower, and the reference for tests of the others. A
 pass runs in the fastest engine that can handle it. If an engine fails, the next one repeats the pass with the same
 buffers and random numbers, and the log says so once. If no engine can guarantee a derivative, an error names the cause.
+Parameters that FSDP2 shards have an engine of their own, `sharded`, which no other replaces.
 """
 
 import logging
@@ -111,32 +112,32 @@ class _Engines:
 
     def __init__(self, slots: ParameterSlots) -> None:
         self._is_sharded = any(is_sharded(p) for p in slots.params.values())
-        self._one = next(iter(slots.params.values()))
+        self._first = next(iter(slots.params.values()))
         self._plans: dict[Any, _Plan] = {}
         self._compiled: Any = None
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
     def run(
         self, model: nn.Module, slots: ParameterSlots, loss_fn: LossFn, tangents: Mapping[str, Tangent]
     ) -> tuple[Tensor, Tensor]:
         """As `jvp`, for a model with these slots."""
-        met = self._met(model, tangents)
-        engines, plan = self._all(compiled=met[-1]), self._plans.get(met)
+        conditions = self._conditions(model, tangents)
+        engines, plan = self._engines(compiled=conditions[-1]), self._plans.get(conditions)
         first = plan.first if plan is not None and plan.left else 0
         # If an engine is likely to fail, the state that a pass can change is saved; this takes longer than a step of a
         # small model.
         before = RepeatedPass(model) if plan is None or first < plan.first else LightPass(slots)
         for i in range(first, len(engines)):
-            engine, otherwise = engines[i]
+            engine, failure = engines[i]
             try:
                 found = engine(model, loss_fn, tangents, before)
             except Exception as reason:
                 if i + 1 == len(engines) or is_out_of_memory(reason):
                     raise
                 before.rewind()
-                self._tell(otherwise, type(model).__name__, str(reason).split("\n")[0])
+                self._warn_once(failure, type(model).__name__, str(reason).split("\n")[0])
             else:
-                self._plans[met] = plan = plan or _Plan()
+                self._plans[conditions] = plan = plan or _Plan()
                 if i > first:
                     plan.first, plan.left, plan.wait = i, plan.wait, 2 * plan.wait
                 elif i:
@@ -146,13 +147,13 @@ class _Engines:
                 return found
         raise AssertionError("the last engine returns or raises")
 
-    def _met(self, model: nn.Module, tangents: Mapping[str, Tangent]) -> tuple[Any, ...]:
+    def _conditions(self, model: nn.Module, tangents: Mapping[str, Tangent]) -> tuple[Any, ...]:
         """The conditions that decide which engines can run, as far as they are known before the pass."""
-        first, p = next(iter(tangents.values())), self._one
+        first, p = next(iter(tangents.values())), self._first
         return type(first), num_of(tangents), model.training, p.dtype, p.stride(), is_compiled(model)
 
-    def _all(self, *, compiled: bool) -> list[tuple[Engine, str]]:
-        """(engine, log message for its failure)."""
+    def _engines(self, *, compiled: bool) -> list[tuple[Engine, str]]:
+        """(engine, log message for its failure), fastest first."""
         if self._is_sharded:
             return [(_sharded, "")]
         engines = [(_stacked, "%s runs through the slower reference engine: %s"), (_native, "")]
@@ -178,9 +179,9 @@ class _Engines:
             raise NotIntercepted("the compiled derivatives differ")
         return expected
 
-    def _tell(self, message: str, *parts: str) -> None:
-        if message not in self._told:
-            self._told.add(message)
+    def _warn_once(self, message: str, *parts: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
             _log.warning(message, *parts)
 
 

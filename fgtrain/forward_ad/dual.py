@@ -7,7 +7,7 @@ processes the value and all directions in a few large operations. It is a tensor
 
 A call is handled by the first of these that applies:
 
-1. a rule: of `fgtrain.forward_ad.rules.small`, `.operations`, `.matrix_products`, `.layers` or `.losses`;
+1. a rule of `fgtrain.forward_ad.rules`, one of its module `small` before the others;
 2. a composition of other functions, whose calls are handled in turn;
 3. for a function that only reads values, a call on the values; for a change in place, a copy of the new result;
 4. for a function that PyTorch implements in Python, its body, whose calls are handled in turn;

@@ -5,8 +5,8 @@ cost of a draw. With n trainable numbers, one tangent and gradient g,
 
     E ||(g . v) v - g||^2 / ||g||^2  =  n - 1 + excess,
 
-where the excess is 2 for normal entries, 0 for every law with ||v||^2 = n (Rademacher, sphere, coordinate, rank-1
-signs); the mean over K tangents divides it by K.
+where the excess is 2 for normal entries and 0 for every law with ||v||^2 = n (Rademacher, sphere, coordinate, rank-1
+signs). The mean over K tangents divides the whole by K.
 
 Direction k depends only on `seeds[k]`, so tangents can be redrawn from their seeds, in chunks of any size.
 """
@@ -14,6 +14,7 @@ Direction k depends only on `seeds[k]`, so tangents can be redrawn from their se
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Literal
 
 import torch
@@ -263,12 +264,8 @@ def _common_rows(params: Mapping[str, Tensor]) -> int:
     return rows.pop()
 
 
-_SIGN_TABLES: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-
-
+@cache
 def _signs_of_bytes(dtype: torch.dtype, device: torch.device) -> Tensor:
     """(256, 8): row b holds +1 or -1 for each bit of the byte b."""
-    if (dtype, device) not in _SIGN_TABLES:
-        bits = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device) & 1
-        _SIGN_TABLES[dtype, device] = (2 * bits - 1).to(dtype)
-    return _SIGN_TABLES[dtype, device]
+    bits = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device) & 1
+    return (2 * bits - 1).to(dtype)

@@ -57,7 +57,8 @@ class GradientEstimator(nn.Module, ABC):
             block into the next; or "whole", through the network.
         loss_at_parameters: whether the loss of an estimate is that of the unperturbed parameters.
         shardable: whether it can train parameters whose rows are distributed over ranks.
-        directions_at_a_time: number of directions that are in memory together.
+        directions_at_a_time: number of directions that one pass carries.
+        lacks_shrinkage: whether the estimates would be shorter with the method's option `shrinkage`.
     """
 
     scalar_reducible: bool
@@ -67,6 +68,7 @@ class GradientEstimator(nn.Module, ABC):
     loss_at_parameters: bool = True
     shardable: bool = False
     directions_at_a_time: int = 0
+    lacks_shrinkage: bool = False
 
     def __init__(self) -> None:  # nn.Module's accepts any argument; this signature checks configurations
         super().__init__()
@@ -111,10 +113,14 @@ class GradientEstimator(nn.Module, ABC):
         """The method, called by `__call__` with its arguments, outside inference mode."""
 
     def make_room(self, state: Mapping[str, Tensor]) -> None:
-        """Create the tensors in a saved state that otherwise the first call creates; few methods have any."""
+        """Create the tensors of a saved state that otherwise the first call creates; few methods have any."""
+
+    def without_layers(self) -> "GradientEstimator":
+        """The estimator for a model without layers: this one, unless it is only for layers."""
+        return self
 
     def direction_bytes(self, params: Mapping[str, Tensor]) -> int:
-        """Memory of one direction over `params`; without what it needs in the model's pass."""
+        """Bytes of one direction over `params`, without those of its derivatives in the pass."""
         return 0
 
     def relative_squared_error(self, grads: Mapping[str, Tensor]) -> float | None:
@@ -126,7 +132,7 @@ class GradientEstimator(nn.Module, ABC):
         return 1.0
 
     def mean_length_of(self, estimates: int, grads: Mapping[str, Tensor]) -> float:
-        """`a` for the average of `estimates` estimates, with the shrinkage factor recomputed for that many."""
+        """The factor a for the average of `estimates` estimates, which are shrunk less, the more there are."""
         return self.mean_length(grads)
 
     def expected_cosine(self, grads: Mapping[str, Tensor]) -> float | None:

@@ -8,9 +8,11 @@ compiler are here too; the compiler is imported at its first use, since that tak
 import sys
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch._C import _autograd
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
@@ -78,6 +80,11 @@ def is_wrapped(model: Any) -> bool:
     return hasattr(model, "_orig_mod")
 
 
+def is_compiled_function(function: Any) -> bool:
+    """Whether `function` is the result of `torch.compile` on a function."""
+    return hasattr(function, "_torchdynamo_orig_callable")
+
+
 def eager_functions() -> Any:
     """A context in which compiled functions run uncompiled, because compiled ones drop tangents silently."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
@@ -128,6 +135,12 @@ def calls_replaced(calls: Mapping[nn.Module, Callable[..., Any]]) -> Generator[N
     finally:
         for module, call in before.items():
             vars(module)["_compiled_call_impl"] = call
+
+
+def set_group_timeout(timeout: timedelta) -> None:
+    """Give the default process group another deadline; the function has a public name only in some releases."""
+    set_timeout: Any = getattr(dist, "set_timeout", None) or vars(dist.distributed_c10d)["_set_pg_timeout"]
+    set_timeout(timeout)
 
 
 def call_of(module: nn.Module) -> Callable[..., Any]:

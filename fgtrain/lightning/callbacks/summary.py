@@ -18,8 +18,8 @@ from fgtrain.memory import peak_mib
 class Summary(L.Callback):
     """Prints the parameters, the directions, the expected error of one estimate and the size of a step's tensors.
 
-    The error is the estimator's closed form for a gradient with equal entries. The size is measured with one unused
-    estimate on the first batch of a separate loader.
+    The error is the estimator's closed form for a gradient with equal entries. The size is measured with one estimate,
+    which is not used, on the first batch of a separate loader.
     """
 
     def __init__(self) -> None:

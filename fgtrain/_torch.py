@@ -63,6 +63,9 @@ pack_padded_sequence = torch._C._VariableFunctions._pack_padded_sequence
 pad_packed_sequence = torch._C._VariableFunctions._pad_packed_sequence
 """The function that torch.nn.utils.rnn.pad_packed_sequence calls."""
 
+BatchOrInstanceNorm = nn.modules.batchnorm._NormBase
+"""The base of batch and instance norms."""
+
 foreach_norm = torch._foreach_norm
 """The norms of many tensors in one launch, as torch.optim's own kernels compute them."""
 

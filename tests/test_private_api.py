@@ -104,6 +104,11 @@ def test_packing_is_undone():
     assert torch.equal(again[:2], numbers[:2])
 
 
+def test_batch_and_instance_norms_have_one_base():
+    for norm in (nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm1d):
+        assert issubclass(norm, _torch.BatchOrInstanceNorm)
+
+
 def test_many_at_once():
     (norm,), copies = _torch.foreach_norm([torch.tensor([3.0, 4.0])], 2), [torch.zeros(1)]
     _torch.foreach_copy(copies, [torch.ones(1)])

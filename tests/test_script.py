@@ -32,7 +32,7 @@ def test_results(digits_run):
     assert results["step_ms_median"] > 0
     assert results["peak_memory_mib"] > 100
     assert "peak_memory_mib (of the whole process, or of the GPU)" in out
-    assert re.search(r"memory per step +[\d.]+ MiB for tensors at their peak, beside parameters and data", err)
+    assert re.search(r"memory per step +[\d.]+ MiB for tensors at their peak, besides parameters and data", err)
     assert {"train/loss", "val/loss", "val/acc", "test/loss", "test/acc"} <= results["metrics"].keys()
     assert f"{results['metrics']['test/acc']:.6g}" in out
     assert out.rstrip().splitlines()[-1].startswith("look at it: tensorboard --host 127.0.0.1 --logdir runs")

@@ -30,8 +30,8 @@ class GaussNewton(GradientEstimator):
     Outputs: if the loss is the mean of one `F.cross_entropy` or `F.mse_loss`, with any options, the outputs are its
     input, and H has a closed form. For any other loss they are the values that the model, or the outermost modules that
     are called, return to the loss function, or the parameters if no module is called. Forward mode over forward mode
-    through the loss alone then gives G. If the loss is not convex, |G| has the absolute eigenvalues of G. What the loss
-    takes from parameters directly, beside outputs, counts in d and not in G.
+    through the loss alone then gives G. If the loss is not convex, |G| has the absolute eigenvalues of G. Parameters
+    that the loss uses directly, besides outputs, count in d and not in G.
 
     Bias: g is not an estimate of the gradient but a step. It always descends, since |G| + damping m I is positive.
 

@@ -75,7 +75,7 @@ def estimated(
 
 
 def per_example(each: Tensor) -> Tensor:
-    """The losses (B,) of which the mean is the sum of all elements (B, ..)."""
+    """Losses (B,) whose mean is the sum of all elements (B, ..)."""
     return each.reshape(len(each), -1).sum(1) * len(each)
 
 

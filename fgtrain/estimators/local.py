@@ -83,9 +83,7 @@ class LocalLosses(LocalHeads):
         if head not in ("linear", "tail"):
             raise ValueError(f"head must be linear or tail, got {head!r}")
         if blocks is not None and head != "tail":
-            raise ValueError(
-                "blocks are named for head='tail'; linear heads stand behind the layers of an nn.Sequential"
-            )
+            raise ValueError("blocks are named for head='tail'; linear heads follow the layers of an nn.Sequential")
         self.head = head
         self.blocks = None if blocks is None else list(blocks)
         self.estimator = estimator or ActivityPerturbation(exact_head=True, shrinkage=True)

@@ -1,4 +1,4 @@
-"""Local losses through the network's own tail: the output of a block skips the blocks behind it."""
+"""Local losses through the network's own tail: the output of a block skips the later blocks."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

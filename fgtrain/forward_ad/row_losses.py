@@ -22,7 +22,7 @@ class Evaluated(NamedTuple):
     derivatives: Tensor
 
     def has_mean_of(self, other: "Evaluated") -> bool:
-        """Whether the mean loss and its derivatives are those of other losses, but for rounding."""
+        """Whether the mean loss and its derivatives equal those of other losses up to rounding."""
         slopes, of_other = (e.derivatives.view(len(e.derivatives), -1).mean(1) for e in (self, other))
         return agree(self.losses.mean(), other.losses.mean()) and agree(slopes, of_other)
 

@@ -38,7 +38,7 @@ class Divergence(L.Callback):
             loss whose smoothed value falls to 0 is not judged.
         max_skipped_share: end the run if a larger share of its batches was skipped, counting at least a hundred batches
             before training is over; None for no limit.
-        advice: what else to do, beside `ADVICE`.
+        advice: what else to do, besides `ADVICE`.
 
     Attributes:
         skipped_steps: the number of skipped steps so far.

@@ -62,7 +62,7 @@ class MLP(nn.Sequential):
 class CNN(nn.Sequential):
     """The CNN of Baydin et al. 2022 (arXiv:2202.08587): four 3x3 convolutions, two poolings, a dense layer.
 
-    On signals, the convolutions and poolings have one dimension. With `residual`, the convolutions behind the first
+    On signals, the convolutions and poolings have one dimension. With `residual`, the convolutions after the first
     are blocks x -> x + W * relu(x) + b, as the layers of `MLP` are.
 
     Args:

@@ -40,7 +40,7 @@ def keeps_shape(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 def has_identity_skip(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> bool:
     """A `Test`: the module returns its input where its parameters are 0, as x + f(x) and relu(x + f(x)) do.
 
-    The inputs of the test are between 0 and 1, as behind a ReLU.
+    The inputs of the test are between 0 and 1, as after a ReLU.
     """
     if not keeps_shape(module, args, kwargs, out):
         return False

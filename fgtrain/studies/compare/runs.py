@@ -33,7 +33,7 @@ class Outcome(NamedTuple):
         lrs: the learning rates of the runs.
         tried: {learning rate: mean validation loss} of a search.
         costs: the cost of a step.
-        configs: the configurations of the runs, but for seed, learning rate and length.
+        configs: the configurations of the runs, without seed, learning rate and length.
         refused: for methods that cannot train the model, the reason.
     """
 

@@ -60,7 +60,7 @@ def describe(module: EstimatorModule, batch: Any) -> dict[str, str]:
             estimate_for_step(plugin, Ranks(), watched, model, loss_fn, key=(module.seed,))
 
         peak = peak_mib(step, next(iter(params.values())).device)
-        lines["memory per step"] = f"{peak:.3g} MiB for tensors at their peak, besides parameters and data"
+        lines["memory per step"] = f"{peak:.3g} MiB for tensors at the peak, besides parameters and data"
     return lines
 
 

@@ -8,9 +8,11 @@ compiler are here too; the compiler is imported at its first use, since that tak
 import sys
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch._C import _autograd
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
@@ -24,6 +26,9 @@ from torch.utils._pytree import tree_unflatten as tree_unflatten
 
 plain_tensors = torch._C.DisableTorchFunctionSubclass
 """A context in which tensor subclasses' `__torch_function__` is not called. It has no public name."""
+
+no_overrides = torch._C.DisableTorchFunction
+"""A context in which neither subclasses nor modes override functions. It has no public name."""
 
 overrides_of_tensors = torch._C._EnableTorchFunction
 """A context that undoes `plain_tensors`. It has no public name."""
@@ -58,6 +63,9 @@ pack_padded_sequence = torch._C._VariableFunctions._pack_padded_sequence
 pad_packed_sequence = torch._C._VariableFunctions._pad_packed_sequence
 """The function that torch.nn.utils.rnn.pad_packed_sequence calls."""
 
+BatchOrInstanceNorm = nn.modules.batchnorm._NormBase
+"""The base of batch and instance norms."""
+
 foreach_norm = torch._foreach_norm
 """The norms of many tensors in one launch, as torch.optim's own kernels compute them."""
 
@@ -73,6 +81,11 @@ def is_compiled(model: nn.Module) -> bool:
 def is_wrapped(model: Any) -> bool:
     """Whether `model` is the result of `torch.compile`."""
     return hasattr(model, "_orig_mod")
+
+
+def is_compiled_function(function: Any) -> bool:
+    """Whether `function` is the result of `torch.compile` on a function."""
+    return hasattr(function, "_torchdynamo_orig_callable")
 
 
 def eager_functions() -> Any:
@@ -125,6 +138,12 @@ def calls_replaced(calls: Mapping[nn.Module, Callable[..., Any]]) -> Generator[N
     finally:
         for module, call in before.items():
             vars(module)["_compiled_call_impl"] = call
+
+
+def set_group_timeout(timeout: timedelta) -> None:
+    """Give the default process group another deadline; the function has a public name only in some releases."""
+    set_timeout: Any = getattr(dist, "set_timeout", None) or vars(dist.distributed_c10d)["_set_pg_timeout"]
+    set_timeout(timeout)
 
 
 def call_of(module: nn.Module) -> Callable[..., Any]:

@@ -25,6 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from fgtrain._torch import set_group_timeout
 from fgtrain.errors import ConfigError, RankFailed
 from fgtrain.estimators.base import Estimate, GradientEstimator
 from fgtrain.random import keyed_generator
@@ -66,8 +67,7 @@ class Ranks:
     def end_startup(self) -> None:
         """Apply the deadline of a step to other communication (of Lightning, between steps) from now on."""
         if self.size > 1:
-            set_timeout: Any = getattr(dist, "set_timeout", None) or vars(dist.distributed_c10d)["_set_pg_timeout"]
-            set_timeout(self._timeout)
+            set_group_timeout(self._timeout)
 
     def mean(self, tensor: Tensor) -> Tensor:
         """The mean over ranks, equal bit for bit on all of them; used as an estimator's `reduce`."""

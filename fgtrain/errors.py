@@ -3,7 +3,7 @@
 import errno
 from pathlib import Path
 
-_DISK_ERRORS = {  # of the disk, of the network behind it, or of a pipe
+_DISK_ERRORS = {  # of the disk, of a network file system, or of a pipe
     errno.ENOENT,
     errno.ESTALE,
     errno.EPIPE,

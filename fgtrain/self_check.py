@@ -48,7 +48,7 @@ def self_check(model: nn.Module, loss_fn: LossFn, estimator: GradientEstimator) 
 
     try:
         first, second = evaluate(), evaluate()
-        if not first.loss.isfinite():
+        if not _is_finite(first):
             return []  # training counts and reports this itself
         _refuse_changed(model, before)
         tolerance = _tolerance(first)
@@ -65,11 +65,16 @@ def self_check(model: nn.Module, loss_fn: LossFn, estimator: GradientEstimator) 
         noticed = list(_changing_buffers(model, loss_fn, again))
         if reference is not None:
             noticed += _without_gradient(model, loss_fn, reference.grads, again, before)
-            noticed += _derivatives(model, loss_fn, first, reference.grads, again, before)
+            _refuse_other_derivative(model, loss_fn, first, reference.grads, again)
+            noticed += _hidden_change(model, loss_fn, first, reference.grads, again, before)
         return noticed
     finally:
         estimator.load_state_dict(state)
         again.rewind()
+
+
+def _is_finite(estimate: Estimate) -> bool:
+    return all(bool(x.isfinite().all()) for x in (estimate.loss, *estimate.grads.values()))
 
 
 def _tolerance(estimate: Estimate) -> float:
@@ -197,7 +202,33 @@ def _without_gradient(
         )
 
 
-def _derivatives(
+def _along(grads: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
+    """The norm of a gradient and the unit direction along it; empty if the norm is 0 or not finite."""
+    norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads.values()))
+    return norm, {name: g / norm for name, g in grads.items()} if norm and math.isfinite(norm) else {}
+
+
+def _refuse_other_derivative(
+    model: nn.Module, loss_fn: LossFn, estimate: Estimate, grads: Mapping[str, Tensor], again: RepeatedPass
+) -> None:
+    """Raise if forward mode and reverse mode disagree about the derivative along the gradient."""
+    norm, direction = _along(grads)
+    if not direction or estimate.directional_derivatives is None:
+        return
+    forward = _forward_mode(model, loss_fn, direction, again)
+    if forward is not None and abs(forward - norm) > _tolerance(estimate) * norm:
+        apart = {
+            name: abs((_forward_mode(model, loss_fn, {name: v}, again) or 0.0) - float((grads[name] * v).sum()))
+            for name, v in direction.items()
+        }
+        raise AssumptionError(
+            f"self-check: the derivative along the gradient is {forward:.6g} by forward mode and {norm:.6g} by "
+            f"backpropagation, with the largest difference for parameter {max(apart, key=apart.__getitem__)!r}; a "
+            "custom autograd.Function may have a jvp that disagrees with its backward"
+        )
+
+
+def _hidden_change(
     model: nn.Module,
     loss_fn: LossFn,
     estimate: Estimate,
@@ -205,26 +236,10 @@ def _derivatives(
     again: RepeatedPass,
     before: Mapping[str, Tensor],
 ) -> Iterator[str]:
-    """Compare forward mode with reverse mode, and the derivative with the change of the loss, along the gradient."""
-    norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads.values()))
-    if not norm or not math.isfinite(norm):
+    """Report a change of the loss along the gradient that the derivative does not predict."""
+    norm, direction = _along(grads)
+    if not direction or _tolerance(estimate) > 0.01:  # then differences of losses would only be rounding errors
         return
-    direction = {name: g / norm for name, g in grads.items()}
-    tolerance = _tolerance(estimate)
-    if estimate.directional_derivatives is not None:
-        forward = _forward_mode(model, loss_fn, direction, again)
-        if forward is not None and abs(forward - norm) > tolerance * norm:
-            apart = {
-                name: abs((_forward_mode(model, loss_fn, {name: v}, again) or 0.0) - float((grads[name] * v).sum()))
-                for name, v in direction.items()
-            }
-            raise AssumptionError(
-                f"self-check: the derivative along the gradient is {forward:.6g} by forward mode and {norm:.6g} by "
-                f"backpropagation, with the largest difference for parameter {max(apart, key=apart.__getitem__)!r}; a "
-                "custom autograd.Function may have a jvp that disagrees with its backward"
-            )
-    if tolerance > 0.01:
-        return  # differences of losses would only be rounding errors
     step = torch.finfo(next(iter(direction.values())).dtype).eps ** (1 / 3)
     while True:  # the error of the difference falls with the step; that of a hidden part does not
         change, floor = _difference(model, loss_fn, direction, again, before, step)

@@ -368,6 +368,8 @@ def test_world(trainer, environ, size):
         ({"strategy": "deepspeed_stage_2"}, {}, r"trainer.strategy=deepspeed_stage_2 needs a backward pass"),
         ({"strategy": "fsdp2"}, {}, r"trainer=fsdp2 shards parameters over at least 2 devices"),
         ({"devices": "two"}, {}, r"trainer.devices must be a number above 0, a list of indices or auto, got 'two'"),
+        ({"devices": []}, {}, r"trainer.devices must be a number above 0, a list of indices or auto, got \[\]"),
+        ({"num_nodes": 0}, {}, r"trainer.num_nodes must be at least 1, got 0"),
     ],
 )
 def test_worlds_that_would_be_wrong(trainer, environ, message):

@@ -1,9 +1,14 @@
+"""Estimators and what writes their gradients."""
+
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from fgtrain import Backprop, Coordinate, ForwardGradient, LowRank, Normal, Rademacher, Sphere, write_grads
+from fgtrain.errors import DivergenceError
 from fgtrain.tasks import Points, Rosenbrock
 from tests import properties
 from tests.cases import CASES, INPUTS, LABELS, Case
@@ -145,6 +150,32 @@ def test_accumulated_gradients_add_up():
     assert all(bool((p.grad == 3).all()) for p in model.parameters())
     write_grads(model, {"0.bias": torch.ones(4, dtype=torch.float64)})
     assert [name for name, p in model.named_parameters() if p.grad is not None] == ["0.bias"]
+
+
+DTYPES = torch.float16, torch.float32, torch.float64
+
+
+@pytest.mark.parametrize("dtypes", [*itertools.permutations(DTYPES, 2)], ids=str)
+def test_gradients_of_several_dtypes_are_written(dtypes):
+    """Their norms are finite in single precision, but one of them is not in half."""
+    model = nn.ParameterDict({dtype_name(dtype): torch.zeros(2, dtype=dtype) for dtype in dtypes})
+    grads = {name: torch.full_like(p, 6e4) for name, p in model.items()}
+    write_grads(model, grads)
+    assert all(p.grad is grads[name] for name, p in model.items())
+    grads[dtype_name(dtypes[1])][0] = torch.nan
+    with pytest.raises(DivergenceError, match=f"the gradient of '{dtype_name(dtypes[1])}' is not finite"):
+        write_grads(model, grads)
+
+
+def dtype_name(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def test_gradients_of_another_model_are_not_written():
+    model, bias = CASES[0].build(), torch.ones(4, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"^gradients for net.0.bias, which the model's named_parameters\(\) do not"):
+        write_grads(model, {"net.0.bias": bias, "0.bias": bias})
+    assert all(p.grad is None for p in model.parameters())
 
 
 @pytest.mark.parametrize(

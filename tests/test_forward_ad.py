@@ -148,7 +148,7 @@ def test_operations_without_derivative_are_named(model, loss, message):
         (lambda m: m(INPUTS), r"losses of shape \(B,\) or a scalar \(\), got shape \(4, 3\); reduce it"),
         (lambda m: m(INPUTS).sum().item(), r"got a float"),
         (lambda m: m(INPUTS).argmax(1), r"of a floating dtype, got torch.int64"),
-        (lambda m: m(INPUTS[:0]).sum(1), r"got shape \(0,\)"),
+        (lambda m: m(INPUTS[:0]).sum(1), r"got shape \(0,\); the batch is empty$"),
         (lambda m: INPUTS.sum(), r"the loss carries no tangent: it depends on no trainable parameter"),
         (lambda m: m(INPUTS).detach().sum(), r"the loss carries no tangent"),
     ],
@@ -162,6 +162,15 @@ def test_losses_that_cannot_be_differentiated(loss, message):
 def test_unknown_names_are_refused():
     with pytest.raises(ValueError, match=r"tangents for nope, which the model's named_parameters\(\) do not list"):
         directional_derivatives(CASES[0].build(), CASES[0].loss, {"nope": torch.zeros(1, 2)})
+
+
+@pytest.mark.parametrize(
+    ("weight", "bias"), [((2, 4, 3), (3, 4)), ((4, 3), (4,)), ((1, 4, 3), (1, 1)), ((1, 3, 4), (1, 4)), ((), (1, 4))]
+)
+def test_tangents_of_another_shape_are_refused(weight, bias):
+    tangents = {"0.weight": torch.ones(weight), "0.bias": torch.ones(bias)}
+    with pytest.raises(ValueError, match=r"^the tangents of 0\.\w+ have the shape .*; give \(K, \*p\.shape\)"):
+        directional_derivatives(CASES[0].build(), CASES[0].loss, tangents)
 
 
 def test_parameters_left_out_have_the_direction_zero():

@@ -1,5 +1,7 @@
 """Data of one's own: a CSV file, a folder of images."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -32,6 +34,20 @@ def test_table(tmp_path):
     assert results_under(tmp_path)[0]["metrics"]["test/acc"] > 0.8
 
 
+def test_a_table_as_spreadsheets_write_it(tmp_path):
+    """With a mark at the start, carriage returns, and a line break in a quoted cell."""
+    rows = "".join(f'"{"up" if i % 2 else "very{}down"}",{i}\r\n' for i in range(20)).replace("{}", "\n")
+    (tmp_path / "table.csv").write_bytes(b"\xef\xbb\xbf" + f"way,height\r\n{rows}".encode())
+    data = CsvTable(str(tmp_path / "table.csv"), 8, label="way")
+    assert (data.num_classes, data.input_shape) == (2, (1,))
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "table.csv")
+    with pytest.raises(DataError, match="is a pipe or a device"):
+        CsvTable(str(tmp_path / "table.csv"), 8)
+
+
 def test_images(tmp_path):
     for name, colour in (("dark", 20), ("light", 220)):
         (tmp_path / "images" / name).mkdir(parents=True)
@@ -51,9 +67,11 @@ def test_images(tmp_path):
     ("text", "label", "error", "message"),
     [
         ("a,b\n1,x\n", "c", ConfigError, "has no column 'c'; it has a, b"),
-        ("a,b\n1,x\n2\n", None, DataError, "row 3 has another number of columns"),
+        ("a,b\n1,x\n2\n", None, DataError, "line 3 has another number of columns"),
+        ("a,b\n\n1,x\n\n2\n", None, DataError, "line 5 has another number of columns"),
         ("a,b\n", None, DataError, "needs rows"),
-        ("", None, DataError, "not a CSV file with a header"),
+        ("", None, DataError, "is empty"),
+        ("\n\n", None, DataError, "not a CSV file with a header"),
         ("a,b\nq,x\n", None, DataError, "all columns but b must hold numbers"),
     ],
 )

@@ -1,6 +1,7 @@
 """The undocumented parts of PyTorch and Lightning that fgtrain uses; a release that changes one fails here by name."""
 
 import re
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch.callbacks import LambdaCallback
+from lightning.pytorch.utilities.compile import from_compiled
 from torch import Tensor, nn
 from torch._C import _autograd
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from fgtrain import Backprop, _torch
-from fgtrain.lightning._lightning import Counters, configure_optimizers, raise_limits
+from fgtrain.lightning._lightning import Counters, compiler_of, configure_optimizers, raise_limits
 from tests.small import Small, make, trainer
 
 PACKAGE = Path(_torch.__file__).parent
@@ -36,6 +39,18 @@ def test_plain_tensors_asks_nobody():
         assert isinstance(torch.sin(x), Tensor)
         with _torch.overrides_of_tensors():
             assert torch.sin(x) == "asked"
+
+
+def test_no_overrides_asks_neither_subclasses_nor_modes():
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            return "asked"
+
+    x = override()
+    with Mode():
+        assert torch.sin(x) == "asked"
+        with _torch.no_overrides():
+            assert isinstance(torch.sin(x), Tensor)
 
 
 def test_no_torch_function():
@@ -89,6 +104,11 @@ def test_packing_is_undone():
     assert torch.equal(again[:2], numbers[:2])
 
 
+def test_batch_and_instance_norms_have_one_base():
+    for norm in (nn.BatchNorm2d, nn.SyncBatchNorm, nn.InstanceNorm1d):
+        assert issubclass(norm, _torch.BatchOrInstanceNorm)
+
+
 def test_many_at_once():
     (norm,), copies = _torch.foreach_norm([torch.tensor([3.0, 4.0])], 2), [torch.zeros(1)]
     _torch.foreach_copy(copies, [torch.ones(1)])
@@ -123,6 +143,28 @@ def test_is_compiled():
     assert _torch.is_compiled(wrapped)
     model.compile()
     assert _torch.is_compiled(model)
+
+
+def test_is_compiled_function():
+    assert _torch.is_compiled_function(torch.compile(torch.sin))
+    assert not _torch.is_compiled_function(torch.sin)
+
+
+def test_compiler_of_a_module_that_lightning_has_unwrapped():
+    module = make(Backprop())
+    assert compiler_of(module) is None
+    from_compiled(torch.compile(module))
+    compiler = compiler_of(module)
+    assert compiler is not None
+    assert _torch.is_compiled_function(compiler(torch.sin))
+
+
+def test_the_default_group_takes_another_deadline():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        _torch.set_group_timeout(timedelta(seconds=5))
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.slow

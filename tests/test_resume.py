@@ -292,6 +292,19 @@ def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert results_under(tmp_path)[0]["steps"] == 60
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt, TypeError, RuntimeError])
+def test_a_file_that_is_not_finished_leaves_no_part(error, tmp_path):
+    class Unfinished:
+        def __reduce__(self):
+            raise error("in the middle")
+
+    (tmp_path / "file").write_text("old")
+    with pytest.raises(error, match="in the middle"):
+        save_atomically([torch.ones(3), Unfinished()], tmp_path / "file")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "old"
+
+
 @pytest.mark.parametrize("run_dir", ["/sys/fgtrain", "/dev/null/run"])
 def test_folder_that_cannot_be_written_is_one_line(run_dir, tmp_path):
     status, _, err = train(tmp_path, f"hydra.run.dir={run_dir}")

@@ -32,7 +32,7 @@ def test_results(digits_run):
     assert results["step_ms_median"] > 0
     assert results["peak_memory_mib"] > 100
     assert "peak_memory_mib (of the whole process, or of the GPU)" in out
-    assert re.search(r"memory per step +[\d.]+ MiB for tensors at their peak, beside parameters and data", err)
+    assert re.search(r"memory per step +[\d.]+ MiB for tensors at the peak, besides parameters and data", err)
     assert {"train/loss", "val/loss", "val/acc", "test/loss", "test/acc"} <= results["metrics"].keys()
     assert f"{results['metrics']['test/acc']:.6g}" in out
     assert out.rstrip().splitlines()[-1].startswith("look at it: tensorboard --host 127.0.0.1 --logdir runs")
@@ -184,7 +184,8 @@ BAD = [
     ("lr=-1", r"lr must be positive, got -1.0"),
     ("lr=0", r"lr must be positive, got 0.0"),
     ("lr=abc", "lr must be a number, got 'abc'"),
-    ("seed=-3", r"seed must be at least 0, got -3"),
+    ("seed=-3", r"seed must be from 0 to 4294967295, got -3"),
+    ("seed=4294967296", r"seed must be from 0 to 4294967295, got 4294967296"),
     ("seed=abc", "seed must be an integer, got 'abc'"),
     ("accumulate_grad_batches=0", r"accumulate_grad_batches must be at least 1, got 0"),
     ("clip_grad_norm=-1", r"clip_grad_norm must be positive, got -1.0"),
@@ -200,7 +201,14 @@ BAD = [
         r"trainer.max_epoch: lightning.Trainer takes no argument 'max_epoch'; did you mean max_epochs",
     ),
     ("trainer.max_steps=abc", r"trainer.max_steps must be an integer, got 'abc'"),
+    ("trainer.log_every_n_steps=0", r"trainer.log_every_n_steps must be above 0, got 0$"),
+    (
+        "trainer.val_check_interval=0",
+        r"trainer.val_check_interval must be above 0, got 0; .*limit_val_batches=0 leaves",
+    ),
     ("trainer.precision=12", r"trainer.precision must be .* got 12"),
+    ("optimizer=adam optimizer.betas=[0.9]", r"optimizer: list index out of range"),
+    ("scheduler.warmup_steps=-1", r"scheduler: warmup_steps must be at least 0, got -1"),
     ("optimizer.momentum=-1", r"optimizer: Invalid momentum value: -1"),
     ("optimizer.momentum=abc", r"optimizer.momentum must be a number, got 'abc'"),
     ("model.hidden=[0]", r"model: hidden must hold positive widths, got \[0\]"),

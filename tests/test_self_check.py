@@ -194,6 +194,22 @@ def test_parameters_without_a_gradient_are_named(estimator):
     assert self_check(of(Adapter()), loss, estimator) == []
 
 
+class Length(nn.Module):
+    """x plus the length of its parameter, which is 0 and has the gradient nan there."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(3))
+
+    def forward(self, x):
+        return x + self.weight.square().sum().sqrt()
+
+
+@pytest.mark.parametrize("estimator", [Backprop(), ForwardGradient()], ids=str)
+def test_a_gradient_that_is_not_finite_is_left_to_training(estimator):
+    assert self_check(of(Length()), loss, estimator) == []
+
+
 @pytest.mark.parametrize("name", ["resnet18", pytest.param("mobilenet_v2", marks=pytest.mark.slow)])
 def test_curvature_is_no_accusation(name):
     torch.manual_seed(0)

@@ -125,6 +125,12 @@ def test_closed_forms_of_the_dense_laws():
     assert LowRank(1).relative_variance(GRADS) == n - 1
 
 
+def test_a_gradient_of_zero_has_no_error_of_its_own():
+    zeros = {name: torch.zeros_like(p) for name, p in PARAMS.items()}
+    assert Rademacher().relative_variance(zeros) == Rademacher().relative_variance(GRADS)
+    assert math.isnan(LowRank(2).relative_variance(zeros))
+
+
 @pytest.mark.parametrize("law", LAWS, ids=repr)
 def test_direction_k_depends_on_seed_k_alone(law):
     together, apart = directions(law, 5), torch.cat([directions(law, 1, k) for k in range(5)])

@@ -9,6 +9,7 @@ from torch import Tensor
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
 
+from fgtrain.data.files import refuse_unreadable
 from fgtrain.data.in_memory import InMemoryDataModule, Transform, standardize
 from fgtrain.data.splits import split_by_class
 from fgtrain.errors import ConfigError, DataError
@@ -27,7 +28,7 @@ class CsvTable(InMemoryDataModule):
 
     Raises:
         ConfigError: there is no path, or the table has no such column.
-        DataError: the file cannot be read, or holds something other than numbers.
+        DataError: the file cannot be read, does not fit into memory, or holds something other than numbers.
     """
 
     def __init__(self, path: str | None, batch_size: int, seed: int = 0, label: str | None = None) -> None:
@@ -94,15 +95,18 @@ def _existing(path: str | None) -> Path:
 
 def _table(path: Path) -> tuple[list[str], list[list[str]]]:
     """The header and the rows of a CSV file."""
+    refuse_unreadable(path, 20)  # bytes for a cell as text and as a number
     try:
-        header, *rows = [row for row in csv.reader(path.read_text().splitlines()) if row]
-    except (OSError, UnicodeDecodeError, ValueError, csv.Error) as error:
+        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets begin UTF-8 with a mark
+            reader = csv.reader(file)
+            (_, header), *rows = [(reader.line_num, row) for row in reader if row]
+    except (OSError, ValueError, csv.Error) as error:
         raise DataError(f"{path} is not a CSV file with a header; {error}") from error
-    odd = [i for i, row in enumerate(rows, 2) if len(row) != len(header)]
+    odd = [line for line, row in rows if len(row) != len(header)]
     if odd or not rows or len(header) < 2:
-        what = f"row {odd[0]} has another number of columns" if odd else "it needs rows, and two columns at least"
+        what = f"line {odd[0]} has another number of columns" if odd else "it needs rows, and two columns at least"
         raise DataError(f"{path}: {what}")
-    return header, rows
+    return header, [row for _, row in rows]
 
 
 def _split(inputs: np.ndarray, labels: np.ndarray) -> Splits:

@@ -14,8 +14,8 @@ from fgtrain.random import keyed_generator
 Chunk = tuple[Tensor, Tensor]
 
 ENDLESS = 2**40
-"""The length that an endless stream tells Lightning, which reads a batch ahead of a loader without a length, so that a
-checkpoint would hold a position one too late."""
+"""The length that an endless stream reports. Lightning reads one batch ahead of a loader without a length, and its
+checkpoints would then hold a position one batch too late."""
 
 
 class StreamLoader:
@@ -125,7 +125,7 @@ class Recall(L.LightningDataModule):
 class TextStream(Text):
     """The training part of a text file as `batch_size` parallel sequences, read in chunks.
 
-    After the end of its piece, a sequence goes on at the start of it. Validation and testing use windows of
+    At the end of its piece of the text, a sequence starts the piece again. Validation and testing use windows of
     `context` tokens, as in `Text`.
 
     Args:

@@ -64,9 +64,9 @@ class Text(InMemoryDataModule):
             token_of[[ord(char) for char in self.vocab]] = range(self.vocab_size)
             self._tokens = torch.from_numpy(token_of[codes])
         if len(self._tokens) < 10 * (context + 1):
+            name = "the text that comes with fgtrain" if path is None else f"data.path={path}"
             raise DataError(
-                f"data.path={path} has {len(self._tokens)} tokens, too few for windows of {context}; "
-                "set a smaller data.context"
+                f"{name} has {len(self._tokens)} tokens, too few for windows of {context}; set a smaller data.context"
             )
 
     def load(self) -> tuple[dict[str, tuple[Tensor, Tensor]], Transform]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, add_grad, average_grads, require_positive_int
+from fgtrain.estimators.forward_gradient import ForwardGradient
 from fgtrain.forward_ad.passes import RepeatedPass
 from fgtrain.layer_noise.layers import perturbed_layers, run_perturbed
 from fgtrain.layer_noise.noise import LayerCall, LayerNoise, LocalGrads, Noise, PerturbedPass
@@ -124,6 +125,7 @@ class ActivityPerturbation(GradientEstimator):
         self.memory = memory
         self.tangents = law_or(tangents, Rademacher())
         self.shrinkage = shrinkage
+        self.lacks_shrinkage = not shrinkage
         self._has_warned = False
 
     @torch.no_grad()
@@ -177,6 +179,9 @@ class ActivityPerturbation(GradientEstimator):
             weight = collected.length(losses.numel()) / self.num_tangents
             collected.grads |= directions.weighted_sum(weight * collected.derivatives)
         return Estimate(losses.mean(), average_grads(collected.grads, reduce), collected.derivatives)
+
+    def without_layers(self) -> GradientEstimator:
+        return ForwardGradient(self.tangents, self.num_tangents, shrinkage=self.shrinkage)
 
     def _warn_of_scalar(self, calls: list[LayerCall]) -> None:
         """Warn once that a scalar loss for several rows loses the method's advantage."""

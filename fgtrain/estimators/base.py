@@ -1,5 +1,6 @@
 """The base of all methods: an estimator, called with a model and a loss, returns gradients."""
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
@@ -56,7 +57,8 @@ class GradientEstimator(nn.Module, ABC):
             block into the next; or "whole", through the network.
         loss_at_parameters: whether the loss of an estimate is that of the unperturbed parameters.
         shardable: whether it can train parameters whose rows are distributed over ranks.
-        directions_at_a_time: number of directions that are in memory together.
+        directions_at_a_time: number of directions that one pass carries.
+        lacks_shrinkage: whether the estimates would be shorter with the method's option `shrinkage`.
     """
 
     scalar_reducible: bool
@@ -66,6 +68,7 @@ class GradientEstimator(nn.Module, ABC):
     loss_at_parameters: bool = True
     shardable: bool = False
     directions_at_a_time: int = 0
+    lacks_shrinkage: bool = False
 
     def __init__(self) -> None:  # nn.Module's accepts any argument; this signature checks configurations
         super().__init__()
@@ -110,10 +113,14 @@ class GradientEstimator(nn.Module, ABC):
         """The method, called by `__call__` with its arguments, outside inference mode."""
 
     def make_room(self, state: Mapping[str, Tensor]) -> None:
-        """Create the tensors in a saved state that otherwise the first call creates; few methods have any."""
+        """Create the tensors of a saved state that otherwise the first call creates; few methods have any."""
+
+    def without_layers(self) -> "GradientEstimator":
+        """The estimator for a model without layers: this one, unless it is only for layers."""
+        return self
 
     def direction_bytes(self, params: Mapping[str, Tensor]) -> int:
-        """Memory of one direction over `params`; without what it needs in the model's pass."""
+        """Bytes of one direction over `params`, without those of its derivatives in the pass."""
         return 0
 
     def relative_squared_error(self, grads: Mapping[str, Tensor]) -> float | None:
@@ -125,7 +132,7 @@ class GradientEstimator(nn.Module, ABC):
         return 1.0
 
     def mean_length_of(self, estimates: int, grads: Mapping[str, Tensor]) -> float:
-        """`a` for the average of `estimates` estimates, with the shrinkage factor recomputed for that many."""
+        """The factor a for the average of `estimates` estimates, which are shrunk less, the more there are."""
         return self.mean_length(grads)
 
     def expected_cosine(self, grads: Mapping[str, Tensor]) -> float | None:
@@ -198,11 +205,18 @@ def write_grads(
         check_finite: check the norm of each gradient for nan and inf; on a GPU this waits for the gradients.
 
     Raises:
+        ValueError: a name in `grads` is not that of a parameter.
         DivergenceError: a gradient is not finite.
     """
+    params = slots_of(model).params
+    if unknown := grads.keys() - params.keys():
+        raise ValueError(
+            f"gradients for {', '.join(sorted(unknown))}, which the model's named_parameters() do not list; write "
+            "them to the model that the estimator was called with"
+        )
     if check_finite:
         _refuse_non_finite(grads)
-    for name, p in slots_of(model).params.items():
+    for name, p in params.items():
         if name in grads:
             p.grad = grads[name] if p.grad is None or not accumulate else p.grad.add_(grads[name])
         elif not accumulate:
@@ -221,4 +235,7 @@ def _refuse_non_finite(grads: Mapping[str, Tensor]) -> None:
 
 def norms(tensors: list[Tensor]) -> tuple[Tensor, ...]:
     """The norms, not finite if an entry is not; half precision is squared in single, to avoid overflow."""
-    return foreach_norm(tensors, 2, dtype=torch.float32 if tensors[0].dtype.itemsize < 4 else None)
+    dtypes = {x.dtype for x in tensors}
+    has_half = any(dtype.itemsize < 4 for dtype in dtypes)
+    widest = functools.reduce(torch.promote_types, dtypes, torch.float32) if has_half else None
+    return foreach_norm(tensors, 2, dtype=widest)

@@ -55,6 +55,7 @@ class CentralDifferences(GradientEstimator):
         self.num_tangents = num_tangents
         self.epsilon = epsilon
         self.shrinkage = Shrinkage(tangents, num_tangents, on=shrinkage, rowwise=rowwise)
+        self.lacks_shrinkage = not shrinkage
         self.rowwise = rowwise
 
     def relative_squared_error(self, grads: Mapping[str, Tensor]) -> float | None:

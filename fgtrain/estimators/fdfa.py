@@ -119,7 +119,8 @@ class FDFA(GradientEstimator):
         noises = {name: LayerNoise(name, perturbed) for name in layers.biases}
         examined = ExaminedPass(model, loss_fn)
         evaluated = examined.run({**noises, **(directions or {})}, follows=learns)
-        calls = _in_order(perturbed.calls)
+        calls = perturbed.calls
+        _refuse_repeated(calls)
         error = gradient_of_head(examined, calls, layers.last, evaluated)
         (losses, found), rows = per_example(examined, calls, evaluated) if learns else (evaluated, {})
         *hidden, head = calls
@@ -209,12 +210,11 @@ class _QuietPass(PerturbedPass):
         return output
 
 
-def _in_order(calls: list[LayerCall]) -> list[LayerCall]:
+def _refuse_repeated(calls: list[LayerCall]) -> None:
     names = [call.name for call in calls]
     twice = sorted({name.removesuffix(".weight") for name in names if names.count(name) > 1})
     if twice:
         raise UnsupportedOperation(f"FDFA has one feedback matrix per layer, but {', '.join(twice)} is called twice")
-    return calls
 
 
 def _refuse_other_rows(calls: list[LayerCall], rows: Mapping[str, Rows], examples: torch.Size) -> None:

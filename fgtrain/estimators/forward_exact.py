@@ -27,17 +27,17 @@ class ForwardExact(GradientEstimator):
 
     Formula: g_i = grad f . e_i for each of the n trainable numbers, with the unit vectors e_i.
 
-    Exact: no bias, no variance, no random number.
+    Bias: exact, with no bias, no variance and no random number.
 
-    Cost: n / c passes in the memory of c directions of one parameter, so n forward passes of arithmetic; n floats sent
-    between ranks. A unit matrix is kept as the product of two unit vectors. A pass carries derivatives from the layer
-    of its parameter on. Above 10,000 parameters a warning says so.
+    Cost: n / c passes in the memory of c directions of one parameter, so the arithmetic of n forward passes. Ranks
+    exchange n floats. A unit matrix is kept as the product of two unit vectors. A pass carries derivatives from the
+    layer of its parameter on. A warning says so if the model has more than 10,000 parameters.
 
     Args:
-        chunk_size: c, at most so many directions in one pass; None takes all of a parameter.
+        chunk_size: c, the largest number of directions in one pass; None for all of a parameter.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: `chunk_size` is below 1.
 
     Source: Wengert 1964, "A simple automatic derivative evaluation program", Communications of the ACM 7(8).
 
@@ -110,12 +110,12 @@ class ForwardExact(GradientEstimator):
 
 
 def _factor_sizes(p: Tensor) -> tuple[int, ...]:
-    """Of a parameter read as a matrix: rows and columns; of one of fewer dimensions, its size."""
+    """The rows and columns of a parameter read as a matrix; the size of a vector or a scalar."""
     return (p.shape[0], math.prod(p.shape[1:])) if p.dim() > 1 else (p.numel(),)
 
 
 def _units(p: Tensor, places: Tensor) -> Tangent:
-    """The unit directions of p at these of its numbers, (K,)."""
+    """The unit directions of the numbers of p at these places, (K,), in the order of memory."""
     if p.dim() < 2:
         return F.one_hot(places, p.numel()).to(p.dtype).view(-1, *p.shape)
     rows, columns = _factor_sizes(p)

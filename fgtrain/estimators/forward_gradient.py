@@ -94,6 +94,7 @@ class ForwardGradient(GradientEstimator):
         self.num_tangents = num_tangents
         self.combine: Combine = combine
         self.shrinkage = Shrinkage(self.tangents, num_tangents, on=shrinkage and combine == "mean", rowwise=rowwise)
+        self.lacks_shrinkage = not shrinkage and combine == "mean"
         self.clip_derivative = clip_derivative
         self.chunk_size = chunk_size
         self.exact_head = exact_head

@@ -30,24 +30,24 @@ class GaussNewton(GradientEstimator):
     Outputs: if the loss is the mean of one `F.cross_entropy` or `F.mse_loss`, with any options, the outputs are its
     input, and H has a closed form. For any other loss they are the values that the model, or the outermost modules that
     are called, return to the loss function, or the parameters if no module is called. Forward mode over forward mode
-    through the loss alone then gives G. If the loss is not convex, |G| has the absolute eigenvalues of G. What the loss
-    takes from parameters directly, beside outputs, counts in d and not in G.
+    through the loss alone then gives G. If the loss is not convex, |G| has the absolute eigenvalues of G. Parameters
+    that the loss uses directly, besides outputs, count in d and not in G.
 
-    Biased: g is not an estimate of the gradient but a step. It always descends, since |G| + damping m I is positive.
+    Bias: g is not an estimate of the gradient but a step. It always descends, since |G| + damping m I is positive.
 
     Cost: one pass that carries K derivatives, in K times the memory of inference, and K^2 inner products of outputs
-    (without a closed form K^2 passes of the loss alone). Ranks are sent K + K (K + 1) / 2 floats. `replay` takes the K
+    (without a closed form K^2 passes of the loss alone). Ranks exchange K + K (K + 1) / 2 floats. `replay` takes the K
     numbers w, the estimate's `weights`.
 
     Args:
         tangents: law of the directions.
-        num_tangents: K >= 1; None for the n unit directions instead of random ones, so the step is that of
+        num_tangents: K >= 1; None for the n unit directions instead of random ones. The step is then that of
             Levenberg and Marquardt, for few parameters.
         damping: above 0, relative to the mean curvature of the span.
         max_change: cap on w . G w; None for none.
 
     Raises:
-        ValueError: an argument out of its range.
+        ValueError: an argument is out of its range.
         LossError: the loss is linear in the outputs, so that nothing bounds a step.
         UnsupportedOperation: the loss has no second derivative in forward mode.
 
@@ -118,7 +118,7 @@ class GaussNewton(GradientEstimator):
         return self.tangents.sample(params, draw_seeds(generator, self.num_tangents))
 
     def _weights(self, slopes: Tensor, curvature: Tensor) -> Tensor:
-        """w (K,) of d (K,) and G (K, K)."""
+        """w (K,) from d (K,) and G (K, K)."""
         if not (slopes.isfinite().all() and curvature.isfinite().all()):
             return torch.full_like(slopes, torch.nan)  # `write_grads` refuses these gradients
         sizes, axes = torch.linalg.eigh(curvature.double())
@@ -145,7 +145,7 @@ class GaussNewton(GradientEstimator):
 
 
 def _reduced(slopes: Tensor, curvature: Tensor, reduce: Reduce) -> tuple[Tensor, Tensor]:
-    """Their means over ranks, sent as one tensor without the half of the curvature that repeats the other."""
+    """The means of both over ranks, sent as one tensor that holds only one triangle of the symmetric curvature."""
     rows, columns = torch.triu_indices(*curvature.shape, device=curvature.device)
     both = reduce(torch.cat([slopes, curvature[rows, columns]]))
     curvature = torch.empty_like(curvature)

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fgtrain.errors import LossError, UnsupportedOperation
-from fgtrain.estimators.activity import ActivityPerturbation
 from fgtrain.estimators.base import GradientEstimator
-from fgtrain.estimators.forward_gradient import ForwardGradient
 from fgtrain.forward_ad import jvp
 from fgtrain.forward_ad.native import primal_of
 from fgtrain.forward_ad.passes import RepeatedPass
@@ -71,14 +69,13 @@ def per_row(each: Tensor) -> Tensor:
 def estimated(
     estimator: GradientEstimator, model: nn.Module, loss_fn: Callable[[Any], Tensor], generator: torch.Generator
 ) -> dict[str, Tensor]:
-    """The estimator's gradients; where activity perturbation has no layer to perturb, those of weight perturbation."""
-    if isinstance(estimator, ActivityPerturbation) and not candidates(model):
-        estimator = ForwardGradient(estimator.tangents, estimator.num_tangents, shrinkage=estimator.shrinkage)
+    """The gradients of an estimator, or of its substitute for a model without layers to perturb."""
+    estimator = estimator if candidates(model) else estimator.without_layers()
     return estimator(model, loss_fn, generator=generator).grads
 
 
 def per_example(each: Tensor) -> Tensor:
-    """The losses (B,) of which the mean is the sum of all elements (B, ..)."""
+    """Losses (B,) whose mean is the sum of all elements (B, ..)."""
     return each.reshape(len(each), -1).sum(1) * len(each)
 
 

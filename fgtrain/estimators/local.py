@@ -20,15 +20,18 @@ from fgtrain.network.parameters import slots_of, trainable_params
 class LocalLosses(LocalHeads):
     """A separate loss for every block; no derivative crosses from one block to the next.
 
-    Formula: block l is a layer with parameters and the modules up to the next such layer. Its input is the output
-    h_{l-1} of the previous block, as a constant. Its output h_l feeds a linear head A_l. With the local loss
-    F_l = (1/B) sum_i loss(A_l h_l,i),
+    Formula, for head="linear": block l is a layer with parameters and the modules up to the next such layer. Its input
+    is the output h_{l-1} of the previous block, as a constant. Its output h_l feeds a linear head A_l. With the local
+    loss F_l = (1/B) sum_i loss(A_l h_l,i),
 
         g_l = estimate of dF_l / d(parameters of block l),
 
     by any estimator, by default activity perturbation. The last block needs no head: its loss is the model's. The heads
     learn from the same losses by gradient descent. If a block is one `SideBySide`, each of its modules has a head and a
     loss (the groupwise losses of Ren et al.), so the noise on one group's units affects only its own loss.
+
+    With head="tail", the local loss of a block is the loss of the model in which the later blocks are identities. There
+    are no heads to learn, and the blocks keep the shape of the hidden state (`fgtrain.estimators.local_tail`).
 
     Bias: local gradients differ from those of the model's loss, except in the last block. Bias and variance with
     respect to the local gradients are those of `estimator`. The variance is smaller than for the whole model, because
@@ -41,13 +44,15 @@ class LocalLosses(LocalHeads):
 
     Args:
         estimator: estimates the local gradients; None for activity perturbation with an exact head and shrinkage.
-        head_lr: learning rate of the heads.
-        head_size: spatial size, per dimension, to which images are averaged before a head.
+        head_lr: learning rate of linear heads.
+        head_size: spatial size, per dimension, to which images are averaged before a linear head.
+        head: "linear" or "tail".
+        blocks: names of the blocks for head="tail"; None to search every `nn.Sequential` and `nn.ModuleList`.
 
     Raises:
         ValueError: an argument is out of its range.
-        UnsupportedOperation: the model is not an `nn.Sequential` (nested ones are read as one), or loss_fn does not
-            call it as model(inputs).
+        UnsupportedOperation: with linear heads, the model is not an `nn.Sequential` (nested ones are read as one), or
+            loss_fn does not call it as model(inputs). With the tail, it has no block that keeps the shape of its input.
 
     Source: Ren, Kornblith, Liao, Hinton 2023, arXiv:2210.03310, section 4.
 
@@ -78,9 +83,7 @@ class LocalLosses(LocalHeads):
         if head not in ("linear", "tail"):
             raise ValueError(f"head must be linear or tail, got {head!r}")
         if blocks is not None and head != "tail":
-            raise ValueError(
-                "blocks are named for head='tail'; linear heads stand behind the layers of an nn.Sequential"
-            )
+            raise ValueError("blocks are named for head='tail'; linear heads follow the layers of an nn.Sequential")
         self.head = head
         self.blocks = None if blocks is None else list(blocks)
         self.estimator = estimator or ActivityPerturbation(exact_head=True, shrinkage=True)

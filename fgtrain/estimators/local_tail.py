@@ -1,4 +1,4 @@
-"""Local losses through the network's own tail: the output of a block skips the blocks behind it."""
+"""Local losses through the network's own tail: the output of a block skips the later blocks."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -136,13 +136,13 @@ def _examined(model: nn.Module, loss_fn: Callable[[Any], Tensor], blocks: Sequen
 class _OneBlock:
     """Forward methods with which a model runs only one of its blocks, and its tail on the output of that block.
 
+    All outputs are copies, because modules between blocks may work in place.
+
     Args:
         blocks: the blocks of the model.
         outputs: see `_Chain`.
         i: index of the block that runs.
         ahead: output of the previous block; None for the first block.
-
-    What stands between blocks may work in place, so all outputs are copies.
 
     Attributes:
         forwards: {module: forward}.

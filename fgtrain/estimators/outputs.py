@@ -1,8 +1,8 @@
 """The outputs of a model that its loss uses, and the curvature of the loss in these outputs.
 
-One pass gives the outputs, their derivatives along K directions, and the losses. The output is the input of a loss
-whose Hessian has a closed form, if the loss function is the mean of that one. For any other loss the outputs are what
-modules with trained parameters return where the loss function calls them.
+One pass gives the outputs, their derivatives along K directions, and the losses. If the loss function is the mean of a
+loss whose Hessian has a closed form, the output is the input of that loss. For any other loss function, the outputs are
+the values that modules with trained parameters return to it.
 """
 
 from collections.abc import Callable, Mapping
@@ -66,12 +66,12 @@ def linearized(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent
 
 
 class _Call(NamedTuple):
-    """What a module has returned.
+    """The value that a call of a module has returned.
 
     Args:
-        leaves: of the nest that it is; None for an output.
-        spec: of the nest.
-        random_state: when it was returned.
+        leaves: its leaves, if it is nested; None in place of an output.
+        spec: its structure.
+        random_state: the random state after the call.
     """
 
     leaves: list[Any]
@@ -82,17 +82,17 @@ class _Call(NamedTuple):
 class _SeenLoss:
     """A loss function that returns the outputs and losses of a pass as one vector.
 
-    Its parts are the outputs, the input and the result of the loss with a closed form, and the losses. If that result
-    is the losses, its input and the losses are all.
+    The parts of the vector are the outputs, the input and the result of the loss with a closed form, and the losses. If
+    that result is the losses, the parts are its input and the losses.
 
     Args:
-        model: the loss function is called with.
+        model: the model that the loss function is called with.
         loss_fn: the loss function.
 
     Attributes:
-        sizes: of the parts.
-        known: the loss with a closed form; None where there is none.
-        is_all: its result is the losses.
+        sizes: the sizes of the parts.
+        known: the loss with a closed form; None if there is none.
+        is_all: whether its result is the losses.
     """
 
     def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
@@ -182,6 +182,6 @@ def _is_output(x: Any) -> bool:
 
 
 def _trained(module: nn.Module) -> list[nn.Module]:
-    """The modules that hold parameters with requires_grad=True, by themselves or in their parts."""
+    """The modules that hold parameters with requires_grad=True, themselves or in their children."""
     below = [found for child in module.children() for found in _trained(child)]
     return [*below, module] if below or any(p.requires_grad for p in module.parameters(recurse=False)) else []

@@ -5,6 +5,7 @@ rules for the usual layers. `compiled` turns that pass into one compiled functio
 `native` is PyTorch's own forward mode, one pass per direction: slower, and the reference for tests of the others. A
 pass runs in the fastest engine that can handle it. If an engine fails, the next one repeats the pass with the same
 buffers and random numbers, and the log says so once. If no engine can guarantee a derivative, an error names the cause.
+Parameters that FSDP2 shards have an engine of their own, `sharded`, which no other replaces.
 """
 
 import logging
@@ -23,7 +24,7 @@ from fgtrain.forward_ad.passes import LightPass, NotIntercepted, RepeatedPass, W
 from fgtrain.memory import is_out_of_memory
 from fgtrain.network.parameters import ParameterSlots, one_at_a_time, slots_of
 from fgtrain.network.sharding import is_sharded
-from fgtrain.tangents.directions import Tangent, num_of
+from fgtrain.tangents.directions import LowRankTangent, Tangent, num_of
 
 __all__ = ["directional_derivatives", "jvp"]
 
@@ -49,7 +50,8 @@ def directional_derivatives(
     Raises:
         UnsupportedOperation: an operation has no forward-mode derivative; the message says where and what to do.
         LossError: the loss depends on no parameter, or is not of shape (B,) or ().
-        ValueError: a name is not that of a parameter.
+        ValueError: a name is not that of a parameter, a tangent has another shape than its parameter, or tangents
+            differ in K.
 
     The derivative of x^2 at x = 3 along v = 1 is 6:
 
@@ -57,8 +59,21 @@ def directional_derivatives(
     >>> directional_derivatives(model, lambda m: m["x"] ** 2, {"x": torch.ones(1)})
     (tensor(9.), tensor([6.]))
     """
+    _refuse_other_shapes(model, tangents)
     losses, derivatives = jvp(model, loss_fn, tangents)
     return losses, derivatives if losses.dim() == 0 else derivatives.mean(1)
+
+
+def _refuse_other_shapes(model: nn.Module, tangents: Mapping[str, Tangent]) -> None:
+    params = slots_of(model).params
+    shapes = {n: (t.num, *t.shape) if isinstance(t, LowRankTangent) else tuple(t.shape) for n, t in tangents.items()}
+    num = next(iter(shapes.values()), ())[:1]
+    for name, shape in shapes.items():
+        if name in params and (not num or shape != (*num, *params[name].shape)):
+            raise ValueError(
+                f"the tangents of {name} have the shape {shape}; give (K, *p.shape), where K is the same for all "
+                f"parameters and p.shape is {tuple(params[name].shape)}"
+            )
 
 
 def jvp(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> tuple[Tensor, Tensor]:
@@ -97,32 +112,32 @@ class _Engines:
 
     def __init__(self, slots: ParameterSlots) -> None:
         self._is_sharded = any(is_sharded(p) for p in slots.params.values())
-        self._one = next(iter(slots.params.values()))
+        self._first = next(iter(slots.params.values()))
         self._plans: dict[Any, _Plan] = {}
         self._compiled: Any = None
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
     def run(
         self, model: nn.Module, slots: ParameterSlots, loss_fn: LossFn, tangents: Mapping[str, Tangent]
     ) -> tuple[Tensor, Tensor]:
         """As `jvp`, for a model with these slots."""
-        met = self._met(model, tangents)
-        engines, plan = self._all(compiled=met[-1]), self._plans.get(met)
+        conditions = self._conditions(model, tangents)
+        engines, plan = self._engines(compiled=conditions[-1]), self._plans.get(conditions)
         first = plan.first if plan is not None and plan.left else 0
         # If an engine is likely to fail, the state that a pass can change is saved; this takes longer than a step of a
         # small model.
         before = RepeatedPass(model) if plan is None or first < plan.first else LightPass(slots)
         for i in range(first, len(engines)):
-            engine, otherwise = engines[i]
+            engine, failure = engines[i]
             try:
                 found = engine(model, loss_fn, tangents, before)
             except Exception as reason:
                 if i + 1 == len(engines) or is_out_of_memory(reason):
                     raise
                 before.rewind()
-                self._tell(otherwise, type(model).__name__, str(reason).split("\n")[0])
+                self._warn_once(failure, type(model).__name__, str(reason).split("\n")[0])
             else:
-                self._plans[met] = plan = plan or _Plan()
+                self._plans[conditions] = plan = plan or _Plan()
                 if i > first:
                     plan.first, plan.left, plan.wait = i, plan.wait, 2 * plan.wait
                 elif i:
@@ -132,13 +147,13 @@ class _Engines:
                 return found
         raise AssertionError("the last engine returns or raises")
 
-    def _met(self, model: nn.Module, tangents: Mapping[str, Tangent]) -> tuple[Any, ...]:
+    def _conditions(self, model: nn.Module, tangents: Mapping[str, Tangent]) -> tuple[Any, ...]:
         """The conditions that decide which engines can run, as far as they are known before the pass."""
-        first, p = next(iter(tangents.values())), self._one
+        first, p = next(iter(tangents.values())), self._first
         return type(first), num_of(tangents), model.training, p.dtype, p.stride(), is_compiled(model)
 
-    def _all(self, *, compiled: bool) -> list[tuple[Engine, str]]:
-        """(engine, log message for its failure)."""
+    def _engines(self, *, compiled: bool) -> list[tuple[Engine, str]]:
+        """(engine, log message for its failure), fastest first."""
         if self._is_sharded:
             return [(_sharded, "")]
         engines = [(_stacked, "%s runs through the slower reference engine: %s"), (_native, "")]
@@ -164,9 +179,9 @@ class _Engines:
             raise NotIntercepted("the compiled derivatives differ")
         return expected
 
-    def _tell(self, message: str, *parts: str) -> None:
-        if message not in self._told:
-            self._told.add(message)
+    def _warn_once(self, message: str, *parts: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
             _log.warning(message, *parts)
 
 

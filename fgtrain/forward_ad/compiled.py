@@ -144,10 +144,11 @@ def _derived(
 
     def along(*tensors: Any) -> list[Tensor | None]:
         values, parts = list(tensors[: len(inputs)]), iter(tensors[len(inputs) :])
-        with running_pass():
+        draws = TracedDraws()
+        with running_pass(draws=draws):
             for i, form in zip(moving, forms, strict=True):
                 values[i] = Dual(values[i], form.remake(*(next(parts) for _ in form.parts)))
-            with torch.enable_grad(), TracedDraws():
+            with torch.enable_grad(), draws:
                 outputs = graph.forward(*values)
             with plain_tensors():
                 return [part for out in outputs for part in _unpacked(out)]

@@ -7,7 +7,7 @@ processes the value and all directions in a few large operations. It is a tensor
 
 A call is handled by the first of these that applies:
 
-1. a rule: of `fgtrain.forward_ad.rules.small`, `.operations`, `.matrix_products`, `.layers` or `.losses`;
+1. a rule of `fgtrain.forward_ad.rules`, one of its module `small` before the others;
 2. a composition of other functions, whose calls are handled in turn;
 3. for a function that only reads values, a call on the values; for a change in place, a copy of the new result;
 4. for a function that PyTorch implements in Python, its body, whose calls are handled in turn;
@@ -24,17 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fgtrain._torch import (
-    overrides_of_tensors,
-    plain_tensors,
-    set_grad_enabled,
-    tree_leaves,
-    tree_map_only,
-)
+from fgtrain._torch import overrides_of_tensors, plain_tensors, set_grad_enabled, tree_leaves, tree_map_only
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.forward_ad.dropped import is_differentiable, refuse_if_lost
 from fgtrain.forward_ad.kept import of_earlier_pass
-from fgtrain.forward_ad.passes import NotIntercepted, WritesIntoPlain
+from fgtrain.forward_ad.passes import NotIntercepted, TracedDraws, WritesIntoPlain
 from fgtrain.forward_ad.registry import FALLBACKS, RULES, SMALL, Rule
 from fgtrain.forward_ad.rules.written_out import IN_OTHERS
 from fgtrain.tangents.directions import LowRankTangent, Tangent
@@ -46,14 +40,16 @@ class running_pass:  # noqa: N801 - a context manager used like a function
     Args:
         follows: whether to check that results without tangents have not lost them.
         adopting: tracks plain tensors into which duals are written; None if the model does not do this.
+        draws: counts draws of random numbers; None unless the pass is traced.
 
     Attributes:
         width: the number of directions if some earlier duals have fewer: see `widen`.
     """
 
-    def __init__(self, *, follows: bool = True, adopting: Any = None) -> None:
+    def __init__(self, *, follows: bool = True, adopting: Any = None, draws: TracedDraws | None = None) -> None:
         self.follows = follows
         self.adopting = adopting
+        self.draws = draws
         self.width: int | None = None
 
     def __enter__(self) -> "running_pass":
@@ -77,6 +73,12 @@ def widen(num: int) -> None:
     """Use `num` directions from now on; a dual of the pass with fewer directions gets zeros for the others."""
     assert _running.one is not None
     _running.one.width = num
+
+
+def num_traced_draws() -> int:
+    """The draws of random numbers so far, if the pass is traced; else 0."""
+    running = _running.one
+    return 0 if running is None or running.draws is None else running.draws.count
 
 
 def _widened(args: Any, kwargs: Any, width: int) -> None:

@@ -1,7 +1,7 @@
-"""Losses that PyTorch computes row by row, noticed where a loss function calls them.
+"""Losses that PyTorch computes row by row, recorded where a loss function calls them.
 
-Their Hessian in the input has a closed form. A loss function that is the mean of one of them can also give the loss of
-every row.
+Their Hessian in the input has a closed form. If a loss function is the mean of one of them, the loss of every row is
+known too.
 """
 
 import math
@@ -43,10 +43,12 @@ class KnownLoss(NamedTuple):
         return (factors * diagonal).flatten(1) @ factors.flatten(1).mT
 
     def weights(self, unit: Tensor) -> Tensor:
-        """What every element counts in the mean of the result: class weights, ignored targets and the reduction.
+        """The weight of every element in the mean of the result: class weights, ignored targets and the reduction.
+
+        They are multiplied by the loss that `unit` has without weights.
 
         Args:
-            unit: an input for which all elements are equal but for that; they are the weights then.
+            unit: an input with the same loss for every element, apart from the weights.
         """
         each = self._unreduced(unit)
         return each * self._share(unit, each)
@@ -92,11 +94,14 @@ CLOSED_FORMS: dict[Any, Callable[[KnownLoss, Tensor, Tensor], tuple[Tensor, Tens
     F.cross_entropy: _cross_entropy,
     F.mse_loss: _mse_loss,
 }
-"""{loss: A (K, ...) and D such that A D A^T are the inner products of its input's derivatives by the Hessian}."""
+"""{loss: a function of `KnownLoss`, its input z and the derivatives T of z, (K, *z.shape)}.
+
+It returns A, shaped like T, and the diagonal D, shaped like z: A D A^T = T H T^T for the Hessian H of the mean loss.
+"""
 
 
 class Noticed(TorchFunctionMode):
-    """A context in which calls of such losses are kept."""
+    """A context that records the calls of losses with a closed form."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -110,7 +115,7 @@ class Noticed(TorchFunctionMode):
         return result
 
     def only(self) -> tuple[KnownLoss, Any, Any] | None:
-        """The call, its input and its result, if there is one call and its input alone carries a derivative."""
+        """The call, its input and its result; None unless there is one call, whose input alone carries a derivative."""
         if len(self._calls) != 1:
             return None
         func, taken, target, options, result = self._calls[0]

@@ -14,7 +14,14 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fgtrain._torch import REQUIRES_GRAD, eager_functions, is_inside_transform, tree_leaves, tree_map_only
+from fgtrain._torch import (
+    REQUIRES_GRAD,
+    eager_functions,
+    is_inside_transform,
+    no_overrides,
+    tree_leaves,
+    tree_map_only,
+)
 from fgtrain.errors import NoTangent, UnsupportedOperation
 from fgtrain.forward_ad.dropped import refuse_if_lost
 from fgtrain.forward_ad.dual import Dual
@@ -165,14 +172,19 @@ def has_tangent(x: Tensor) -> bool:
 
     Sparse tensors carry none. For tensors inside a transform of torch.func this is unknown, so the answer is False.
     """
-    return _can_be_dual(x) and fwAD.unpack_dual(x).tangent is not None
+    return _can_be_dual(x) and _unpacked(x).tangent is not None
 
 
 def primal_of(x: Tensor) -> Tensor:
     """The value of a tensor."""
     if isinstance(x, Dual):
         return x.primal
-    return fwAD.unpack_dual(x).primal if _can_be_dual(x) else x
+    return _unpacked(x).primal if _can_be_dual(x) else x
+
+
+def _unpacked(x: Tensor) -> Any:
+    with no_overrides():  # in a pass, `_CheckedCalls` would look for the tangent of the value
+        return fwAD.unpack_dual(x)
 
 
 def _can_be_dual(x: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,8 @@ def check_losses(losses: object) -> Tensor:
     if not isinstance(losses, Tensor):
         raise LossError(f"{LOSS_SHAPE}, got a {type(losses).__name__}")
     if losses.dim() > 1 or losses.numel() == 0:
-        raise LossError(
-            f"{LOSS_SHAPE}, got shape {tuple(losses.shape)}; reduce it, for example with .flatten(1).mean(1)"
-        )
+        remedy = "reduce it, for example with .flatten(1).mean(1)" if losses.numel() else "the batch is empty"
+        raise LossError(f"{LOSS_SHAPE}, got shape {tuple(losses.shape)}; {remedy}")
     if not losses.is_floating_point():
         raise LossError(f"{LOSS_SHAPE} of a floating dtype, got {losses.dtype}")
     return losses
@@ -53,12 +52,18 @@ class WritesIntoPlain(NotIntercepted):
 
 
 class TracedDraws(TorchDispatchMode):
-    """Counts draws of random numbers while a pass is traced, since they cannot be repeated then."""
+    """Counts draws of random numbers while a pass is traced, since they cannot be repeated then.
 
-    draws: ClassVar[int] = 0
+    Attributes:
+        count: the number of draws so far.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        TracedDraws.draws += torch.Tag.nondeterministic_seeded in func.tags
+        self.count += torch.Tag.nondeterministic_seeded in func.tags
         return func(*args, **(kwargs or {}))
 
 

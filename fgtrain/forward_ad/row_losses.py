@@ -22,7 +22,7 @@ class Evaluated(NamedTuple):
     derivatives: Tensor
 
     def has_mean_of(self, other: "Evaluated") -> bool:
-        """Whether the mean loss and its derivatives are those of other losses, but for rounding."""
+        """Whether the mean loss and its derivatives equal those of other losses up to rounding."""
         slopes, of_other = (e.derivatives.view(len(e.derivatives), -1).mean(1) for e in (self, other))
         return agree(self.losses.mean(), other.losses.mean()) and agree(slopes, of_other)
 
@@ -66,18 +66,18 @@ class WithRows:
 
 
 def agree(found: Tensor, expected: Tensor) -> bool:
-    """Whether they are the same but for rounding, or one is the other."""
+    """Whether they are equal up to rounding; a tensor that holds nan agrees with itself only."""
     return found is expected or bool(
         (found - expected).norm() <= torch.finfo(expected.dtype).eps ** (2 / 3) * expected.norm()
     )
 
 
 class Scaled(NamedTuple):
-    """A direction that moves every row of a tensor (R, C) along one direction, with a factor of its own.
+    """A direction of a tensor (R, C): every row moves along the same vector, by a factor of its own.
 
     Args:
         of_rows: the factors, (R,).
-        of_channels: the direction, (C,).
+        of_channels: the vector, (C,).
     """
 
     of_rows: Tensor
@@ -85,7 +85,7 @@ class Scaled(NamedTuple):
 
     @classmethod
     def sample(cls, num_rows: int, num_channels: int, like: Tensor) -> "Scaled":
-        """Normal numbers, the same at every call, with the dtype and device of `like`."""
+        """One of normal numbers, the same at every call, with the dtype and device of `like`."""
         generator = torch.Generator(like.device).manual_seed(0)
         numbers = torch.empty(num_rows + num_channels, dtype=like.dtype, device=like.device).normal_(
             generator=generator

@@ -1,9 +1,9 @@
-"""Gradients of layers in closed form, where the gradient of a later tensor is given.
+"""Gradients of layers in closed form, from the gradient of a later tensor.
 
-Behind a layer, often nothing but element-wise functions leads to a tensor y: the layer's output z is added to y, or
-passes a dropout mask or an activation function first. Then dy / dz is diagonal. A direction of ones at z gives the
-diagonal D, and the gradient of z is D * delta for the gradient delta of y. That of the layer's weight follows from it
-and the layer's input.
+Often only element-wise functions lead from a layer's output z to a tensor y: z is added to y, or passes a dropout mask
+or an activation function first. Then dy / dz is diagonal. A direction of ones at z gives the diagonal D, and the
+gradient of z is D * delta for the gradient delta of y. The gradient of the layer's weight follows from that of z and
+the layer's input.
 """
 
 from collections.abc import Callable, Iterable
@@ -23,17 +23,17 @@ from fgtrain.layer_noise.noise import LayerNoise
 from fgtrain.network.parameters import slots_of
 
 Run = Callable[[Any], Tensor]
-"""Maps a model to y and what else may depend on its layers, as one vector that begins with y."""
+"""Maps a model to one vector: y, then everything else that may depend on the layers before y."""
 
 
 @dataclass
 class Ways:
-    """How the layers before y lead to it.
+    """How y depends on the layers before it.
 
     Args:
         biases: {name of the weight: name of the bias or None}.
-        diagonal: the layers with a diagonal dy / dz; what else is in the vector does not depend on z.
-        by_rows: the layers of which each row of y depends on the row of z in the same place, and on no other.
+        diagonal: the layers with a diagonal dy / dz, if nothing in the vector after y depends on z.
+        by_rows: the layers for which each row of y depends only on the row of z in the same place.
     """
 
     biases: dict[str, str | None]
@@ -46,9 +46,9 @@ class Ways:
 
 
 def closed_forms(model: nn.Module, run: Run, delta: Tensor, part: int = 0) -> tuple[dict[str, Tensor], Ways]:
-    """The gradients of the parameters of diagonal layers, and the ways of all layers, found at the first call.
+    """The gradients of the parameters of diagonal layers, and how y depends on all layers, found at the first call.
 
-    Every call tests again that the layers are diagonal, and leaves out those that are not.
+    Every call tests again that the layers are diagonal, and leaves out those that no longer are.
 
     Args:
         model: any module.
@@ -114,7 +114,7 @@ class _Probe:
 
 
 def _diagonal(model: nn.Module, run: Run, delta: Tensor, names: Iterable[str]) -> list[tuple[str, Tensor, LocalGrads]]:
-    """Those of the layers that are diagonal, the gradient of their output, and what follows from it."""
+    """(name, gradient of the output, its `LocalGrads`) of those layers that are diagonal."""
 
     def draw(output: Tensor, _: int) -> Tensor:
         numbers = torch.empty_like(output).normal_(generator=torch.Generator(output.device).manual_seed(0))

@@ -28,8 +28,8 @@ class Rows(NamedTuple):
     Args:
         dim: the dimension of the examples.
         order: "single" for one row per example; "blocks" for all rows of one example, then those of the next;
-            "interleaved" for one row of each example, then the next row of each; "tokens" if all dimensions before the
-            last hold one example in each place.
+            "interleaved" for one row of each example, then the next row of each; "tokens" if every place in all
+            dimensions before the last is an example.
     """
 
     dim: int = 0

@@ -3,12 +3,18 @@
 tests/test_private_api.py shows which of them a new release breaks.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from lightning.pytorch.core.optimizer import _configure_optimizers
 
 configure_optimizers = _configure_optimizers
 """(optimizers, scheduler configurations, monitor) from any return value of a module's configure_optimizers."""
+
+
+def compiler_of(module: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
+    """What `torch.compile(module)` compiles functions with; None if Lightning got the module uncompiled."""
+    return None if module._compiler_ctx is None else module._compiler_ctx["dynamo_ctx"]
 
 
 def raise_limits(trainer: Any, steps: int, epochs: int) -> None:

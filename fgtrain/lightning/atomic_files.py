@@ -30,7 +30,7 @@ def write_atomically(text: str, path: Path) -> None:
 
 
 def atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write a file beside `path` and rename it to `path`."""
+    """Write a temporary file in the folder of `path` and rename it to `path`; nothing of it is left after an error."""
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with beside.open("wb") as file:
@@ -42,9 +42,10 @@ def atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
         reason = disk_error(error)
         if reason is None:
             raise
-        with contextlib.suppress(OSError):
-            beside.unlink()
         raise StorageError(f"cannot write {path}: {reason.strerror}; earlier files are intact") from error
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
 
 
 def make_folder(path: Path) -> None:

@@ -15,6 +15,7 @@ from fgtrain._torch import is_wrapped
 from fgtrain.distributed import Ranks, TangentsOver
 from fgtrain.errors import ConfigError, LossError
 from fgtrain.estimators import Estimate, GradientEstimator, write_grads
+from fgtrain.lightning._lightning import compiler_of
 from fgtrain.lightning.divergence import Divergence
 from fgtrain.lightning.observed import BACKWARD_CALLED, LossFn, ObservedStep
 from fgtrain.lightning.optimizers import step_together
@@ -115,8 +116,9 @@ class _Converted(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        if self._compiler_ctx is not None:  # torch.compile(module): compile the loss only
-            self._step.user_step = self._compiler_ctx["dynamo_ctx"](self._step.user_step)
+        compiled = compiler_of(self)
+        if compiled is not None:  # torch.compile(module): compile the loss only
+            self._step.user_step = compiled(self._step.user_step)
             to_uncompiled(self)
 
     def on_fit_start(self) -> None:

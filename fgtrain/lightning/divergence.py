@@ -10,10 +10,9 @@ from torch import Tensor
 
 from fgtrain._torch import foreach_copy
 from fgtrain.errors import DivergenceError
-from fgtrain.estimators import Estimate, GradientEstimator
+from fgtrain.estimators import Estimate
 from fgtrain.estimators.base import norms
 from fgtrain.network.sharding import is_sharded
-from fgtrain.tangents.combine import Shrinkage
 
 ADVICE = (
     "lower lr, cap the derivative (clip_derivative=...) or the gradient (clip_grad_norm=...), or take more directions "
@@ -39,7 +38,7 @@ class Divergence(L.Callback):
             loss whose smoothed value falls to 0 is not judged.
         max_skipped_share: end the run if a larger share of its batches was skipped, counting at least a hundred batches
             before training is over; None for no limit.
-        advice: what else to do, beside `ADVICE`.
+        advice: what else to do, besides `ADVICE`.
 
     Attributes:
         skipped_steps: the number of skipped steps so far.
@@ -95,7 +94,8 @@ class Divergence(L.Callback):
         self._lowest = state_dict.get("lowest_loss", math.inf)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self.advice = SHRINK * _is_too_long(_estimator_of(pl_module)) + self._advice
+        module: Any = pl_module
+        self.advice = SHRINK * module.estimates_at_step().estimator.lacks_shrinkage + self._advice
         self._buffers = list(pl_module.buffers())
         self._copies = [b.clone() for b in self._buffers]
 
@@ -189,17 +189,6 @@ def _sizes(estimate: Estimate, alone: bool) -> list[float]:
     if derivatives is not None and (alone or not tensors):
         tensors = [*tensors, derivatives]
     return torch.stack([estimate.loss.detach(), *norms(tensors)]).tolist()
-
-
-def _estimator_of(module: Any) -> GradientEstimator:
-    return module.estimates_at_step().estimator
-
-
-def _is_too_long(estimator: GradientEstimator) -> bool:
-    """Whether the mean of random directions keeps its full length, although its method can shrink it."""
-    shrinkage = getattr(estimator, "shrinkage", None)
-    is_off = shrinkage is False or (isinstance(shrinkage, Shrinkage) and not shrinkage.on)
-    return is_off and getattr(estimator, "combine", "mean") == "mean"
 
 
 def _lr(trainer: L.Trainer) -> float:

@@ -1,4 +1,4 @@
-"""The length of a run, computed before it has made its own loader."""
+"""The length of a run, computed before the run makes its own loader."""
 
 import copy
 import math

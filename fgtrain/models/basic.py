@@ -62,7 +62,7 @@ class MLP(nn.Sequential):
 class CNN(nn.Sequential):
     """The CNN of Baydin et al. 2022 (arXiv:2202.08587): four 3x3 convolutions, two poolings, a dense layer.
 
-    On signals, the convolutions and poolings have one dimension. With `residual`, the convolutions behind the first
+    On signals, the convolutions and poolings have one dimension. With `residual`, the convolutions after the first
     are blocks x -> x + W * relu(x) + b, as the layers of `MLP` are.
 
     Args:
@@ -74,7 +74,7 @@ class CNN(nn.Sequential):
         residual: give convolutions identity skips.
 
     Raises:
-        ValueError: inputs that are too small, or neither images nor signals.
+        ValueError: inputs that are too small, or neither images nor signals; or a width below 1.
     """
 
     def __init__(
@@ -87,6 +87,8 @@ class CNN(nn.Sequential):
         init: Init = "torch",
         residual: bool = False,
     ) -> None:
+        if channels < 1 or hidden < 1:
+            raise ValueError(f"channels and hidden must be at least 1, got {channels} and {hidden}")
         in_channels, *size = input_shape
         if len(size) not in (1, 2):
             raise ValueError(f"CNN takes images (C, H, W) or signals (C, T), got inputs of shape {tuple(input_shape)}")

@@ -17,6 +17,9 @@ class TransformerLM(nn.Module):
         dropout: probability in [0, 1) of dropping an entry of a block's output.
         tie: use the embedding as output layer too.
 
+    Raises:
+        ValueError: `width` is not a positive multiple of `heads`.
+
     Source: Vaswani et al. 2017, arXiv:1706.03762; pre-norm blocks: Radford et al. 2019 (GPT-2).
     """
 
@@ -32,8 +35,8 @@ class TransformerLM(nn.Module):
         tie: bool = False,
     ) -> None:
         super().__init__()
-        if width % heads:
-            raise ValueError(f"width must be a multiple of heads, got {width} and {heads}")
+        if width < 1 or heads < 1 or width % heads:
+            raise ValueError(f"width must be a positive multiple of heads, got {width} and {heads}")
         self.tokens = nn.Embedding(vocab_size, width)
         self.positions = nn.Embedding(context, width)
         self.blocks = nn.ModuleList(_Block(width, heads, dropout) for _ in range(depth))

@@ -40,7 +40,7 @@ def keeps_shape(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 def has_identity_skip(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> bool:
     """A `Test`: the module returns its input where its parameters are 0, as x + f(x) and relu(x + f(x)) do.
 
-    The inputs of the test are between 0 and 1, as behind a ReLU.
+    The inputs of the test are between 0 and 1, as after a ReLU.
     """
     if not keeps_shape(module, args, kwargs, out):
         return False
@@ -87,15 +87,15 @@ def find_blocks(
 ) -> dict[str, nn.Module]:
     """{name: module} of the blocks that pass a test, in the order in which the model calls them.
 
-    Blocks are looked for among the members of the outermost `nn.Sequential` and `nn.ModuleList`, nested chains opened,
-    or, if the model has neither, among its children. A block has a weight matrix, so a norm alone is not a block.
+    Candidates are the members of the outermost `nn.Sequential` and `nn.ModuleList`, with nested chains expanded. In a
+    model without either they are its children. A block has a weight matrix, so a norm alone is not a block.
 
     Args:
         model: any module.
         run: runs the model once; the caller restores buffers and random state afterwards.
         test: decides whether a module is a block.
         names: names of the blocks; None to search for them.
-        otherwise: the reason to give if a named module does not pass.
+        otherwise: why a named module that does not pass cannot be a block, for the error message.
 
     Raises:
         UnsupportedOperation: one of `names` is not a module of the model, or does not pass the test.

@@ -2,9 +2,10 @@
 
 `compile=true`, or `model.compile()` in your own training loop, has these effects:
 
-- for `fwdgrad`, `fwdgrad_lowrank` and `local_guess`, the forward pass is compiled together with its derivatives;
-- for `backprop`, `spsa` and `mezo`, the model is compiled as usual in PyTorch;
-- `activity` and `second_order` run uncompiled.
+- for `fwdgrad`, `fwdgrad_lowrank`, `forward_exact` and `local_guess`, the forward pass is compiled together with its
+  derivatives;
+- for `backprop`, `forward_in_time`, `spsa` and `mezo`, the model is compiled as usual in PyTorch;
+- all other methods run uncompiled. Of these, `gauss_newton` tries to compile and warns once.
 
 Compilation takes 5 to 30 seconds for every shape of a batch. After eight shapes, derivatives run uncompiled. It pays
 off for small networks and long runs; scripts/results/README.md has the measurements.

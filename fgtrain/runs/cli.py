@@ -63,6 +63,7 @@ def run_app(task: Callable[[DictConfig], Any], config_name: str, description: st
                 fail(error)
             raise
 
+    error_of_parsers = argparse.ArgumentParser.error
     setattr(argparse.ArgumentParser, "error", lambda _, message: fail(_usage(message)))  # instead of the whole usage
     os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise errors instead of printing them
     try:
@@ -93,6 +94,7 @@ def run_app(task: Callable[[DictConfig], Any], config_name: str, description: st
         fail(one_line(error) or "the command line or a configuration file is malformed, and Hydra does not say where")
     finally:
         SweepTable.close()
+        setattr(argparse.ArgumentParser, "error", error_of_parsers)
         del os.environ["HYDRA_FULL_ERROR"]
 
 
@@ -140,8 +142,8 @@ def _hydra_main(task: Callable[[DictConfig], Any], config_name: str, description
         refuse_ignored_tangents(cfg, _overrides())
         lent = drop_arguments_of_replaced_targets(cfg, _overrides())
         if lent and not is_follower():
-            said = f"kept from the chosen file, since the new _target_ has no default: {', '.join(lent)}"
-            print(f"fgtrain: {said}", file=sys.stderr)
+            reason = "kept from the chosen file, since the new _target_ has no default"
+            print(f"fgtrain: {reason}: {', '.join(lent)}", file=sys.stderr)
         return task(cfg)
 
     main = hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")(job)

@@ -26,10 +26,11 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError(
             f"{', '.join(unknown)}: no such key; the top level has {', '.join(TrainConfig.__annotations__)}"
         )
-    at_least = {"seed": 0, "accumulate_grad_batches": 1, "max_skipped_steps": 1}
-    for key, least in at_least.items():
-        if cfg[key] < least:
-            raise ConfigError(f"{key} must be at least {least}, got {cfg[key]}")
+    if not 0 <= cfg.seed < 2**32:
+        raise ConfigError(f"seed must be from 0 to {2**32 - 1}, got {cfg.seed}")
+    for key in ("accumulate_grad_batches", "max_skipped_steps"):
+        if cfg[key] < 1:
+            raise ConfigError(f"{key} must be at least 1, got {cfg[key]}")
     if OmegaConf.is_missing(cfg, "lr"):
         raise ConfigError("lr is not set; give the learning rate with lr=...")
     if cfg.detect_divergence is not None and not cfg.detect_divergence > 1:
@@ -57,6 +58,13 @@ def check(cfg: DictConfig) -> None:
     for group in ("method", "task", "data", "model", "optimizer", "trainer"):
         if not isinstance(plain[group], dict) or "_target_" not in plain[group]:
             raise ConfigError(f"{group} needs a _target_, got {plain[group]!r}; choose one of conf/{group}")
+    for key, off in (
+        ("val_check_interval", "; trainer.limit_val_batches=0 leaves validation out"),
+        ("log_every_n_steps", ""),
+    ):
+        value = plain["trainer"].get(key)
+        if isinstance(value, (int, float)) and not value > 0:
+            raise ConfigError(f"trainer.{key} must be above 0, got {value}{off}")
     for path, node in nodes(plain):
         _check_node(path, node)
 

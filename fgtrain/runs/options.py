@@ -1,7 +1,7 @@
 """Every option of a run with its value and a comment: fgtrain train --info method=gauss_newton
 
-The comments stand in the files of conf/, behind the keys. A comment on an argument of a `_target_` holds wherever that
-class or function is configured, so one file says it. A comment on another key holds for that key.
+The comments are in the files of conf/, after the keys. A comment on an argument of a `_target_` holds wherever that
+class or function is configured, so it is written only once. A comment on another key holds for that key.
 """
 
 import re
@@ -23,7 +23,7 @@ Name = tuple[str, ...]
 
 
 def commented(text: str) -> str:
-    """A configuration in YAML, as Hydra prints it, with a comment behind every key that has one in conf/."""
+    """A configuration in YAML, as Hydra prints it, with a comment after every key that has one in conf/."""
     known = _comments()
     lines = text.splitlines()
     for number, names, _ in _keys(text):

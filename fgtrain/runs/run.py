@@ -37,9 +37,9 @@ import json
 import logging
 import signal
 import sys
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, nullcontext
-from inspect import Parameter
+from inspect import Parameter, signature
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -109,17 +109,14 @@ def build(cfg: DictConfig) -> Run:
     if not isinstance(data, L.LightningDataModule):
         raise ConfigError(f"data must be a LightningDataModule, got {type(data).__name__}")
     known = {name: getattr(data, name) for name in DATA_FACTS if hasattr(data, name)}
-    optimizer = instantiate(cfg.optimizer, _convert_="all")
-    try:
-        optimizer([torch.nn.Parameter(torch.zeros(1))])
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"optimizer: {error}") from error
+    optimizer, scheduler = instantiate(cfg.optimizer, _convert_="all"), instantiate(cfg.scheduler)
+    _try_out(optimizer, scheduler)
     module = EstimatorModule(
         _model(cfg.model, known | {"task": task}),
         task,
         instantiate(cfg.method),
         optimizer,
-        instantiate(cfg.scheduler),
+        scheduler,
         seed=cfg.seed,
         accumulate_grad_batches=cfg.accumulate_grad_batches,
         clip_grad_norm=cfg.clip_grad_norm,
@@ -153,6 +150,18 @@ def build(cfg: DictConfig) -> Run:
         compile_model(module.model, trainer.strategy.root_device)
     make_atomic(trainer.strategy)
     return Run(module, data, trainer, monitor)
+
+
+def _try_out(optimizer: Callable[..., Any], scheduler: Callable[..., Any] | None) -> None:
+    """Raise a ConfigError for arguments that the optimizer or the scheduler refuses, before a run needs them."""
+    part = "optimizer"
+    try:
+        trial = optimizer([torch.nn.Parameter(torch.zeros(1))])
+        part = "scheduler"
+        if scheduler is not None:
+            scheduler(trial, **({"total_steps": 10**9} if "total_steps" in signature(scheduler).parameters else {}))
+    except (TypeError, ValueError, IndexError) as error:  # an IndexError for too short a list
+        raise ConfigError(f"{part}: {error}") from error
 
 
 def _model(node: DictConfig, known: Mapping[str, Any]) -> torch.nn.Module:

@@ -60,6 +60,8 @@ def plan(trainer: Mapping[str, Any], environ: Mapping[str, str] = os.environ) ->
             "trainer=fsdp2 with method=fwdgrad tangents=low_rank"
         )
     devices, num_nodes = trainer.get("devices", "auto"), trainer.get("num_nodes", 1)
+    if num_nodes < 1:
+        raise ConfigError(f"trainer.num_nodes must be at least 1, got {num_nodes}")
     found = started_by(environ)
     if found is not None:
         name, total, local = found
@@ -86,19 +88,18 @@ def plan(trainer: Mapping[str, Any], environ: Mapping[str, str] = os.environ) ->
 
 def _count(devices: Any, trainer: Mapping[str, Any]) -> int:
     """The number of devices of this node that `trainer.devices` means."""
-    if isinstance(devices, (list, tuple)):
-        return len(devices)
-    if isinstance(devices, str) and "," in devices:
-        return len([part for part in devices.split(",") if part.strip()])
     if devices in ("auto", -1, "-1"):
         on_gpu = trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda") and torch.cuda.is_available()
         return torch.cuda.device_count() if on_gpu else 1
-    try:
-        count = int(devices)
-        if count < 1:
-            raise ValueError
-        return count
-    except (TypeError, ValueError):
-        raise ConfigError(
-            f"trainer.devices must be a number above 0, a list of indices or auto, got {devices!r}"
-        ) from None
+    if isinstance(devices, (list, tuple)):
+        count = len(devices)
+    elif isinstance(devices, str) and "," in devices:
+        count = len([part for part in devices.split(",") if part.strip()])
+    else:
+        try:
+            count = int(devices)
+        except (TypeError, ValueError):
+            count = 0
+    if count < 1:
+        raise ConfigError(f"trainer.devices must be a number above 0, a list of indices or auto, got {devices!r}")
+    return count

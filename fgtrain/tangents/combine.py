@@ -62,7 +62,8 @@ class Shrinkage:
             return 1.0
         shapes = tuple(p.shape[1:] if self._rowwise else p.shape for p in params.values())
         if shapes not in self._variances:
-            even = {str(i): torch.ones(shape) for i, shape in enumerate(shapes)}
+            one = torch.ones((), dtype=torch.float64)
+            even = {str(i): one.expand(shape) for i, shape in enumerate(shapes)}  # all entries in one place
             self._variances[shapes] = self._relative_variance(even)
         return 1 / (1 + self._variances[shapes] / estimates)
 

@@ -102,11 +102,8 @@ class Directions(Mapping[str, Tangent]):
         if like.dtype != self.buffer.dtype:
             blocks = [block.to(like.dtype) for block in blocks]
         if len(blocks) == 1:
-            return (
-                blocks[0]
-                if like.dim() == 1 and self.buffer.dim() == 2
-                else blocks[0].view(len(self.buffer), *like.shape)
-            )
+            is_in_shape = like.dim() == 1 and self.buffer.dim() == 2
+            return blocks[0] if is_in_shape else blocks[0].view(len(self.buffer), *like.shape)
         if self.rank == 1:
             return LowRankTangent(*blocks, 1, like.shape)
         left, right = (block.reshape(len(block) * self.rank, block.shape[1] // self.rank) for block in blocks)
@@ -146,12 +143,10 @@ class Directions(Mapping[str, Tangent]):
                 total = block if block.shape == like.shape else block.reshape(like.shape)
                 sums[name] = total if total.dtype == like.dtype else total.to(like.dtype)
             else:
-                # A single direction's u is already weighted; several directions need a matrix product.
-                left = (
-                    blocks[at[0]].view(self.rank, len(blocks[at[0]]) // self.rank)
-                    if self.buffer.shape[0] == 1
-                    else _weighted(tangent, weights)
-                )
+                if self.buffer.shape[0] == 1:  # the u of a single direction is weighted already
+                    left = blocks[at[0]].view(self.rank, len(blocks[at[0]]) // self.rank)
+                else:
+                    left = _weighted(tangent, weights)
                 sums[name] = FactoredGrad(left.to(like.dtype), tangent.right, like.shape)
         return sums
 

@@ -5,8 +5,8 @@ cost of a draw. With n trainable numbers, one tangent and gradient g,
 
     E ||(g . v) v - g||^2 / ||g||^2  =  n - 1 + excess,
 
-where the excess is 2 for normal entries, 0 for every law with ||v||^2 = n (Rademacher, sphere, coordinate, rank-1
-signs); the mean over K tangents divides it by K.
+where the excess is 2 for normal entries and 0 for every law with ||v||^2 = n (Rademacher, sphere, coordinate, rank-1
+signs). The mean over K tangents divides the whole by K.
 
 Direction k depends only on `seeds[k]`, so tangents can be redrawn from their seeds, in chunks of any size.
 """
@@ -14,6 +14,7 @@ Direction k depends only on `seeds[k]`, so tangents can be redrawn from their se
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Literal
 
 import torch
@@ -46,7 +47,10 @@ class Tangents(ABC):
 
     @abstractmethod
     def relative_variance(self, grads: Mapping[str, Tensor]) -> float:
-        """E ||(g . v) v - g||^2 / ||g||^2 for one direction v, where g is the gradient `grads`."""
+        """E ||(g . v) v - g||^2 / ||g||^2 for one direction v, where g is the gradient `grads`.
+
+        If the value depends on g, it is nan for g = 0.
+        """
 
     def bytes_of(self, params: Mapping[str, Tensor]) -> int:
         """Memory of one direction over `params`."""
@@ -218,7 +222,7 @@ class LowRank(Tangents):
                 excess += square * 2 * (1 - 1 / self.rank)
             else:
                 excess += square * (2 + 2 * (g.shape[0] + math.prod(g.shape[1:]) + 1) / self.rank)
-        return count - 1 + excess / norm
+        return count - 1 + (excess / norm if norm else math.nan)
 
     def __repr__(self) -> str:
         return f"LowRank(rank={self.rank}, factors={self.factors!r})"
@@ -260,12 +264,8 @@ def _common_rows(params: Mapping[str, Tensor]) -> int:
     return rows.pop()
 
 
-_SIGN_TABLES: dict[tuple[torch.dtype, torch.device], Tensor] = {}
-
-
+@cache
 def _signs_of_bytes(dtype: torch.dtype, device: torch.device) -> Tensor:
     """(256, 8): row b holds +1 or -1 for each bit of the byte b."""
-    if (dtype, device) not in _SIGN_TABLES:
-        bits = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device) & 1
-        _SIGN_TABLES[dtype, device] = (2 * bits - 1).to(dtype)
-    return _SIGN_TABLES[dtype, device]
+    bits = torch.arange(256, device=device)[:, None] >> torch.arange(8, device=device) & 1
+    return (2 * bits - 1).to(dtype)

@@ -10,7 +10,7 @@ class Task(ABC):
     """A loss and the metrics reported for a model.
 
     Attributes:
-        advice: what to do, beside lowering the learning rate, if numbers are not finite.
+        advice: what to do, besides lowering the learning rate, if numbers are not finite.
     """
 
     advice: str = ""

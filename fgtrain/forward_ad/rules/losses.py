@@ -63,12 +63,7 @@ def _mse(x: Any, target: Any, reduction: int) -> Any:
     difference = px - py
     xt, yt = (aligned(tangent_of(t), difference.dim()) for t in (x, target))
     moved = (0 if xt is None else xt) - (0 if yt is None else yt)
-    slopes = (2 * difference * moved).expand(-1, *difference.shape)
-    if reduction == _MEAN:
-        slopes = slopes.unsqueeze(-1).flatten(1).mean(1)
-    elif reduction == _SUM:
-        slopes = slopes.unsqueeze(-1).flatten(1).sum(1)
-    return dual(primal, slopes)
+    return dual(primal, _reduced((2 * difference * moved).expand(-1, *difference.shape), reduction))
 
 
 @register("binary_cross_entropy_with_logits")
@@ -77,9 +72,11 @@ def _bce_with_logits(x: Dual, target: Any, weight: Any = None, pos_weight: Any =
         return NotImplemented
     px = primal_of(x)
     primal = torch.binary_cross_entropy_with_logits(px, target, None, None, reduction)
-    slopes = (torch.sigmoid(px) - target) * tangent_of(x)
+    return dual(primal, _reduced((torch.sigmoid(px) - target) * tangent_of(x), reduction))
+
+
+def _reduced(tangents: Tensor, reduction: int) -> Tensor:
+    """The tangents (K, ..) of losses, reduced as the losses are."""
     if reduction == _MEAN:
-        slopes = slopes.unsqueeze(-1).flatten(1).mean(1)
-    elif reduction == _SUM:
-        slopes = slopes.unsqueeze(-1).flatten(1).sum(1)
-    return dual(primal, slopes)
+        return tangents.unsqueeze(-1).flatten(1).mean(1)
+    return tangents.unsqueeze(-1).flatten(1).sum(1) if reduction == _SUM else tangents

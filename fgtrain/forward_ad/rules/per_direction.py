@@ -8,8 +8,8 @@ from torch import Tensor
 
 from fgtrain._torch import tree_flatten, tree_unflatten
 from fgtrain.forward_ad.dropped import is_differentiable
-from fgtrain.forward_ad.dual import Dual, dual, primal_of, tangent_of
-from fgtrain.forward_ad.passes import NotIntercepted, RandomState, TracedDraws
+from fgtrain.forward_ad.dual import Dual, dual, num_traced_draws, primal_of, tangent_of
+from fgtrain.forward_ad.passes import NotIntercepted, RandomState
 from fgtrain.forward_ad.registry import Rule
 
 
@@ -24,10 +24,10 @@ def per_direction(func: Any) -> Rule:
         random_state = RandomState({primal.device for _, primal, _ in pairs}) if num_tangents > 1 else None
         plain = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and not isinstance(leaf, Dual)]
         untouched = [leaves[i].clone() for i in plain] if num_tangents > 1 else []
-        columns, out_spec, drawn = [], None, TracedDraws.draws
+        columns, out_spec, drawn = [], None, num_traced_draws()
         for k in range(num_tangents):
             if random_state is not None:
-                if TracedDraws.draws != drawn:
+                if num_traced_draws() != drawn:
                     raise NotIntercepted("random numbers that must be the same for every direction")
                 random_state.restore()
             if k:  # earlier directions may have changed running statistics

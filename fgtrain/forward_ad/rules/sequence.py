@@ -105,7 +105,7 @@ def _recurrent(cell: Any, num_states: int) -> Any:
         train: bool,
         bidirectional: bool,
     ) -> Any:
-        """Run on `rows`, of which `sizes[t]` belong to time step t, those of the longest sequences first."""
+        """Run on `rows`: `sizes[t]` of them belong to time step t, those of the longest sequences first."""
         states = (states,) if num_states == 1 else tuple(states)
         directions = 2 if bidirectional else 1
         per_cell = len(weights) // (num_layers * directions)

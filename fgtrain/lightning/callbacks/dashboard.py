@@ -2,8 +2,8 @@
 
 `tensorboard --host 127.0.0.1 --logdir` over a folder of runs shows
 
-- in *Custom scalars*: the loss, then the accuracy, of all runs in one chart each, the quality of their estimates (with
-  `callbacks=gradient_quality`) and the cost of a step; a chart that the run leaves empty is left out;
+- in *Custom scalars*: one chart of all runs' losses, one of their accuracies, then the quality of their estimates (with
+  `callbacks=gradient_quality`) and the cost of a step; charts that the run would leave empty are omitted;
 - in *HPARAMS*: a table with method, tangents, K, learning rate and the last values of the metrics;
 - in *Images*: the paths on test functions;
 - in *Histograms*: the directional derivatives;

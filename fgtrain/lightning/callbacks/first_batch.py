@@ -1,7 +1,8 @@
 """Checks of the first batch before training."""
 
 import sys
-from collections.abc import Iterator, Set
+from collections.abc import Generator, Iterator, Set
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
@@ -11,9 +12,8 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook
 
-from fgtrain._torch import tree_flatten, tree_map
+from fgtrain._torch import is_compiled, tree_flatten, tree_map
 from fgtrain.data.in_memory import refuse_other_examples
 from fgtrain.errors import ConfigError, DataError, ModelError
 from fgtrain.estimators import GradientEstimator
@@ -61,7 +61,7 @@ class FirstBatch(L.Callback):
             ]
             if bad and trainer.is_global_zero:
                 print(f"fgtrain: part {bad[0]} of the first batch holds nan or infinity", file=sys.stderr)
-            if model._compiled_call_impl is None:  # else two examples would be compiled too
+            if not is_compiled(model):  # else two examples would be compiled too
                 metrics, largest = self._try(batch, pl_module, trainer)
                 refuse_unknown_monitors(trainer, {f"val/{name}" for name in metrics})
             refuse_too_many_directions(pl_module.estimator, model, free, largest)
@@ -70,26 +70,21 @@ class FirstBatch(L.Callback):
         """Run two examples through the model, its loss and its metrics.
 
         Returns:
-            The metrics' names, and the bytes of the largest output that a module with trained parameters before it or
-            in it would give for the whole batch.
+            The metrics' names, and the bytes of the largest output of a module for the whole batch, of those that
+            depend on trained parameters; 0 if the method carries one direction at a time.
         """
         few = tree_map(lambda leaf: leaf[:2] if isinstance(leaf, Tensor) and leaf.dim() else leaf, batch)
-        sizes = [0]
         dtype = next((p.dtype for p in module.model.parameters() if p.is_floating_point()), torch.float32)
         if type(trainer.precision_plugin) is not Precision:  # it will convert batch and model later
             few = tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, few)
         before = RepeatedPass(module.model)
-        measured = register_module_forward_hook(lambda _, __, output: sizes.extend(_trained_bytes(output)))
         try:
-            with torch.set_grad_enabled(module.estimator.directions_at_a_time > 1):
+            carries_several = module.estimator.directions_at_a_time > 1
+            with torch.set_grad_enabled(carries_several), _sizes_of_outputs(module.model) as sizes:
                 module.task.losses(module.model, few)
-            measured.remove()
             with torch.no_grad():
                 metrics = list(module.task.metrics(module.model, few))
-            whole, part = (
-                next((len(leaf) for leaf in _tensors(given) if leaf.dim() and len(leaf)), 1) for given in (batch, few)
-            )
-            return metrics, max(sizes) * whole // part
+            return metrics, max(sizes, default=0) * _num_examples(batch) // _num_examples(few)
         except Exception as error:
             shapes = ", ".join(f"{tuple(leaf.shape)} {_name(leaf)}" for leaf in _tensors(few))
             reason = next(iter(str(error).splitlines()), "") or type(error).__name__
@@ -98,7 +93,6 @@ class FirstBatch(L.Callback):
                 "shows the place"
             ) from error
         finally:
-            measured.remove()
             before.rewind()
 
 
@@ -180,8 +174,25 @@ def _refuse_other_precision(batch: Any, model: nn.Module) -> None:
             )
 
 
-def _trained_bytes(output: Any) -> list[int]:
-    return [leaf.nbytes for leaf in _tensors(output) if leaf.requires_grad]
+@contextmanager
+def _sizes_of_outputs(model: nn.Module) -> Generator[list[int]]:
+    """A context that notes the bytes of all outputs of modules that autograd traces to a trained parameter."""
+    sizes: list[int] = []
+
+    def note(_: nn.Module, __: Any, output: Any) -> None:
+        sizes.extend(leaf.nbytes for leaf in _tensors(output) if leaf.requires_grad)
+
+    hooks = [module.register_forward_hook(note) for module in model.modules()]
+    try:
+        yield sizes
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _num_examples(batch: Any) -> int:
+    """The first dimension of the first tensor that has one; 1 if there is none."""
+    return next((len(leaf) for leaf in _tensors(batch) if leaf.dim() and len(leaf)), 1)
 
 
 def _tensors(batch: Any) -> Iterator[Tensor]:

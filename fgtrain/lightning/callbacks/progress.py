@@ -1,4 +1,4 @@
-"""A progress bar over steps, since small data sets have epochs of a few steps."""
+"""A progress bar over the steps of the run, because epochs of small data sets have few steps."""
 
 import math
 import time

@@ -20,7 +20,7 @@ class GradientQuality(L.Callback):
     Logs `quality/cosine`, `quality/relative_squared_error` and `quality/norm_ratio` of the estimate that the step is
     about to use, and the same three for every module, as `quality_of_<module>/...`. If the method has closed forms, it
     also logs `quality/expected_cosine` and `quality/expected_squared_error`. With gradient accumulation it compares on
-    the first batch of a step. Metrics of all parameters are also in the trainer's callback metrics.
+    the first batch of a step. The metrics over all parameters are also in the trainer's callback metrics.
 
     The trained weights stay the same bit for bit. A comparison costs one more backward pass and one more estimate. A
     module made by `fgtrain.lightning.convert` runs its training_step for them; its logs and metrics ignore these runs.
@@ -43,7 +43,7 @@ class GradientQuality(L.Callback):
         if trainer.global_step % self.every_n_steps or batch_idx % _step_of(pl_module).micro_batches:
             return
         if isinstance(pl_module, EstimatorModule) and pl_module.position.ends_epoch:
-            return  # not a batch of this epoch
+            return  # the batch only ends the epoch and is not trained on
         metrics = self.compare(trainer, pl_module, batch, batch_idx)
         overall = {name: torch.tensor(value) for name, value in metrics.items() if name.startswith("quality/")}
         trainer.callback_metrics.update(overall)

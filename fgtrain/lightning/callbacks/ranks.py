@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fgtrain.distributed import Ranks
 from fgtrain.errors import RanksDiffer
 from fgtrain.lightning.module import EstimatorModule
+from fgtrain.network.sharding import is_sharded
 
 
 class RankCheck(L.Callback):
@@ -72,7 +73,7 @@ class RankCheck(L.Callback):
             self._log(trainer)
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self.bytes_per_step:  # a run killed after its last step counts no more
+        if self.bytes_per_step:  # for a run that is killed after its last step and resumed without another one
             trainer.callback_metrics["comm/bytes_per_step"] = torch.tensor(self.bytes_per_step)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -93,7 +94,7 @@ def check_agreement(model: nn.Module, ranks: Ranks, step: int) -> None:
     Raises:
         RanksDiffer: on every rank; the message names the first parameter that differs.
     """
-    replicated = {name: p for name, p in model.named_parameters() if not hasattr(p, "to_local")}
+    replicated = {name: p for name, p in model.named_parameters() if not is_sharded(p)}
     if not replicated:
         return
     sums = torch.stack([_sum_of_bits(p) for p in replicated.values()])
@@ -101,8 +102,8 @@ def check_agreement(model: nn.Module, ranks: Ranks, step: int) -> None:
         table = torch.stack(ranks.gather(sums))  # (R, parameters)
         differs = (table != table[0]).any(0)
         if differs.any():
-            name = list(replicated)[int(differs.int().argmax())]
-            column = list(replicated).index(name)
+            column = int(differs.int().argmax())
+            name = list(replicated)[column]
             others = [rank for rank in range(ranks.size) if table[rank, column] != table[0, column]]
             raise RanksDiffer(
                 f"after step {step} parameter {name} of rank {', '.join(map(str, others))} differs from rank 0's, so "

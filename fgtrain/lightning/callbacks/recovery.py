@@ -42,7 +42,7 @@ class Recovery(Checkpoint):
         self._saved_at = -1
         self._signal: int | None = None
         self._handlers: dict[int, Any] = {}
-        self._ask_every, self._unasked, self._asked_at = 1, 0, 0.0  # of the other ranks
+        self._ask_every, self._unasked, self._asked_at = 1, 0, 0.0  # how often ranks ask one another for signals
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._saved_at = trainer.global_step

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fgtrain._torch import tree_flatten, tree_map
 from fgtrain.lightning.module import EstimatorModule
+from fgtrain.network.sharding import is_sharded
 from fgtrain.random import random_state, set_random_state
 from fgtrain.self_check import self_check
 
@@ -26,7 +27,7 @@ class SelfCheck(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, EstimatorModule)
-        if any(hasattr(p, "placements") for p in pl_module.parameters()):
+        if any(map(is_sharded, pl_module.parameters())):
             return  # sharded: no process has the whole model
         state = random_state()
         batch = self._few(trainer.strategy.batch_to_device(_first_batch(trainer)))

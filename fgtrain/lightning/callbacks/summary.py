@@ -18,8 +18,8 @@ from fgtrain.memory import peak_mib
 class Summary(L.Callback):
     """Prints the parameters, the directions, the expected error of one estimate and the size of a step's tensors.
 
-    The error is the estimator's closed form for a gradient with equal entries. The size is measured with one unused
-    estimate on the first batch of a separate loader.
+    The error is the estimator's closed form for a gradient with equal entries. The size is measured with one estimate,
+    which is not used, on the first batch of a separate loader.
     """
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ def describe(module: EstimatorModule, batch: Any) -> dict[str, str]:
             estimate_for_step(plugin, Ranks(), watched, model, loss_fn, key=(module.seed,))
 
         peak = peak_mib(step, next(iter(params.values())).device)
-        lines["memory per step"] = f"{peak:.3g} MiB for tensors at their peak, beside parameters and data"
+        lines["memory per step"] = f"{peak:.3g} MiB for tensors at the peak, besides parameters and data"
     return lines
 
 

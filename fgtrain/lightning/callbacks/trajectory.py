@@ -66,9 +66,9 @@ class Trajectory(L.Callback):
         if task.dim != 2:
             return
         group = trainer.optimizers[0].param_groups[0]
-        said = f"lr {group.get('initial_lr', group['lr']):g}, seed {pl_module.seed}"
+        conditions = f"lr {group.get('initial_lr', group['lr']):g}, seed {pl_module.seed}"
         figure = draw_trajectories(
-            task, {self.method or type(pl_module.estimator).__name__: points}, said, self.max_paths
+            task, {self.method or type(pl_module.estimator).__name__: points}, conditions, self.max_paths
         )
         save(figure, self.run_dir / "trajectory")
         for logger in trainer.loggers:
@@ -80,20 +80,20 @@ class Trajectory(L.Callback):
 
 @house_style
 def draw_trajectories(
-    function: Function, paths: Mapping[str, torch.Tensor], said: str = "", max_paths: int = 100
+    function: Function, paths: Mapping[str, torch.Tensor], conditions: str = "", max_paths: int = 100
 ) -> Figure:
     """A figure of paths over the contours of a function of two variables.
 
     Args:
         function: the function.
         paths: {method: points (steps, starts, 2)}.
-        said: the conditions of the runs, for the title.
+        conditions: those of the runs, for the title.
         max_paths: the largest number of paths drawn of a method; the title says how many were left out.
     """
     figure = Figure(figsize=(6, 5), layout="constrained")
     axes = figure.subplots()
     plot_trajectories(axes, function, {method: points[:, :max_paths] for method, points in paths.items()})
-    title = ", ".join([function.name, *(paths if len(paths) == 1 else ()), *([said] if said else ())])
+    title = ", ".join([function.name, *(paths if len(paths) == 1 else ()), *([conditions] if conditions else ())])
     starts = next(iter(paths.values())).shape[1]
     if starts > 1:
         lost = {method: int((~function.converging(points[-1])).sum()) for method, points in paths.items()}

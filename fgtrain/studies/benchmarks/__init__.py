@@ -1,1 +1,1 @@
-"""Measurements behind scripts/bench.py."""
+"""The measurements of scripts/bench.py."""

@@ -142,6 +142,9 @@ class Comparison:
 OWN = frozenset(f.name for f in fields(Comparison)) - {"overrides", "config_dir"}
 """The keys of a comparison on the command line."""
 
+LISTS = frozenset(f.name for f in fields(Comparison) if f.default_factory is list)
+"""The keys that take a list."""
+
 
 def parse(arguments: Sequence[str], config_dir: str | None = None) -> Comparison:
     """The comparison that a command line asks for; unknown keys are passed on to scripts/train.py.
@@ -154,7 +157,7 @@ def parse(arguments: Sequence[str], config_dir: str | None = None) -> Comparison
     if any(override.partition("=")[0].partition(".")[0] == "logger" for override in shared):
         raise ConfigError("compare reads the TensorBoard events of its runs; leave logger=... out")
     for key, _, value in (argument.partition("=") for argument in mine):
-        if "list" in str(Comparison.__annotations__[key]) and not value.startswith("["):
+        if key in LISTS and not value.startswith("["):
             raise ConfigError(f"{key} takes a list in brackets: {key}=[{value}]")
     given = {"overrides": shared, "config_dir": config_dir}
     merged = OmegaConf.merge(OmegaConf.structured(Comparison), OmegaConf.from_dotlist(mine), given)

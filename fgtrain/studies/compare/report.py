@@ -119,11 +119,11 @@ def _table_of_layers(layers: dict[str, dict[str, float | str]]) -> list[str]:
 def write_report(plan: Comparison, outcome: Outcome, command: str) -> list[dict[str, Any]]:
     """Write table.md, table.json, table.csv and the figures into the comparison's folder; returns the rows."""
     rows, folder, layers = rows_of(plan, outcome), plan.folder, layers_of(plan, outcome)
-    said = statement(plan, outcome, command)
-    lines = [*said, "", *markdown_of(rows), *_table_of_layers(layers), ""]
+    sentences = statement(plan, outcome, command)
+    lines = [*sentences, "", *markdown_of(rows), *_table_of_layers(layers), ""]
     (folder / "table.md").write_text("\n".join(lines))
     tried = {m: [{"lr": lr, "val/loss": loss} for lr, loss in found.items()] for m, found in outcome.tried.items()}
-    report = {"statement": said, "rows": rows, "learning_rates_tried": tried, "cosine_by_layer": layers}
+    report = {"statement": sentences, "rows": rows, "learning_rates_tried": tried, "cosine_by_layer": layers}
     (folder / "table.json").write_text(json.dumps(report, indent=2) + "\n")
     with (folder / "table.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]))

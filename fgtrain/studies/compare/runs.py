@@ -33,7 +33,7 @@ class Outcome(NamedTuple):
         lrs: the learning rates of the runs.
         tried: {learning rate: mean validation loss} of a search.
         costs: the cost of a step.
-        configs: the configurations of the runs, but for seed, learning rate and length.
+        configs: the configurations of the runs, without seed, learning rate and length.
         refused: for methods that cannot train the model, the reason.
     """
 
@@ -155,8 +155,8 @@ def _finish(plan: Comparison, variant: Variant, seed: int, lr: float | None, ste
             own += [f"trainer.val_check_interval={every}"]
         own += ["+callbacks.quality._target_=fgtrain.lightning.callbacks.GradientQuality"]
         own += [f"+callbacks.quality.every_n_steps={max(1, steps // COSINES)}"]
-        own += ["+callbacks.clock._target_=fgtrain.studies.compare.clock.TrainingClock"]  # behind quality: its time
-        own += [f"+callbacks.clock.every_n_steps={every}"]  # does not count
+        own += ["+callbacks.clock._target_=fgtrain.studies.compare.clock.TrainingClock"]  # after quality, whose time
+        own += [f"+callbacks.clock.every_n_steps={every}"]  # does not count then
         own += ["+callbacks.trajectory._target_=fgtrain.lightning.callbacks.Trajectory"]  # for test functions
         own += [f"+callbacks.trajectory.run_dir='{folder}'"]
         for events in folder.glob("events.*"):  # left by an interrupted run

@@ -133,7 +133,7 @@ def _section(rung: Rung, lines: list[str]) -> list[str]:
 
 
 def _results(rung: Rung, folder: Path, outcome: Outcome, rows: list[dict[str, Any]]) -> list[str]:
-    command, _, *said = statement(rung.plan, outcome, rung_command(rung))
+    command, _, *sentences = statement(rung.plan, outcome, rung_command(rung))
     own = rung.plan.folder.relative_to(folder)
     figure = f"![loss and error against steps and time]({own}/curves.png)"
-    return [command, "", *markdown_of(rows), "", figure, "", " ".join(said)]
+    return [command, "", *markdown_of(rows), "", figure, "", " ".join(sentences)]

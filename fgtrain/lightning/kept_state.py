@@ -1,0 +1,124 @@
+"""The state that a user's training_step may change: noted before a call, and restored before the next one."""
+
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.wrappers.abstract import WrapperMetric
+
+from fgtrain._torch import tree_map
+from fgtrain.forward_ad.dual import Dual
+from fgtrain.forward_ad.native import primal_of
+
+
+class KeptState:
+    """A copy of the state that a training step may change: attributes of the module, its lists, metrics.
+
+    A metric is copied when it is first used, so it may be stored anywhere, and unused metrics cost nothing.
+
+    Args:
+        module: the module of the step.
+        is_compiled: whether the step is compiled. Its use of metrics is not noticed, so all metrics of the module are
+            copied.
+    """
+
+    def __init__(self, module: nn.Module, *, is_compiled: bool) -> None:
+        self._module = module
+        self._attributes = dict(vars(module))
+        self._lengths = [(x, len(x)) for x in self._attributes.values() if isinstance(x, list)]  # lists that may grow
+        self._metrics: dict[int, tuple[Metric, dict[str, Any]]] = {}  # by id, as a metric's hash depends on its state
+        for part in module.modules():
+            if isinstance(part, Metric if is_compiled else WrapperMetric):  # wrappers change unnoticed
+                self._notice(part)
+
+    @contextmanager
+    def metrics_noticed(self) -> Generator[None]:
+        """A context that copies a metric before it changes: a change begins with its cached result or its count."""
+        try:
+            for noticed in _NOTICED:
+                noticed.notice = self._notice
+                setattr(Metric, noticed.name, noticed)
+            yield
+        finally:
+            for noticed in _NOTICED:
+                delattr(Metric, noticed.name)
+
+    def _notice(self, metric: Metric) -> None:
+        if id(metric) not in self._metrics:
+            self._metrics[id(metric)] = metric, {name: _copied(value) for name, value in _attributes_of(metric)}
+
+    def restore(self) -> None:
+        """Restore the state before the step."""
+        kept = vars(self._module)
+        for name in kept.keys() - self._attributes.keys():
+            del kept[name]
+        kept.update(self._attributes)
+        for x, length in self._lengths:
+            del x[length:]
+        for metric, before in self._metrics.values():
+            for name, _ in _attributes_of(metric):
+                del vars(metric)[name]
+            vars(metric).update({name: _copied(value) for name, value in before.items()})
+
+    def drop_tangents(self) -> None:
+        """Reduce the state of metrics to values; the engine handles other parts, see `forward_ad.kept`."""
+        for metric, _ in self._metrics.values():
+            vars(metric).update({name: _value_of(value) for name, value in _attributes_of(metric)})
+
+
+class _Noticed:
+    """An attribute of metrics that calls `notice` before it is set."""
+
+    notice: Callable[[Metric], None]
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __get__(self, metric: Metric, owner: type) -> Any:
+        return vars(metric)[self.name]
+
+    def __set__(self, metric: Metric, value: Any) -> None:
+        if not torch.compiler.is_compiling() and self.name in vars(metric):  # else the metric is being constructed
+            self.notice(metric)
+        vars(metric)[self.name] = value
+
+
+_NOTICED = (_Noticed("_computed"), _Noticed("_update_count"))  # created once, as compiled code has guards on them
+_OF_MODULES = frozenset(vars(nn.Module()))
+
+
+def _attributes_of(metric: Metric) -> list[tuple[str, Any]]:
+    """The attributes of a metric, its states included, without parameters, buffers and submodules."""
+    return [(name, value) for name, value in vars(metric).items() if name not in _OF_MODULES]
+
+
+def _copied(x: Any) -> Any:
+    """A copy of tensors, lists and dicts as by copy.deepcopy; other objects are returned uncopied."""
+    if isinstance(x, Tensor):
+        return x.clone()
+    if isinstance(x, list):
+        return [_copied(value) for value in x]
+    if type(x) is dict:
+        return {key: _copied(value) for key, value in x.items()}
+    return x
+
+
+def _value_of(x: Any) -> Any:
+    """An attribute of a metric after the step: the same lists and dicts, with tensors reduced to values."""
+    if isinstance(x, Tensor):
+        return without_tangents(x) if isinstance(x, Dual) or x.requires_grad else x
+    if isinstance(x, list):
+        x[:] = map(_value_of, x)
+    elif isinstance(x, dict):
+        x.update({key: _value_of(value) for key, value in x.items()})
+    elif isinstance(x, tuple):
+        return tree_map(_value_of, x)
+    return x
+
+
+def without_tangents(tree: Any) -> Any:
+    """The same nested values with tensors reduced to their values: no tangent, no graph."""
+    return tree_map(lambda x: primal_of(x).detach() if isinstance(x, Tensor) else x, tree)

@@ -89,8 +89,17 @@ def test_the_backward_pass_is_the_one_that_is_stated(name):
 
 
 @EVERY_METHOD
-def test_every_method_takes_a_network_with_skips(method):
-    estimated_grads(make(method), next(case for case in CASES if case.name == RESIDUAL))
+def test_every_method_takes_a_network_with_skips_and_gives_the_derivatives_that_it_states(method):
+    estimator, case = make(method), next(case for case in CASES if case.name == RESIDUAL)
+    estimate = estimator(case.build(), case.loss, generator=torch.Generator().manual_seed(0))
+    assert (estimate.directional_derivatives is not None) == estimator.gives_derivatives
+
+
+@pytest.mark.parametrize("build", [Highway, lambda **named: LocalLosses(head="tail", **named)])
+def test_blocks_are_a_list_of_names(build):
+    assert build(blocks=("blocks.0",)).blocks == ["blocks.0"]
+    with pytest.raises(ValueError, match=r"^blocks must be a list of names, such as \[blocks.0\], got 'blocks.0'"):
+        build(blocks="blocks.0")
 
 
 @EVERY_METHOD

@@ -154,6 +154,8 @@ def test_cnn_takes_signals(residual):
         (lambda: CNN((1, 3), 2), r"^CNN pools twice by 2 and needs signals of at least 4, got 3"),
         (lambda: CNN((9,), 2), r"^CNN takes images \(C, H, W\) or signals \(C, T\), got inputs of shape \(9,\)"),
         (lambda: CNN((1, 4, 4), 2, channels=0), r"^channels and hidden must be at least 1, got 0 and 1024"),
+        (lambda: TransformerLM(5, 4, depth=0), r"^depth must be at least 1, got 0"),
+        (lambda: LocalMixer((1, 8, 8), 10, depth=-1), r"^depth must be at least 1, got -1"),
         (lambda: TransformerLM(5, 4, width=0), r"^width must be a positive multiple of heads, got 0 and 4"),
         (lambda: TransformerLM(5, 4, width=6), r"^width must be a positive multiple of heads, got 6 and 4"),
         (lambda: LocalMixer((1, 40), 2), r"^LocalMixer takes images \(C, H, W\), got inputs of shape \(1, 40\)"),

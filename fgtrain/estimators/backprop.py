@@ -32,6 +32,7 @@ class Backprop(GradientEstimator):
 
     scalar_reducible = False
     backpropagates = True
+    gives_derivatives = False
     backward_pass = "whole"
     claims: frozenset[Claim] = frozenset({"exact"})
 

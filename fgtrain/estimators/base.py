@@ -58,6 +58,7 @@ class GradientEstimator(nn.Module, ABC):
         loss_at_parameters: whether the loss of an estimate is that of the unperturbed parameters.
         shardable: whether it can train parameters whose rows are distributed over ranks.
         directions_at_a_time: number of directions that one pass carries.
+        gives_derivatives: whether estimates hold derivatives along directions.
         lacks_shrinkage: whether the estimates would be shorter with the method's option `shrinkage`.
     """
 
@@ -68,6 +69,7 @@ class GradientEstimator(nn.Module, ABC):
     loss_at_parameters: bool = True
     shardable: bool = False
     directions_at_a_time: int = 0
+    gives_derivatives: bool = True
     lacks_shrinkage: bool = False
 
     def __init__(self) -> None:  # nn.Module's accepts any argument; this signature checks configurations

@@ -51,6 +51,7 @@ class CheckpointedBackprop(GradientEstimator):
 
     scalar_reducible = False
     backpropagates = True
+    gives_derivatives = False
     backward_pass = "whole"
     claims: frozenset[Claim] = frozenset({"exact"})
 

@@ -58,6 +58,7 @@ class ForwardInTime(GradientEstimator):
 
     scalar_reducible = False
     backpropagates = True
+    gives_derivatives = False
     backward_pass = "whole"
     loss_at_parameters = False  # it is that of the stream, which a plain pass starts anew
 

@@ -21,7 +21,15 @@ from fgtrain.estimators.highway_forward import (
 )
 from fgtrain.forward_ad.native import primal_of
 from fgtrain.forward_ad.passes import RepeatedPass, check_losses, plain_losses
-from fgtrain.network.blocks import Forward, find_blocks, forwards_replaced, frozen, has_identity_skip, hidden_of
+from fgtrain.network.blocks import (
+    Forward,
+    find_blocks,
+    forwards_replaced,
+    frozen,
+    has_identity_skip,
+    hidden_of,
+    list_of_names,
+)
 from fgtrain.network.parameters import slots_of, trainable_params
 from fgtrain.network.shell import Shell
 
@@ -88,6 +96,7 @@ class Highway(GradientEstimator):
     """
 
     scalar_reducible = False
+    gives_derivatives = False
 
     def __init__(
         self,
@@ -100,7 +109,7 @@ class Highway(GradientEstimator):
         if chunk_size is not None:
             require_positive_int("chunk_size", chunk_size)
         self.estimator = estimator or Backprop()
-        self.blocks = None if blocks is None else list(blocks)
+        self.blocks = list_of_names(blocks)
         self.chunk_size = chunk_size
         self.backpropagates = self.estimator.backpropagates
         self.backward_pass = "none" if self.estimator.backward_pass == "none" else "within a block"

@@ -13,6 +13,7 @@ from fgtrain.estimators.local_heads import WHOLE, LocalHeads, Part, joined, run
 from fgtrain.estimators.local_tail import local_gradients
 from fgtrain.forward_ad.native import primal_of
 from fgtrain.forward_ad.passes import check_losses
+from fgtrain.network.blocks import list_of_names
 from fgtrain.network.chains import SideBySide
 from fgtrain.network.parameters import slots_of, trainable_params
 
@@ -85,10 +86,11 @@ class LocalLosses(LocalHeads):
         if blocks is not None and head != "tail":
             raise ValueError("blocks are named for head='tail'; linear heads follow the layers of an nn.Sequential")
         self.head = head
-        self.blocks = None if blocks is None else list(blocks)
+        self.blocks = list_of_names(blocks)
         self.estimator = estimator or ActivityPerturbation(exact_head=True, shrinkage=True)
         self.backpropagates = self.estimator.backpropagates
         self.backward_pass = "none" if self.estimator.backward_pass == "none" else "within a block"
+        self.gives_derivatives = head == "linear" and self.estimator.gives_derivatives
         self.loss_at_parameters = self.estimator.loss_at_parameters
 
     def forward(

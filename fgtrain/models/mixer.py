@@ -24,7 +24,8 @@ class LocalMixer(nn.Sequential):
         groups: number of channel groups; must divide `channels`.
 
     Raises:
-        ValueError: inputs are not images; patches do not divide the image; or groups do not divide the channels.
+        ValueError: inputs are not images, depth is below 1, patches do not divide the image, or groups do not divide
+            the channels.
     """
 
     def __init__(
@@ -41,6 +42,8 @@ class LocalMixer(nn.Sequential):
         in_channels, height, width = input_shape
         if patch_size < 1 or height % patch_size or width % patch_size:
             raise ValueError(f"patch_size must divide the image, got {patch_size} for {height} x {width}")
+        if depth < 1:
+            raise ValueError(f"depth must be at least 1, got {depth}")
         if groups < 1 or channels % groups:
             raise ValueError(f"groups must divide the channels, got {groups} for {channels}")
         num_patches = math.prod((height // patch_size, width // patch_size))

@@ -18,7 +18,7 @@ class TransformerLM(nn.Module):
         tie: use the embedding as output layer too.
 
     Raises:
-        ValueError: `width` is not a positive multiple of `heads`.
+        ValueError: `depth` is below 1, or `width` is not a positive multiple of `heads`.
 
     Source: Vaswani et al. 2017, arXiv:1706.03762; pre-norm blocks: Radford et al. 2019 (GPT-2).
     """
@@ -35,6 +35,8 @@ class TransformerLM(nn.Module):
         tie: bool = False,
     ) -> None:
         super().__init__()
+        if depth < 1:
+            raise ValueError(f"depth must be at least 1, got {depth}")
         if width < 1 or heads < 1 or width % heads:
             raise ValueError(f"width must be a positive multiple of heads, got {width} and {heads}")
         self.tokens = nn.Embedding(vocab_size, width)

@@ -82,6 +82,13 @@ def frozen(params: Iterable[nn.Parameter]) -> Generator[None]:
             p.requires_grad_(True)
 
 
+def list_of_names(names: Sequence[str] | None) -> list[str] | None:
+    """The names of blocks as a list; one name alone is refused, since its characters would be read as names."""
+    if isinstance(names, str):
+        raise ValueError(f"blocks must be a list of names, such as [{names}], got {names!r}")
+    return None if names is None else list(names)
+
+
 def find_blocks(
     model: nn.Module, run: Callable[[], object], test: Test, names: Iterable[str] | None = None, otherwise: str = ""
 ) -> dict[str, nn.Module]:

@@ -79,7 +79,7 @@ class Dashboard(L.Callback):
                 charts = layout(
                     is_function=isinstance(module.task, Function),
                     has_quality=any(isinstance(callback, GradientQuality) for callback in trainer.callbacks),  # ty: ignore[missing-attribute]
-                    has_derivatives=not module.estimator.backpropagates,
+                    has_derivatives=module.estimator.gives_derivatives,
                 )
                 logger.experiment.add_custom_scalars(charts)
                 text = OmegaConf.to_yaml(OmegaConf.create(self.config))

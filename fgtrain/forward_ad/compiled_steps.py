@@ -49,13 +49,14 @@ class CompiledSteps:
         if not self._works:
             return step(state)
         known = self._carried.num_compilations
+        state = tree_map(lambda x: _as_dual(x, next(iter(tangents.values()))), state) if tangents else state
         moving = tangents | {id(x.primal): tangent_of(x) for x in tree_leaves(state) if isinstance(x, Dual)}
         values = tree_map(lambda x: x.primal if isinstance(x, Dual) else x, state)
         try:
             with torch.compiler.set_stance("default"):  # the pass around it is not compiled
                 found, computed = self._carried(moving, plain, values)
             after = {id(value): tangent for value, tangent in computed}
-            found = tree_map(lambda x: x if after.get(id(x)) is None else Dual(x, after[id(x)]), found)
+            found = tree_map(lambda x: x if (t := after.get(id(x))) is None else Dual(x, t), found)
             if self._carried.num_compilations > known:
                 _compare(found, step(state))
         except NotIntercepted as reason:
@@ -67,6 +68,13 @@ class CompiledSteps:
 
 def _once(step: Step, state: Any) -> Any:
     return step(state)
+
+
+def _as_dual(x: Any, like: Tensor) -> Any:
+    """A constant of a state with the derivative 0 along as many directions, so that one function serves all steps."""
+    if type(x) is not Tensor or not x.is_floating_point():
+        return x
+    return Dual(x, x.new_zeros(len(like), *x.shape))
 
 
 def _compare(found: Any, expected: Any) -> None:

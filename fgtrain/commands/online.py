@@ -32,7 +32,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="lag 20, lengths 100 and 1,000, 300 updates: two minutes")
     parser.add_argument("--lags", nargs="+", type=int, help="steps from a symbol to its question")
     parser.add_argument("--lengths", nargs="+", type=int, help="lengths of the streams whose cost is measured")
-    parser.add_argument("--updates", type=int, help="of chunks of 100 steps; default: 300, or twice the lag")
+    parser.add_argument("--updates", type=int, help="of chunks of 100 steps; default: 300, or the lag if that is more")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("online"), help="folder for the results")
     return parser.parse_args()
@@ -80,7 +80,7 @@ def study(args: argparse.Namespace) -> None:
 
 
 def _updates(args: argparse.Namespace, lag: int) -> int:
-    return args.updates or max(300, 2 * lag)
+    return args.updates or max(300, lag)
 
 
 def _best_rate(way: str, lag: int, updates: int, seed: int) -> float:

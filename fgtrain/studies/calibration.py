@@ -172,8 +172,9 @@ def _cost(task: Calibration, name: str, before: Sequence[Cost], limit: float) ->
         with torch.no_grad():
             task.losses(guess, None)
 
-    for run in (gradient, simulation):
-        run()
+    if not before:  # the step is compiled
+        gradient()
+        simulation()
     rounds = max(1, min(5, 2000 // task.steps))
     times = [(_seconds(gradient), _seconds(simulation)) for _ in range(rounds)]
     passes = median(slow / fast for slow, fast in times)

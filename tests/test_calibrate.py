@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from fgtrain.commands.calibrate import main as run_command
-from fgtrain.studies.calibration import METHODS, Course, costs, follow, rows_of, search
+from fgtrain.studies import calibration
+from fgtrain.studies.calibration import METHODS, SEARCHED, Course, costs, follow, rows_of
 from fgtrain.tasks import Calibration
 
 
@@ -70,6 +71,12 @@ def test_only_backpropagation_grows_with_the_steps():
     assert not found["backprop", 320]  # it would need more than the limit
 
 
-def test_the_learning_rate_is_searched_on_both_sides(task):
-    """Adam at 0.01 is still far from the parameters after the time in which it finds them at 0.09."""
-    assert search(task, "backprop, Adam", start=0, seconds=0.2, spread=0.3) == pytest.approx(0.09)
+@pytest.mark.parametrize("best", SEARCHED)
+def test_the_learning_rate_with_the_least_error_is_taken(best, task, monkeypatch):
+    usual = METHODS["gauss_newton"].lr
+
+    def course(task, method, lr, start, seconds, spread):
+        return Course(method, lr, start, [seconds], [abs(lr / usual - best)])
+
+    monkeypatch.setattr(calibration, "follow", course)
+    assert calibration.search(task, "gauss_newton", 0, 1.0, 0.3) == pytest.approx(best * usual)

@@ -76,7 +76,9 @@ def calibrate(args: argparse.Namespace) -> None:
     (args.out / "calibration.md").write_text(_page(args, rows_of(paths), memory))
     found = {"paths": [path._asdict() for path in paths], "costs": [cost._asdict() for cost in memory]}
     (args.out / "calibration.json").write_text(json.dumps(found) + "\n")
-    Console().print(table_of(paths))
+    out = Console()
+    out.width = max(out.width, 110)  # do not fold the table in a file or a narrow window
+    out.print(table_of(paths))
     print(f"calibration.md, calibration.json, calibration.png and calibration.svg in {args.out}")
 
 

@@ -34,7 +34,7 @@ def repeat(step: Callable[[Any], Any], state: Any, num_steps: int) -> Any:
         return run(step, state, num_steps)
     if runner is not None:
         run = torch.compiler.set_stance("default")(run)  # CheckpointedBackprop runs modules uncompiled
-    length = _length(num_steps)
+    length = max(8, isqrt(num_steps))  # storing a state takes as long as some steps
     for first in range(0, num_steps, length):
         state = checkpoint(run, step, state, min(length, num_steps - first), use_reentrant=False)
         counted.append(first)
@@ -44,22 +44,19 @@ def repeat(step: Callable[[Any], Any], state: Any, num_steps: int) -> Any:
 def in_segments(run: Callable[[Tensor, Any], tuple[Tensor, Any]], sequence: Tensor) -> Tensor:
     """The outputs (B, T, ...) of a recurrence on a sequence (B, T), of which the states between segments are stored.
 
+    A segment has sqrt(T) steps, or 100 if that is more, since it costs as much time as about 100 small steps.
+
     Args:
         run: maps a part of the sequence and a state, None at the start, to the outputs and the next state.
         sequence: the inputs.
     """
     counted, state, found = _counted.get(), None, []
     assert counted is not None
-    for part in sequence.split(_length(sequence.shape[1]), 1):
+    for part in sequence.split(max(100, isqrt(sequence.shape[1])), 1):
         outputs, state = checkpoint(run, part, state, use_reentrant=False)
         found.append(outputs)
         counted.append(len(found))
     return torch.cat(found, 1)
-
-
-def _length(num_steps: int) -> int:
-    """Steps of a segment: storing a state takes as long as some steps."""
-    return max(8, isqrt(num_steps))
 
 
 def _run(step: Callable[[Any], Any], state: Any, num_steps: int) -> Any:

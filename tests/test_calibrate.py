@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from fgtrain.commands.calibrate import main as run_command
-from fgtrain.studies.calibration import METHODS, Course, follow, peaks, rows_of
+from fgtrain.studies import calibration
+from fgtrain.studies.calibration import METHODS, SEARCHED, Course, costs, follow, rows_of
 from fgtrain.tasks import Calibration
 
 
@@ -17,7 +18,7 @@ def task():
 
 @pytest.mark.parametrize("method", [name for name in METHODS if "Adam" not in name])
 def test_a_course_ends_at_the_true_parameters(method, task):
-    course = follow(task, method, start=0, seconds=60, spread=0.3)
+    course = follow(task, method, METHODS[method].lr, start=0, seconds=60, spread=0.3)
     assert not course.failed
     assert len(course.seconds) == len(course.errors)
     assert course.errors[-1] < 0.05 < course.errors[0]
@@ -25,23 +26,23 @@ def test_a_course_ends_at_the_true_parameters(method, task):
 
 def test_equal_gradients_give_equal_courses(task):
     names = [name for name in METHODS if "Adam" in name]
-    first, *others = [follow(task, name, start=1, seconds=0.5, spread=0.1).errors[:3] for name in names]
+    first, *others = [follow(task, name, 0.03, start=1, seconds=0.5, spread=0.1).errors[:3] for name in names]
     assert all(other == pytest.approx(first, rel=1e-3) for other in others)
 
 
 def test_a_start_that_fails_is_counted():
     courses = [
-        Course("backprop, Adam", 0, [1.0, 2.0, 3.0], [0.5, 0.05, 0.03]),
-        Course("backprop, Adam", 1, [1.0, 2.0], [0.9, 0.8]),
-        Course("backprop, Adam", 2, [1.0], [float("nan")]),
+        Course("backprop, Adam", 0.03, 0, [1.0, 2.0, 3.0], [0.5, 0.05, 0.03]),
+        Course("backprop, Adam", 0.03, 1, [1.0, 2.0], [0.9, 0.8]),
+        Course("backprop, Adam", 0.03, 2, [1.0], [float("nan")]),
     ]
-    assert rows_of(courses) == [("backprop, Adam", "2 of 3", "3.00%", "2.00", "2", "1000")]
+    assert rows_of(courses) == [("backprop, Adam", "0.03", "2 of 3", "3.00%", "2.00", "2", "1000")]
 
 
 @pytest.mark.slow
 def test_the_command_writes_its_files(tmp_path, monkeypatch, capsys):
     small = ["--system", "pendulum", "--trajectories", "2", "--steps", "1", "--starts", "1", "--seconds", "0.1"]
-    monkeypatch.setattr(sys, "argv", ["calibrate", *small, "--memory-steps", "--out", str(tmp_path)])
+    monkeypatch.setattr(sys, "argv", ["calibrate", *small, "--eager", "--memory-steps", "--out", str(tmp_path)])
     run_command()
     assert {path.name for path in tmp_path.iterdir()} == {f"calibration.{end}" for end in ("md", "json", "png", "svg")}
     found = json.loads((tmp_path / "calibration.json").read_text())
@@ -61,8 +62,21 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_only_backpropagation_grows_with_the_steps():
-    found = {(peak.method, peak.steps): peak.mib or 0.0 for peak in peaks([10, 40], "pendulum", 1000)}
-    stored, few, forward = (found[name, 40] for name in ("backprop", "backprop_checkpoint", "forward_exact"))
-    assert forward == pytest.approx(found["forward_exact", 10], rel=0.02)
+    measured = costs(Calibration("pendulum", trajectories=1000), [20, 80, 320], limit=5)
+    found = {(cost.method, cost.steps): cost.mib or 0.0 for cost in measured}
+    stored, few, forward = (found[name, 80] for name in ("backprop", "backprop_checkpoint", "forward_exact"))
+    assert forward == pytest.approx(found["forward_exact", 20], rel=0.02)
     assert few < stored / 2
-    assert stored / found["backprop", 10] == pytest.approx(4, rel=0.3)
+    assert stored / found["backprop", 20] == pytest.approx(4, rel=0.3)
+    assert not found["backprop", 320]  # it would need more than the limit
+
+
+@pytest.mark.parametrize("best", SEARCHED)
+def test_the_learning_rate_with_the_least_error_is_taken(best, task, monkeypatch):
+    usual = METHODS["gauss_newton"].lr
+
+    def course(task, method, lr, start, seconds, spread):
+        return Course(method, lr, start, [seconds], [abs(lr / usual - best)])
+
+    monkeypatch.setattr(calibration, "follow", course)
+    assert calibration.search(task, "gauss_newton", 0, 1.0, 0.3) == pytest.approx(best * usual)

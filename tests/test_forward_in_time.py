@@ -187,3 +187,39 @@ def test_what_it_cannot_train_is_one_line(make, run, error, message):
 def test_bad_sizes_are_named(option, value):
     with pytest.raises(ValueError, match=f"{option} must be at least [01], got {value}"):
         DiagonalRNN(VOCAB, **{option: value})
+
+
+@KINDS
+def test_the_gradient_of_a_recurrence_is_that_of_central_differences(max_phase):
+    torch.manual_seed(0)
+    layer = DiagonalRecurrence(2, 3, 20.0, max_phase)
+    dtype = layer.factors().dtype
+    x, start = torch.randn(2, 5, 2, requires_grad=True), torch.randn(2, 3, dtype=dtype, requires_grad=True)
+
+    def run(x, start, *params):
+        outputs, end = functional_run(layer, dict(zip(dict(layer.named_parameters()), params, strict=True)), x, start)
+        return outputs, torch.view_as_real(end) if end.is_complex() else end
+
+    assert torch.autograd.gradcheck(run, (x, start, *layer.parameters()))
+
+
+def functional_run(layer, params, x, start):
+    layer = copy.deepcopy(layer)
+    for name, p in params.items():
+        delattr(layer, name)
+        setattr(layer, name, p)
+    return layer.run(x, start)
+
+
+def test_a_silent_token_leaves_the_states_to_decay():
+    torch.manual_seed(0)
+    model = DiagonalRNN(VOCAB, 4, 1, 20.0, 0.5, silent=2)
+    _, (before,) = model.run(torch.tensor([[0, 1]]))
+    _, (after,) = model.run(torch.tensor([[0, 1, 2, 2, 2]]))
+    (recurrence,) = [module for module in model.modules() if isinstance(module, DiagonalRecurrence)]
+    torch.testing.assert_close(after, before * recurrence.factors() ** 3)
+
+
+def test_a_silent_token_that_does_not_exist_is_an_error():
+    with pytest.raises(ValueError, match="silent must be a token below vocab_size=5 or None, got 5"):
+        DiagonalRNN(5, silent=5)

@@ -46,7 +46,7 @@ SHORTENED = {
     "bench": "--rounds 1 --batch-sizes 8",
     "compare": "seeds=1 budget=3steps",
     "profiles": "--evaluations 10",
-    "calibrate": "--trajectories 8 --steps 2 --starts 1 --seconds 0.5 --memory-steps 20",
+    "calibrate": "--eager --trajectories 8 --steps 2 --starts 1 --seconds 0.5 --memory-steps 20",
     "online": "--lags 5 --lengths 20 --updates 2",
 }
 """Additional arguments of each script, because the original commands take minutes to hours."""

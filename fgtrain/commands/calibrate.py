@@ -1,8 +1,8 @@
 """Compare forward mode with backpropagation in finding a simulator's parameters: fgtrain calibrate --system pendulum
 
-Writes a table (calibration.md), a figure (.png and .svg) of the parameters' error against time and of memory against
-the number of steps, and the numbers (.json). The quick form takes two minutes; --memory-steps 100 1000 10000
-measures memory for longer simulations.
+Writes a table (calibration.md), a figure (.png and .svg) of the parameters' error against time and of memory and time
+of a gradient against the number of steps, and the numbers (.json). The step of the solver is compiled, which takes a
+minute of the three. --memory-steps 100 1000 10000 measures longer simulations.
 """
 
 import argparse
@@ -20,9 +20,12 @@ from rich.progress import track
 from fgtrain.figures import save
 from fgtrain.memory import keep_freed_memory
 from fgtrain.runs.messages import USER_ERRORS, OneLineParser, fail, silence_libraries
-from fgtrain.studies.calibration import HEADINGS, METHODS, Peak, draw, follow, peaks, rows_of, table_of
+from fgtrain.studies.calibration import HEADINGS, METHODS, Cost, costs, draw, follow, rows_of, search, table_of
 from fgtrain.studies.compare.table import markdown_table
 from fgtrain.tasks import Calibration
+
+SEARCH = 1000
+"""The seed of the guess from which learning rates are searched."""
 
 
 def parse() -> argparse.Namespace:
@@ -33,8 +36,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5, help="solver steps between two of 20 observations")
     parser.add_argument("--starts", type=int, default=3)
     parser.add_argument("--spread", type=float, default=0.5, help="of the guesses, about the true values")
-    parser.add_argument("--seconds", type=float, default=4, help="CPU seconds for a start of a method")
-    parser.add_argument("--memory-steps", nargs="*", type=int, default=[10, 30, 100])
+    parser.add_argument("--seconds", type=float, default=1, help="CPU seconds for a start of a method")
+    parser.add_argument("--memory-steps", nargs="*", type=int, default=[100, 1000])
+    parser.add_argument("--memory-limit", type=float, default=256, help="MiB above which a gradient is not tried")
+    parser.add_argument("--eager", action="store_true", help="do not compile the step")
     parser.add_argument("--out", type=Path, default=Path("calibration"), help="folder for the results")
     return parser.parse_args()
 
@@ -55,22 +60,33 @@ def calibrate(args: argparse.Namespace) -> None:
     keep_freed_memory()
     if args.starts < 1 or not args.seconds > 0:
         raise ValueError(f"--starts must be at least 1 and --seconds positive, got {args.starts} and {args.seconds}")
-    task, console = Calibration(args.system, args.trajectories, steps=args.steps), Console(stderr=True)
+    task, console = _task(args), Console(stderr=True)
+    with console.status("compiling"):
+        for method in METHODS:
+            follow(task, method, 0.0, SEARCH, 0.0, args.spread)
+    searched = track(METHODS, "searching learning rates", console=console, transient=True)
+    rates = {method: search(task, method, SEARCH, args.seconds, args.spread) for method in searched}
     jobs = [(method, start) for start in range(args.starts) for method in METHODS]
     shown = track(jobs, "calibrating", console=console, transient=True)
-    paths = [follow(task, method, start, args.seconds, args.spread) for method, start in shown]
+    paths = [follow(task, method, rates[method], start, args.seconds, args.spread) for method, start in shown]
     with console.status("measuring memory"):
-        memory = peaks(args.memory_steps, args.system, args.trajectories)
+        memory = costs(_task(args), args.memory_steps, args.memory_limit)
     args.out.mkdir(parents=True, exist_ok=True)
     save(draw(paths, memory), args.out / "calibration")
     (args.out / "calibration.md").write_text(_page(args, rows_of(paths), memory))
-    found = {"paths": [path._asdict() for path in paths], "memory": [peak._asdict() for peak in memory]}
+    found = {"paths": [path._asdict() for path in paths], "costs": [cost._asdict() for cost in memory]}
     (args.out / "calibration.json").write_text(json.dumps(found) + "\n")
-    Console().print(table_of(paths))
+    out = Console()
+    out.width = max(out.width, 110)  # do not fold the table in a file or a narrow window
+    out.print(table_of(paths))
     print(f"calibration.md, calibration.json, calibration.png and calibration.svg in {args.out}")
 
 
-def _page(args: argparse.Namespace, rows: Sequence[tuple[str, ...]], memory: Sequence[Peak]) -> str:
+def _task(args: argparse.Namespace) -> Calibration:
+    return Calibration(args.system, args.trajectories, steps=args.steps, compile=not args.eager)
+
+
+def _page(args: argparse.Namespace, rows: Sequence[tuple[str, ...]], memory: Sequence[Cost]) -> str:
     """The tables in Markdown."""
     lines = [
         f"`python scripts/calibrate.py --system {args.system}`: {args.trajectories} trajectories, "
@@ -78,13 +94,16 @@ def _page(args: argparse.Namespace, rows: Sequence[tuple[str, ...]], memory: Seq
         "",
         *markdown_table(HEADINGS, rows),
         "",
-        "MiB of a gradient; - if it was not tried for want of memory:",
+        f"MiB of a gradient, and its time in simulations; - if it needs more than {args.memory_limit:g} MiB:",
         "",
     ]
-    steps = sorted({peak.steps for peak in memory})
-    known = {(peak.method, peak.steps): peak.mib for peak in memory}
+    steps = sorted({cost.steps for cost in memory})
+    known = {(cost.method, cost.steps): cost for cost in memory}
     cells = [
-        [method, *("-" if (mib := known[method, n]) is None else f"{mib:.1f}" for n in steps)]
-        for method in dict.fromkeys(peak.method for peak in memory)
+        [method, *(_cell(known[method, n]) for n in steps)] for method in dict.fromkeys(cost.method for cost in memory)
     ]
     return "\n".join([*lines, *markdown_table(["steps", *map(str, steps)], cells), ""])
+
+
+def _cell(cost: Cost) -> str:
+    return "-" if cost.mib is None else f"{cost.mib:.3g}, {cost.passes:.1f}"

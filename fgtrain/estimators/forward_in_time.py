@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fgtrain.errors import DataError, UnsupportedOperation
 from fgtrain.estimators.backprop import Backprop
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, buffers_in
-from fgtrain.models.diagonal import DiagonalRecurrence, as_rows, as_units, scan
+from fgtrain.models.diagonal import DiagonalRecurrence, as_rows, as_units, scan, scan_gradients
 from fgtrain.network.blocks import forwards_replaced
 
 PARTS = ("state", "by_factor", "by_weight")
@@ -150,11 +150,10 @@ class _Chunk(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
         x, weight, a, start, states, by_factor, by_weight = ctx.saved_tensors
         delta = grads[0]
-        later = scan(a.conj().resolve_conj(), as_units(delta.contiguous(), a), backwards=True)
-        first, rows = later[:, 0], as_rows(later).flatten(0, 1)
-        into_chunk = a.conj() * first  # the derivative by the state before the chunk
-        for_a = (first * start.conj() + into_chunk * by_factor.conj()).sum(0)
-        for_a = for_a + (later[:, 1:] * states[:, :-1].conj()).sum((0, 1))
+        later, for_a = scan_gradients(a, states, start, as_units(delta.contiguous(), a))
+        rows = as_rows(later).flatten(0, 1)
+        into_chunk = a.conj() * later[:, 0]  # the derivative by the state before the chunk
+        for_a = for_a + (into_chunk * by_factor.conj()).sum(0)
         from_past = as_rows((into_chunk[..., None] * by_weight.conj()).sum(0).T.contiguous()).T
         for_weight = rows.T @ x.flatten(0, 1) + from_past
         for_x = delta @ weight if ctx.needs_input_grad[0] else None

@@ -35,55 +35,58 @@ def inductor(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
     return compile_graph(graph, inputs, OPTIONS)
 
 
-class CompiledPass:
-    """The compiled engine of one model; called like `fgtrain.forward_ad.jvp`.
+class Carried:
+    """A function that is traced once, and then carries tangents as one compiled function.
 
     Args:
+        function: takes and returns tensors and other objects; it gets no duals.
         backend: turns a graph of plain tensors into a function.
 
     Attributes:
         num_compilations: number of functions compiled so far.
-
-    Raises:
-        NotIntercepted: the pass cannot be compiled; the stacked engine can run it, or name the error.
     """
 
-    def __init__(self, backend: Callable[[fx.GraphModule, list[Any]], Callable[..., Any]] = inductor) -> None:
+    def __init__(
+        self,
+        function: FunctionType,
+        backend: Callable[[fx.GraphModule, list[Any]], Callable[..., Any]] = inductor,
+    ) -> None:
         self._backend = backend
         self.num_compilations = 0
-        # Dynamo stores its traces with the code object, so every model gets its own.
-        run = FunctionType(_loss.__code__.replace(), globals())
-        self._run = torch.compile(run, backend=self._differentiate, fullgraph=True, dynamic=False)
-        self._names: dict[int, str] = {}
-        self._tangents: Mapping[str, Tangent] = {}
+        # Dynamo stores its traces with the code object, so each object gets its own.
+        own = FunctionType(function.__code__.replace(), function.__globals__)
+        self._run = torch.compile(own, backend=self._differentiate, fullgraph=True, dynamic=False)
+        self._tangents: Mapping[int, Tangent] = {}
         self._outputs: list[tuple[Tensor, Tensor | None]] = []
 
-    def __call__(
-        self, model: nn.Module, loss_fn: Callable[[Any], Tensor], tangents: Mapping[str, Tangent]
-    ) -> tuple[Tensor, Tensor]:
-        params = slots_of(model).params
-        self._names, self._tangents = {id(params[name]): name for name in tangents}, tangents
+    def __call__(self, tangents: Mapping[int, Tangent], *args: Any) -> tuple[Any, list[tuple[Tensor, Tensor | None]]]:
+        """function(*args), and the tensors that it computed, each with its tangents or None.
+
+        Args:
+            tangents: {id of a tensor that the function reads: its tangents}.
+            args: of the function.
+
+        Raises:
+            NotIntercepted: the function cannot be compiled.
+        """
+        self._tangents = tangents
         try:
-            with saved_tensor_hooks_as_they_were(), torch.enable_grad():  # to recognise the model's no_grad
-                losses = check_losses(self._run(_with_defaults_as_keywords(loss_fn), model))
-            derivatives = next((tangent for value, tangent in self._outputs if value is losses), None)
+            with torch.enable_grad():  # to recognise the model's no_grad
+                return self._run(*args), self._outputs
         except (UserError, NotIntercepted):
             raise
         except Exception as error:
             raise NotIntercepted(str(error).strip()) from error
         finally:
-            self._names, self._tangents, self._outputs = {}, {}, []
-        if derivatives is None:
-            raise NoTangent(NO_TANGENT)
-        return losses, derivatives
+            self._tangents, self._outputs = {}, []
 
     def _differentiate(self, graph: fx.GraphModule, _: list[Any]) -> Callable[..., tuple[Tensor, ...]]:
         """Turn Dynamo's trace into a function that runs it on values and stores the tangents in `_outputs`."""
         compiled: dict[tuple[Any, ...], Callable[..., list[Tensor]]] = {}
 
         def run(*inputs: Any) -> tuple[Any, ...]:
-            moving = [(i, self._names[id(x)]) for i, x in enumerate(inputs) if id(x) in self._names]
-            forms = [_form_of(self._tangents[name]) for _, name in moving]
+            moving = [(i, self._tangents[id(x)]) for i, x in enumerate(inputs) if id(x) in self._tangents]
+            forms = [_form_of(tangent) for _, tangent in moving]
             parts = [part for form in forms for part in form.parts]
             key = (*(i for i, _ in moving), *(form.key for form in forms))
             with torch.no_grad():
@@ -95,6 +98,38 @@ class CompiledPass:
             return tuple(value for value, _ in self._outputs)
 
         return run
+
+
+class CompiledPass:
+    """The compiled engine of one model; called like `fgtrain.forward_ad.jvp`.
+
+    Args:
+        backend: turns a graph of plain tensors into a function.
+
+    Raises:
+        NotIntercepted: the pass cannot be compiled; the stacked engine can run it, or name the error.
+    """
+
+    def __init__(self, backend: Callable[[fx.GraphModule, list[Any]], Callable[..., Any]] = inductor) -> None:
+        self._carried = Carried(_loss, backend)
+
+    @property
+    def num_compilations(self) -> int:
+        """The number of functions compiled so far."""
+        return self._carried.num_compilations
+
+    def __call__(
+        self, model: nn.Module, loss_fn: Callable[[Any], Tensor], tangents: Mapping[str, Tangent]
+    ) -> tuple[Tensor, Tensor]:
+        params = slots_of(model).params
+        moving = {id(params[name]): tangent for name, tangent in tangents.items()}
+        with saved_tensor_hooks_as_they_were():
+            found, computed = self._carried(moving, _with_defaults_as_keywords(loss_fn), model)
+        losses = check_losses(found)
+        derivatives = next((tangent for value, tangent in computed if value is losses), None)
+        if derivatives is None:
+            raise NoTangent(NO_TANGENT)
+        return losses, derivatives
 
 
 def _loss(loss_fn: Callable[[Any], Tensor], model: nn.Module) -> Tensor:

@@ -5,10 +5,14 @@ Shapes: B sequences, T time steps, I inputs, N units.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from fgtrain._torch import is_inside_transform
+from fgtrain.network.segments import in_segments, is_checkpointed
 
 
 class DiagonalRecurrence(nn.Module):
@@ -57,7 +61,10 @@ class DiagonalRecurrence(nn.Module):
             start: state before the first input, (B, N); None for zeros.
         """
         a = self.factors()
-        states = scan(a, as_units(F.linear(x, self.input_weight()).to(self.weight.dtype), a), start)
+        driven = as_units(F.linear(x, self.input_weight()).to(self.weight.dtype), a)
+        # The function stores the states alone, but forward mode would need a derivative of it.
+        in_one = type(driven) is Tensor and driven.requires_grad and not is_inside_transform(driven)
+        states = _Scan.apply(a, driven, start) if in_one else scan(a, driven, start)
         return as_rows(states), states[:, -1]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -83,6 +90,31 @@ def scan(a: Tensor, driven: Tensor, start: Tensor | None = None, *, backwards: b
     return torch.stack(states[:: -1 if backwards else 1], 1)
 
 
+class _Scan(torch.autograd.Function):
+    """`scan`, which stores its result for the backward pass and nothing for each step."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, driven: Tensor, start: Tensor | None) -> Tensor:
+        states = scan(a, driven, start)
+        ctx.save_for_backward(a, start, states)
+        return states
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor | None, ...]:
+        a, start, states = ctx.saved_tensors
+        for_driven, for_a = scan_gradients(a, states, start, grads[0])
+        return for_a, for_driven, None if start is None else a.conj() * for_driven[:, 0]
+
+
+def scan_gradients(a: Tensor, states: Tensor, start: Tensor | None, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients by `driven` and by `a` of a function of scan(a, driven, start), whose gradient by it is `grad`."""
+    for_driven = scan(a.conj().resolve_conj(), grad, backwards=True)
+    for_a = (for_driven[:, 1:] * states[:, :-1].conj()).sum((0, 1))
+    if start is not None:
+        for_a = for_a + (for_driven[:, 0] * start.conj()).sum(0)
+    return for_driven, for_a
+
+
 def as_units(rows: Tensor, a: Tensor) -> Tensor:
     """Numbers (..., 2 N) as complex ones (..., N), if the factors `a` are complex."""
     return torch.view_as_complex(rows.unflatten(-1, (-1, 2))) if a.is_complex() else rows
@@ -105,12 +137,20 @@ class DiagonalRNN(nn.Module):
         depth: number of layers.
         memory: the longest initial time constant, in steps.
         max_phase: the largest initial phase of a unit; 0 makes the units real.
+        silent: a token whose vector is 0, such as the blank between rare events, so that it does not fill the states;
+            None for none.
 
     Source: Zucchet, Meier, Schug, Mujika, Sacramento 2023, arXiv:2305.15947.
     """
 
     def __init__(
-        self, vocab_size: int, width: int = 64, depth: int = 1, memory: float = 100.0, max_phase: float = 0.3
+        self,
+        vocab_size: int,
+        width: int = 64,
+        depth: int = 1,
+        memory: float = 100.0,
+        max_phase: float = 0.3,
+        silent: int | None = None,
     ) -> None:
         super().__init__()
         for name, value in (("width", width), ("depth", depth), ("memory", memory)):
@@ -118,7 +158,10 @@ class DiagonalRNN(nn.Module):
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if max_phase < 0:
             raise ValueError(f"max_phase must be at least 0, got {max_phase}")
+        if silent is not None and not 0 <= silent < vocab_size:
+            raise ValueError(f"silent must be a token below vocab_size={vocab_size} or None, got {silent}")
         self.vocab_size = vocab_size
+        self.silent = silent
         self.layers = nn.ModuleList(_Layer(width if i else vocab_size, width, memory, max_phase) for i in range(depth))
         self.head = nn.Linear(width, vocab_size)
 
@@ -139,13 +182,16 @@ class DiagonalRNN(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Logits (B, T, vocab_size) of the token after each of `tokens` (B, T), from the states 0."""
+        if is_checkpointed():
+            return in_segments(self.run, tokens)
         x = self._unit_vectors(tokens)
         for layer in self.layers:
             x = layer(x)
         return self.head(x)
 
     def _unit_vectors(self, tokens: Tensor) -> Tensor:
-        return F.one_hot(tokens, self.vocab_size).to(self.head.weight.dtype)
+        x = F.one_hot(tokens, self.vocab_size).to(self.head.weight.dtype)
+        return x if self.silent is None else x * (tokens != self.silent)[..., None]
 
 
 class _Layer(nn.Module):

@@ -37,10 +37,17 @@ def compile_model(model: nn.Module, device: torch.device) -> None:
     Raises:
         ConfigError: torch.compile does not work on this machine.
     """
+    require_compiler(device, "compile=true")
+    model.compile(options=OPTIONS)
+
+
+def require_compiler(device: torch.device, setting: str) -> None:
+    """Raise a ConfigError that names `setting` if torch.compile does not work on this machine."""
     try:
         torch.compile(torch.cos, options=OPTIONS)(torch.zeros(16, device=device))
     except Exception as error:
         reason = str(error).strip().splitlines()[0]
         missing = "" if sys.platform != "linux" else " (on a CPU it needs a C++ compiler, such as g++)"
-        raise ConfigError(f"compile=true: torch.compile fails here{missing}: {reason}; use compile=false") from error
-    model.compile(options=OPTIONS)
+        raise ConfigError(
+            f"{setting}: torch.compile fails here{missing}: {reason}; use {setting.replace('true', 'false')}"
+        ) from error

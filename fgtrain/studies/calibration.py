@@ -1,13 +1,13 @@
-"""Calibration of a simulator by forward mode and by backpropagation: error against time, memory against steps.
+"""Calibration of a simulator by forward mode and by backpropagation: error against time, cost against steps.
 
 All methods start from the same guesses, on one thread. Time is CPU time. The error is the root mean square of the
-relative errors of the parameters with the lowest loss so far. A start fails if it ends above `FAILED`.
+relative errors of the parameters with the lowest loss so far. A start fails if it ends above `FAILED`. The learning
+rate of each method is the best of the same three multiples of its usual one, from a start that does not count.
 """
 
 import math
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from statistics import median
 from typing import NamedTuple
 
@@ -20,22 +20,40 @@ from torch.optim import LBFGS, SGD, Adam, Optimizer
 from fgtrain.estimators import Backprop, CheckpointedBackprop, ForwardExact, GaussNewton, GradientEstimator
 from fgtrain.estimators.base import write_grads
 from fgtrain.figures import house_style, looks
-from fgtrain.memory import free_memory, peak_mib
+from fgtrain.lightning.optimizers import lbfgs
+from fgtrain.memory import peak_mib
 from fgtrain.tasks import Calibration, Guess
 
 FAILED = 0.1
-HEADINGS = ("method", "failed", "error", "seconds to twice that", "evaluations", "ms each")
-_adam = partial(Adam, lr=0.03)
-_lbfgs = partial(LBFGS, max_iter=1000, max_eval=1000, line_search_fn="strong_wolfe")
-METHODS: dict[str, tuple[GradientEstimator, Callable[..., Optimizer]]] = {
-    "forward_exact, Adam": (ForwardExact(), _adam),
-    "gauss_newton": (GaussNewton(num_tangents=None, max_change=0.5), partial(SGD, lr=1.0)),
-    "backprop, Adam": (Backprop(), _adam),
-    "backprop, L-BFGS": (Backprop(), _lbfgs),
-    "backprop_checkpoint, Adam": (CheckpointedBackprop(), _adam),
-    "backprop_checkpoint, L-BFGS": (CheckpointedBackprop(), _lbfgs),
+HEADINGS = ("method", "learning rate", "failed", "error", "seconds to twice that", "evaluations", "ms each")
+SEARCHED = (1 / 3, 1, 3)
+"""Multiples of a method's usual learning rate."""
+
+
+class Method(NamedTuple):
+    """A way to calibrate.
+
+    Args:
+        estimator: gives the gradient or the step.
+        optimizer: takes parameters and a learning rate.
+        lr: the usual learning rate of the optimizer.
+    """
+
+    estimator: GradientEstimator
+    optimizer: Callable[..., Optimizer]
+    lr: float
+
+
+METHODS = {
+    "forward_exact, Adam": Method(ForwardExact(), Adam, 0.03),
+    "forward_exact, L-BFGS": Method(ForwardExact(), lbfgs, 1.0),
+    "gauss_newton": Method(GaussNewton(num_tangents=None), SGD, 1.0),
+    "backprop, Adam": Method(Backprop(), Adam, 0.03),
+    "backprop, L-BFGS": Method(Backprop(), lbfgs, 1.0),
+    "backprop_checkpoint, Adam": Method(CheckpointedBackprop(), Adam, 0.03),
+    "backprop_checkpoint, L-BFGS": Method(CheckpointedBackprop(), lbfgs, 1.0),
 }
-"""{name: the method and its optimizer}; gauss_newton takes all unit directions."""
+"""{name: a method}; gauss_newton takes all unit directions."""
 
 
 class Course(NamedTuple):
@@ -43,12 +61,14 @@ class Course(NamedTuple):
 
     Args:
         method: a key of `METHODS`.
+        lr: the learning rate.
         start: the seed of the guess.
         seconds: CPU time after every evaluation of the loss and its gradient.
         errors: see above, beside `seconds`; infinite if no loss was finite.
     """
 
     method: str
+    lr: float
     start: int
     seconds: list[float]
     errors: list[float]
@@ -63,13 +83,19 @@ class _Over(Exception):
     """The time is over, or the loss no longer falls."""
 
 
-def follow(task: Calibration, method: str, start: int, seconds: float, spread: float) -> Course:
+def search(task: Calibration, method: str, start: int, seconds: float, spread: float) -> float:
+    """The learning rate whose course from this start ends with the least error."""
+    usual = METHODS[method].lr
+    courses = [follow(task, method, usual * factor, start, seconds, spread) for factor in SEARCHED]
+    return min(courses, key=lambda course: course.errors[-1]).lr
+
+
+def follow(task: Calibration, method: str, lr: float, start: int, seconds: float, spread: float) -> Course:
     """Calibrate by one method from one start, for some CPU time or until eight evaluations gain less than 0.01 %."""
-    estimator, optimizer_of = METHODS[method]
     torch.manual_seed(start)
     guess = Guess(task, spread)
-    optimizer = optimizer_of(guess.parameters())
-    path, lowest, losses = Course(method, start, [], []), math.inf, []
+    estimator, optimizer = METHODS[method].estimator, METHODS[method].optimizer(guess.parameters(), lr=lr)
+    path, lowest, losses = Course(method, lr, start, [], []), math.inf, []
     spent = 0.0
 
     def evaluate() -> Tensor:
@@ -92,55 +118,83 @@ def follow(task: Calibration, method: str, start: int, seconds: float, spread: f
         while True:
             if isinstance(optimizer, LBFGS):
                 optimizer.step(evaluate)
-                break  # it has converged
-            evaluate()
-            optimizer.step()
+            else:
+                evaluate()
+                optimizer.step()
     except _Over:
         pass
     return path
 
 
-class Peak(NamedTuple):
-    """The memory of one gradient.
+class Cost(NamedTuple):
+    """The cost of one gradient.
 
     Args:
-        method: forward_exact, backprop or backprop_checkpoint.
+        method: a method of `GRADIENTS`.
         steps: of the solver.
-        mib: the peak size of its tensors; None if it was not tried, since ten times fewer steps needed too much.
+        mib: the peak size of its tensors; None if it was not tried, since it would need more than the limit.
+        passes: its CPU time over that of a simulation without derivatives.
     """
 
     method: str
     steps: int
     mib: float | None
+    passes: float | None
 
 
-def peaks(steps: Sequence[int], system: str, trajectories: int) -> list[Peak]:
-    """The memory of a gradient at these numbers of steps."""
+GRADIENTS: dict[str, GradientEstimator] = {
+    "forward_exact": ForwardExact(),
+    "gauss_newton": GaussNewton(num_tangents=None),
+    "backprop": Backprop(),
+    "backprop_checkpoint": CheckpointedBackprop(),
+}
+
+
+def costs(task: Calibration, steps: Sequence[int], limit: float) -> list[Cost]:
+    """The costs of gradients at these numbers of steps, if their memory is at most `limit` MiB."""
     found = []
-    for method, estimator in (
-        ("forward_exact", ForwardExact()),
-        ("backprop", Backprop()),
-        ("backprop_checkpoint", CheckpointedBackprop()),
-    ):
-        before: Peak | None = None
-        for number in sorted(steps):
-            mib = None
-            if before is None or (before.mib is not None and before.mib * number / before.steps < _affordable()):
-                mib = _peak(system, trajectories, number, estimator)
-            before = Peak(method, number, mib)
-            found.append(before)
+    for number in sorted(steps):
+        task.times, task.steps = task.times[[0, -1]], number  # one simulation, without stops
+        task.observed = task.observed[:2]
+        found += [_cost(task, name, [c for c in found if c.method == name], limit) for name in GRADIENTS]
     return found
 
 
-def _affordable() -> float:
-    """Half of the free memory, in MiB."""
-    return (free_memory(torch.device("cpu")) or 2**32) / 2**21
-
-
-def _peak(system: str, trajectories: int, steps: int, estimator: GradientEstimator) -> float:
-    task = Calibration(system, trajectories, observations=1, steps=steps)
+def _cost(task: Calibration, name: str, before: Sequence[Cost], limit: float) -> Cost:
+    if before and (before[-1].mib is None or _expected(before, task.steps) > limit):
+        return Cost(name, task.steps, None, None)
     guess = Guess(task, spread=0.0)
-    return peak_mib(lambda: estimator(guess, lambda model: task.losses(model, None)), torch.device("cpu"))
+
+    def gradient() -> object:
+        return GRADIENTS[name](guess, lambda model: task.losses(model, None))
+
+    def simulation() -> None:
+        with torch.no_grad():
+            task.losses(guess, None)
+
+    if not before:  # the step is compiled
+        gradient()
+        simulation()
+    rounds = max(1, min(5, 2000 // task.steps))
+    times = [(_seconds(gradient), _seconds(simulation)) for _ in range(rounds)]
+    passes = median(slow / fast for slow, fast in times)
+    return Cost(name, task.steps, peak_mib(gradient, torch.device("cpu")), passes)
+
+
+def _expected(before: Sequence[Cost], steps: int) -> float:
+    """The MiB at this number of steps, if they grow on as a power of it."""
+    last, earlier = before[-1], before[-2] if len(before) > 1 else None
+    assert last.mib is not None
+    power = 1.0
+    if earlier is not None and earlier.mib is not None:
+        power = math.log(last.mib / earlier.mib) / math.log(last.steps / earlier.steps)
+    return last.mib * (steps / last.steps) ** power
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    began = time.process_time()
+    run()
+    return time.process_time() - began
 
 
 def table_of(paths: Sequence[Course]) -> Table:
@@ -164,7 +218,16 @@ def rows_of(paths: Sequence[Course]) -> list[tuple[str, ...]]:
             cells = [f"{median(p.errors[-1] for p in sound):.2%}", f"{median(map(_seconds_to_twice, sound)):.2f}"]
         each = median(p.seconds[-1] / len(p.seconds) for p in own)
         evaluations = f"{median(len(p.seconds) for p in own):.0f}"
-        rows.append((method, f"{len(own) - len(sound)} of {len(own)}", *cells, evaluations, f"{1e3 * each:.0f}"))
+        rows.append(
+            (
+                method,
+                f"{own[0].lr:.2g}",
+                f"{len(own) - len(sound)} of {len(own)}",
+                *cells,
+                evaluations,
+                f"{1e3 * each:.0f}",
+            )
+        )
     return rows
 
 
@@ -175,14 +238,13 @@ def _seconds_to_twice(path: Course) -> float:
 
 
 @house_style
-def draw(paths: Sequence[Course], memory: Sequence[Peak]) -> Figure:
-    """Error against time, failed starts in thin lines, beside memory against steps."""
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
-    styles = looks(name.partition(",")[0] if "Adam" in name or "," not in name else name for name in METHODS)
+def draw(paths: Sequence[Course], measured: Sequence[Cost]) -> Figure:
+    """Error against time, failed starts in thin lines, beside memory and time of a gradient against steps."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    left, middle, right = figure.subplots(1, 3)
+    styles = looks(_look_of(name) for name in METHODS)
     for path in paths:
-        name = path.method.partition(",")[0] if "Adam" in path.method else path.method
-        colour, dashes = styles[name]
+        colour, dashes = styles[_look_of(path.method)]
         label = path.method if path.start == paths[0].start else None
         errors = [min(error, 10) for error in path.errors]
         left.step(
@@ -190,16 +252,24 @@ def draw(paths: Sequence[Course], memory: Sequence[Peak]) -> Figure:
             linewidth=0.6 if path.failed else 1.4,
         )  # fmt: skip
     left.set(xscale="log", yscale="log", xlabel="CPU seconds", ylabel="relative error of the parameters")
-    for method in dict.fromkeys(peak.method for peak in memory):
-        own = [peak for peak in memory if peak.method == method and peak.mib is not None]
+    for method in dict.fromkeys(cost.method for cost in measured):
+        own = [cost for cost in measured if cost.method == method and cost.mib is not None]
         colour, dashes = styles[method]
-        right.plot(
-            [p.steps for p in own], [p.mib or 0.0 for p in own],
-            marker="o", markersize=3, label=method, color=colour, linestyle=dashes,
-        )  # fmt: skip
-    right.set(xscale="log", yscale="log", xlabel="steps of the solver", ylabel="memory of a gradient, MiB")
-    for axes in (left, right):
+        for axes, values in ((middle, [c.mib or 0.0 for c in own]), (right, [c.passes or 0.0 for c in own])):
+            axes.plot(
+                [c.steps for c in own], values, marker="o", markersize=3, label=method, color=colour, linestyle=dashes
+            )
+    middle.set(xscale="log", yscale="log", xlabel="steps of the solver", ylabel="memory of a gradient, MiB")
+    right.set(xscale="log", xlabel="steps of the solver", ylabel="time of a gradient in simulations")
+    right.set_ylim(bottom=0)
+    for axes in (left, middle, right):
         axes.grid(alpha=0.3)
+    for axes in (left, middle):
         if axes.lines:
-            axes.legend()
+            axes.legend(fontsize=6)
     return figure
+
+
+def _look_of(method: str) -> str:
+    """The name whose colour a method has: that of its gradient for Adam."""
+    return method.partition(",")[0] if "Adam" in method else method

@@ -5,9 +5,8 @@ of every chunk. Ways that go back over a whole sequence start anew with each: on
 every sequence holds a symbol and its question.
 """
 
-import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,10 +14,9 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.checkpoint import checkpoint
 
 from fgtrain.data import Recall
-from fgtrain.estimators import Backprop, Estimate, ForwardInTime, write_grads
+from fgtrain.estimators import Backprop, CheckpointedBackprop, Estimate, ForwardInTime, write_grads
 from fgtrain.figures import COLOURS, house_style
 from fgtrain.memory import peak_mib
 from fgtrain.models import DiagonalRecurrence, DiagonalRNN
@@ -42,19 +40,8 @@ def whole_sequences() -> Learner:
 
 
 def checkpointed() -> Learner:
-    """The same from the states between sqrt(T) segments; the activations of a segment are computed again."""
-
-    def learn(model: DiagonalRNN, batch: Batch) -> Estimate:
-        def in_segments(tokens: Tensor) -> Tensor:
-            states, found = None, []
-            for part in tokens.split(math.isqrt(tokens.shape[1]), 1):
-                logits, states = checkpoint(model.run, part, states, use_reentrant=False)
-                found.append(logits)
-            return torch.cat(found, 1)
-
-        return Backprop()(model, lambda _: RecallTask().losses(_Net(in_segments), batch))
-
-    return learn
+    """The same from the states between segments; the activations of a segment are computed again."""
+    return lambda model, batch: CheckpointedBackprop()(model, lambda m: RecallTask().losses(m, batch))
 
 
 def truncated() -> Learner:
@@ -130,7 +117,7 @@ WAYS = {
     "full BPTT, checkpoints": Way(checkpointed, None),
     "truncated BPTT, 100": Way(truncated, 100),
     "truncated BPTT, 20": Way(truncated, 20),
-    "immediate derivatives": Way(immediate, 20),
+    "immediate derivatives": Way(immediate, 100),
 }
 
 SAME_GRADIENTS = {"full BPTT, checkpoints": "full BPTT"}
@@ -143,20 +130,30 @@ class Recalled(NamedTuple):
     Args:
         way: its name.
         lag: steps from a symbol to its question.
+        lr: the learning rate.
         accuracy: share of the test questions answered right.
+        loss: mean over the questions of the validation.
         seconds: CPU time of learning.
     """
 
     way: str
     lag: int
+    lr: float
     accuracy: float
+    loss: float
     seconds: float
+
+
+RATES = (0.003, 0.01, 0.03)
+"""The learning rates of the search, the same for every way."""
+FEWEST = 200
+"""The fewest updates with whole sequences."""
 
 
 def learn(
     way: str, data: Recall, model: DiagonalRNN, optimizer: Optimizer, updates: int, clip: float | None
 ) -> Recalled:
-    """Train on 100 time steps of the stream for each of `updates`, or on as many sequences; then test on new ones.
+    """Train on 100 time steps of the stream for each of `updates`; then test on new sequences.
 
     A batch without a question does not update the parameters.
 
@@ -165,7 +162,8 @@ def learn(
         data: the stream; its own chunk length is not used.
         model: trained in place.
         optimizer: of its parameters.
-        updates: their number, with chunks of 100 steps or whole sequences; shorter chunks have more.
+        updates: their number, with chunks of 100 steps. Shorter chunks have more, and whole sequences as many as make
+            the same number of time steps, or `FEWEST`, if that is more.
         clip: largest norm of the gradient; None for none.
     """
     learner, began = WAYS[way].make(), time.process_time()
@@ -177,15 +175,22 @@ def learn(
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         optimizer.step()
     seconds = time.process_time() - began
+    lr = optimizer.param_groups[0]["lr"]
+    accuracy, loss = _mean("acc", model, data.test_dataloader()), _mean("loss", model, data.val_dataloader())
+    return Recalled(way, data.lag, lr, accuracy, loss, seconds)
+
+
+def _mean(name: str, model: DiagonalRNN, batches: Iterable[Batch]) -> float:
     with torch.no_grad():
-        right = torch.cat([RecallTask().metrics(model, batch)["acc"] for batch in data.test_dataloader()])
-    return Recalled(way, data.lag, right.mean().item(), seconds)
+        return torch.cat([RecallTask().metrics(model, batch)[name] for batch in batches]).mean().item()
 
 
 def _batches(way: str, data: Recall, updates: int) -> Iterator[Batch]:
-    chunk = WAYS[way].chunk
+    chunk, steps = WAYS[way].chunk, 100 * updates
     size = 2 * data.period if chunk is None else chunk
-    for start in range(0, updates * (100 if chunk else size), size):
+    if chunk is None:
+        steps = max(steps, min(FEWEST, updates) * size)
+    for start in range(0, steps, size):
         yield data.steps(start, start + size, since=start if chunk is None else 0)
 
 

@@ -18,7 +18,8 @@ solver, such as torchdiffeq's `odeint`. In a file mine.py it is trained by
 
 With K directions for K parameters, forward mode has the exact gradient in one pass, in the memory of K + 1 states at
 any number of steps; backpropagation stores every step. `fgtrain.tasks.simulators.rk4` is a solver that
-`CheckpointedBackprop` cuts into segments; in another solver it stores every step.
+`CheckpointedBackprop` cuts into segments, and whose step `task.compile=true` compiles. Another solver has both if its
+loop is `y = fgtrain.network.segments.repeat(step, y, steps)`.
 """
 
 import math
@@ -30,6 +31,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fgtrain.network.compilation import require_compiler
+from fgtrain.network.segments import run_by
 from fgtrain.tasks.base import Task
 from fgtrain.tasks.simulators import SIMULATORS
 
@@ -48,6 +51,7 @@ class Calibration(Task):
         duration: the last time.
         noise: standard deviation of the noise, in standard deviations of the states.
         seed: of the noise.
+        compile: whether to compile a step of the solver, which takes about a minute once; see `repeat`.
 
     Attributes:
         true: {name of a parameter: its true value}.
@@ -55,6 +59,7 @@ class Calibration(Task):
     Raises:
         ValueError: an argument is out of its range, the simulator is not a function as above, or its states at the
             true parameters are not finite.
+        ConfigError: torch.compile does not work on this machine.
 
     >>> task = Calibration("pendulum", observations=5, noise=0.0)
     >>> task.true
@@ -74,6 +79,7 @@ class Calibration(Task):
         duration: float = 10.0,
         noise: float = 0.05,
         seed: int = 0,
+        compile: bool = False,  # noqa: A002 - the name that the command line has elsewhere
     ) -> None:
         for name, value in (("trajectories", trajectories), ("observations", observations), ("steps", steps)):
             if value < 1:
@@ -85,6 +91,7 @@ class Calibration(Task):
         self.trajectories = trajectories
         self.steps = steps
         self.times = torch.linspace(0, duration, observations + 1, dtype=torch.float64)
+        self.compiled: Any = None
         with torch.no_grad():
             states = self.simulate(torch.tensor(list(self.true.values()), dtype=torch.float64))
         if not states.isfinite().all():
@@ -95,6 +102,11 @@ class Calibration(Task):
         self.scale = states.std().item() or 1.0
         draw = torch.randn(states.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
         self.observed = states / self.scale + noise * draw
+        if compile:
+            from fgtrain.forward_ad.compiled_steps import CompiledSteps  # importing the compiler takes seconds
+
+            require_compiler(torch.device("cpu"), "task.compile=true")
+            self.compiled = CompiledSteps()
 
     def simulate(self, values: Tensor) -> Tensor:
         """The states (T, ...) for the parameters `values` (n,), in the order of `true`.
@@ -103,7 +115,8 @@ class Calibration(Task):
             ValueError: the simulator does not return a tensor (T, ...).
         """
         named = dict(zip(self.true, values.unbind(), strict=True))
-        states = self.system(self.trajectories, self.times.to(values), self.steps, **named)
+        with run_by(self.compiled):
+            states = self.system(self.trajectories, self.times.to(values), self.steps, **named)
         if not isinstance(states, Tensor) or states.shape[:1] != self.times.shape:
             got = f"shape {tuple(states.shape)}" if isinstance(states, Tensor) else type(states).__name__
             raise ValueError(

@@ -4,7 +4,6 @@ A simulator is a plain function. `fgtrain.tasks.calibration` says how to write o
 """
 
 from collections.abc import Callable
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -22,15 +21,15 @@ def rk4(field: Callable[[Tensor], Tensor], start: Tensor, times: Tensor, steps: 
         steps: steps of equal length between two times. `CheckpointedBackprop` stores about sqrt(steps) states of them.
     """
     states = [start]
-    for before, after in pairwise(times.tolist()):
-        h = (after - before) / steps
+    for h in (times.diff() / steps).unbind():
+        half, sixth = h / 2, h / 6
 
-        def step(y: Tensor, h: float = h) -> Tensor:
+        def step(y: Tensor, h: Tensor = h, half: Tensor = half, sixth: Tensor = sixth) -> Tensor:
             k1 = field(y)
-            k2 = field(y + h / 2 * k1)
-            k3 = field(y + h / 2 * k2)
+            k2 = field(y + half * k1)
+            k3 = field(y + half * k2)
             k4 = field(y + h * k3)
-            return y + h / 6 * (k1 + 2 * (k2 + k3) + k4)
+            return y + sixth * (k1 + 2 * (k2 + k3) + k4)
 
         states.append(repeat(step, states[-1], steps))
     return torch.stack(states)

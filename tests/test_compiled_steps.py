@@ -1,0 +1,118 @@
+"""A step compiled with its derivatives gives the derivatives of the loop that it is repeated in."""
+
+import pytest
+import torch
+from torch import nn
+
+import fgtrain
+from fgtrain.forward_ad.compiled_steps import CompiledSteps
+from fgtrain.network.segments import repeat, run_by
+from fgtrain.tasks import Calibration, Guess
+
+
+def run_as_it_is(graph, inputs):
+    return graph
+
+
+def problem(system="lotka_volterra", **options):
+    torch.manual_seed(1)
+    task = Calibration(system, trajectories=3, observations=2, steps=2, **options)
+    return task, Guess(task).double(), lambda model: task.losses(model, None)
+
+
+def warnings(caplog):
+    return [record.message for record in caplog.records if record.name.startswith("fgtrain")]
+
+
+@pytest.mark.parametrize(
+    ("system", "estimator"),
+    [("lotka_volterra", fgtrain.ForwardExact()), ("pendulum", fgtrain.GaussNewton(num_tangents=None))],
+    ids=["forward_exact", "gauss_newton"],
+)
+def test_the_derivatives_are_those_of_uncompiled_steps(system, estimator, caplog):
+    task, guess, loss = problem(system)
+    expected = estimator(guess, loss)
+    task.compiled = CompiledSteps(run_as_it_is)
+    found = estimator(guess, loss)
+    torch.testing.assert_close(found.loss, expected.loss)
+    torch.testing.assert_close(found.grads, expected.grads)
+    assert not warnings(caplog)
+
+
+def test_a_step_is_compiled_once():
+    task, guess, loss = problem()
+    task.compiled = CompiledSteps(run_as_it_is)
+    for _ in range(3):
+        fgtrain.ForwardExact()(guess, loss)
+        guess.change.data += 0.1
+    assert task.compiled._carried.num_compilations == 1
+
+
+class Growth(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rate = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+
+    def forward(self, advance):
+        return repeat(advance(self), torch.ones(2, dtype=torch.float64), 5).sum()
+
+
+def in_a_closure(model):
+    rate = model.rate * 2
+    return lambda y: y + rate * y
+
+
+def in_a_default(model):
+    def step(y, rate=model.rate * 2):
+        return y + rate * y
+
+    return step
+
+
+def in_a_nested_function(model):
+    inner = in_a_closure(model)
+    return lambda y: inner(y) * 1
+
+
+def of_the_model(model):
+    return lambda y: y + 2 * model.rate * y
+
+
+def that_prints(model):
+    rate = model.rate * 2
+
+    def step(y):
+        print(end="")
+        return y + rate * y
+
+    return step
+
+
+@pytest.mark.parametrize(
+    ("advance", "is_compiled"),
+    [
+        (in_a_closure, True),
+        (in_a_default, True),
+        (in_a_nested_function, True),
+        (of_the_model, False),
+        (that_prints, False),
+    ],
+)
+def test_parameters_may_be_anywhere(advance, is_compiled, caplog):
+    """A step that cannot be compiled runs uncompiled."""
+    steps, model = CompiledSteps(run_as_it_is), Growth()
+    for _ in range(2):
+        with run_by(steps):
+            grads = fgtrain.ForwardExact()(model, lambda m: m(advance)).grads
+        assert grads["rate"].item() == pytest.approx(2 * 5 * 2 * (1 + 2 * model.rate.item()) ** 4)
+    assert bool(steps._carried.num_compilations) == is_compiled
+    assert bool(warnings(caplog)) == (advance is that_prints)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo's own
+def test_compiled_methods_agree():
+    _, guess, loss = problem(compile=True)
+    expected = fgtrain.Backprop()(guess, problem()[2]).grads
+    for estimator in (fgtrain.Backprop(), fgtrain.CheckpointedBackprop(), fgtrain.ForwardExact()):
+        torch.testing.assert_close(estimator(guess, loss).grads, expected)

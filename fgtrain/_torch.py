@@ -73,6 +73,11 @@ foreach_copy = torch._foreach_copy_
 """Copies many tensors in one launch."""
 
 
+def has_gradient_hook(p: Tensor) -> bool:
+    """Whether `register_hook` was called on a tensor and its hook was not removed."""
+    return bool(p._backward_hooks)
+
+
 def is_compiled(model: nn.Module) -> bool:
     """Whether `model.compile()` was called, or `model` is the result of `torch.compile`."""
     return model._compiled_call_impl is not None or is_wrapped(model)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fgtrain._torch import foreach_norm
 from fgtrain.errors import DivergenceError
-from fgtrain.network.parameters import one_at_a_time, slots_of
+from fgtrain.network.parameters import one_at_a_time, require_no_backward_pass, slots_of
 
 Reduce = Callable[[Tensor], Tensor]
 Claim = Literal["exact", "unbiased", "descent"]
@@ -93,7 +93,13 @@ class GradientEstimator(nn.Module, ABC):
             generator: source of the directions. None draws from the estimator's own generator, which is seeded from
                 torch.initial_seed() at its first use.
             reduce: mean over ranks of a tensor; None on one device.
+
+        Raises:
+            ModelError: the method takes no whole backward pass, but a parameter is complex or has a hook on its
+                gradient.
         """
+        if self.backward_pass != "whole":
+            require_no_backward_pass(model)
         with one_at_a_time, torch.inference_mode(False):
             return super().__call__(model, loss_fn, generator=generator or self.own_generator(), reduce=reduce)
 

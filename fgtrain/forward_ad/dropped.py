@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fgtrain._torch import tree_flatten, tree_leaves, tree_unflatten
+from fgtrain._torch import is_inside_transform, tree_flatten, tree_leaves, tree_unflatten
 from fgtrain.forward_ad.passes import RandomState
 
 READS_THE_VALUE = frozenset(
@@ -16,7 +16,7 @@ READS_THE_VALUE = frozenset(
     __contains__ detach eq ne lt le gt ge equal allclose isclose isnan isinf isfinite argmax argmin argsort zeros_like
     ones_like empty_like full_like rand_like randn_like new_zeros new_ones new_empty new_full new_tensor bernoulli
     nonzero logical_not logical_and logical_or signbit all any count_nonzero is_nonzero is_tensor is_same_size
-    result_type can_cast
+    result_type can_cast _unpack_dual
     """.split()  # noqa: SIM905 - a list of eighty names is harder to read
 )
 DIFFERENTIABLE_PROPERTIES = frozenset({"T", "mT", "H", "mH", "real", "imag"})
@@ -57,7 +57,9 @@ def refuse_if_lost(
     if only_reads(func):
         return
     outputs = [out for out in tree_leaves(result) if isinstance(out, Tensor)]
-    lost = [i for i, out in enumerate(outputs) if is_differentiable(out) and not moves(out)]
+    lost = [
+        i for i, out in enumerate(outputs) if is_differentiable(out) and not is_inside_transform(out) and not moves(out)
+    ]
     if not lost:
         return
     leaves, spec = tree_flatten((args, kwargs))

@@ -8,6 +8,7 @@ as a constant.
 
 from collections.abc import Callable, Iterator
 from typing import Any
+from weakref import ref
 
 from torch import Tensor, nn
 
@@ -47,6 +48,10 @@ def _released(held: Any, value_of: Callable[[Tensor], Tensor | None], depth: int
     if isinstance(held, Tensor):
         value = value_of(held)
         return held if value is None else value
+    if isinstance(held, ref):  # a recurrent layer finds out by weak references whether its weights have changed
+        part = held()
+        released = _released(part, value_of)
+        return held if released is part else ref(released)
     if depth == 0:
         return held
     if isinstance(held, (dict, list)):

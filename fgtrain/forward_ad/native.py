@@ -5,7 +5,7 @@ and the loss is (f, grad f . v). Nothing is stored for a backward pass, so the m
 """
 
 import re
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import BackwardHook
 
 from fgtrain._torch import (
     REQUIRES_GRAD,
@@ -203,7 +204,7 @@ class named_errors:  # noqa: N801 - a context manager used like a function
     def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         if not isinstance(error, RuntimeError) or isinstance(error, UnsupportedOperation):
             return
-        operation = _refused_operation(str(error))
+        operation = _refused_operation(error)
         if operation is None:
             return
         instead = next((hint for part, hint in _INSTEAD.items() if part in operation), _OTHERWISE)
@@ -228,13 +229,21 @@ _REFUSALS = {
     "jvp function for custom autograd.Function": "a custom autograd.Function without jvp",
     "it must override the setup_context": "a custom autograd.Function without setup_context",
     "attempting to call Tensor.requires_grad_": "a derivative with respect to its own input",
+    "does not require grad and does not have a grad_fn": "a derivative with respect to an intermediate result",
+    "appears to not have been used in the graph": "a derivative with respect to an intermediate result",
+    "would mutate a captured Tensor": "a change in place of a tensor from outside the loss",
+    "Nested forward mode AD": "forward-mode AD of its own",
+    "\nRuntimeError: \n": "a TorchScript function",  # its interpreter repeats an exception of Python without the text
     "Cannot access data pointer of Tensor": "an operation that reads memory itself",
 }
 """{part of PyTorch's message: the operation}."""
 
 
-def _refused_operation(message: str) -> str | None:
+def _refused_operation(error: BaseException) -> str | None:
     """The operation without a forward-mode derivative that PyTorch's message names; None if it names none."""
+    message = str(error)
+    if any(isinstance(owner, BackwardHook) for owner in _owners(error)):
+        return "a full backward hook"
     match = re.search(r"forward AD with (.+?) that", message)
     return match.group(1) if match else next((name for part, name in _REFUSALS.items() if part in message), None)
 
@@ -242,11 +251,17 @@ def _refused_operation(message: str) -> str | None:
 def _where(model: nn.Module, error: BaseException) -> str:
     """The deepest module of `model` on the error's traceback."""
     names = {id(module): name for name, module in model.named_modules()}
-    found, frame = "the loss function", error.__traceback__
-    while frame is not None:
-        owner = frame.tb_frame.f_locals.get("self")
+    found = "the loss function"
+    for owner in _owners(error):
         if id(owner) in names:
             path = names[id(owner)]
             found = f"module '{path}' ({type(owner).__name__})" if path else f"the model ({type(owner).__name__})"
-        frame = frame.tb_next
     return found
+
+
+def _owners(error: BaseException) -> Iterator[Any]:
+    """The `self` of every function on the error's traceback, from the outermost one on."""
+    frame = error.__traceback__
+    while frame is not None:
+        yield frame.tb_frame.f_locals.get("self")
+        frame = frame.tb_next

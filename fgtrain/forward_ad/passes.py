@@ -1,16 +1,17 @@
 """Checks of a loss function for every engine, and repeated passes that leave the state of a single pass."""
 
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fgtrain._torch import TorchDispatchMode
-from fgtrain.errors import LossError
+from fgtrain._torch import TorchDispatchMode, foreach_norm
+from fgtrain.errors import LossError, UnsupportedOperation
 from fgtrain.forward_ad.kept import Attributes
 from fgtrain.network.parameters import ParameterSlots, slots_of
+from fgtrain.network.sharding import is_sharded
 from fgtrain.random import random_state, set_random_state
 
 LOSS_SHAPE = "loss_fn must return per-example losses of shape (B,) or a scalar ()"
@@ -115,18 +116,40 @@ class RepeatedPass:
     Each `rewind` restores the buffers (BatchNorm statistics), the modules' other attributes and the random state
     (Dropout masks) from construction. So every pass evaluates the same function, and the last one leaves the state that
     a single forward pass leaves.
+
+    Frozen parameters are not copied, so a pass that changes one, such as the weights of a teacher, is refused.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        self._frozen = {
+            name: p
+            for name, p in slots_of(model).params.items()
+            if not p.requires_grad and p.is_floating_point() and not is_sharded(p)
+        }
+        self._norms = self._norms_of_frozen()
         self._buffers = Buffers(slots_of(model))
         self._attributes = Attributes(model)
         self._random_state = random_state()
 
     def rewind(self) -> None:
+        """Restore the state.
+
+        Raises:
+            UnsupportedOperation: a pass has changed a frozen parameter.
+        """
         self._attributes.restore()
         self._buffers.restore()
         self.rewind_random_state()
+        for name, before, now in zip(self._frozen, self._norms, self._norms_of_frozen(), strict=True):
+            if before != now and not now.isnan():
+                raise UnsupportedOperation(
+                    f"the loss function changes '{name}', which is not trained, but this method calls it several times "
+                    "a step; change it after the step, for example in on_train_batch_end"
+                )
+
+    def _norms_of_frozen(self) -> Sequence[Tensor]:
+        return foreach_norm([p.detach() for p in self._frozen.values()], 2) if self._frozen else ()
 
     def rewind_random_state(self) -> None:
         set_random_state(self._random_state)

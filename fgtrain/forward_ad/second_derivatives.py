@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 import fgtrain.forward_ad.rules.sampling
 import fgtrain.forward_ad.rules.sequence  # noqa: F401 - these two register their bodies
+from fgtrain._torch import standard_gamma
 from fgtrain.forward_ad.rules.opened import opened
 from fgtrain.forward_ad.rules.written_out import IN_OTHERS
 
@@ -25,14 +26,23 @@ class WrittenOut(TorchFunctionMode):
     Running statistics are not updated.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._running: list[Any] = []  # functions whose bodies run; in its own body a function is called as it is
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _FIRST_ORDER:
             raise NotImplementedError(f"forward AD with {func.__name__} that is correct only for first derivatives")
-        for body in (_WRITTEN_OUT.get(func), IN_OTHERS.get(func), opened(func)):
+        bodies = () if func in self._running else (_WRITTEN_OUT.get(func), IN_OTHERS.get(func), opened(func))
+        for body in bodies:
             if body is not None:
-                with self:
-                    result = body(*args, **kwargs)
+                self._running.append(func)
+                try:
+                    with self:
+                        result = body(*args, **kwargs)
+                finally:
+                    self._running.pop()
                 if result is not NotImplemented:
                     return result
         return func(*args, **kwargs)
@@ -129,7 +139,7 @@ def _binary_cross_entropy_with_logits(
     return _reduced(each if weight is None else each * weight, reduction)
 
 
-_FIRST_ORDER = {torch.scatter_reduce, torch.Tensor.scatter_reduce}
+_FIRST_ORDER = {torch.scatter_reduce, torch.Tensor.scatter_reduce, standard_gamma}
 
 _WRITTEN_OUT = {
     F.layer_norm: _layer_norm,

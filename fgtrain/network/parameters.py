@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from fgtrain._torch import has_gradient_hook
 from fgtrain.errors import ModelError
 
 T = TypeVar("T")
@@ -52,10 +53,10 @@ class ParameterSlots:
         found: list[str | int] = []
         for held, children in self._parts:
             if held:
-                found += held
+                found += held.keys()
                 found += map(id, held.values())
             if children:
-                found += children
+                found += children.keys()
                 # A module is identified by its dictionary, which is kept here, since the id of a freed module may
                 # recur.
                 found += [id(child if child is None else child._parameters) for child in children.values()]
@@ -128,6 +129,25 @@ def trainable_params(model: nn.Module) -> dict[str, nn.Parameter]:
         names = " and ".join(sorted(map(str, devices)))
         raise ModelError(f"the parameters must be on one device, got {names}; move the model with .to()")
     return params
+
+
+def require_no_backward_pass(model: nn.Module) -> None:
+    """Refuse parameters for which only a whole backward pass gives the right gradient.
+
+    Raises:
+        ModelError: a trainable parameter is complex or has a hook on its gradient.
+    """
+    for name, p in slots_of(model).trainable().items():
+        if p.is_complex():
+            raise ModelError(
+                f"'{name}' of {type(model).__name__} is complex, but directions are real: store it as pairs of real "
+                "numbers and use torch.view_as_complex in forward, or train with Backprop"
+            )
+        if has_gradient_hook(p):
+            raise ModelError(
+                f"'{name}' of {type(model).__name__} has a hook on its gradient, which only a backward pass calls: "
+                "remove it and change the estimated gradients instead, or train with Backprop"
+            )
 
 
 def _require_numbers(model: nn.Module, params: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,291 @@
+"""What models that nobody here wrote do: right, or refused by one line that names the cause."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from fgtrain import (
+    SPSA,
+    ActivityPerturbation,
+    Backprop,
+    ForwardExact,
+    ForwardGradient,
+    GaussNewton,
+    MeZO,
+    Normal,
+    SecondOrder,
+)
+from fgtrain.errors import ModelError, UnsupportedOperation
+from fgtrain.estimators.second_order import curvature_in_span
+from fgtrain.tangents.directions import dense
+from tests.cases import Case
+from tests.derivatives import assert_derivatives, exact_hessian, reference
+from tests.properties import assert_is, flat
+
+X = torch.randn(5, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+ENGINES = pytest.mark.parametrize("derivatives_of", [None, reference], ids=["first", "reference"])
+
+
+class Net(nn.Module):
+    """Two layers and a matrix, with a function of (model, hidden) between them."""
+
+    def __init__(self, between):
+        super().__init__()
+        self.a, self.b, self.w = nn.Linear(4, 4), nn.Linear(4, 3), nn.Parameter(torch.randn(4, 4))
+        self.between = between
+
+    def forward(self, x):
+        return self.b(self.between(self, torch.tanh(self.a(x))))
+
+
+def net(between):
+    def build():
+        torch.manual_seed(0)
+        return Net(between).double()
+
+    return Case("net", build, lambda m: m(X).square().sum(1))
+
+
+def exact(case, derivatives_of):
+    assert_derivatives(case, [(Normal(), 1), (Normal(), 3)], *([derivatives_of] if derivatives_of else []))
+
+
+# --- what only a backward pass does -------------------------------------------------------------------------------
+
+
+class Spectral(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 3, dtype=torch.complex128))
+
+    def forward(self, x):
+        return (x.to(torch.complex128) @ self.weight).abs()
+
+
+WITHOUT_BACKWARD = [ForwardGradient(), ForwardExact(), SPSA(), MeZO(), GaussNewton(num_tangents=2), SecondOrder()]
+
+
+@pytest.mark.parametrize("estimator", WITHOUT_BACKWARD, ids=lambda e: type(e).__name__)
+def test_complex_parameters_are_refused(estimator):
+    with pytest.raises(
+        ModelError, match=r"^'weight' of Spectral is complex, .*view_as_complex.* or train with Backprop$"
+    ):
+        estimator(Spectral(), lambda m: m(X).sum(1))
+
+
+def test_backprop_takes_complex_parameters():
+    model = Spectral()
+    found = Backprop()(model, lambda m: m(X).sum(1)).grads["weight"]
+    (expected,) = torch.autograd.grad(model(X).sum(1).mean(), [model.weight])
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("estimator", [*WITHOUT_BACKWARD, ActivityPerturbation()], ids=lambda e: type(e).__name__)
+def test_a_hook_on_a_parameter_is_refused_until_it_is_removed(estimator):
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh()).double()
+    hook = model.get_parameter("0.weight").register_hook(lambda g: 2 * g)
+    with pytest.raises(
+        ModelError, match=r"^'0.weight' of Sequential has a hook on its gradient, .*train with Backprop$"
+    ):
+        estimator(model, lambda m: m(X).square().sum(1))
+    hook.remove()
+    estimator(model, lambda m: m(X).square().sum(1))
+
+
+def test_backprop_calls_the_hook():
+    model = nn.Linear(4, 3).double()
+    before = Backprop()(model, lambda m: m(X).sum(1)).grads["weight"]
+    model.weight.register_hook(lambda g: 2 * g)
+    assert torch.equal(Backprop()(model, lambda m: m(X).sum(1)).grads["weight"], 2 * before)
+
+
+def squared(m, h):
+    return torch.autograd.grad(torch.sin(h @ m.w).sum(), h, create_graph=True)[0]
+
+
+def own_jvp(m, h):
+    return torch.func.jvp(lambda x: torch.sin(x @ m.w), (h,), (torch.ones_like(h),))[1]
+
+
+@ENGINES
+@pytest.mark.parametrize(
+    ("between", "cause"),
+    [(squared, "a derivative with respect to an intermediate result"), (own_jvp, "forward-mode AD of its own")],
+)
+def test_derivatives_inside_the_model_are_named(between, cause, derivatives_of):
+    with pytest.raises(UnsupportedOperation, match=rf"^the model \(Net\) uses {cause}, which has no forward-mode"):
+        exact(net(between), derivatives_of)
+
+
+@ENGINES
+def test_a_full_backward_hook_is_named(derivatives_of):
+    case = net(lambda m, h: h)
+    model = case.build()
+    model.b.register_full_backward_hook(lambda *_: None)
+    hooked = Case("hooked", lambda: model, case.loss)
+    with pytest.raises(UnsupportedOperation, match=r"^module 'b' \(Linear\) uses a full backward hook, which has no"):
+        exact(hooked, derivatives_of)
+
+
+# --- transforms and scripts inside the model ----------------------------------------------------------------------
+
+
+def mapped(m, h):
+    return torch.vmap(lambda row: torch.tanh(m.w @ row))(h)
+
+
+@ENGINES
+@pytest.mark.parametrize("between", [mapped, lambda m, h: torch.vmap(torch.dot, (0, None))(h, m.w[0])[:, None] * h])
+def test_vmap_inside_the_model(between, derivatives_of):
+    exact(net(between), derivatives_of)
+
+
+def test_gauss_newton_in_the_reference_engine():
+    plain, case = net(lambda m, h: torch.tanh(h @ m.w.T)), net(mapped)
+    found = GaussNewton(num_tangents=3)(case.build(), case.loss, generator=torch.Generator().manual_seed(0))
+    expected = GaussNewton(num_tangents=3)(plain.build(), plain.loss, generator=torch.Generator().manual_seed(0))
+    assert_is(found.grads, expected.grads, 1e-9)
+
+
+@torch.jit.script
+def scripted(x: torch.Tensor) -> torch.Tensor:
+    return x * 0.5 * (1.0 + torch.tanh(0.8 * (x + 0.04 * x * x * x)))
+
+
+class WithScript(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.jit.script(nn.Sequential(nn.Linear(4, 4), nn.Tanh())), nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.b(scripted(self.a(x)))
+
+
+def with_script():
+    torch.manual_seed(0)
+    return WithScript().double()
+
+
+@ENGINES
+def test_scripted_modules_and_functions(derivatives_of):
+    exact(Case("script", with_script, lambda m: m(X).square().sum(1)), derivatives_of)
+
+
+def test_activity_perturbation_names_a_script():
+    with pytest.raises(UnsupportedOperation, match=r"^module 'a' \(\w+\) uses a TorchScript function, which has no"):
+        ActivityPerturbation()(with_script(), lambda m: m(X).square().sum(1))
+
+
+# --- second derivatives -------------------------------------------------------------------------------------------
+
+
+def noisy(m, h):
+    return h * m.w[0] + torch.normal(torch.zeros_like(h), 0.1)
+
+
+def test_second_derivatives_beside_random_numbers_with_a_tensor_as_mean():
+    case = net(noisy)
+    model = case.build()
+    sampled = Normal().sample(dict(model.named_parameters()), [0, 1])
+    v = {name: dense(tangent) for name, tangent in sampled.items()}
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(3)
+        _, _, found = curvature_in_span(model, case.loss, v)
+    directions = torch.cat([v[name].flatten(1) for name in sorted(v)], 1)
+    torch.testing.assert_close(found, directions @ exact_hessian(case) @ directions.T)
+
+
+def gamma(m, h):
+    return torch.distributions.Gamma(F.softplus(h) + 0.5, 1.0).rsample()
+
+
+def test_a_sample_without_a_second_derivative_is_named():
+    case = net(gamma)
+    with pytest.raises(UnsupportedOperation, match=r"^the model \(Net\) uses _standard_gamma, which has no"):
+        SecondOrder()(case.build(), case.loss)
+
+
+class Packed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.l = nn.Linear(4, 3)
+
+    def forward(self, x):
+        packed = pack_padded_sequence(self.l(x), torch.tensor([2, 1]), batch_first=True)
+        return pad_packed_sequence(packed, batch_first=True)[0].tanh().square().sum((1, 2))
+
+
+def test_packing_has_no_second_derivative():
+    with pytest.raises(UnsupportedOperation, match=r"^the model \(Packed\) uses an operation that reads memory itself"):
+        SecondOrder()(Packed().double(), lambda m: m(X[:4].view(2, 2, 4)))
+
+
+# --- what stays from one step to the next -------------------------------------------------------------------------
+
+
+class Recurrent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.head = nn.GRU(4, 4, batch_first=True), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.rnn(x)[0][:, -1])
+
+
+def test_a_recurrent_layer_stays_in_the_fast_engine_if_its_output_is_kept(caplog):
+    torch.manual_seed(0)
+    model, kept, x = Recurrent().double(), [], X[None].transpose(0, 1)
+
+    def loss(m):
+        kept[:] = [m(x)]
+        return kept[0].square().sum(1)
+
+    estimator = ActivityPerturbation(num_tangents=2)
+    for step in range(3):
+        found = estimator(model, loss, generator=torch.Generator().manual_seed(step)).grads
+        fresh = copy.deepcopy(Recurrent().double())
+        fresh.load_state_dict(model.state_dict())
+        assert_is(found, estimator(fresh, loss, generator=torch.Generator().manual_seed(step)).grads)
+        ForwardGradient()(model, loss)
+    assert "slower reference engine" not in caplog.text
+
+
+class Student(nn.Module):
+    """Its forward pass moves a teacher, which is not trained, towards it."""
+
+    def __init__(self):
+        super().__init__()
+        self.student, self.teacher = nn.Linear(4, 3), nn.Linear(4, 3).requires_grad_(False)
+
+    def forward(self, x):
+        with torch.no_grad():
+            for new, old in zip(self.student.parameters(), self.teacher.parameters(), strict=True):
+                old.data.mul_(0.9).add_(new.data, alpha=0.1)
+            target = self.teacher(x)
+        return (self.student(x) - target).square().sum(1)
+
+
+@pytest.mark.parametrize(
+    "estimator", [SPSA(), MeZO(), ForwardExact(), ActivityPerturbation()], ids=lambda e: type(e).__name__
+)
+def test_a_pass_that_changes_a_frozen_parameter_is_not_repeated(estimator):
+    with pytest.raises(
+        UnsupportedOperation, match=r"^the loss function changes 'teacher.weight', .*on_train_batch_end$"
+    ):
+        estimator(Student().double(), lambda m: m(X))
+
+
+def test_a_single_pass_may_change_a_frozen_parameter():
+    model = Student().double()
+    other = copy.deepcopy(model)
+    exact_grads = Backprop()(other, lambda m: m(X)).grads
+    estimate = ForwardGradient(num_tangents=2)(model, lambda m: m(X), generator=torch.Generator().manual_seed(0))
+    assert estimate.directional_derivatives is not None
+    torch.testing.assert_close(model.state_dict(), other.state_dict())
+    torch.testing.assert_close(  # sum_k d_k (v_k . g) / K with d_k = v_k . g
+        estimate.directional_derivatives.square().mean(), flat(estimate.grads) @ flat(exact_grads)
+    )

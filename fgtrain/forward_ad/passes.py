@@ -141,12 +141,15 @@ class RepeatedPass:
         self._attributes.restore()
         self._buffers.restore()
         self.rewind_random_state()
-        for name, before, now in zip(self._frozen, self._norms, self._norms_of_frozen(), strict=True):
-            if before != now and not now.isnan():
-                raise UnsupportedOperation(
-                    f"the loss function changes '{name}', which is not trained, but this method calls it several times "
-                    "a step; change it after the step, for example in on_train_batch_end"
-                )
+        changed = [
+            (now != before) & ~now.isnan() for before, now in zip(self._norms, self._norms_of_frozen(), strict=True)
+        ]
+        if changed and torch.stack([c.to(changed[0].device) for c in changed]).any():  # one synchronisation
+            name = next(name for name, is_changed in zip(self._frozen, changed, strict=True) if is_changed)
+            raise UnsupportedOperation(
+                f"the loss function changes '{name}', which is not trained, but this method calls it several times "
+                "a step; change it after the step, for example in on_train_batch_end"
+            )
 
     def _norms_of_frozen(self) -> Sequence[Tensor]:
         return foreach_norm([p.detach() for p in self._frozen.values()], 2) if self._frozen else ()

@@ -146,6 +146,27 @@ def test_changed_input_is_refused():
         CheckpointedBackprop()(model, loss)
 
 
+class Cached(nn.Module):
+    """A block that stores its result and returns it from then on."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.known = nn.Linear(3, 3), None
+
+    def forward(self, x):
+        if self.known is None:
+            self.known = torch.tanh(self.layer(x))
+        return self.known * 2
+
+
+def test_a_block_that_computes_something_else_when_it_runs_again_is_refused():
+    model = nn.ModuleList([Cached()])
+    with pytest.raises(
+        UnsupportedOperation, match=r"^a block of ModuleList computes something else when it runs again"
+    ):
+        CheckpointedBackprop()(model, lambda m: m[0](torch.ones(2, 3)).sum())
+
+
 @pytest.mark.parametrize("warm", [True, False])
 def test_compiled_models_are_checkpointed_as_they_were_written(warm):
     torch.manual_seed(0)

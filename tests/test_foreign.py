@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from fgtrain import (
+    FDFA,
     SPSA,
     ActivityPerturbation,
     Backprop,
@@ -289,3 +290,18 @@ def test_a_single_pass_may_change_a_frozen_parameter():
     torch.testing.assert_close(  # sum_k d_k (v_k . g) / K with d_k = v_k . g
         estimate.directional_derivatives.square().mean(), flat(estimate.grads) @ flat(exact_grads)
     )
+
+
+# --- what a pass writes ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("estimator", [ActivityPerturbation, FDFA])
+def test_a_parameter_beside_the_layers_may_be_written_into_a_plain_tensor(estimator):
+    """The first call looks for the layers; its pass handles all that the estimate's own pass does."""
+    written = net(lambda m, h: h @ torch.zeros(4, 4, dtype=h.dtype).add_(m.w))
+    added = net(lambda m, h: h @ (torch.zeros(4, 4, dtype=h.dtype) + m.w))
+    found, expected = (
+        estimator(num_tangents=2)(case.build(), case.loss, generator=torch.Generator().manual_seed(0))
+        for case in (written, added)
+    )
+    assert_is(found.grads, expected.grads)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointError, checkpoint
 
 from fgtrain._torch import eager_functions, tree_leaves
 from fgtrain.errors import UnsupportedOperation
@@ -29,8 +29,8 @@ class CheckpointedBackprop(GradientEstimator):
     Formula: g = grad f. A chain of n equal layers (`nn.Sequential`, nested ones read as one chain) is split into
     sqrt(n) segments. Only the tensors between segments are stored, and the backward sweep runs each segment forward
     again. Each member of an `nn.ModuleList` (a block of a transformer) is a segment, and so are sqrt(n) steps of a
-    simulation by `fgtrain.tasks.simulators.rk4`. Other code stores its activations as in plain backpropagation. A model
-    without any of these is trained as by `Backprop`, and a warning says so.
+    simulation by `fgtrain.tasks.simulators.rk4` or of a `DiagonalRNN`. Other code stores its activations as in plain
+    backpropagation. A model without any of these is trained as by `Backprop`, and a warning says so.
 
     Bias: exact, bit for bit if the layers' kernels are deterministic. Dropout uses the same masks again, and BatchNorm
     counts the batch once.
@@ -39,7 +39,7 @@ class CheckpointedBackprop(GradientEstimator):
     Ranks exchange the whole gradient.
 
     Raises:
-        UnsupportedOperation: a segment changes its input in place, so it cannot be run twice.
+        UnsupportedOperation: a segment changes its input in place, or computes something else when it runs again.
 
     Source: Chen, Xu, Zhang, Guestrin 2016, arXiv:1604.06174.
 
@@ -68,7 +68,13 @@ class CheckpointedBackprop(GradientEstimator):
     ) -> Estimate:
         with eager_functions(), checkpointed() as repeated, _in_segments(model) as containers:
             # compiled code would ignore replaced forwards
-            estimate = Backprop()(model, loss_fn, reduce=reduce)
+            try:
+                estimate = Backprop()(model, loss_fn, reduce=reduce)
+            except CheckpointError as error:
+                raise UnsupportedOperation(
+                    f"a block of {type(model).__name__} computes something else when it runs again, as one does that "
+                    "keeps a cache; train with Backprop"
+                ) from error
         told = slots_of(model).kept(_in_segments, set)
         if not (containers or repeated or told):
             told.add(model.__class__)

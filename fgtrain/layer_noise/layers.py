@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from fgtrain.errors import UnsupportedOperation
@@ -45,12 +46,16 @@ def find_layers(
     model: nn.Module, loss_fn: Callable[[Any], Tensor], kinds: tuple[type[nn.Module], ...]
 ) -> PerturbedLayers:
     """As `perturbed_layers`, for layers of these kinds; nothing is kept."""
-    biases = candidates(model, kinds)
+    biases, trained = candidates(model, kinds), slots_of(model).trainable()
     before = RepeatedPass(model)
     while biases:
         trial = PerturbedPass(1, seed=0)
+        noises = {name: LayerNoise(name, trial) for name in biases}
+        # The other parameters have tangents in the estimate, so its pass may write these into plain tensors.
+        of_layers = {*biases, *biases.values()}
+        others = {name: torch.zeros_like(p)[None] for name, p in trained.items() if name not in of_layers}
         try:
-            run_perturbed(model, loss_fn, {name: LayerNoise(name, trial) for name in biases})
+            run_perturbed(model, loss_fn, {**noises, **others})
         except UsedElsewhere as use:
             del biases[use.name]
             continue

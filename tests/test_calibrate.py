@@ -62,13 +62,13 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_only_backpropagation_grows_with_the_steps():
-    measured = costs(Calibration("pendulum", trajectories=1000), [20, 80, 320], limit=5)
+    measured = costs(Calibration("pendulum", trajectories=1000), [10, 40, 160], limit=2.5)
     found = {(cost.method, cost.steps): cost.mib or 0.0 for cost in measured}
-    stored, few, forward = (found[name, 80] for name in ("backprop", "backprop_checkpoint", "forward_exact"))
-    assert forward == pytest.approx(found["forward_exact", 20], rel=0.02)
+    stored, few, forward = (found[name, 40] for name in ("backprop", "backprop_checkpoint", "forward_exact"))
+    assert forward == pytest.approx(found["forward_exact", 10], rel=0.02)
     assert few < stored / 2
-    assert stored / found["backprop", 20] == pytest.approx(4, rel=0.3)
-    assert not found["backprop", 320]  # it would need more than the limit
+    assert stored / found["backprop", 10] == pytest.approx(4, rel=0.3)
+    assert not found["backprop", 160]  # it would need more than the limit
 
 
 @pytest.mark.parametrize("best", SEARCHED)

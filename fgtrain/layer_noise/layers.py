@@ -1,6 +1,7 @@
 """The layers of a model that can be perturbed at their outputs, found in a trial pass."""
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -46,16 +47,12 @@ def find_layers(
     model: nn.Module, loss_fn: Callable[[Any], Tensor], kinds: tuple[type[nn.Module], ...]
 ) -> PerturbedLayers:
     """As `perturbed_layers`, for layers of these kinds; nothing is kept."""
-    biases, trained = candidates(model, kinds), slots_of(model).trainable()
+    biases = candidates(model, kinds)
     before = RepeatedPass(model)
     while biases:
         trial = PerturbedPass(1, seed=0)
-        noises = {name: LayerNoise(name, trial) for name in biases}
-        # The other parameters have tangents in the estimate, so its pass may write these into plain tensors.
-        of_layers = {*biases, *biases.values()}
-        others = {name: torch.zeros_like(p)[None] for name, p in trained.items() if name not in of_layers}
         try:
-            run_perturbed(model, loss_fn, {**noises, **others})
+            run_perturbed(model, loss_fn, {name: LayerNoise(name, trial) for name in biases})
         except UsedElsewhere as use:
             del biases[use.name]
             continue
@@ -66,12 +63,28 @@ def find_layers(
         used = [call.name for call in trial.calls]
         if used:
             rectified = frozenset(call.name for call in trial.calls if call.is_rectified)
-            return PerturbedLayers({name: biases[name] for name in biases if name in used}, used[-1], rectified)
+            found = PerturbedLayers({name: biases[name] for name in biases if name in used}, used[-1], rectified)
+            _try_other_parameters(model, loss_fn, found)
+            return found
         break
     raise UnsupportedOperation(
         f"{type(model).__name__} has no trained Linear or convolution with a weight of its own to perturb; use "
         "ForwardGradient"
     )
+
+
+def _try_other_parameters(model: nn.Module, loss_fn: Callable[[Any], Tensor], layers: PerturbedLayers) -> None:
+    """A pass with tangents of the parameters outside the layers, since the model may write these into plain tensors.
+
+    `evaluate` keeps that in mind. The pass of an estimate, which cannot be repeated, is then prepared for it.
+    """
+    of_layers = {*layers.biases, *layers.biases.values()}
+    others = {name: p for name, p in slots_of(model).trainable().items() if name not in of_layers}
+    if others:
+        before = RepeatedPass(model)
+        with suppress(WritesIntoPlain, UnsupportedOperation):  # the pass of the estimate names what it cannot follow
+            run_perturbed(model, loss_fn, {name: torch.zeros_like(p)[None] for name, p in others.items()})
+        before.rewind()
 
 
 def candidates(model: nn.Module, kinds: tuple[type[nn.Module], ...] = PERTURBED) -> dict[str, str | None]:

@@ -146,6 +146,8 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if running is None or not torch.is_grad_enabled():
         with plain_tensors():
             return func(*values(args), **values(kwargs))
+    if func not in RULES and func not in IN_OTHERS and FALLBACKS[func].reads and "out" not in kwargs:
+        return _on_values(FALLBACKS[func].rule, args, kwargs)  # of a shape, a comparison
     if running.width is None:
         small = SMALL.get(func)
         if small is not None and (result := small(running, args, kwargs)) is not NotImplemented:
@@ -162,7 +164,7 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if kwargs.get("out") is not None:
             raise NotIntercepted(f"{getattr(func, '__name__', func)} writes into its argument out")
         result = (_as_user_code if fallback.is_opened else _on_values)(fallback.rule, args, kwargs)
-        if fallback.reads or fallback.is_opened:  # its calls have been checked
+        if fallback.is_opened:  # its calls have been checked
             return result
     if not isinstance(result, Dual) and isinstance(result, (Tensor, tuple, list)) and running.follows:
         _on_values(refuse_if_lost, (func, args, kwargs, result, _is_dual, _value_of), {})

@@ -43,8 +43,8 @@ class WithRows:
 
     def __call__(self, model: Any) -> Tensor:
         with Noticed() as noticed:
-            losses = check_losses(self._loss_fn(model))
-        self._shape, found = losses.shape, noticed.only()
+            losses = self._loss_fn(model)
+        self._shape, found = check_losses(losses).shape, noticed.only()
         if found is None:
             return losses
         known, taken, result = found

@@ -38,10 +38,10 @@ class ActivityPerturbation(GradientEstimator):
     The first call finds the rows of each layer's output that belong to each example. If it cannot, all rows of the
     layer use the derivative of the mean loss.
 
-    Bias: unbiased if neither layers nor losses mix examples, or with examples="mixed". If BatchNorm in training mode or
-    a contrastive loss mixes them, examples="independent" ignores the effect of one example's noise on the losses of the
-    others, as Ren et al. do. positions="shared" is biased: every position gets the gradient of the shared noise.
-    shrinkage=True scales the estimate down.
+    Bias: unbiased if neither layers nor losses mix examples, or with examples="mixed". If BatchNorm in training mode, a
+    graph whose nodes are the examples, or a contrastive loss mixes them, examples="independent" ignores the effect of
+    one example's noise on the losses of the others, as Ren et al. do. positions="shared" is biased: every position gets
+    the gradient of the shared noise. shrinkage=True scales the estimate down.
 
     Relative variance: for one example with N units that no ReLU zeroes,
 

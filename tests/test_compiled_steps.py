@@ -48,6 +48,20 @@ def test_a_step_is_compiled_once():
     assert task.compiled._carried.num_compilations == 1
 
 
+def test_a_state_may_hold_integers(caplog):
+    def grown(model):
+        rate = model["rate"] * 2
+        y, count = repeat(lambda state: (state[0] + rate * state[0], state[1] + 1), (torch.ones(2), torch.tensor(0)), 5)
+        return (y * count).sum()
+
+    model = nn.ParameterDict({"rate": torch.tensor(0.3)})
+    expected = fgtrain.ForwardExact()(model, grown)
+    with run_by(CompiledSteps(run_as_it_is)):
+        found = fgtrain.ForwardExact()(model, grown)
+    torch.testing.assert_close(found.grads, expected.grads)
+    assert not warnings(caplog)
+
+
 class Growth(nn.Module):
     def __init__(self):
         super().__init__()

@@ -11,7 +11,8 @@ import json
 import os
 from pathlib import Path
 
-os.environ |= {"KINETO_LOG_LEVEL": "9", "TORCH_CPP_LOG_LEVEL": "ERROR"}  # before torch: silences its profiler
+os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # before torch: silences its profiler
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # and its process groups
 
 import torch
 from hydra.utils import instantiate

@@ -64,7 +64,7 @@ def find_layers(
         if used:
             rectified = frozenset(call.name for call in trial.calls if call.is_rectified)
             found = PerturbedLayers({name: biases[name] for name in biases if name in used}, used[-1], rectified)
-            _try_other_parameters(model, loss_fn, found)
+            _try_other_parameters(model, loss_fn, found, before)
             return found
         break
     raise UnsupportedOperation(
@@ -73,7 +73,9 @@ def find_layers(
     )
 
 
-def _try_other_parameters(model: nn.Module, loss_fn: Callable[[Any], Tensor], layers: PerturbedLayers) -> None:
+def _try_other_parameters(
+    model: nn.Module, loss_fn: Callable[[Any], Tensor], layers: PerturbedLayers, before: RepeatedPass
+) -> None:
     """A pass with tangents of the parameters outside the layers, since the model may write these into plain tensors.
 
     `evaluate` keeps that in mind. The pass of an estimate, which cannot be repeated, is then prepared for it.
@@ -81,7 +83,6 @@ def _try_other_parameters(model: nn.Module, loss_fn: Callable[[Any], Tensor], la
     of_layers = {*layers.biases, *layers.biases.values()}
     others = {name: p for name, p in slots_of(model).trainable().items() if name not in of_layers}
     if others:
-        before = RepeatedPass(model)
         with suppress(WritesIntoPlain, UnsupportedOperation):  # the pass of the estimate names what it cannot follow
             run_perturbed(model, loss_fn, {name: torch.zeros_like(p)[None] for name, p in others.items()})
         before.rewind()

@@ -18,13 +18,14 @@ refuses it, and between passes it acts as its value.
 """
 
 import threading
+from collections.abc import Callable, Container, Iterator
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fgtrain._torch import overrides_of_tensors, plain_tensors, set_grad_enabled, tree_leaves, tree_map_only
+from fgtrain._torch import overrides_of_tensors, plain_tensors, set_grad_enabled, tree_map_only
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.forward_ad.dropped import is_differentiable, refuse_if_lost
 from fgtrain.forward_ad.kept import of_earlier_pass
@@ -44,6 +45,7 @@ class running_pass:  # noqa: N801 - a context manager used like a function
 
     Attributes:
         width: the number of directions if some earlier duals have fewer: see `widen`.
+        watched: functions whose calls are told to `saw`: see `watch`.
     """
 
     def __init__(self, *, follows: bool = True, adopting: Any = None, draws: TracedDraws | None = None) -> None:
@@ -51,6 +53,8 @@ class running_pass:  # noqa: N801 - a context manager used like a function
         self.adopting = adopting
         self.draws = draws
         self.width: int | None = None
+        self.watched: Container[Any] = ()
+        self.saw: Callable[..., None]
 
     def __enter__(self) -> "running_pass":
         self._outer, _running.one = _running.one, self
@@ -75,6 +79,14 @@ def widen(num: int) -> None:
     _running.one.width = num
 
 
+def watch(funcs: Container[Any], saw: Callable[..., None]) -> bool:
+    """Call saw(func, args, kwargs, result) after each call of these functions with a dual; False if no pass runs."""
+    if _running.one is None:
+        return False
+    _running.one.watched, _running.one.saw = funcs, saw
+    return True
+
+
 def num_traced_draws() -> int:
     """The draws of random numbers so far, if the pass is traced; else 0."""
     running = _running.one
@@ -82,8 +94,8 @@ def num_traced_draws() -> int:
 
 
 def _widened(args: Any, kwargs: Any, width: int) -> None:
-    for x in tree_leaves((args, kwargs)):
-        if isinstance(x, Dual) and isinstance(x.tangent, (Tensor, LowRankTangent)) and num_directions(x) < width:
+    for x in duals_in((args, kwargs)):
+        if isinstance(x.tangent, (Tensor, LowRankTangent)) and num_directions(x) < width:
             tangent = tangent_of(x)
             x.tangent = torch.cat([tangent, tangent.new_zeros(width - len(tangent), *tangent.shape[1:])])
 
@@ -146,6 +158,13 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if running is None or not torch.is_grad_enabled():
         with plain_tensors():
             return func(*values(args), **values(kwargs))
+    result = _call(running, func, args, kwargs)
+    if func in running.watched:
+        running.saw(func, args, kwargs, result)
+    return result
+
+
+def _call(running: running_pass, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func not in RULES and func not in IN_OTHERS and FALLBACKS[func].reads and "out" not in kwargs:
         return _on_values(FALLBACKS[func].rule, args, kwargs)  # of a shape, a comparison
     if running.width is None:
@@ -258,6 +277,15 @@ def joint_of(x: Any) -> Tensor | None:
     offsets = [t.storage_offset() - joint.storage_offset() for t in (value, moved)]
     in_order = offsets == [0, value.numel()] and all(t.is_contiguous() for t in (joint, value, moved))
     return joint if in_order else None
+
+
+def duals_in(tree: Any) -> Iterator[Dual]:
+    """The duals among nested arguments."""
+    if isinstance(tree, Dual):
+        yield tree
+    elif isinstance(tree, (tuple, list, dict)):
+        for x in tree.values() if isinstance(tree, dict) else tree:
+            yield from duals_in(x)
 
 
 def num_directions(*arguments: Any) -> int:

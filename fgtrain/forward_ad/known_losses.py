@@ -6,6 +6,7 @@ known too.
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from fgtrain.forward_ad.dual import Dual
+from fgtrain.forward_ad.dual import Dual, watch
 from fgtrain.forward_ad.native import has_tangent, primal_of
 
 
@@ -100,19 +101,28 @@ It returns A, shaped like T, and the diagonal D, shaped like z: A D A^T = T H T^
 """
 
 
-class Noticed(TorchFunctionMode):
-    """A context that records the calls of losses with a closed form."""
+class Noticed:
+    """A context that records the calls of losses with a closed form.
+
+    A pass of stacked duals tells of such calls. In other passes, a function mode sees every call, which takes longer.
+    """
 
     def __init__(self) -> None:
-        super().__init__()
         self._calls: list[tuple[Any, Any, Any, dict[str, Any], Any]] = []
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        if func in CLOSED_FORMS and len(args) == 2 and carries_tangent(args[0]):
+    def __enter__(self) -> "Noticed":
+        self._seeing: AbstractContextManager[Any] = (
+            nullcontext() if watch(CLOSED_FORMS, self._saw) else _Seeing(self._saw)
+        )
+        self._seeing.__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._seeing.__exit__(*error)
+
+    def _saw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+        if len(args) == 2 and carries_tangent(args[0]):
             self._calls.append((func, *args, kwargs, result))
-        return result
 
     def only(self) -> tuple[KnownLoss, Any, Any] | None:
         """The call, its input and its result; None unless there is one call, whose input alone carries a derivative."""
@@ -126,6 +136,20 @@ class Noticed(TorchFunctionMode):
         if func is F.cross_entropy and taken.shape[taken.dim() > 1] == 1:  # one class: the loss of equal logits is 0
             return None
         return KnownLoss(func, taken.shape, target, options), taken, result
+
+
+class _Seeing(TorchFunctionMode):
+    """Calls saw(func, args, kwargs, result) after every call of a loss with a closed form."""
+
+    def __init__(self, saw: Callable[..., None]) -> None:
+        super().__init__()
+        self._saw = saw
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **kwargs or {})
+        if func in CLOSED_FORMS:
+            self._saw(func, args, kwargs or {}, result)
+        return result
 
 
 def carries_tangent(x: Any) -> bool:

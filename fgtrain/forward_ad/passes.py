@@ -1,7 +1,6 @@
 """Checks of a loss function for every engine, and repeated passes that leave the state of a single pass."""
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -121,7 +120,6 @@ class RepeatedPass:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._model = model
         self._frozen = {
             name: p
             for name, p in slots_of(model).params.items()
@@ -156,13 +154,3 @@ class RepeatedPass:
 
     def rewind_random_state(self) -> None:
         set_random_state(self._random_state)
-
-    @contextmanager
-    def again(self) -> Generator[None]:
-        """A context for a repetition after the last pass: it evaluates the same function, without side effects."""
-        after = RepeatedPass(self._model)
-        self.rewind()
-        try:
-            yield
-        finally:
-            after.rewind()

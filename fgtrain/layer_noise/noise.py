@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fgtrain._torch import tree_leaves
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.forward_ad.dropped import only_reads
-from fgtrain.forward_ad.dual import Dual, call, primal_of, tangent_of, widen
+from fgtrain.forward_ad.dual import Dual, call, duals_in, primal_of, tangent_of, widen
 from fgtrain.forward_ad.output_tangent import LocalGrads, OutputTangent
 from fgtrain.random import fold_in
 from fgtrain.tangents import Rademacher
@@ -71,7 +70,7 @@ class LayerCall:
 
     def noted(self, func: Any, result: Any, output: Dual) -> None:
         """Record a function that used the layer's output."""
-        if self.settled or only_reads(func):
+        if self.settled:
             return
         if func in _RELU:
             self.active = primal_of(result) > 0
@@ -143,9 +142,10 @@ class PerturbedDual(Dual):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = call(func, args, kwargs or {})
-        for x in tree_leaves((args, kwargs)):
-            if isinstance(x, PerturbedDual):
-                x.layer.noted(func, result, x)
+        if not only_reads(func):
+            for x in duals_in((args, kwargs)):
+                if isinstance(x, PerturbedDual):
+                    x.layer.noted(func, result, x)
         return result
 
 
@@ -205,7 +205,7 @@ class PerturbedPass:
         self._num_draws, self._num_units = self._num_draws + 1, self._num_units + len(units)
         if self.noise == "normal":
             return output.new_empty(self.num_tangents, *shape).normal_(generator=generator), None
-        if self.noise == "rademacher":
+        if self.noise == "rademacher" or self.num_tangents == 1:
             return _signs([self.num_tangents, *shape], generator, output), None
         owner = torch.arange(self.num_tangents, device=output.device).unsqueeze(1)
         pattern = (units % self.num_tangents == owner).to(output.dtype) * self.num_tangents**0.5

@@ -55,7 +55,7 @@ class Rows(NamedTuple):
 
 
 class ExaminedPass:
-    """A pass that can be repeated for tests after it has run, without side effects. Create it before the pass.
+    """A pass after which tests can follow: passes that have no side effects.
 
     Args:
         model: the model of the pass.
@@ -69,7 +69,6 @@ class ExaminedPass:
         self.model = model
         self.rows: Evaluated | None = None
         self._loss_fn = loss_fn
-        self._repeated = RepeatedPass(model)
 
     def run(self, tangents: Mapping[str, Any], *, follows: bool = True) -> Evaluated:
         """As `run_perturbed`.
@@ -93,23 +92,26 @@ class ExaminedPass:
         of_others, of_first = found.isnan()
         return bool(of_others[1:].any() & ~of_others[0] & ~of_first[1:].any())
 
-    def has_rows_of(self, name: str, unit_derivatives: Tensor) -> bool:
+    def has_rows_of(self, name: str, num_rows: int, num_channels: int, like: Tensor) -> bool:
         """Whether every row's loss depends on the row of the last layer's output in the same place, and on no other.
 
         Args:
             name: name of the last layer's weight.
-            unit_derivatives: derivatives of the rows' losses along the unit directions of the output, (C, R).
+            num_rows: R, the number of rows of its output.
+            num_channels: C.
+            like: a tensor with the dtype and device of the losses.
         """
-        num_channels, num_rows = unit_derivatives.shape
-        scaled = Scaled.sample(num_rows, num_channels, unit_derivatives)
-        found = self._again(_Moved(scaled.direction), [name], num_rows)
-        return found is not None and scaled.fits(unit_derivatives, found[0])
+        scaled = Scaled.sample(num_rows, num_channels, like)
+        found = self._again(_Moved(scaled), [name], num_rows)
+        return found is not None and scaled.fits(found[1:], found[0])
 
     def _again(self, owner: Owner, names: Iterable[str], count: int) -> Tensor | None:
         """The derivatives of the losses, or of the rows if there are as many, in another pass."""
-        with_rows = WithRows(self._loss_fn)
-        with self._repeated.again():
+        with_rows, after = WithRows(self._loss_fn), RepeatedPass(self.model)
+        try:
             losses, found = run_perturbed(self.model, with_rows, {name: LayerNoise(name, owner) for name in names})
+        finally:
+            after.rewind()
         if found is None:
             return None
         evaluated, rows = with_rows.split(losses, found)
@@ -204,20 +206,20 @@ class _Marks:
 
 
 class _Moved:
-    """A pass that moves the output of the last layer.
+    """A pass that moves the output of the last layer: along a direction, and along its C unit directions.
 
     Args:
-        direction: (R, C).
+        scaled: the direction.
     """
 
-    num_tangents = 1
-
-    def __init__(self, direction: Tensor) -> None:
-        self.direction = direction
+    def __init__(self, scaled: Scaled) -> None:
+        self.scaled = scaled
+        self.num_tangents = 1 + len(scaled.of_channels)
 
     def perturb(self, name: str, inputs: Tensor, output: Tensor, local_grads: LocalGrads, channels: int) -> Tensor:
-        primal = primal_of(output)
-        return Dual(primal, self.direction.to(primal).view(1, *primal.shape))
+        primal, along = primal_of(output), self.scaled.direction
+        units = torch.eye(along.shape[1]).unsqueeze(1).expand(-1, *along.shape)
+        return Dual(primal, torch.cat([along.unsqueeze(0), units.to(along)]).to(primal).view(-1, *primal.shape))
 
 
 def gradient_of_head(examined: ExaminedPass, calls: Sequence[LayerCall], name: str, found: Evaluated) -> Tensor:
@@ -251,7 +253,9 @@ def gradient_of_head(examined: ExaminedPass, calls: Sequence[LayerCall], name: s
     units, separate = rows.derivatives[-num_channels:], slots_of(examined.model).kept(gradient_of_head, set)
     if num_rows > 1 and name not in separate and units.isfinite().all():
         is_separate = (
-            examined.separates({name: Rows()}, num_rows) if rows is found else examined.has_rows_of(name, units)
+            examined.separates({name: Rows()}, num_rows)
+            if rows is found
+            else examined.has_rows_of(name, num_rows, num_channels, units)
         )
         if not is_separate:
             raise UnsupportedOperation(

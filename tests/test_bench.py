@@ -12,6 +12,7 @@ from fgtrain import ForwardGradient
 from fgtrain.commands.bench import main as run_command
 from fgtrain.studies.benchmarks.loop import loop_overhead
 from fgtrain.studies.benchmarks.methods import methods_of
+from fgtrain.studies.benchmarks.peers import peers_of
 from fgtrain.studies.benchmarks.steps import make_problem, measure
 
 
@@ -20,18 +21,20 @@ def test_rows_and_table(tmp_path, monkeypatch, capsys):
     options = "--models digits_mlp --batch-sizes 8 16 --num-tangents 1 2 --rounds 2"
     monkeypatch.setattr(sys, "argv", ["bench.py", *options.split(), "--threads", str(torch.get_num_threads())])
     monkeypatch.setattr(sys, "argv", [*sys.argv, "--json", str(rows_file)])
-    clock = SimpleNamespace(perf_counter=(0.01 * i for i in count()).__next__)
-    monkeypatch.setattr("fgtrain.studies.benchmarks.steps.time", clock)
+    clock = (0.01 * i for i in count()).__next__
+    monkeypatch.setattr(
+        "fgtrain.studies.benchmarks.steps.time", SimpleNamespace(perf_counter=clock, process_time=clock)
+    )
     run_command()
     rows = json.loads(rows_file.read_text())
     listed = [(row["batch_size"], row["method"], row["num_tangents"]) for row in rows]
     each = [("forward", 0), ("backprop", 0), ("fwdgrad", 1), ("fwdgrad", 2)]
     assert listed == [(batch_size, *row) for batch_size in (8, 16) for row in each]
-    for row in rows:  # 0.03 seconds are three steps, between two looks at the clock
-        assert row["step_ms"] == pytest.approx(10 / 3)
+    for row in rows:  # 0.05 seconds are five steps, between two looks at the clock
+        assert row["step_ms"] == pytest.approx(10 / 5)
         assert row["ratio_to_backprop"] == pytest.approx(1)
         assert row["ratio_to_forward"] == pytest.approx(1)
-        assert row["step_ms_quartiles"] == pytest.approx([10 / 3] * 2)
+        assert row["step_ms_quartiles"] == pytest.approx([10 / 5] * 2)
     for forward, backprop, *others in (rows[:4], rows[4:]):
         for row in (forward, backprop, *others):
             assert row["peak_to_backprop"] == row["peak_mib"] / backprop["peak_mib"]
@@ -72,3 +75,22 @@ def test_measurement_of_the_loop(monkeypatch):
     measured = loop_overhead("backprop", num_steps=20, repeats=1)
     expected = {"bare_us": 5e6 / 20, "plain_us": 9e6 / 20, "trained_us": 13e6 / 20, "to_plain": 13 / 9}
     assert measured == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("num_tangents", [1, 3])
+def test_peers_step_along_forward_gradients(num_tangents):
+    problem = make_problem("digits_mlp", 8, torch.device("cpu"))
+    problem = problem._replace(model=problem.model.double(), inputs=problem.inputs.double())
+    before = [p.detach().clone() for p in problem.model.parameters()]
+    grads = torch.autograd.grad(problem.losses(problem.model).mean(), list(problem.model.parameters()))
+    peer, *_ = peers_of([num_tangents])
+    assert peer.make_step is not None
+    step = peer.make_step(problem, num_tangents)
+    torch.manual_seed(1)
+    step()
+    torch.manual_seed(1)
+    tangents = [torch.empty(num_tangents, *p.shape, dtype=p.dtype).normal_() for p in before]
+    slopes = sum((v * g).flatten(1).sum(1) for v, g in zip(tangents, grads, strict=True))
+    for p, old, v in zip(problem.model.parameters(), before, tangents, strict=True):
+        moved = old - 1e-6 * torch.tensordot(slopes, v, 1) / num_tangents
+        torch.testing.assert_close(p - old, moved - old, rtol=1e-6, atol=0)

@@ -27,6 +27,7 @@ from fgtrain.runs.messages import USER_ERRORS, OneLineParser, fail, silence_libr
 from fgtrain.studies.benchmarks.chains import chains_table, measure_chains
 from fgtrain.studies.benchmarks.loop import loop_overhead
 from fgtrain.studies.benchmarks.methods import methods_of
+from fgtrain.studies.benchmarks.peers import peers_of
 from fgtrain.studies.benchmarks.scaling import Link, measure_compute, rows_of, scaling_table
 from fgtrain.studies.benchmarks.steps import REFERENCES, Row, measure
 from fgtrain.studies.thin_wire import METHODS, PROBLEMS, Measured, measure_pair
@@ -42,6 +43,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--tangents", nargs="+", default=["low_rank"], help="files in conf/tangents")
     parser.add_argument("--num-tangents", nargs="+", type=int, default=[1])
     parser.add_argument("--compile", action="store_true", help="also measure all methods on a compiled model")
+    parser.add_argument(
+        "--peers", action="store_true", help="also measure torch.func.jvp, its vmap, and torchzero if it is installed"
+    )
     parser.add_argument("--precision", default="32", choices=["32", "bf16-mixed", "bf16-true"])
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1")
     parser.add_argument("--threads", type=int, default=1)
@@ -92,6 +96,7 @@ def bench(args: argparse.Namespace) -> None:
         print_chains(args)
         return
     methods = methods_of(args.methods, args.tangents, args.num_tangents)
+    peers = peers_of(args.num_tangents) if args.peers else []
     if args.compile:
         methods += [method._replace(compiled=True) for method in (*REFERENCES, *methods)]
     console, rows = Console(), []
@@ -100,7 +105,7 @@ def bench(args: argparse.Namespace) -> None:
         for model in args.models:
             for batch_size in args.batch_sizes:
                 options = {"precision": args.precision, "rounds": args.rounds, "progress": status.update}
-                rows += measure(model, batch_size, methods, device, **options)
+                rows += measure(model, batch_size, [*methods, *peers], device, **options)
     console.print(table(rows))
     if args.json:
         args.json.write_text(json.dumps([row.as_dict() for row in rows], indent=2) + "\n")

@@ -129,13 +129,14 @@ class Noticed:
         if len(self._calls) != 1:
             return None
         func, taken, target, options, result = self._calls[0]
+        shape = primal_of(taken).shape
         if any(map(carries_tangent, (target, *options.values()))):
             return None
-        if func is F.mse_loss and taken.shape != target.shape:
+        if func is F.mse_loss and shape != target.shape:
             return None
-        if func is F.cross_entropy and taken.shape[taken.dim() > 1] == 1:  # one class: the loss of equal logits is 0
+        if func is F.cross_entropy and shape[len(shape) > 1] == 1:  # one class: the loss of equal logits is 0
             return None
-        return KnownLoss(func, taken.shape, target, options), taken, result
+        return KnownLoss(func, shape, target, options), taken, result
 
 
 class _Seeing(TorchFunctionMode):

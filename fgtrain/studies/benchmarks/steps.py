@@ -38,7 +38,7 @@ class Problem(NamedTuple):
     targets: Tensor
     autocast: torch.dtype | None = None
 
-    def losses(self, model: nn.Module) -> Tensor:
+    def losses(self, model: Callable[[Tensor], Tensor]) -> Tensor:
         """Per-example losses (B,)."""
         with torch.autocast(self.inputs.device.type, self.autocast, enabled=self.autocast is not None):
             return F.cross_entropy(model(self.inputs), self.targets, reduction="none")
@@ -86,10 +86,11 @@ class Method(NamedTuple):
 
     Args:
         name: the method's name.
-        estimator: the estimator of the step; None for a forward pass without gradients.
+        estimator: the estimator of the step; None for a forward pass without gradients, or with `make_step`.
         tangents: law of its directions, "" if it has none.
         num_tangents: K, 0 if it has no directions.
         compiled: whether the model is compiled.
+        make_step: makes a training step that is not fgtrain's, from the problem and K.
     """
 
     name: str
@@ -97,6 +98,7 @@ class Method(NamedTuple):
     tangents: str = ""
     num_tangents: int = 0
     compiled: bool = False
+    make_step: Callable[[Problem, int], Callable[[], None]] | None = None
 
 
 REFERENCES = (Method(FORWARD, None), Method(BACKPROP, Backprop()))
@@ -152,13 +154,18 @@ def measure(
     methods = [*REFERENCES, *methods]
     problem = make_problem(name, batch_size, device, precision)
     compiled = _compiled(problem) if any(method.compiled for method in methods) else problem
-    steps = [_step(compiled if method.compiled else problem, method.estimator) for method in methods]
+    steps = [
+        _step(compiled if method.compiled else problem, method.estimator)
+        if method.make_step is None
+        else method.make_step(problem, method.num_tangents)
+        for method in methods
+    ]
     peaks = []
     for method, step in zip(methods, steps, strict=True):
         progress(f"{name} batch {batch_size}: memory of {method.name}")
         step()
         peaks.append(peak_mib(step, device))
-    repeats = [max(1, round(0.03 / _seconds(step, 1, device))) for step in steps]
+    repeats = [max(1, round(0.05 / _seconds(step, 1, device))) for step in steps]
     times: list[list[float]] = [[] for _ in steps]
     for i in range(rounds):
         progress(f"{name} batch {batch_size}: round {i + 1} of {rounds}")
@@ -227,12 +234,19 @@ def _step(problem: Problem, estimator: GradientEstimator | None) -> Callable[[],
 
 
 def _seconds(step: Callable[[], None], repeats: int, device: torch.device) -> float:
+    """Seconds per step, in steps that follow one that is not measured, as in training.
+
+    On one CPU thread it is the time of the process, which other load on the machine changes less.
+    """
+    is_alone = device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.process_time if is_alone else time.perf_counter
+    step()
     _synchronize(device)
-    start = time.perf_counter()
+    start = clock()
     for _ in range(repeats):
         step()
     _synchronize(device)
-    return (time.perf_counter() - start) / repeats
+    return (clock() - start) / repeats
 
 
 def _synchronize(device: torch.device) -> None:

@@ -78,6 +78,11 @@ def has_gradient_hook(p: Tensor) -> bool:
     return bool(p._backward_hooks)
 
 
+def has_hook_after_backward(p: Tensor) -> bool:
+    """Whether `register_post_accumulate_grad_hook` was called on a tensor and its hook was not removed."""
+    return bool(p._post_accumulate_grad_hooks)
+
+
 def is_compiled(model: nn.Module) -> bool:
     """Whether `model.compile()` was called, or `model` is the result of `torch.compile`."""
     return model._compiled_call_impl is not None or is_wrapped(model)

@@ -97,6 +97,17 @@ def test_a_hook_on_a_parameter_is_refused_until_it_is_removed(estimator):
     estimator(model, lambda m: m(X).square().sum(1))
 
 
+@pytest.mark.parametrize("estimator", [Backprop(), *WITHOUT_BACKWARD], ids=lambda e: type(e).__name__)
+def test_a_hook_after_backward_is_refused_until_it_is_removed(estimator):
+    """An optimizer that steps in such a hook would never step."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh()).double()
+    hook = model.get_parameter("0.weight").register_post_accumulate_grad_hook(lambda _: None)
+    with pytest.raises(ModelError, match=r"^'0.weight' of Sequential has a hook that runs after .backward\(\)"):
+        estimator(model, lambda m: m(X).square().sum(1))
+    hook.remove()
+    estimator(model, lambda m: m(X).square().sum(1))
+
+
 def test_backprop_calls_the_hook():
     model = nn.Linear(4, 3).double()
     before = Backprop()(model, lambda m: m(X).sum(1)).grads["weight"]

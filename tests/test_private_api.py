@@ -116,6 +116,19 @@ def test_many_at_once():
     assert copies[0].item() == 1
 
 
+def test_hooks_of_a_parameter():
+    p = nn.Parameter(torch.ones(1))
+    for has_hook, register in (
+        (_torch.has_gradient_hook, p.register_hook),
+        (_torch.has_hook_after_backward, p.register_post_accumulate_grad_hook),
+    ):
+        assert not has_hook(p)
+        hook = register(lambda _: None)
+        assert has_hook(p)
+        hook.remove()
+        assert not has_hook(p)
+
+
 def test_trees():
     leaves, spec = _torch.tree_flatten({"a": [1, 2]})
     assert _torch.tree_leaves({"a": [1, 2]}) == leaves == [1, 2]

@@ -136,6 +136,7 @@ COMPANIONS = {
     "lstm": ["task=language_modeling"],
     "text": ["task=language_modeling"],
     "text_stream": ["task=language_modeling", "model=diagonal_rnn"],
+    "series_stream": ["task=language_modeling", "model=diagonal_rnn"],
     "diagonal_rnn": ["data=recall"],
     "recall": ["model=diagonal_rnn"],
     "guess": ["task=calibration"],

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fgtrain.data import Recall, TextStream
+from fgtrain.data import Recall, SeriesStream, TextStream
 from fgtrain.errors import DataError
 from fgtrain.lightning.checkpoints import read_checked
 from fgtrain.tasks import Recall as RecallTask
@@ -72,18 +72,57 @@ def test_pieces_of_a_text(tmp_path):
     data = TextStream(3, str(tmp_path / "text.txt"), chunk=10, context=8)
     tokens, following = joined(data.train_dataloader())
     assert tokens.shape == (3, 106)  # (320 - 1) // 3
-    vocab = data.vocab or []
     for i, (row, later) in enumerate(zip(tokens, following, strict=True)):
-        assert "".join(vocab[t] for t in row) == text[106 * i : 106 * (i + 1)]
-        assert "".join(vocab[t] for t in later) == text[106 * i + 1 : 106 * (i + 1) + 1]
+        assert "".join(data.vocab[t] for t in row) == text[106 * i : 106 * (i + 1)]
+        assert "".join(data.vocab[t] for t in later) == text[106 * i + 1 : 106 * (i + 1) + 1]
+
+
+def test_pieces_of_a_series(tmp_path):
+    numbers = (torch.arange(400) * 37 % 101).double() / 7
+    (tmp_path / "series.txt").write_text("\n".join(map(str, numbers.tolist())))
+    data = SeriesStream(2, str(tmp_path / "series.txt"), levels=5, chunk=10, context=8)
+    tokens, following = joined(data.train_dataloader())
+    assert torch.equal(tokens[:, 1:], following[:, :-1])
+    levels = tokens.flatten()  # the training part, but for the last of its 320 numbers
+    assert set(levels.tolist()) == set(range(5))
+    assert levels.bincount().tolist() == pytest.approx([64] * 5, abs=3)
+    known = numbers[: len(levels)]
+    for level in range(4):  # no number of a level is above one of the next
+        assert known[levels == level].max() < known[levels == level + 1].min()
+
+
+def test_the_series_that_comes_along():
+    tokens, _ = joined(SeriesStream(4).train_dataloader())
+    assert tokens.shape == (4, 1999)
+    assert tokens.unique().tolist() == list(range(32))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("1.5\nlots\n", "must have one number in each line (could not convert string to float: b'lots')"),
+        ("1\nnan\n", "holds nan or inf; remove or replace these numbers"),
+        ("1\n2\n", "has 2 tokens, too few for windows of 64; set a smaller data.context"),
+        ("", "is empty"),
+    ],
+)
+def test_a_bad_series_is_one_line(content, message, tmp_path):
+    (tmp_path / "series.txt").write_text(content)
+    options = ["task=language_modeling", "data=series_stream", "model=diagonal_rnn", "method=forward_in_time"]
+    status, out, err = train(tmp_path, *options, "data.path=series.txt")
+    assert (status, out, err.count("\n")) == (2, "", 1), err
+    assert message in err
 
 
 def test_a_stream_that_ends_at_once_is_one_line(tmp_path):
     options = ["task=language_modeling", "data=text_stream", "model=diagonal_rnn", "method=forward_in_time"]
     status, out, err = train(tmp_path, *options, "data.batch_size=400")
     assert (status, out, err.count("\n")) == (2, "", 1), err
-    assert "the stream ends before its first chunk: 400 sequences of the text have 11 tokens each" in err
-    with pytest.raises(DataError, match=r"set a smaller data\.chunk or data\.batch_size, or give a longer text"):
+    assert (
+        "the stream ends before its first chunk: 400 sequences of the text that comes with fgtrain have 11 tokens each"
+        in err
+    )
+    with pytest.raises(DataError, match=r"set a smaller data\.chunk or data\.batch_size, or give a longer file"):
         TextStream(400)
 
 

@@ -6,7 +6,7 @@ from fgtrain.data.mnist1d import Mnist1D
 from fgtrain.data.mnist_subset import MnistSubset
 from fgtrain.data.own import CsvTable, ImagesOfFolders
 from fgtrain.data.steps import Steps
-from fgtrain.data.streams import Recall, TextStream
+from fgtrain.data.streams import Recall, SeriesStream, TextStream
 from fgtrain.data.text import Text
 from fgtrain.data.vision import TorchvisionImages
 
@@ -18,6 +18,7 @@ __all__ = [
     "Mnist1D",
     "MnistSubset",
     "Recall",
+    "SeriesStream",
     "Steps",
     "TensorLoader",
     "Text",

@@ -1,4 +1,4 @@
-"""A text file as language-modelling data."""
+"""A sequence of tokens, such as a text file, as language-modelling data."""
 
 from importlib.resources import files
 from pathlib import Path
@@ -13,11 +13,50 @@ from fgtrain.data.in_memory import InMemoryDataModule, Transform
 from fgtrain.errors import DataError
 
 
-class Text(InMemoryDataModule):
-    """Windows of a text file: `context` tokens, and the token that follows each of them.
+class Tokens(InMemoryDataModule):
+    """Windows of a sequence: `context` tokens, and the token that follows each of them.
 
-    The first 80 % of the text are for training, the next 10 % for validation, and the rest for testing. Windows do not
-    overlap.
+    The first 80 % of the sequence are for training, the next 10 % for validation, and the rest for testing. Windows do
+    not overlap.
+
+    Args:
+        batch_size: windows per step and process.
+        tokens: the sequence, integers below `vocab_size`.
+        vocab_size: number of tokens.
+        context: T, tokens per window.
+        seed: seed of the order of the training windows.
+        name: the sequence's name in messages.
+
+    Raises:
+        DataError: the sequence is too short for three windows.
+    """
+
+    def __init__(self, batch_size: int, tokens: Tensor, vocab_size: int, context: int, seed: int, name: str) -> None:
+        super().__init__(batch_size, seed)
+        if context < 1:
+            raise ValueError(f"context must be at least 1, got {context}")
+        self.context = context
+        self.vocab_size = vocab_size
+        self._tokens = tokens
+        if len(tokens) < 10 * (context + 1):
+            raise DataError(
+                f"{name} has {len(tokens)} tokens, too few for windows of {context}; set a smaller data.context"
+            )
+
+    def load(self) -> tuple[dict[str, tuple[Tensor, Tensor]], Transform]:
+        size = len(self._tokens)
+        parts = {"train": (0, size * 8 // 10), "val": (size * 8 // 10, size * 9 // 10), "test": (size * 9 // 10, size)}
+        return {name: self._windows(*part) for name, part in parts.items()}, torch.Tensor.long
+
+    def _windows(self, start: int, end: int) -> tuple[Tensor, Tensor]:
+        count = (end - start - 1) // self.context
+        inputs = self._tokens[start : start + count * self.context]
+        following = self._tokens[start + 1 : start + count * self.context + 1]
+        return inputs.view(count, self.context), following.view(count, self.context)
+
+
+class Text(Tokens):
+    """Windows of a text file, as in `Tokens`.
 
     Args:
         batch_size: windows per step and process.
@@ -44,46 +83,37 @@ class Text(InMemoryDataModule):
         tokens: Literal["chars", "bytes"] = "chars",
         seed: int = 0,
     ) -> None:
-        super().__init__(batch_size, seed)
-        if context < 1:
-            raise ValueError(f"context must be at least 1, got {context}")
-        if tokens not in ("chars", "bytes"):
-            raise ValueError(f"tokens must be 'chars' or 'bytes', got {tokens!r}")
-        self.context = context
-        content = _read(path)
-        self.vocab: list[str] | None = None
-        if tokens == "bytes":
-            self.vocab_size = 256
-            self._tokens = torch.frombuffer(bytearray(content), dtype=torch.uint8).long()
-        else:
-            text = _decode(content, path)
-            self.vocab = sorted(set(text))
-            self.vocab_size = len(self.vocab)
-            codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-            token_of = np.zeros(1 + ord(self.vocab[-1]), np.int64)
-            token_of[[ord(char) for char in self.vocab]] = range(self.vocab_size)
-            self._tokens = torch.from_numpy(token_of[codes])
-        if len(self._tokens) < 10 * (context + 1):
-            name = "the text that comes with fgtrain" if path is None else f"data.path={path}"
-            raise DataError(
-                f"{name} has {len(self._tokens)} tokens, too few for windows of {context}; set a smaller data.context"
-            )
-
-    def load(self) -> tuple[dict[str, tuple[Tensor, Tensor]], Transform]:
-        size = len(self._tokens)
-        parts = {"train": (0, size * 8 // 10), "val": (size * 8 // 10, size * 9 // 10), "test": (size * 9 // 10, size)}
-        return {name: self._windows(*part) for name, part in parts.items()}, torch.Tensor.long
-
-    def _windows(self, start: int, end: int) -> tuple[Tensor, Tensor]:
-        count = (end - start - 1) // self.context
-        inputs = self._tokens[start : start + count * self.context]
-        following = self._tokens[start + 1 : start + count * self.context + 1]
-        return inputs.view(count, self.context), following.view(count, self.context)
+        text, self.vocab, name = read_text(path, tokens)
+        super().__init__(batch_size, text, 256 if self.vocab is None else len(self.vocab), context, seed, name)
 
 
-def _read(path: str | None) -> bytes:
-    if path is None:
-        return files("fgtrain.data").joinpath("verse.txt").read_bytes()
+def read_text(path: str | None, tokens: Literal["chars", "bytes"] = "chars") -> tuple[Tensor, list[str] | None, str]:
+    """The tokens of a text file, its `vocab`, and its name in messages.
+
+    Args:
+        path: as for `Text`.
+        tokens: as for `Text`.
+    """
+    if tokens not in ("chars", "bytes"):
+        raise ValueError(f"tokens must be 'chars' or 'bytes', got {tokens!r}")
+    name = "the text that comes with fgtrain" if path is None else f"data.path={path}"
+    content = files("fgtrain.data").joinpath("verse.txt").read_bytes() if path is None else read_bytes(path)
+    if tokens == "bytes":
+        return torch.frombuffer(bytearray(content), dtype=torch.uint8).long(), None, name
+    text = _decode(content, path)
+    vocab = sorted(set(text))
+    codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    token_of = np.zeros(1 + ord(vocab[-1]), np.int64)
+    token_of[[ord(char) for char in vocab]] = range(len(vocab))
+    return torch.from_numpy(token_of[codes]), vocab, name
+
+
+def read_bytes(path: str) -> bytes:
+    """The content of a text file.
+
+    Raises:
+        DataError: it cannot be read.
+    """
     try:
         refuse_unreadable(Path(path), 20)  # bytes for the text, its code points and its tokens
         return Path(path).read_bytes()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fgtrain._torch import foreach_norm
 from fgtrain.errors import DivergenceError
-from fgtrain.network.parameters import one_at_a_time, require_no_backward_pass, slots_of
+from fgtrain.network.parameters import one_at_a_time, require_estimable, slots_of
 
 Reduce = Callable[[Tensor], Tensor]
 Claim = Literal["exact", "unbiased", "descent"]
@@ -95,11 +95,10 @@ class GradientEstimator(nn.Module, ABC):
             reduce: mean over ranks of a tensor; None on one device.
 
         Raises:
-            ModelError: the method takes no whole backward pass, but a parameter is complex or has a hook on its
-                gradient.
+            ModelError: a parameter has a hook that only `.backward()` calls; or the method takes no whole backward
+                pass, but a parameter is complex or has a hook on its gradient.
         """
-        if self.backward_pass != "whole":
-            require_no_backward_pass(model)
+        require_estimable(model, by_backward_pass=self.backward_pass == "whole")
         with one_at_a_time, torch.inference_mode(False):
             return super().__call__(model, loss_fn, generator=generator or self.own_generator(), reduce=reduce)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, average_grads, buffers_in, require_positive_int
 from fgtrain.layer_noise.layers import perturbed_layers
-from fgtrain.layer_noise.noise import LayerCall, LayerNoise, LocalGrads, PerturbedPass
+from fgtrain.layer_noise.noise import LayerCall, LayerNoise, LocalGrads, PerturbedPass, passing
 from fgtrain.layer_noise.rows import ExaminedPass, Rows, gradient_of_head, per_example
 from fgtrain.network.parameters import trainable_params
 from fgtrain.random import draw_seeds
@@ -204,7 +204,7 @@ class _QuietPass(PerturbedPass):
     def perturb(self, name: str, inputs: Tensor, output: Tensor, local_grads: LocalGrads, channels: int) -> Tensor:
         if name == self.head:
             return super().perturb(name, inputs, output, local_grads, channels)
-        active = output > 0 if name in self.rectified else None
+        active = passing(output) if name in self.rectified else None
         kept = inputs, inputs._version
         self.calls.append(LayerCall(name, local_grads, None, None, channels, output.shape, kept, active=active))
         return output

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from fgtrain._torch import is_compiled
 from fgtrain.errors import NoTangent
 from fgtrain.forward_ad import native, sharded, stacked
+from fgtrain.forward_ad.agreement import agree
 from fgtrain.forward_ad.native import NO_TANGENT, LossFn
 from fgtrain.forward_ad.passes import LightPass, NotIntercepted, RepeatedPass, WritesIntoPlain
 from fgtrain.memory import is_out_of_memory
@@ -175,7 +176,7 @@ class _Engines:
             return found
         before.rewind()
         expected = _stacked(model, loss_fn, tangents, before)
-        if not all(map(_agree, found, expected)):
+        if not all(map(agree, found, expected)):
             raise NotIntercepted("the compiled derivatives differ")
         return expected
 
@@ -201,9 +202,3 @@ def _native(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent], 
 
 def _sharded(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent], _: Before) -> tuple[Tensor, Tensor]:
     return sharded.jvp(model, loss_fn, tangents)
-
-
-def _agree(found: Tensor, expected: Tensor) -> bool:
-    """Whether they are equal up to the rounding error of a long sum in their dtype."""
-    tolerance = torch.finfo(expected.dtype).eps ** (2 / 3)
-    return found.shape == expected.shape and bool((found - expected).norm() <= tolerance * expected.norm())

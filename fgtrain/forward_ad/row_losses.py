@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fgtrain.forward_ad.agreement import agree
 from fgtrain.forward_ad.dual import primal_of
 from fgtrain.forward_ad.known_losses import Noticed
 from fgtrain.forward_ad.passes import check_losses
@@ -64,13 +65,6 @@ class WithRows:
         moved, of_rows = derivatives.view(len(derivatives), -1).split([count, len(rows)], 1)
         whole = Evaluated(losses.view(self._shape), moved.view(-1, *self._shape))
         return whole, Evaluated(rows, of_rows) if len(rows) else None
-
-
-def agree(found: Tensor, expected: Tensor) -> bool:
-    """Whether they are equal up to rounding; a tensor that holds nan agrees with itself only."""
-    return found is expected or bool(
-        (found - expected).norm() <= torch.finfo(expected.dtype).eps ** (2 / 3) * expected.norm()
-    )
 
 
 class Scaled(NamedTuple):

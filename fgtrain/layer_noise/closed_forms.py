@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from fgtrain.errors import UnsupportedOperation
+from fgtrain.forward_ad.agreement import agree
 from fgtrain.forward_ad.dual import Dual, primal_of, tangent_of
 from fgtrain.forward_ad.output_tangent import LocalGrads
 from fgtrain.forward_ad.passes import RepeatedPass
-from fgtrain.forward_ad.row_losses import agree
 from fgtrain.layer_noise.layers import PERTURBED, find_layers, run_perturbed
 from fgtrain.layer_noise.noise import LayerNoise
 from fgtrain.network.parameters import slots_of

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fgtrain.layer_noise.noise import LayerCall, LocalGrads, PerturbedPass
+from fgtrain.layer_noise.noise import LayerCall, LocalGrads, PerturbedPass, passing
 
 
 @dataclass(eq=False)
@@ -36,7 +36,7 @@ class ReplayedPass:
         call.inputs = (inputs, inputs._version)
         if name != self.first.head:
             call.noise, _ = self._again.draw(output, channels)
-            call.active = output > 0 if call.is_rectified else None
+            call.active = passing(output) if call.is_rectified else None
         self.collect(call, local_grads)
         call.forget()
         return output

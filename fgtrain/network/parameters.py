@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fgtrain._torch import has_gradient_hook
+from fgtrain._torch import has_gradient_hook, has_hook_after_backward
 from fgtrain.errors import ModelError
 
 T = TypeVar("T")
@@ -131,13 +131,25 @@ def trainable_params(model: nn.Module) -> dict[str, nn.Parameter]:
     return params
 
 
-def require_no_backward_pass(model: nn.Module) -> None:
-    """Refuse parameters for which only a whole backward pass gives the right gradient.
+def require_estimable(model: nn.Module, *, by_backward_pass: bool) -> None:
+    """Refuse parameters whose gradient an estimator would get wrong.
+
+    Args:
+        model: owner of the parameters.
+        by_backward_pass: whether the estimator takes a whole backward pass.
 
     Raises:
-        ModelError: a trainable parameter is complex or has a hook on its gradient.
+        ModelError: a trainable parameter has a hook that only `.backward()` calls; or, without a backward pass, it is
+            complex or has a hook on its gradient.
     """
     for name, p in slots_of(model).trainable().items():
+        if has_hook_after_backward(p):
+            raise ModelError(
+                f"'{name}' of {type(model).__name__} has a hook that runs after .backward(), which fgtrain does not "
+                "call: remove it and do its work after write_grads"
+            )
+        if by_backward_pass:
+            continue
         if p.is_complex():
             raise ModelError(
                 f"'{name}' of {type(model).__name__} is complex, but directions are real: store it as pairs of real "

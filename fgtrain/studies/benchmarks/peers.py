@@ -35,7 +35,7 @@ def _torch_func(problem: Problem, num_tangents: int) -> Callable[[], None]:
     def step() -> None:
         if num_tangents == 1:
             tangents = {name: torch.randn_like(p) for name, p in params.items()}
-            _, slope = jvp(loss, (params,), (tangents,))
+            slope = jvp(loss, (params,), (tangents,))[1]
             for name, p in params.items():
                 p.sub_(slope * tangents[name], alpha=_LR)
             return

@@ -156,7 +156,7 @@ class FDFA(GradientEstimator):
             noise, passed = call.noise.to(rows.dtype), rows.new_full(call.shape[1:], call.shape[0])
             if call.is_rectified:
                 assert call.active is not None
-                noise, passed = noise * call.active, call.active.sum(0).to(rows.dtype)
+                noise, passed = noise * call.active.to(rows.dtype), call.active.sum(0, dtype=rows.dtype)
             total = (rows.T @ noise.flatten(0, 1).flatten(1)).to(rows.dtype)
             total = total.view(-1, *call.shape[1:]) / self.num_tangents
             if reduce is not None:

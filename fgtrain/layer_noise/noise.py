@@ -102,7 +102,7 @@ class LayerCall:
 
     def cut_off(self, signal: Tensor) -> Tensor:
         """`signal` at the layer's output, set to 0 where the following ReLU is zero."""
-        return signal if self.active is None or self.used_otherwise else signal * self.active
+        return signal if self.active is None or self.used_otherwise else signal * self.active.to(signal.dtype)
 
     def check_inputs(self) -> None:
         """Refuse local gradients if the layer's input was changed in place after the call."""

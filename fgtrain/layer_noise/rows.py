@@ -55,7 +55,7 @@ class Rows(NamedTuple):
 
 
 class ExaminedPass:
-    """A pass after which tests can follow: passes that have no side effects.
+    """A pass, and tests of how its losses depend on its layers. A test is another pass, without side effects.
 
     Args:
         model: the model of the pass.

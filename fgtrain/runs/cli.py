@@ -8,8 +8,8 @@ import select
 import signal
 import sys
 import traceback
-from collections.abc import Callable
-from contextlib import redirect_stdout
+from collections.abc import Callable, Generator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -38,15 +38,11 @@ def run_app(task: Callable[[DictConfig], Any], config_name: str, description: st
     """
     silence_libraries()
     sys.path.append(os.getcwd())  # _target_ may name a module in the current folder
-    if is_follower():  # rank 0 names the run's folder; the clock of this process may differ
-        if {"-m", "--multirun"} & set(sys.argv):
-            fail("a sweep starts the processes of its jobs itself; start it once, without torchrun or srun")
-        sys.argv += ["hydra.output_subdir=null"]
-        if not _names_run_dir(sys.argv):
-            sys.argv += ["hydra.run.dir=."]
+    if is_follower():
+        _follow()
     if os.environ.get("HYDRA_FULL_ERROR") == "1":
-        return _hydra_main(task, config_name, description)
-
+        _hydra_main(task, config_name, description)
+        return
     composed = False
 
     def job(cfg: DictConfig) -> Any:
@@ -63,13 +59,44 @@ def run_app(task: Callable[[DictConfig], Any], config_name: str, description: st
                 fail(error)
             raise
 
-    error_of_parsers = argparse.ArgumentParser.error
-    setattr(argparse.ArgumentParser, "error", lambda _, message: fail(_usage(message)))  # instead of the whole usage
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # makes Hydra raise errors instead of printing them
-    try:
+    with _errors_raised(), _errors_as_lines(lambda: composed):
         with ctrl_c_named():
             _hydra_main(job, config_name, description)
         sys.stdout.flush()
+
+
+def _follow() -> None:
+    """Let rank 0 name the folder of the run, since the clock of this process may differ."""
+    if {"-m", "--multirun"} & set(sys.argv):
+        fail("a sweep starts the processes of its jobs itself; start it once, without torchrun or srun")
+    sys.argv += ["hydra.output_subdir=null"]
+    if not _names_run_dir(sys.argv):
+        sys.argv += ["hydra.run.dir=."]
+
+
+@contextmanager
+def _errors_raised() -> Generator[None]:
+    """A context in which Hydra raises errors instead of printing them, and a wrong option does not print the usage."""
+    error_of_parsers = argparse.ArgumentParser.error
+    setattr(argparse.ArgumentParser, "error", lambda _, message: fail(_usage(message)))
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        SweepTable.close()
+        setattr(argparse.ArgumentParser, "error", error_of_parsers)
+        del os.environ["HYDRA_FULL_ERROR"]
+
+
+@contextmanager
+def _errors_as_lines(has_composed: Callable[[], bool]) -> Generator[None]:
+    """A context whose errors end the process with one line, unless they are mistakes in code.
+
+    Args:
+        has_composed: whether Hydra has composed the configuration and called the task.
+    """
+    try:
+        yield
     except BrokenPipeError:
         if not _nobody_reads():  # another pipe broke
             raise
@@ -88,14 +115,10 @@ def run_app(task: Callable[[DictConfig], Any], config_name: str, description: st
             raise
         fail(cannot_write(error))
     except Exception as error:
-        if composed:
+        if has_composed():
             raise
         # The error is from the YAML parser or Hydra, since no code of fgtrain has run yet.
         fail(one_line(error) or "the command line or a configuration file is malformed, and Hydra does not say where")
-    finally:
-        SweepTable.close()
-        setattr(argparse.ArgumentParser, "error", error_of_parsers)
-        del os.environ["HYDRA_FULL_ERROR"]
 
 
 def _nobody_reads() -> bool:

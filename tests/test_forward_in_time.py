@@ -134,6 +134,16 @@ def test_stacked_layers_have_the_stated_bias(depth, max_phase):
     assert (expected[first] - exact[first]).norm() > 0.01 * exact[first].norm()
 
 
+@KINDS
+def test_a_compiled_model_has_the_same_gradient(max_phase):
+    model = network(1, max_phase)
+    compiled = torch.compile(model, backend="eager")
+    expected = Backprop()(model, summed(STREAM[:, :6], STREAM[:, 1:7])).grads
+    for estimator in (Backprop(), ForwardInTime()):
+        found = estimator(compiled, summed(STREAM[:, :6], STREAM[:, 1:7])).grads
+        torch.testing.assert_close({name.removeprefix("_orig_mod."): g for name, g in found.items()}, expected)
+
+
 def test_the_model_alone_starts_from_nothing_whatever_the_stream_so_far():
     model, estimator = network(2, 0.5), ForwardInTime()
     before = model(STREAM)

@@ -87,8 +87,14 @@ def _by_autograd(m: nn.Module, x: Tensor) -> Tensor:
     return torch.autograd.grad(m(x).sum(), x, create_graph=True)[0]
 
 
+def _of_a_product(m: nn.Module, x: Tensor) -> Tensor:
+    scale = next(m.parameters())[0, 0]  # broadcast
+    return torch.func.grad(lambda x: (scale * x * m(x).sum(1, keepdim=True)).sum())(x)
+
+
 PENALTIES = [
     _penalized("slope by autograd.grad", _by_autograd),
+    _penalized("slope of a product by func.grad", _of_a_product),
     _penalized("slope by func.vjp", lambda m, x: torch.func.vjp(m, x)[1](torch.ones(6, 2, dtype=x.dtype))[0]),
     _penalized("slope by func.jacrev", lambda m, x: torch.func.vmap(torch.func.jacrev(m))(x)),
 ]

@@ -124,6 +124,14 @@ def shape(trajectories, times, steps, *, rate=0.5):
     return torch.zeros(2)
 
 
+def whole(trajectories, times, steps, *, rate=2):
+    return (rate * times).long()
+
+
+def grows(trajectories, times, steps, *, rate=0.5):
+    return rate * times[:, None].expand(-1, 1 if rate == 0.5 else 3)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -132,13 +140,20 @@ def shape(trajectories, times, steps, *, rate=0.5):
         ({"noise": -1.0}, "duration must be positive and noise at least 0"),
         ({"system": lambda trajectories, times, steps: times}, "must have keyword-only parameters whose defaults"),
         ({"system": lambda a, times, b, *, rate=0.0: times * rate}, "finite and not 0"),
-        ({"system": shape}, r"shape must return a tensor with one state for each of 5 times, got shape \(2,\)"),
+        ({"system": shape}, r"shape must return a real tensor with one state for each of 5 times, got .* \(2,\)"),
+        ({"system": whole}, r"whole must return a real tensor with one state for each of 5 times, got torch.int64"),
         ({"system": "reaction_diffusion", "duration": 1e4}, r"not finite at its true parameters; take more steps"),
     ],
 )
 def test_bad_input(options, message):
     with pytest.raises(ValueError, match=message):
         Calibration(**SHORT | options)
+
+
+def test_states_that_change_their_shape_are_refused():
+    task, guess = problem(grows)
+    with pytest.raises(ValueError, match=r"grows must return states of one shape, \(5, 1\), but returns \(5, 3\)"):
+        task.losses(guess, None)
 
 
 COMMAND = ("task=calibration", "task.trajectories=4", "task.steps=2", "self_check=false", "task.system=pendulum")

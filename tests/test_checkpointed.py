@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fgtrain import Backprop, CheckpointedBackprop
 from fgtrain.errors import UnsupportedOperation
+from fgtrain.network.segments import repeat
 from fgtrain.studies.benchmarks.methods import methods_of
 from fgtrain.studies.benchmarks.steps import measure
 
@@ -162,9 +163,40 @@ class Cached(nn.Module):
 def test_a_block_that_computes_something_else_when_it_runs_again_is_refused():
     model = nn.ModuleList([Cached()])
     with pytest.raises(
-        UnsupportedOperation, match=r"^a block of ModuleList computes something else when it runs again"
+        UnsupportedOperation, match=r"^a block or a step of ModuleList computes something else when it runs again"
     ):
         CheckpointedBackprop()(model, lambda m: m[0](torch.ones(2, 3)).sum())
+
+
+class Noisy(nn.Module):
+    """A block with a random generator of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.generator = nn.Linear(4, 4), torch.Generator()
+
+    def forward(self, x):
+        return self.layer(x) * torch.rand(4, generator=self.generator)
+
+
+@pytest.mark.parametrize(
+    ("model", "run"),
+    [
+        (nn.Sequential(Noisy(), nn.Linear(4, 1)), lambda model: model(INPUTS)),
+        (nn.ModuleList([Noisy()]), lambda model: model[0](INPUTS)),
+        (Noisy(), lambda model: repeat(model, INPUTS, 3)),
+    ],
+    ids=["chain", "list", "steps"],
+)
+def test_random_numbers_that_differ_in_the_second_run_are_refused(model, run):
+    with pytest.raises(UnsupportedOperation, match=r"draws from a random generator of its own; train with Backprop$"):
+        CheckpointedBackprop()(model, lambda m: run(m).sum())
+
+
+def test_a_step_that_ends_in_nan_is_not_taken_for_another():
+    model = nn.Linear(4, 4)
+    estimate = CheckpointedBackprop()(model, lambda m: repeat(lambda y: m(y) / 0, INPUTS, 3).sum())
+    assert not estimate.loss.isfinite()
 
 
 @pytest.mark.parametrize("warm", [True, False])

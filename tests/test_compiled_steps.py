@@ -1,5 +1,7 @@
 """A step compiled with its derivatives gives the derivatives of the loop that it is repeated in."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import nn
@@ -60,6 +62,32 @@ def test_a_state_may_hold_integers(caplog):
         found = fgtrain.ForwardExact()(model, grown)
     torch.testing.assert_close(found.grads, expected.grads)
     assert not warnings(caplog)
+
+
+@dataclass
+class Amounts:
+    first: torch.Tensor
+
+
+@pytest.mark.parametrize(("kind", "is_compiled"), [(Amounts, False), (lambda y: {"first": y, "second": None}, True)])
+def test_no_derivative_is_lost_in_an_object_of_the_state(kind, is_compiled, caplog):
+    def grown(model):
+        rate = model["rate"] * 2
+
+        def step(state):
+            held, y = state
+            first = held.first if isinstance(held, Amounts) else held["first"]
+            return kind(first + rate * first), y + rate
+
+        held, y = repeat(step, (kind(torch.ones(2)), torch.ones(2)), 5)
+        return ((held.first if isinstance(held, Amounts) else held["first"]) * y).sum()
+
+    model = nn.ParameterDict({"rate": torch.tensor(0.3)})
+    expected = fgtrain.Backprop()(model, grown)
+    with run_by(CompiledSteps(run_as_it_is)):
+        found = fgtrain.ForwardExact()(model, grown)
+    torch.testing.assert_close(found.grads, expected.grads)
+    assert bool(warnings(caplog)) != is_compiled
 
 
 class Growth(nn.Module):

@@ -47,6 +47,51 @@ def test_one_layer_has_the_gradient_of_the_whole_stream(length, max_phase):
     torch.testing.assert_close(found, exact.grads, rtol=1e-10, atol=1e-10)
 
 
+class Doubled(DiagonalRecurrence):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Run(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.recurrence = DiagonalRecurrence(VOCAB, 4, 200.0, 0.5)
+
+    def forward(self, x):
+        return self.recurrence.run(x)[0]
+
+
+class Own(nn.Module):
+    """A model of the user's."""
+
+    def __init__(self, recurrence):
+        super().__init__()
+        self.recurrence, self.head = recurrence, nn.Linear(8, VOCAB)
+
+    def forward(self, tokens):
+        return self.head(self.recurrence(F.one_hot(tokens, VOCAB).double()))
+
+
+@pytest.mark.parametrize("make", [lambda: Doubled(VOCAB, 4, 200.0, 0.5), Run], ids=["own forward", "calls run"])
+def test_a_recurrence_may_be_called_in_any_way(make):
+    torch.manual_seed(0)
+    model = Own(make())
+    exact = Backprop()(model, summed(STREAM[:, :-1], STREAM[:, 1:])).grads
+    torch.testing.assert_close(over_the_stream(ForwardInTime(), model, 7)[0], exact, rtol=1e-10, atol=1e-10)
+    assert all("run" not in module.__dict__ for module in model.modules())
+
+
+def test_a_chunk_that_is_not_finite_does_not_end_the_stream():
+    torch.manual_seed(0)
+    model, estimator = nn.Sequential(DiagonalRecurrence(2, 3, 20.0, 0.5)), ForwardInTime()
+    chunks = torch.randn(3, B, 4, 2).unbind()
+    estimator(model, lambda m: m(chunks[0]).sum())
+    skipped = copy.deepcopy(estimator)
+    assert not skipped(model, lambda m: m(chunks[1] / 0).sum()).loss.isfinite()
+    found, expected = (e(model, lambda m: m(chunks[2]).sum()) for e in (skipped, estimator))
+    torch.testing.assert_close(found.grads, expected.grads)
+
+
 def test_the_far_past_matters_for_that():
     """Without it, truncated backpropagation would pass the test above."""
     model = network(1, 0.5)
@@ -87,6 +132,16 @@ def test_stacked_layers_have_the_stated_bias(depth, max_phase):
     last, first = f"layers.{depth - 1}.recurrence.weight", "layers.0.recurrence.weight"
     torch.testing.assert_close(expected[last], exact[last])
     assert (expected[first] - exact[first]).norm() > 0.01 * exact[first].norm()
+
+
+@KINDS
+def test_a_compiled_model_has_the_same_gradient(max_phase):
+    model = network(1, max_phase)
+    compiled = torch.compile(model, backend="eager")
+    expected = Backprop()(model, summed(STREAM[:, :6], STREAM[:, 1:7])).grads
+    for estimator in (Backprop(), ForwardInTime()):
+        found = estimator(compiled, summed(STREAM[:, :6], STREAM[:, 1:7])).grads
+        torch.testing.assert_close({name.removeprefix("_orig_mod."): g for name, g in found.items()}, expected)
 
 
 def test_the_model_alone_starts_from_nothing_whatever_the_stream_so_far():
@@ -174,8 +229,14 @@ def test_state_and_traces_are_in_the_state_dict():
             UnsupportedOperation,
             "one process: .* use one process",
         ),
+        (
+            lambda: network(1, 0.5),
+            lambda estimator, model: estimator(model, lambda m: m.run(STREAM, m.run(STREAM)[1])[0].sum()),
+            UnsupportedOperation,
+            "gives layers.0.recurrence a state to start from, .* leave it out",
+        ),
     ],
-    ids=["no recurrence", "called twice", "other sequences", "several processes"],
+    ids=["no recurrence", "called twice", "other sequences", "several processes", "given state"],
 )
 def test_what_it_cannot_train_is_one_line(make, run, error, message):
     with pytest.raises(error, match=message) as refusal:

@@ -2,14 +2,14 @@
 
 import logging
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointError, checkpoint
+from torch.utils.checkpoint import CheckpointError
 
 from fgtrain._torch import eager_functions, tree_leaves
 from fgtrain.errors import UnsupportedOperation
@@ -18,7 +18,7 @@ from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce
 from fgtrain.network.blocks import forwards_replaced
 from fgtrain.network.chains import is_chain, links
 from fgtrain.network.parameters import slots_of
-from fgtrain.network.segments import checkpointed
+from fgtrain.network.segments import checkpointed, stored_by_input
 
 _log = logging.getLogger(__name__)
 
@@ -72,8 +72,8 @@ class CheckpointedBackprop(GradientEstimator):
                 estimate = Backprop()(model, loss_fn, reduce=reduce)
             except CheckpointError as error:
                 raise UnsupportedOperation(
-                    f"a block of {type(model).__name__} computes something else when it runs again, as one does that "
-                    "keeps a cache; train with Backprop"
+                    f"a block or a step of {type(model).__name__} computes something else when it runs again, as one "
+                    "does that keeps a cache or draws from a random generator of its own; train with Backprop"
                 ) from error
         told = slots_of(model).kept(_in_segments, set)
         if not (containers or repeated or told):
@@ -150,9 +150,7 @@ def _stored_by_input(run: Callable[..., Any], modules: list[nn.Module]) -> Calla
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         versions = [x._version for x in inputs]
         buffers = _BuffersAsBefore(modules)
-        out = checkpoint(
-            partial(run, **kwargs), *args, use_reentrant=False, context_fn=lambda: (nullcontext(), buffers)
-        )
+        out = stored_by_input(partial(run, **kwargs), *args, again=buffers)
         if versions != [x._version for x in inputs]:
             raise UnsupportedOperation(
                 f"{type(modules[0]).__name__} changes its input in place, so it cannot be run again from it; "

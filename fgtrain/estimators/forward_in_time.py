@@ -24,7 +24,8 @@ class ForwardInTime(GradientEstimator):
 
     Successive calls get successive chunks of the same B sequences, of one time step or more. The state of every
     `fgtrain.models.DiagonalRecurrence` goes on from one chunk to the next, and so do its derivatives by the unit's own
-    parameters, the traces. A call of the model itself still starts from the state 0.
+    parameters, the traces. A call of the model itself still starts from the state 0. After a chunk that makes them nan
+    or infinite, they are those from before it.
 
     Formula: for units h_t = a h_{t-1} + W x_t, where W includes gamma, the traces are
     p_t = d h_t / d a = a p_{t-1} + h_{t-1} and q_t = d h_t / d W = a q_{t-1} + x_t. The gradients are
@@ -41,8 +42,8 @@ class ForwardInTime(GradientEstimator):
     chunk and for B N (I + 2) numbers of every recurrence, whatever the length of the stream. It runs in one process.
 
     Raises:
-        UnsupportedOperation: the model has no `DiagonalRecurrence`, it is called twice in one pass, or there are
-            several processes.
+        UnsupportedOperation: the model has no `DiagonalRecurrence`, it is called twice in one pass or from a state
+            that the model gives, or there are several processes.
         DataError: a chunk has another number of sequences than the one before.
 
     Source: Zucchet, Meier, Schug, Mujika, Sacramento 2023, arXiv:2305.15947; one layer: Mozer 1989.
@@ -86,24 +87,38 @@ class ForwardInTime(GradientEstimator):
                 "process's sequences only; use one process"
             )
         ends: dict[str, list[Tensor]] = {}
-        with forwards_replaced({m: partial(self._chunk, name, m, ends) for name, m in found.items()}):
+        with forwards_replaced({m: partial(self._chunk, name, m, ends) for name, m in found.items()}, "run"):
             estimate = Backprop()(model, loss_fn)
         for name, values in ends.items():
             for part, value in zip(PARTS, values, strict=True):
                 self.traces.register_buffer(_key(name, part), value)
         return estimate
 
-    def _chunk(self, name: str, layer: DiagonalRecurrence, ends: dict[str, list[Tensor]], x: Tensor) -> Tensor:
-        """The outputs of `layer` on a chunk, from the stored state; its last state and traces go to `ends`."""
+    def _chunk(
+        self,
+        name: str,
+        layer: DiagonalRecurrence,
+        ends: dict[str, list[Tensor]],
+        x: Tensor,
+        start: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`layer.run` on a chunk, from the stored state; its last state and traces go to `ends`."""
+        if start is not None:
+            raise UnsupportedOperation(
+                f"the model or its loss gives {name or 'the recurrence'} a state to start from, but this method "
+                "carries the state forwards; leave it out, or train with another method"
+            )
         if name in ends:
             raise UnsupportedOperation(
                 f"the model or its loss calls {name or 'the recurrence'} twice, so that it has no single state to "
                 "carry forwards; call it once, or train with another method"
             )
         a = layer.factors()
-        start = self._start(name, x, a)
-        states, *ends[name] = _Chunk.apply(x, layer.input_weight(), a, *start)
-        return states
+        before = self._start(name, x, a)
+        states, *after = _Chunk.apply(x, layer.input_weight(), a, *before)
+        finite = torch.stack([value.isfinite().all() for value in after]).all()
+        ends[name] = [torch.where(finite, new, old) for new, old in zip(after, before, strict=True)]
+        return states, ends[name][0]
 
     def _start(self, name: str, x: Tensor, a: Tensor) -> list[Tensor]:
         """State (B, N) and traces (B, N) and (B, N, I) before a chunk; zeros before the first."""

@@ -41,7 +41,8 @@ class KnownLoss(NamedTuple):
             moved: its derivatives T, (K, N).
         """
         factors, diagonal = CLOSED_FORMS[self.func](self, taken.view(self.shape), moved.view(-1, *self.shape))
-        return (factors * diagonal).flatten(1) @ factors.flatten(1).mT
+        rows = factors.reshape(len(factors), -1)
+        return (factors * diagonal).reshape(rows.shape) @ rows.mT
 
     def weights(self, unit: Tensor) -> Tensor:
         """The weight of every element in the mean of the result: class weights, ignored targets and the reduction.

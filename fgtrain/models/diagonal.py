@@ -62,8 +62,9 @@ class DiagonalRecurrence(nn.Module):
         """
         a = self.factors()
         driven = as_units(F.linear(x, self.input_weight()).to(self.weight.dtype), a)
-        # The function stores the states alone, but forward mode would need a derivative of it.
-        in_one = type(driven) is Tensor and driven.requires_grad and not is_inside_transform(driven)
+        # The function stores the states alone, but has no derivative for forward mode, and Dynamo cannot trace it.
+        in_one = not torch.compiler.is_compiling() and type(driven) is Tensor and driven.requires_grad
+        in_one = in_one and not is_inside_transform(driven)
         states = _Scan.apply(a, driven, start) if in_one else scan(a, driven, start)
         return as_rows(states), states[:, -1]
 

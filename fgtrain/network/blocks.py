@@ -55,18 +55,18 @@ def has_identity_skip(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
 
 
 @contextmanager
-def forwards_replaced(forwards: Mapping[nn.Module, Forward]) -> Generator[None]:
-    """A context in which these modules have other forward methods."""
-    before = {module: module.__dict__.get("forward") for module in forwards}
+def forwards_replaced(forwards: Mapping[nn.Module, Forward], method: str = "forward") -> Generator[None]:
+    """A context in which these modules have other forward methods, or others of the name `method`."""
+    before = {module: module.__dict__.get(method) for module in forwards}
     try:
         for module, forward in forwards.items():
-            module.forward = forward
+            setattr(module, method, forward)
         yield
     finally:
         for module, own in before.items():
-            module.__dict__.pop("forward", None)
+            module.__dict__.pop(method, None)
             if own is not None:
-                module.forward = own
+                setattr(module, method, own)
 
 
 @contextmanager

@@ -1,14 +1,16 @@
 """A step that is repeated many times, such as a solver's, with or without activation checkpointing or compilation."""
 
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from math import isqrt
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointError, checkpoint, set_checkpoint_early_stop
+
+from fgtrain._torch import tree_leaves
 
 
 class Runs(Protocol):
@@ -36,7 +38,7 @@ def repeat(step: Callable[[Any], Any], state: Any, num_steps: int) -> Any:
         run = torch.compiler.set_stance("default")(run)  # CheckpointedBackprop runs modules uncompiled
     length = max(8, isqrt(num_steps))  # storing a state takes as long as some steps
     for first in range(0, num_steps, length):
-        state = checkpoint(run, step, state, min(length, num_steps - first), use_reentrant=False)
+        state = stored_by_input(run, step, state, min(length, num_steps - first))
         counted.append(first)
     return state
 
@@ -53,10 +55,45 @@ def in_segments(run: Callable[[Tensor, Any], tuple[Tensor, Any]], sequence: Tens
     counted, state, found = _counted.get(), None, []
     assert counted is not None
     for part in sequence.split(max(100, isqrt(sequence.shape[1])), 1):
-        outputs, state = checkpoint(run, part, state, use_reentrant=False)
+        outputs, state = stored_by_input(run, part, state)
         found.append(outputs)
         counted.append(len(found))
     return torch.cat(found, 1)
+
+
+def stored_by_input(run: Callable[..., Any], *args: Any, again: AbstractContextManager[Any] | None = None) -> Any:
+    """run(*args), of which only `args` is stored; the backward sweep runs it again, inside `again`.
+
+    Raises:
+        CheckpointError: the second run computes something else, which the backward sweep finds.
+    """
+    first: list[list[Tensor]] = []
+
+    def compared(*args: Any) -> Any:
+        results = run(*args)
+        sums = _sums(results)
+        if not first:
+            first.append(sums)
+        elif not all(map(_are_equal, sums, first[0])):
+            raise CheckpointError("the second run computes something else")
+        return results
+
+    with set_checkpoint_early_stop(False):  # the second run has results too
+        return checkpoint(
+            compared, *args, use_reentrant=False, context_fn=lambda: (nullcontext(), again or nullcontext())
+        )
+
+
+@torch.no_grad()
+def _sums(results: Any) -> list[Tensor]:
+    """The sum of the numbers of every tensor, and the sum of their sizes; 0 instead of nan and inf."""
+    parts = [torch.view_as_real(x) if x.is_complex() else x for x in tree_leaves(results) if isinstance(x, Tensor)]
+    return [torch.stack([x.sum(), x.abs().sum()]).nan_to_num(0, 0, 0) for x in parts if x.is_floating_point()]
+
+
+def _are_equal(sums: Tensor, others: Tensor) -> bool:
+    """Whether they are equal up to the rounding error of kernels that add in any order."""
+    return bool((sums - others).norm() <= torch.finfo(sums.dtype).eps ** (2 / 3) * others.norm())
 
 
 def _run(step: Callable[[Any], Any], state: Any, num_steps: int) -> Any:

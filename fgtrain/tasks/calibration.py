@@ -112,20 +112,23 @@ class Calibration(Task):
         """The states (T, ...) for the parameters `values` (n,), in the order of `true`.
 
         Raises:
-            ValueError: the simulator does not return a tensor (T, ...).
+            ValueError: the simulator does not return a real tensor (T, ...), of one shape for all parameters.
         """
         named = dict(zip(self.true, values.unbind(), strict=True))
         with run_by(self.compiled):
             states = self.system(self.trajectories, self.times.to(values), self.steps, **named)
-        if not isinstance(states, Tensor) or states.shape[:1] != self.times.shape:
-            got = f"shape {tuple(states.shape)}" if isinstance(states, Tensor) else type(states).__name__
+        if not isinstance(states, Tensor) or not states.is_floating_point() or states.shape[:1] != self.times.shape:
+            got = f"{states.dtype} {tuple(states.shape)}" if isinstance(states, Tensor) else type(states).__name__
             raise ValueError(
-                f"{self.name} must return a tensor with one state for each of {len(self.times)} times, got {got}"
+                f"{self.name} must return a real tensor with one state for each of {len(self.times)} times, got {got}"
             )
         return states
 
     def losses(self, model: nn.Module, batch: Any) -> Tensor:
         predicted = self.simulate(model()) / self.scale
+        if predicted.shape != self.observed.shape:
+            before, now = tuple(self.observed.shape), tuple(predicted.shape)
+            raise ValueError(f"{self.name} must return states of one shape, {before}, but returns {now}; pad them")
         return F.mse_loss(predicted, self.observed.to(predicted))
 
     def metrics(self, model: nn.Module, batch: Any) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from fgtrain import FDFA, ActivityPerturbation, ForwardGradient
 from fgtrain.errors import LossError, UnsupportedOperation
+from fgtrain.forward_ad.row_losses import Evaluated
 from tests.cases import INPUTS, LABELS, Case
 from tests.properties import assert_is, estimated_grads, exact_grads
 
@@ -139,3 +140,19 @@ def test_fdfa_refuses_sequences():
         UnsupportedOperation, match=r"whose first dimension is the 20 examples, but first gives \(4, 5, 6\)"
     ):
         estimated_grads(FDFA(), of_series(RIGHT["scalar"]))
+
+
+@pytest.mark.parametrize(
+    "estimator", [ActivityPerturbation(2, exact_head=True), ForwardGradient(exact_head=True), FDFA()]
+)
+def test_a_batch_with_nan_gives_nan(estimator):
+    bad = INPUTS.clone()
+    bad[1] = torch.nan
+    found = estimated_grads(estimator, Case("nan", classifier, lambda m: F.cross_entropy(m(bad), LABELS)))
+    assert found["2.weight"].isnan().any()
+
+
+def test_rows_are_known_where_their_slopes_cancel():
+    rows = Evaluated(torch.ones(2), torch.tensor([[1.0, -1.0]]))
+    assert rows.has_mean_of(Evaluated(torch.tensor(1.0), torch.tensor([1e-8])))
+    assert not rows.has_mean_of(Evaluated(torch.tensor(1.0), torch.tensor([1e-2])))

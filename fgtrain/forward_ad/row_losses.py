@@ -24,9 +24,17 @@ class Evaluated(NamedTuple):
     derivatives: Tensor
 
     def has_mean_of(self, other: "Evaluated") -> bool:
-        """Whether the mean loss and its derivatives equal those of other losses up to rounding."""
-        slopes, of_other = (e.derivatives.view(len(e.derivatives), -1).mean(1) for e in (self, other))
-        return agree(self.losses.mean(), other.losses.mean()) and agree(slopes, of_other)
+        """Whether the mean loss and its derivatives, where finite, equal those of other losses up to rounding."""
+        num = len(self.derivatives)
+        return _same_means(self.losses.view(1, -1), other.losses.view(1, -1)) and _same_means(
+            self.derivatives.view(num, -1), other.derivatives.view(num, -1)
+        )
+
+
+def _same_means(terms: Tensor, others: Tensor) -> bool:
+    """Whether the means of the rows, where finite, agree; their terms may cancel."""
+    found, expected, size = (x.mean(1).nan_to_num(0, 0, 0) for x in (terms, others, terms.abs()))
+    return agree(found, expected, size)
 
 
 class WithRows:

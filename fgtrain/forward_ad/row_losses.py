@@ -1,5 +1,6 @@
 """The losses of the rows of a model's output, where a loss function returns their mean."""
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -94,6 +95,7 @@ def marks(num: int, like: Tensor) -> Tensor:
     return like.new_zeros(NUM_MARKS, num).masked_fill_(_is_marked(num).to(like.device), torch.nan)
 
 
+@functools.lru_cache(maxsize=16)
 def _is_marked(num: int) -> Tensor:
     order = torch.randperm(num, generator=torch.Generator().manual_seed(0), device="cpu")
     pairs = torch.tensor(list(itertools.combinations(range(NUM_MARKS), 2)), device="cpu")[order % 6]

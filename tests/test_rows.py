@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fgtrain import FDFA, ActivityPerturbation, ForwardGradient
+from fgtrain import FDFA, ActivityPerturbation, Backprop, ForwardGradient, GaussNewton
 from fgtrain.errors import LossError, UnsupportedOperation
 from fgtrain.forward_ad.row_losses import Evaluated
 from tests.cases import INPUTS, LABELS, Case
@@ -183,6 +183,23 @@ def test_losses_in_another_order_are_seen():
     for estimator in (ActivityPerturbation(exact_head=True), ForwardGradient(exact_head=True)):
         with pytest.raises(UnsupportedOperation, match="losses that each depend on one row of 2"):
             estimated_grads(estimator, permuted)
+
+
+@pytest.mark.parametrize("estimator", [ActivityPerturbation(2, exact_head=True), FDFA(), GaussNewton()])
+@pytest.mark.parametrize("weight", [None, WEIGHTS.float()], ids=["plain", "class weights"])
+def test_a_scalar_loss_under_its_own_autocast(weight, estimator):
+    """The logits are in half precision, the loss is not."""
+
+    def loss(m):
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.cross_entropy(m(INPUTS.float()), LABELS, weight=weight)
+
+    model = classifier().float()
+    found, exact = estimator(model, loss), Backprop()(model, loss)
+    assert found.loss.dtype == exact.loss.dtype == torch.float32
+    torch.testing.assert_close(found.loss, exact.loss)
+    if not isinstance(estimator, GaussNewton):
+        torch.testing.assert_close(found.grads["2.weight"], exact.grads["2.weight"], rtol=0.05, atol=0.01)
 
 
 EITHER = {

@@ -238,6 +238,13 @@ def test_a_batch_with_nan_gives_nan(estimator):
     assert found["2.weight"].isnan().any()
 
 
+@pytest.mark.parametrize("estimator", [ActivityPerturbation(2, exact_head=True), ForwardGradient(exact_head=True)])
+def test_the_scalar_loss_of_a_single_example(estimator):
+    """The last batch of an epoch may hold one."""
+    case = Case("one", classifier, lambda m: F.cross_entropy(m(INPUTS[:1]), LABELS[:1]))
+    torch.testing.assert_close(estimated_grads(estimator, case)["2.weight"], exact_grads(case)["2.weight"])
+
+
 def test_rows_are_known_where_their_slopes_cancel():
     rows = Evaluated(torch.ones(2), torch.tensor([[1.0, -1.0]]))
     assert rows.has_mean_of(Evaluated(torch.tensor(1.0), torch.tensor([1e-8])))

@@ -187,11 +187,12 @@ def _of_rows(
         evaluated, rows = run(direction)
         if rows is not None and rows.has_mean_of(evaluated) and len(rows.losses) == num_rows:
             evaluated = rows
-        if evaluated.losses.shape != (num_rows,):
+        if evaluated.losses.numel() != num_rows:
             return None
+        derivatives = evaluated.derivatives.view(-1, num_rows)
         if not found:
-            marked = evaluated.derivatives[-NUM_MARKS:]
-        found.append(evaluated.derivatives[: len(units)])
+            marked = derivatives[-NUM_MARKS:]
+        found.append(derivatives[: len(units)])
     every = torch.cat(found)
     if every.isfinite().all() and reached(marked)[1].any():
         return None

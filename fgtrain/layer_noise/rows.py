@@ -224,14 +224,15 @@ def gradient_of_head(examined: ExaminedPass, calls: Sequence[LayerCall], name: s
         )
     *leading, num_channels = head.shape
     num_rows, losses = math.prod(leading), found.losses.shape
-    rows = found if losses == (num_rows,) else examined.rows
-    if rows is None or len(rows.losses) != num_rows:
+    rows = found if losses.numel() == num_rows else examined.rows  # a scalar is the loss of a single row
+    if rows is None or rows.losses.numel() != num_rows:
         raise LossError(
             f"the exact gradient of the last layer needs one loss for each of the {num_rows} rows of {layer}, got "
             f"losses of shape {tuple(losses)}; use reduction='none', or F.cross_entropy or F.mse_loss alone, or "
             f"{WITHOUT_HEAD}"
         )
-    units, marked = rows.derivatives[-num_channels - NUM_MARKS :].split([num_channels, NUM_MARKS])
+    of_rows = rows.derivatives.view(-1, num_rows)
+    units, marked = of_rows[-num_channels - NUM_MARKS :].split([num_channels, NUM_MARKS])
     if units.isfinite().all() and reached(marked)[1].any():
         raise UnsupportedOperation(
             f"the exact gradient of the last layer needs losses that each depend on one row of {layer}, but examples "

@@ -5,8 +5,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fgtrain import FDFA, ActivityPerturbation, ForwardGradient
+from fgtrain import FDFA, ActivityPerturbation, Backprop, ForwardGradient, GaussNewton
 from fgtrain.errors import LossError, UnsupportedOperation
+from fgtrain.forward_ad.row_losses import Evaluated
 from tests.cases import INPUTS, LABELS, Case
 from tests.properties import assert_is, estimated_grads, exact_grads
 
@@ -139,3 +140,112 @@ def test_fdfa_refuses_sequences():
         UnsupportedOperation, match=r"whose first dimension is the 20 examples, but first gives \(4, 5, 6\)"
     ):
         estimated_grads(FDFA(), of_series(RIGHT["scalar"]))
+
+
+@pytest.mark.parametrize("estimator", [ActivityPerturbation(2, exact_head=True), ForwardGradient(exact_head=True)])
+def test_the_head_is_exact_under_the_losses_of_tokens(estimator):
+    case = of_series(lambda z: per_token(z).flatten())
+    found, exact = estimated_grads(estimator, case), exact_grads(case)
+    for key in ("last.weight", "last.bias"):
+        torch.testing.assert_close(found[key], exact[key])
+
+
+ORDER = torch.tensor([0, 3, 1, 2])
+
+
+class Sorting(nn.Module):
+    """A network whose middle layer gets the examples in another order, in which the first stays where it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(1, 3)
+        self.sorted = nn.Linear(3, 3)
+        self.last = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.sorted(self.first(x).tanh()[ORDER]).tanh()[ORDER.argsort()])
+
+
+def test_a_layer_with_the_examples_in_another_order_has_the_derivative_of_the_mean():
+    """With a direction for every unit, the layers whose rows are known have the exact gradient."""
+    case = Case("sorting", Sorting, lambda m: m(SERIES[:, :1]).square().sum(1))
+    found, exact = estimated_grads(ActivityPerturbation(8), case), exact_grads(case)
+    mixed = estimated_grads(ActivityPerturbation(8, examples="mixed"), case)
+    for name in exact:
+        torch.testing.assert_close(found[name], (mixed if name.startswith("sorted") else exact)[name])
+
+
+def test_losses_in_another_order_are_seen():
+    losses = lambda z: z.square().sum(1)
+    permuted = of_inputs(lambda z: losses(z)[torch.tensor([0, *range(len(INPUTS) - 1, 0, -1)])])
+    mixed = estimated_grads(ActivityPerturbation(2, examples="mixed"), of_inputs(losses))
+    assert_is(estimated_grads(ActivityPerturbation(2), permuted), mixed)
+    for estimator in (ActivityPerturbation(exact_head=True), ForwardGradient(exact_head=True)):
+        with pytest.raises(UnsupportedOperation, match="losses that each depend on one row of 2"):
+            estimated_grads(estimator, permuted)
+
+
+@pytest.mark.parametrize("estimator", [ActivityPerturbation(2, exact_head=True), FDFA(), GaussNewton()])
+@pytest.mark.parametrize("weight", [None, WEIGHTS.float()], ids=["plain", "class weights"])
+def test_a_scalar_loss_under_its_own_autocast(weight, estimator):
+    """The logits are in half precision, the loss is not."""
+
+    def loss(m):
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.cross_entropy(m(INPUTS.float()), LABELS, weight=weight)
+
+    model = classifier().float()
+    found, exact = estimator(model, loss), Backprop()(model, loss)
+    assert found.loss.dtype == exact.loss.dtype == torch.float32
+    torch.testing.assert_close(found.loss, exact.loss)
+    if not isinstance(estimator, GaussNewton):
+        torch.testing.assert_close(found.grads["2.weight"], exact.grads["2.weight"], rtol=0.05, atol=0.01)
+
+
+EITHER = {
+    "tokens": lambda m: per_token(m(SERIES)).flatten(),
+    "sequences": lambda m: per_token(m(SERIES)).mean(1),
+    "scalar": lambda m: per_token(m(SERIES)).mean(),
+}
+
+
+@pytest.mark.parametrize("before", EITHER)
+@pytest.mark.parametrize("name", EITHER)
+def test_an_estimate_does_not_depend_on_an_earlier_loss(before, name):
+    case = of_series(RIGHT["scalar"])
+    model, found = case.build(), []
+    for m in (model, case.build()):
+        if m is model:
+            ActivityPerturbation(2)(m, EITHER[before])
+        found.append(ActivityPerturbation(2)(m, EITHER[name], generator=torch.Generator().manual_seed(0)).grads)
+    assert_is(*found)
+
+
+def test_a_later_loss_that_mixes_examples_is_refused():
+    model, estimator = of_inputs(None).build(), ForwardGradient(exact_head=True)
+    estimator(model, lambda m: m(INPUTS).square().sum(1))
+    with pytest.raises(UnsupportedOperation, match="losses that each depend on one row of 2"):
+        estimator(model, lambda m: m(INPUTS).cumsum(0).square().sum(1))
+
+
+@pytest.mark.parametrize(
+    "estimator", [ActivityPerturbation(2, exact_head=True), ForwardGradient(exact_head=True), FDFA()]
+)
+def test_a_batch_with_nan_gives_nan(estimator):
+    bad = INPUTS.clone()
+    bad[1] = torch.nan
+    found = estimated_grads(estimator, Case("nan", classifier, lambda m: F.cross_entropy(m(bad), LABELS)))
+    assert found["2.weight"].isnan().any()
+
+
+@pytest.mark.parametrize("estimator", [ActivityPerturbation(2, exact_head=True), ForwardGradient(exact_head=True)])
+def test_the_scalar_loss_of_a_single_example(estimator):
+    """The last batch of an epoch may hold one."""
+    case = Case("one", classifier, lambda m: F.cross_entropy(m(INPUTS[:1]), LABELS[:1]))
+    torch.testing.assert_close(estimated_grads(estimator, case)["2.weight"], exact_grads(case)["2.weight"])
+
+
+def test_rows_are_known_where_their_slopes_cancel():
+    rows = Evaluated(torch.ones(2), torch.tensor([[1.0, -1.0]]))
+    assert rows.has_mean_of(Evaluated(torch.tensor(1.0), torch.tensor([1e-8])))
+    assert not rows.has_mean_of(Evaluated(torch.tensor(1.0), torch.tensor([1e-2])))

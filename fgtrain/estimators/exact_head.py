@@ -28,6 +28,7 @@ def with_exact_head(
     """An estimate for all parameters except those of the last layer, and the exact gradient for these.
 
     C unit directions of the last layer's outputs go through the loss, in the same pass as the estimate's directions.
+    Four more test that every loss depends on one row.
 
     Args:
         estimate: maps parameters and a function like `fgtrain.forward_ad.jvp` to an estimate for these parameters.
@@ -73,7 +74,7 @@ def _head_of(model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> list[str]:
 def _pass_with_head(
     model: nn.Module, loss_fn: Callable[[Any], Tensor], directions: Mapping[str, Tangent], head: Sequence[str]
 ) -> tuple[Evaluated, dict[str, Tensor]]:
-    """What a pass gives along directions, followed by the unit directions of the head; and the head's gradient."""
+    """What a pass gives along directions, followed by those of the head; and the head's gradient."""
     perturbed = PerturbedPass(num_of(directions), seed=0, head=head[0])
     examined = ExaminedPass(model, loss_fn)
     found = examined.run({**directions, head[0]: LayerNoise(head[0], perturbed)})

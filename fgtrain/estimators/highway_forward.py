@@ -16,7 +16,7 @@ from fgtrain.estimators.base import GradientEstimator
 from fgtrain.forward_ad import jvp
 from fgtrain.forward_ad.native import primal_of
 from fgtrain.forward_ad.passes import RepeatedPass
-from fgtrain.forward_ad.row_losses import Evaluated, Scaled, WithRows
+from fgtrain.forward_ad.row_losses import NUM_MARKS, Evaluated, WithRows, marks, reached
 from fgtrain.layer_noise.closed_forms import closed_forms
 from fgtrain.layer_noise.layers import candidates
 from fgtrain.network.blocks import frozen
@@ -176,23 +176,24 @@ def _of_rows(
         chunk_size: number of directions in one pass; None for all.
     """
     num_rows, size = like.shape
-    scaled, along, found = Scaled.sample(num_rows, size, like), None, []
+    marked, found = torch.zeros(NUM_MARKS, num_rows), list[Tensor]()
     chunk_size = chunk_size or size
     for start in range(0, size, chunk_size):
         units = like.new_zeros(min(chunk_size, size - start), size)
         units.fill_diagonal_(1)
         direction = units.roll(start, 1).unsqueeze(1).expand(-1, num_rows, -1)
-        if along is None:  # one more direction tells whether the losses depend on one row each
-            direction = torch.cat([direction, scaled.direction.unsqueeze(0)])
+        if not found:  # more directions tell whether the losses depend on one row each
+            direction = torch.cat([direction, marks(num_rows, like).unsqueeze(2).expand(-1, -1, size)])
         evaluated, rows = run(direction)
         if rows is not None and rows.has_mean_of(evaluated) and len(rows.losses) == num_rows:
             evaluated = rows
-        if evaluated.losses.shape != (num_rows,):
+        if evaluated.losses.numel() != num_rows:
             return None
-        found.append(evaluated.derivatives[: len(units)])
-        along = evaluated.derivatives[-1] if along is None else along
+        derivatives = evaluated.derivatives.view(-1, num_rows)
+        if not found:
+            marked = derivatives[-NUM_MARKS:]
+        found.append(derivatives[: len(units)])
     every = torch.cat(found)
-    assert along is not None
-    if every.isfinite().all() and not scaled.fits(every, along):
+    if every.isfinite().all() and reached(marked)[1].any():
         return None
     return every.T / num_rows

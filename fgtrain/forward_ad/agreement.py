@@ -4,9 +4,17 @@ import torch
 from torch import Tensor
 
 
-def agree(found: Tensor, expected: Tensor) -> bool:
-    """Whether they are equal up to the rounding error of a long sum; a tensor with nan agrees with itself only."""
+def agree(found: Tensor, expected: Tensor, size: Tensor | None = None) -> bool:
+    """Whether they are equal up to the rounding error of a long sum; a tensor with nan agrees with itself only.
+
+    Args:
+        found: a result.
+        expected: another result.
+        size: the sums of absolute values, if terms may cancel; None for `expected`.
+    """
     if found is expected:
         return True
     tolerance = torch.finfo(expected.dtype).eps ** (2 / 3)
-    return found.shape == expected.shape and bool((found - expected).norm() <= tolerance * expected.norm())
+    return found.shape == expected.shape and bool(
+        (found - expected).norm() <= tolerance * (expected if size is None else size).norm()
+    )

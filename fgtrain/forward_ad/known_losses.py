@@ -26,12 +26,14 @@ class KnownLoss(NamedTuple):
         shape: of the input.
         target: of the call.
         options: of the call.
+        autocast: the dtype of autocast at the call; None without autocast.
     """
 
     func: Any
     shape: torch.Size
     target: Tensor
     options: dict[str, Any]
+    autocast: torch.dtype | None
 
     def curvature(self, taken: Tensor, moved: Tensor) -> Tensor:
         """T_j . H T_k, (K, K), where H is the Hessian of the mean of the result.
@@ -72,11 +74,16 @@ class KnownLoss(NamedTuple):
         return each.mean(-1) if each.dim() == len(self.shape) > 1 else each
 
     def _unreduced(self, z: Tensor) -> Tensor:
-        return self.func(z, self.target, **self.options | {"size_average": None, "reduce": None, "reduction": "none"})
+        return self._result(z, size_average=None, reduce=None, reduction="none")
 
     def _share(self, z: Tensor, each: Tensor) -> Tensor:
         """The mean of the result over the sum of the elements `each`, for one input."""
-        return self.func(z, self.target, **self.options).mean() / torch.where(each.any(), each.sum(), 1)
+        return self._result(z).mean() / torch.where(each.any(), each.sum(), 1)
+
+    def _result(self, z: Tensor, **changes: Any) -> Tensor:
+        """Of the call with another input; the loss function may have left its autocast by now."""
+        with torch.autocast(z.device.type, self.autocast, enabled=self.autocast is not None):
+            return self.func(z, self.target, **self.options | changes)
 
 
 def _cross_entropy(loss: KnownLoss, z: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
@@ -109,7 +116,7 @@ class Noticed:
     """
 
     def __init__(self) -> None:
-        self._calls: list[tuple[Any, Any, Any, dict[str, Any], Any]] = []
+        self._calls: list[tuple[Any, ...]] = []
 
     def __enter__(self) -> "Noticed":
         self._seeing: AbstractContextManager[Any] = (
@@ -123,13 +130,15 @@ class Noticed:
 
     def _saw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         if len(args) == 2 and carries_tangent(args[0]):
-            self._calls.append((func, *args, kwargs, result))
+            device = args[0].device.type
+            autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+            self._calls.append((func, *args, kwargs, autocast, result))
 
     def only(self) -> tuple[KnownLoss, Any, Any] | None:
         """The call, its input and its result; None unless there is one call, whose input alone carries a derivative."""
         if len(self._calls) != 1:
             return None
-        func, taken, target, options, result = self._calls[0]
+        func, taken, target, options, autocast, result = self._calls[0]
         shape = primal_of(taken).shape
         if any(map(carries_tangent, (target, *options.values()))):
             return None
@@ -137,7 +146,7 @@ class Noticed:
             return None
         if func is F.cross_entropy and shape[len(shape) > 1] == 1:  # one class: the loss of equal logits is 0
             return None
-        return KnownLoss(func, shape, target, options), taken, result
+        return KnownLoss(func, shape, target, options, autocast), taken, result
 
 
 class _Seeing(TorchFunctionMode):

@@ -1,5 +1,7 @@
 """The losses of the rows of a model's output, where a loss function returns their mean."""
 
+import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -24,9 +26,17 @@ class Evaluated(NamedTuple):
     derivatives: Tensor
 
     def has_mean_of(self, other: "Evaluated") -> bool:
-        """Whether the mean loss and its derivatives equal those of other losses up to rounding."""
-        slopes, of_other = (e.derivatives.view(len(e.derivatives), -1).mean(1) for e in (self, other))
-        return agree(self.losses.mean(), other.losses.mean()) and agree(slopes, of_other)
+        """Whether the mean loss and its derivatives, where finite, equal those of other losses up to rounding."""
+        num = len(self.derivatives)
+        return _same_means(self.losses.view(1, -1), other.losses.view(1, -1)) and _same_means(
+            self.derivatives.view(num, -1), other.derivatives.view(num, -1)
+        )
+
+
+def _same_means(terms: Tensor, others: Tensor) -> bool:
+    """Whether the means of the rows, where finite, agree; their terms may cancel."""
+    found, expected, size = (x.mean(1).nan_to_num(0, 0, 0) for x in (terms, others, terms.abs()))
+    return agree(found, expected, size)
 
 
 class WithRows:
@@ -67,36 +77,36 @@ class WithRows:
         return whole, Evaluated(rows, of_rows) if len(rows) else None
 
 
-class Scaled(NamedTuple):
-    """A direction of a tensor (R, C): every row moves along the same vector, by a factor of its own.
+NUM_MARKS = 4
+"""The number of directions of `marks`."""
+
+
+def marks(num: int, like: Tensor) -> Tensor:
+    """Directions of `num` rows, (NUM_MARKS, num), that tell by nan which rows a loss depends on, whatever the rounding.
+
+    Every row belongs to one of six classes, drawn in the same way at every call, and up to six rows to classes of their
+    own. Two of the four directions mark the rows of a class with nan; the other entries are 0. No class has the two
+    directions of another. So the derivatives of a loss that depends on a row, even by a factor of 0, show its class.
 
     Args:
-        of_rows: the factors, (R,).
-        of_channels: the vector, (C,).
+        num: the number of rows.
+        like: a tensor with the dtype and device of the directions.
     """
+    return like.new_zeros(NUM_MARKS, num).masked_fill_(_is_marked(num).to(like.device), torch.nan)
 
-    of_rows: Tensor
-    of_channels: Tensor
 
-    @classmethod
-    def sample(cls, num_rows: int, num_channels: int, like: Tensor) -> "Scaled":
-        """One of normal numbers, the same at every call, with the dtype and device of `like`."""
-        generator = torch.Generator(like.device).manual_seed(0)
-        numbers = torch.empty(num_rows + num_channels, dtype=like.dtype, device=like.device).normal_(
-            generator=generator
-        )
-        return cls(numbers[:num_rows], numbers[num_rows:])
+@functools.lru_cache(maxsize=16)
+def _is_marked(num: int) -> Tensor:
+    order = torch.randperm(num, generator=torch.Generator().manual_seed(0), device="cpu")
+    pairs = torch.tensor(list(itertools.combinations(range(NUM_MARKS), 2)), device="cpu")[order % 6]
+    return torch.zeros(NUM_MARKS, num, dtype=torch.bool, device="cpu").scatter_(0, pairs.T, value=True)
 
-    @property
-    def direction(self) -> Tensor:
-        """The direction, (R, C)."""
-        return self.of_rows.unsqueeze(1) * self.of_channels
 
-    def fits(self, units: Tensor, found: Tensor) -> bool:
-        """Whether every loss depends on the row in its place, and on no other.
+def reached(derivatives: Tensor) -> Tensor:
+    """Whether every loss depends on its own class of rows, and whether it depends on another class, (2, num).
 
-        Args:
-            units: derivatives of the losses (R,) along the unit directions of all rows, (C, R).
-            found: their derivatives along this direction, (R,).
-        """
-        return agree(found, self.of_rows * (self.of_channels @ units))
+    Args:
+        derivatives: of the losses along `marks`, (NUM_MARKS, num).
+    """
+    found, own = derivatives.isnan(), _is_marked(derivatives.shape[1]).to(derivatives.device)
+    return torch.stack([(found | ~own).all(0), (found & ~own).any(0)])

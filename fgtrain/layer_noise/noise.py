@@ -7,6 +7,7 @@ adds noise u_k to the tangents of its output and records the parts of the local 
 Shapes: K directions, B examples, q channels of a layer's output z (B, .., q), or (B, q, ..) of a convolution.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -18,6 +19,7 @@ from fgtrain.errors import UnsupportedOperation
 from fgtrain.forward_ad.dropped import only_reads
 from fgtrain.forward_ad.dual import Dual, call, duals_in, primal_of, tangent_of, widen
 from fgtrain.forward_ad.output_tangent import LocalGrads, OutputTangent
+from fgtrain.forward_ad.row_losses import NUM_MARKS, marks
 from fgtrain.random import fold_in
 from fgtrain.tangents import Rademacher
 
@@ -164,7 +166,8 @@ class PerturbedPass:
         noise: "rademacher" and "normal" draw every entry of every direction; "balanced" assigns every unit to one of
             the K directions (entries sqrt(K) times a sign, 0 in the others), which gives the least variance.
         shared_positions: use one draw for all positions of a map or sequence.
-        head: name of the weight whose output gets C unit directions in addition to the K; None for no such layer.
+        head: name of the weight whose output gets C unit directions and `marks` of its rows in addition to the K; None
+            for no such layer.
         keeps: whether inputs and noise are kept for `LayerCall.grad_output`.
 
     Attributes:
@@ -225,10 +228,12 @@ class PerturbedPass:
             )
         if any(call.name == name for call in self.calls):
             raise UnsupportedOperation(f"{layer}, the last layer, is called twice; {WITHOUT_HEAD}")
-        size = primal.shape[-1]
-        widen(self.num_tangents + size)  # earlier duals that are combined with its output get these directions too
-        units = torch.eye(size, dtype=primal.dtype, device=primal.device)
-        return torch.cat([tangent, units.view(size, *[1] * (primal.dim() - 1), size).expand(-1, *primal.shape)])
+        *leading, size = primal.shape
+        units = torch.eye(size, dtype=primal.dtype, device=primal.device).view(size, *[1] * len(leading), size)
+        of_rows = marks(math.prod(leading), primal).view(NUM_MARKS, *leading, 1)
+        moved = torch.cat([tangent, *(directions.expand(-1, *primal.shape) for directions in (units, of_rows))])
+        widen(len(moved))  # earlier duals that are combined with its output get these directions too
+        return moved
 
 
 def _signs(shape: list[int], generator: torch.Generator, like: Tensor) -> Tensor:

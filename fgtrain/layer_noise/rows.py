@@ -1,12 +1,11 @@
 """Assigns the rows of a layer's output to examples by testing which losses depend on them.
 
-A pass marks rows with tangents of nan. Every loss that depends on a marked row, even by a factor of 0, gets the tangent
-nan. One direction marks all rows but those assigned to the first example: the first loss must not have the tangent nan,
-but another must. A second direction marks the rows of the first example alone: no other loss may have the tangent nan.
+A pass carries directions that mark the rows of classes of examples, see `row_losses.marks`. The assignment is right if
+every loss depends on rows of its own class only.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -16,9 +15,9 @@ from fgtrain.errors import LossError, NoTangent, UnsupportedOperation
 from fgtrain.forward_ad.dual import Dual, primal_of, tangent_of
 from fgtrain.forward_ad.native import NO_TANGENT
 from fgtrain.forward_ad.passes import RepeatedPass
-from fgtrain.forward_ad.row_losses import Evaluated, Scaled, WithRows
+from fgtrain.forward_ad.row_losses import NUM_MARKS, Evaluated, WithRows, marks, reached
 from fgtrain.layer_noise.layers import run_perturbed
-from fgtrain.layer_noise.noise import WITHOUT_HEAD, LayerCall, LayerNoise, LocalGrads, Owner
+from fgtrain.layer_noise.noise import WITHOUT_HEAD, LayerCall, LayerNoise, LocalGrads
 from fgtrain.network.parameters import slots_of
 
 
@@ -84,38 +83,18 @@ class ExaminedPass:
         self.rows = rows if rows is not None and rows.has_mean_of(evaluated) else None
         return evaluated
 
-    def separates(self, rows: Mapping[str, Rows], num_examples: int) -> bool:
-        """Whether the first loss depends on no row of another example, and no other loss on those of the first."""
-        found = self._again(_Marks(rows, num_examples), rows, num_examples)
-        if found is None:
-            return False
-        of_others, of_first = found.isnan()
-        return bool(of_others[1:].any() & ~of_others[0] & ~of_first[1:].any())
-
-    def has_rows_of(self, name: str, num_rows: int, num_channels: int, like: Tensor) -> bool:
-        """Whether every row's loss depends on the row of the last layer's output in the same place, and on no other.
-
-        Args:
-            name: name of the last layer's weight.
-            num_rows: R, the number of rows of its output.
-            num_channels: C.
-            like: a tensor with the dtype and device of the losses.
-        """
-        scaled = Scaled.sample(num_rows, num_channels, like)
-        found = self._again(_Moved(scaled), [name], num_rows)
-        return found is not None and scaled.fits(found[1:], found[0])
-
-    def _again(self, owner: Owner, names: Iterable[str], count: int) -> Tensor | None:
-        """The derivatives of the losses, or of the rows if there are as many, in another pass."""
-        with_rows, after = WithRows(self._loss_fn), RepeatedPass(self.model)
+    def reached(self, rows: Mapping[str, Rows], num_examples: int) -> Tensor:
+        """As `row_losses.reached`, for the rows of layers in another pass."""
+        marked, with_rows, after = _Marked(rows, num_examples), WithRows(self._loss_fn), RepeatedPass(self.model)
         try:
-            losses, found = run_perturbed(self.model, with_rows, {name: LayerNoise(name, owner) for name in names})
+            losses, found = run_perturbed(self.model, with_rows, {name: LayerNoise(name, marked) for name in rows})
         finally:
             after.rewind()
         if found is None:
-            return None
-        evaluated, rows = with_rows.split(losses, found)
-        return evaluated.derivatives if rows is None or evaluated.losses.numel() == count else rows.derivatives
+            return torch.zeros(2, num_examples, dtype=torch.bool)
+        evaluated, of_rows = with_rows.split(losses, found)
+        is_right = of_rows is None or evaluated.losses.numel() == num_examples
+        return reached(evaluated.derivatives if is_right else of_rows.derivatives)
 
 
 def rows_of_examples(examined: ExaminedPass, calls: Sequence[LayerCall], losses: Tensor) -> Mapping[str, Rows]:
@@ -123,20 +102,23 @@ def rows_of_examples(examined: ExaminedPass, calls: Sequence[LayerCall], losses:
 
     Layers with rows that belong to several examples are omitted. If later layers or the loss mix the examples
     (BatchNorm, a contrastive loss), a test is impossible. Then the first dimension is assumed to be the examples, if it
-    is the only one of their number.
+    is the only one of their number. The test is repeated if other positions become possible, as for losses of tokens
+    instead of sequences.
 
     Args:
         examined: the pass.
         calls: the layer calls of the pass.
         losses: the losses of the pass.
     """
-    kept, names = slots_of(examined.model).kept(rows_of_examples, dict), frozenset(call.name for call in calls)
-    if names in kept:
-        return kept[names]
-    if losses.numel() == 1 or not losses.isfinite().all():
+    if losses.numel() == 1:
         return {}
-    kept[names] = _find_rows(examined, calls, losses.numel())
-    return kept[names]
+    kept, choices = slots_of(examined.model).kept(rows_of_examples, dict), _choices(calls, losses.numel())
+    key = examined.model.training, tuple(choices.items())
+    if key not in kept:
+        if not losses.isfinite().all():
+            return {}
+        kept[key] = _find_rows(examined, choices, losses.numel())
+    return kept[key]
 
 
 def per_example(
@@ -158,19 +140,36 @@ def per_example(
     return found, rows_of_examples(examined, calls, found.losses)
 
 
-def _find_rows(examined: ExaminedPass, calls: Sequence[LayerCall], num_examples: int) -> dict[str, Rows]:
-    choices = {call.name: _choices([c for c in calls if c.name == call.name], num_examples) for call in calls}
+def _find_rows(examined: ExaminedPass, choices: Mapping[str, tuple[Rows, ...]], num_examples: int) -> dict[str, Rows]:
     first = {name: rows[0] for name, rows in choices.items() if rows}
-    if not first or examined.separates(first, num_examples):
+    if not first:
+        return {}
+    own, other = examined.reached(first, num_examples)
+    if own.any() and not other.any():
         return first
-    found = {}
-    for name, rows in choices.items():
-        right = (r for r in rows if rows == [Rows()] or examined.separates({name: r}, num_examples))
+    found, is_mixed = {}, bool(other.all())
+
+    def is_right(name: str, rows: Rows, *, alone: bool) -> bool:
+        if alone and is_mixed:
+            return True
+        own, other = examined.reached({name: rows}, num_examples)
+        return not (other & ~own).any() if alone else bool(own.any() & ~other.any())
+
+    for name, several in choices.items():
+        right = (rows for rows in several if is_right(name, rows, alone=several == (Rows(),)))
         found[name] = next(right, None)
     return {name: rows for name, rows in found.items() if rows is not None}
 
 
-def _choices(calls: Sequence[LayerCall], num_examples: int) -> list[Rows]:
+def _choices(calls: Sequence[LayerCall], num_examples: int) -> dict[str, tuple[Rows, ...]]:
+    """Possible positions of the examples in the output of every layer."""
+    of_layers: dict[str, list[LayerCall]] = {}
+    for call in calls:
+        of_layers.setdefault(call.name, []).append(call)
+    return {name: _choices_of(calls, num_examples) for name, calls in of_layers.items()}
+
+
+def _choices_of(calls: Sequence[LayerCall], num_examples: int) -> tuple[Rows, ...]:
     """Possible positions of the examples in a layer's output: not the channels or the positions of a convolution."""
     before_channels = min(call.channels % len(call.shape) for call in calls)
     several = [Rows(0, "blocks"), Rows(0, "interleaved")] if before_channels else []
@@ -178,10 +177,10 @@ def _choices(calls: Sequence[LayerCall], num_examples: int) -> list[Rows]:
         several.append(Rows(0, "tokens"))
     choices = [*(Rows(dim) for dim in range(before_channels)), *several]
     fitting = [rows for rows in choices if all(rows.fits(call.shape, num_examples) for call in calls)]
-    return [rows for rows in fitting if rows.order == "single" or Rows() not in fitting]
+    return tuple(rows for rows in fitting if rows.order == "single" or Rows() not in fitting)
 
 
-class _Marks:
+class _Marked:
     """A pass with marked rows.
 
     Args:
@@ -189,7 +188,7 @@ class _Marks:
         num_examples: B.
     """
 
-    num_tangents = 2
+    num_tangents = NUM_MARKS
 
     def __init__(self, rows: Mapping[str, Rows], num_examples: int) -> None:
         self.rows = rows
@@ -197,29 +196,10 @@ class _Marks:
 
     def perturb(self, name: str, inputs: Tensor, output: Tensor, local_grads: LocalGrads, channels: int) -> Tensor:
         primal, tangent, rows = primal_of(output), tangent_of(output), self.rows[name]
-        of_examples = primal.new_zeros(2, self.num_examples)
-        of_examples[0, 1:] = of_examples[1, 0] = torch.nan
-        marks = rows.spread(of_examples, primal.shape)
-        behind = primal.dim() + 1 - rows.dim - marks.dim()
-        marks = marks.view(2, *[1] * rows.dim, *marks.shape[1:], *[1] * behind).expand(2, *primal.shape)
-        return Dual(primal, marks.clone() if tangent is None else tangent + marks)
-
-
-class _Moved:
-    """A pass that moves the output of the last layer: along a direction, and along its C unit directions.
-
-    Args:
-        scaled: the direction.
-    """
-
-    def __init__(self, scaled: Scaled) -> None:
-        self.scaled = scaled
-        self.num_tangents = 1 + len(scaled.of_channels)
-
-    def perturb(self, name: str, inputs: Tensor, output: Tensor, local_grads: LocalGrads, channels: int) -> Tensor:
-        primal, along = primal_of(output), self.scaled.direction
-        units = torch.eye(along.shape[1]).unsqueeze(1).expand(-1, *along.shape)
-        return Dual(primal, torch.cat([along.unsqueeze(0), units.to(along)]).to(primal).view(-1, *primal.shape))
+        marked = rows.spread(marks(self.num_examples, primal), primal.shape)
+        behind = primal.dim() + 1 - rows.dim - marked.dim()
+        marked = marked.view(-1, *[1] * rows.dim, *marked.shape[1:], *[1] * behind).expand(-1, *primal.shape)
+        return Dual(primal, marked.clone() if tangent is None else tangent + marked)
 
 
 def gradient_of_head(examined: ExaminedPass, calls: Sequence[LayerCall], name: str, found: Evaluated) -> Tensor:
@@ -229,7 +209,8 @@ def gradient_of_head(examined: ExaminedPass, calls: Sequence[LayerCall], name: s
         examined: the pass.
         calls: the layer calls of the pass.
         name: name of the last layer's weight.
-        found: what the pass gave. The last C derivatives are along the unit directions of the output.
+        found: what the pass gave. Its last derivatives are along the C unit directions of the output and the `marks` of
+            its rows.
 
     Raises:
         LossError: there is not one loss per row.
@@ -243,24 +224,18 @@ def gradient_of_head(examined: ExaminedPass, calls: Sequence[LayerCall], name: s
         )
     *leading, num_channels = head.shape
     num_rows, losses = math.prod(leading), found.losses.shape
-    rows = found if losses == (num_rows,) else examined.rows
-    if rows is None or len(rows.losses) != num_rows:
+    rows = found if losses.numel() == num_rows else examined.rows  # a scalar is the loss of a single row
+    if rows is None or rows.losses.numel() != num_rows:
         raise LossError(
             f"the exact gradient of the last layer needs one loss for each of the {num_rows} rows of {layer}, got "
             f"losses of shape {tuple(losses)}; use reduction='none', or F.cross_entropy or F.mse_loss alone, or "
             f"{WITHOUT_HEAD}"
         )
-    units, separate = rows.derivatives[-num_channels:], slots_of(examined.model).kept(gradient_of_head, set)
-    if num_rows > 1 and name not in separate and units.isfinite().all():
-        is_separate = (
-            examined.separates({name: Rows()}, num_rows)
-            if rows is found
-            else examined.has_rows_of(name, num_rows, num_channels, units)
+    of_rows = rows.derivatives.view(-1, num_rows)
+    units, marked = of_rows[-num_channels - NUM_MARKS :].split([num_channels, NUM_MARKS])
+    if units.isfinite().all() and reached(marked)[1].any():
+        raise UnsupportedOperation(
+            f"the exact gradient of the last layer needs losses that each depend on one row of {layer}, but examples "
+            f"are mixed after it (BatchNorm in training mode, a contrastive loss); {WITHOUT_HEAD}"
         )
-        if not is_separate:
-            raise UnsupportedOperation(
-                f"the exact gradient of the last layer needs losses that each depend on one row of {layer}, but "
-                f"examples are mixed after it (BatchNorm in training mode, a contrastive loss); {WITHOUT_HEAD}"
-            )
-        separate.add(name)
     return (units.T / num_rows).view(head.shape)

@@ -47,6 +47,8 @@ def _cross_entropy(
     px, tangent = primal_of(x), tangent_of(x)
     if target.is_floating_point() or label_smoothing or px.dim() != 2 or tangent is None or isinstance(weight, Dual):
         return NotImplemented
+    if torch.is_autocast_enabled(px.device.type):  # which does not know the functions below
+        px, weight = (x if x is None else x.to(torch.promote_types(x.dtype, torch.float)) for x in (px, weight))
     log_p = torch.log_softmax(px, 1)
     primal, total_weight = aten.nll_loss_forward(log_p, target, weight, reduction, ignore_index)
     slope = aten.nll_loss_backward(

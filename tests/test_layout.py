@@ -21,7 +21,7 @@ STOREYS = [
     {"tangents"},
     {"models", "data"},  # what a configuration names
     {"network"},
-    {"errors", "figures", "memory", "quality", "random", "schedulers", "_torch"},
+    {"agreement", "errors", "figures", "memory", "quality", "random", "schedulers", "_torch"},
 ]
 """From the top. A module imports its own storey's part and what stands below."""
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from fgtrain._torch import call_of, calls_replaced, tree_flatten, tree_unflatten
+from fgtrain.agreement import agree
 from fgtrain.errors import NoTangent
 from fgtrain.estimators.second_order import curvature_in_span
 from fgtrain.forward_ad import jvp
-from fgtrain.forward_ad.agreement import agree
 from fgtrain.forward_ad.known_losses import KnownLoss, Noticed, carries_tangent
 from fgtrain.forward_ad.native import NO_TANGENT
 from fgtrain.forward_ad.passes import LightPass, RandomState, RepeatedPass, check_losses

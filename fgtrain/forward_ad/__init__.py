@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from fgtrain._torch import is_compiled
+from fgtrain.agreement import agree
 from fgtrain.errors import NoTangent
 from fgtrain.forward_ad import native, sharded, stacked
-from fgtrain.forward_ad.agreement import agree
 from fgtrain.forward_ad.native import NO_TANGENT, LossFn
 from fgtrain.forward_ad.passes import LightPass, NotIntercepted, RepeatedPass, WritesIntoPlain
 from fgtrain.memory import is_out_of_memory

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from fgtrain._torch import tree_leaves, tree_map
-from fgtrain.forward_ad.agreement import agree
+from fgtrain.agreement import agree
 from fgtrain.forward_ad.compiled import Carried, inductor
 from fgtrain.forward_ad.dropped import is_differentiable
 from fgtrain.forward_ad.dual import Dual, primal_of, tangent_of

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fgtrain.forward_ad.agreement import agree
+from fgtrain.agreement import agree
 from fgtrain.forward_ad.dual import primal_of
 from fgtrain.forward_ad.known_losses import Noticed
 from fgtrain.forward_ad.passes import check_losses
@@ -92,14 +92,14 @@ def marks(num: int, like: Tensor) -> Tensor:
         num: the number of rows.
         like: a tensor with the dtype and device of the directions.
     """
-    return like.new_zeros(NUM_MARKS, num).masked_fill_(_is_marked(num).to(like.device), torch.nan)
+    return like.new_zeros(NUM_MARKS, num).masked_fill_(_is_marked(num, like.device), torch.nan)
 
 
 @functools.lru_cache(maxsize=16)
-def _is_marked(num: int) -> Tensor:
+def _is_marked(num: int, device: torch.device) -> Tensor:
     order = torch.randperm(num, generator=torch.Generator().manual_seed(0), device="cpu")
     pairs = torch.tensor(list(itertools.combinations(range(NUM_MARKS), 2)), device="cpu")[order % 6]
-    return torch.zeros(NUM_MARKS, num, dtype=torch.bool, device="cpu").scatter_(0, pairs.T, value=True)
+    return torch.zeros(NUM_MARKS, num, dtype=torch.bool, device="cpu").scatter_(0, pairs.T, value=True).to(device)
 
 
 def reached(derivatives: Tensor) -> Tensor:
@@ -108,5 +108,5 @@ def reached(derivatives: Tensor) -> Tensor:
     Args:
         derivatives: of the losses along `marks`, (NUM_MARKS, num).
     """
-    found, own = derivatives.isnan(), _is_marked(derivatives.shape[1]).to(derivatives.device)
+    found, own = derivatives.isnan(), _is_marked(derivatives.shape[1], derivatives.device)
     return torch.stack([(found | ~own).all(0), (found & ~own).any(0)])

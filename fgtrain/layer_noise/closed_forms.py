@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fgtrain.agreement import agree
 from fgtrain.errors import UnsupportedOperation
-from fgtrain.forward_ad.agreement import agree
 from fgtrain.forward_ad.dual import Dual, primal_of, tangent_of
 from fgtrain.forward_ad.output_tangent import LocalGrads
 from fgtrain.forward_ad.passes import RepeatedPass

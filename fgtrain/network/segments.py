@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import CheckpointError, checkpoint, set_checkpoint_early_stop
 
 from fgtrain._torch import tree_leaves
+from fgtrain.agreement import agree
 
 
 class Runs(Protocol):
@@ -74,7 +75,7 @@ def stored_by_input(run: Callable[..., Any], *args: Any, again: AbstractContextM
         sums = _sums(results)
         if not first:
             first.append(sums)
-        elif not all(map(_are_equal, sums, first[0])):
+        elif not all(map(agree, sums, first[0])):
             raise CheckpointError("the second run computes something else")
         return results
 
@@ -89,11 +90,6 @@ def _sums(results: Any) -> list[Tensor]:
     """The sum of the numbers of every tensor, and the sum of their sizes; 0 instead of nan and inf."""
     parts = [torch.view_as_real(x) if x.is_complex() else x for x in tree_leaves(results) if isinstance(x, Tensor)]
     return [torch.stack([x.sum(), x.abs().sum()]).nan_to_num(0, 0, 0) for x in parts if x.is_floating_point()]
-
-
-def _are_equal(sums: Tensor, others: Tensor) -> bool:
-    """Whether they are equal up to the rounding error of kernels that add in any order."""
-    return bool((sums - others).norm() <= torch.finfo(sums.dtype).eps ** (2 / 3) * others.norm())
 
 
 def _run(step: Callable[[Any], Any], state: Any, num_steps: int) -> Any:

@@ -50,13 +50,26 @@ def is_out_of_memory(error: BaseException) -> bool:
     return of_cpu or isinstance(error, (torch.OutOfMemoryError, MemoryError))
 
 
-def peak_mib(step: Callable[[], object], device: torch.device) -> float:
-    """Peak size in MiB of the live tensors during a step, above their size before it."""
+def peak_mib(step: Callable[[], object], device: torch.device, *, is_long: bool = False) -> float:
+    """Peak size in MiB of the live tensors during a step, above their size before it.
+
+    Args:
+        step: the step.
+        device: the device of the tensors.
+        is_long: on a CPU, measure the growth of the process's memory instead, since a profile of a step of thousands of
+            operations takes minutes. It is known to about 1 MiB, and 0.1 at least.
+    """
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         step()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+    if is_long and sys.platform.startswith("linux"):
+        return_freed_memory()
+        Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the peak, becomes VmRSS
+        resident = _kib_of_process("VmRSS")
+        step()
+        return max(0.1, (_kib_of_process("VmHWM") - resident) / 2**10)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
         step()
     assert recorded.profiler is not None
@@ -66,23 +79,6 @@ def peak_mib(step: Callable[[], object], device: torch.device) -> float:
         total += event.nbytes()
         peak = max(peak, total)
     return peak / 2**20
-
-
-def growth_mib(step: Callable[[], object]) -> float:
-    """Peak growth in MiB of the process's memory during a step, for steps that are too long for `peak_mib`.
-
-    Errors are up to about 1 MiB. It needs Linux.
-
-    Raises:
-        RuntimeError: this is another system.
-    """
-    if not sys.platform.startswith("linux"):
-        raise RuntimeError("the growth of the process's memory is measured on Linux only; measure shorter steps")
-    return_freed_memory()
-    Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the peak, becomes VmRSS
-    before = _kib_of_process("VmRSS")
-    step()
-    return max(0, _kib_of_process("VmHWM") - before) / 2**10
 
 
 def _kib_of_process(name: str) -> int:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fgtrain.commands.calibrate import main as run_command
-from fgtrain.memory import growth_mib
+from fgtrain.memory import peak_mib
 from fgtrain.studies import calibration
 from fgtrain.studies.calibration import METHODS, SEARCHED, Course, costs, follow, rows_of
 from fgtrain.tasks import Calibration
@@ -76,8 +76,9 @@ def test_only_backpropagation_grows_with_the_steps():
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 @pytest.mark.parametrize("mib", [8, 64])
 def test_the_growth_of_the_process_is_the_memory_that_a_step_takes(mib):
-    assert growth_mib(lambda: torch.ones(mib * 2**18)) == pytest.approx(mib, abs=2)
-    assert growth_mib(lambda: None) < 2
+    cpu = torch.device("cpu")
+    assert peak_mib(lambda: torch.ones(mib * 2**18), cpu, is_long=True) == pytest.approx(mib, abs=2)
+    assert peak_mib(lambda: None, cpu, is_long=True) < 2
 
 
 @pytest.mark.parametrize("best", SEARCHED)

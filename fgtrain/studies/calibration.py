@@ -21,7 +21,7 @@ from fgtrain.estimators import Backprop, CheckpointedBackprop, ForwardExact, Gau
 from fgtrain.estimators.base import write_grads
 from fgtrain.figures import house_style, looks
 from fgtrain.lightning.optimizers import lbfgs
-from fgtrain.memory import growth_mib, peak_mib
+from fgtrain.memory import peak_mib
 from fgtrain.tasks import Calibration, Guess
 
 FAILED = 0.1
@@ -179,9 +179,7 @@ def _cost(task: Calibration, name: str, before: Sequence[Cost], limit: float) ->
     rounds = max(1, min(5, 2000 // task.steps))
     times = [(_seconds(gradient), _seconds(simulation)) for _ in range(rounds)]
     passes = median(slow / fast for slow, fast in times)
-    is_long = task.steps > 1000  # a profile of it would take minutes
-    mib = max(0.1, growth_mib(gradient)) if is_long else peak_mib(gradient, torch.device("cpu"))
-    return Cost(name, task.steps, mib, passes)
+    return Cost(name, task.steps, peak_mib(gradient, torch.device("cpu"), is_long=task.steps > 1000), passes)
 
 
 def _expected(before: Sequence[Cost], steps: int) -> float:

@@ -200,7 +200,7 @@ class Cost(NamedTuple):
     Args:
         way: its name.
         length: time steps of the stream.
-        peak_mib: peak memory.
+        peak_mib: peak size of the tensors, or above 1,000 steps the growth of the process.
         forward_passes: CPU time over that of a forward pass, in chunks of the same length.
     """
 
@@ -230,7 +230,7 @@ def cost(way: str, data: Recall, model: DiagonalRNN, length: int) -> Cost:
 
     times = [[_seconds(run) for run in (forwards, gradients)] for _ in range(3)]
     forward, gradient = (min(column) for column in zip(*times, strict=True))
-    return Cost(way, length, peak_mib(gradients, torch.device("cpu")), gradient / forward)
+    return Cost(way, length, peak_mib(gradients, torch.device("cpu"), is_long=length > 1000), gradient / forward)
 
 
 def _seconds(run: Callable[[], object]) -> float:

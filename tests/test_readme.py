@@ -58,8 +58,9 @@ SWEPT = {
     r"--models (mlp cnn|resnet18 vit_b_16)": "--models digits_mlp",
     r"deep8 deep24 deep64": "deep8",
     r"experiment=(\w+_digits)": r"experiment=\1 data.batch_size=8",
+    r"data=mnist_subset": "data=mnist data.root=mnist_5k",
 }
-"""Sweeps, and replacements with fewer values."""
+"""Sweeps, and replacements with fewer values or with data that need no further package."""
 
 
 def longer_commands(text):

@@ -92,10 +92,10 @@ def _in_segments(model: nn.Module) -> Generator[list[nn.Sequential | nn.ModuleLi
     forwards: dict[nn.Module, Callable[..., Any]] = {}
     for container in containers:
         if isinstance(container, nn.ModuleList):
-            forwards |= {m: _stored_by_input(m.forward, [m]) for m in container.children()}
+            forwards |= {m: _recomputed(m.forward, [m]) for m in container.children()}
         else:
             ahead, segments = _segments(container)
-            anew = [_stored_by_input(partial(_run, part), part) for part in segments]
+            anew = [_recomputed(partial(_run, part), part) for part in segments]
             forwards[container] = partial(_run, [*ahead, *anew])
     with forwards_replaced(forwards):
         yield containers
@@ -143,7 +143,7 @@ def _run(steps: Sequence[Callable[[Any], Any]], x: Any) -> Any:
     return x
 
 
-def _stored_by_input(run: Callable[..., Any], modules: list[nn.Module]) -> Callable[..., Any]:
+def _recomputed(run: Callable[..., Any], modules: list[nn.Module]) -> Callable[..., Any]:
     """`run`, with its activations recomputed when the backward sweep needs them."""
 
     def forward(*args: Any, **kwargs: Any) -> Any:

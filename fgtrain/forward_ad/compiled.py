@@ -22,9 +22,10 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from fgtrain._torch import compile_graph, no_fake_tensor_cache, plain_tensors, saved_tensor_hooks_as_they_were
 from fgtrain.errors import NoTangent, UserError
-from fgtrain.forward_ad.dual import Dual, running_pass
+from fgtrain.forward_ad.dual import Dual
 from fgtrain.forward_ad.native import NO_TANGENT
 from fgtrain.forward_ad.passes import NotIntercepted, TracedDraws, check_losses
+from fgtrain.forward_ad.running import running_pass
 from fgtrain.network.compilation import OPTIONS
 from fgtrain.network.parameters import slots_of
 from fgtrain.tangents.directions import LowRankTangent, Tangent

@@ -17,8 +17,7 @@ A result without tangents is refused if backpropagation would differentiate it. 
 refuses it, and between passes it acts as its value.
 """
 
-import threading
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -29,68 +28,11 @@ from fgtrain._torch import overrides_of_tensors, plain_tensors, set_grad_enabled
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.forward_ad.dropped import is_differentiable, refuse_if_lost
 from fgtrain.forward_ad.kept import of_earlier_pass
-from fgtrain.forward_ad.passes import NotIntercepted, TracedDraws, WritesIntoPlain
+from fgtrain.forward_ad.passes import NotIntercepted, WritesIntoPlain
 from fgtrain.forward_ad.registry import FALLBACKS, RULES, SMALL, Rule
 from fgtrain.forward_ad.rules.written_out import IN_OTHERS
+from fgtrain.forward_ad.running import current, running_pass
 from fgtrain.tangents.directions import LowRankTangent, Tangent
-
-
-class running_pass:  # noqa: N801 - a context manager used like a function
-    """A context whose duals carry derivatives.
-
-    Args:
-        follows: whether to check that results without tangents have not lost them.
-        adopting: tracks plain tensors into which duals are written; None if the model does not do this.
-        draws: counts draws of random numbers; None unless the pass is traced.
-
-    Attributes:
-        width: the number of directions if some earlier duals have fewer: see `widen`.
-        watched: functions whose calls are told to `saw`: see `watch`.
-    """
-
-    def __init__(self, *, follows: bool = True, adopting: Any = None, draws: TracedDraws | None = None) -> None:
-        self.follows = follows
-        self.adopting = adopting
-        self.draws = draws
-        self.width: int | None = None
-        self.watched: Container[Any] = ()
-        self.saw: Callable[..., None]
-
-    def __enter__(self) -> "running_pass":
-        self._outer, _running.one = _running.one, self
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        _running.one, self._outer = self._outer, None
-
-
-class _Running(threading.local):
-    """The current pass of a thread."""
-
-    one: running_pass | None = None
-
-
-_running = _Running()
-
-
-def widen(num: int) -> None:
-    """Use `num` directions from now on; a dual of the pass with fewer directions gets zeros for the others."""
-    assert _running.one is not None
-    _running.one.width = num
-
-
-def watch(funcs: Container[Any], saw: Callable[..., None]) -> bool:
-    """Call saw(func, args, kwargs, result) after each call of these functions with a dual; False if no pass runs."""
-    if _running.one is None:
-        return False
-    _running.one.watched, _running.one.saw = funcs, saw
-    return True
-
-
-def num_traced_draws() -> int:
-    """The draws of random numbers so far, if the pass is traced; else 0."""
-    running = _running.one
-    return 0 if running is None or running.draws is None else running.draws.count
 
 
 def _widened(args: Any, kwargs: Any, width: int) -> None:
@@ -128,7 +70,7 @@ class Dual(Tensor):
     def renew(self, tangent: Any) -> None:
         """Set the tangent for the current pass."""
         self.tangent = tangent
-        self.of_pass = _running.one
+        self.of_pass = current.one
         self.aliased = False
 
     __hash__ = object.__hash__
@@ -154,7 +96,7 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The result of func(*args, **kwargs), some of whose arguments are duals."""
     # Under the model's no_grad, results are constants, as for backpropagation; outside its pass a dual is a constant
     # too.
-    running = _running.one
+    running = current.one
     if running is None or not torch.is_grad_enabled():
         with plain_tensors():
             return func(*values(args), **values(kwargs))
@@ -210,7 +152,7 @@ def _on_values(rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
 
 def _as_user_code(rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a body like code of the user's model."""
-    adopting = _running.one.adopting if _running.one is not None else None
+    adopting = current.one.adopting if current.one is not None else None
     with overrides_of_tensors(), adopting or _NOTHING:
         return rule(*args, **kwargs)
 
@@ -224,10 +166,10 @@ def adopted(x: Tensor, name: str, num: int) -> Dual:
     Raises:
         WritesIntoPlain: the pass was not prepared for it.
     """
-    assert _running.one is not None
-    if _running.one.adopting is None:
+    assert current.one is not None
+    if current.one.adopting is None:
         raise WritesIntoPlain(f"{name} writes into a tensor that has no tangent")
-    return _running.one.adopting.adopt(x, num)
+    return current.one.adopting.adopt(x, num)
 
 
 # --- helpers for rules --------------------------------------------------------------------------------------------
@@ -258,7 +200,7 @@ def tangent_of(x: Any) -> Any:
     """
     if not isinstance(x, Dual):
         return None
-    if x.of_pass is not _running.one:
+    if x.of_pass is not current.one:
         raise UnsupportedOperation(of_earlier_pass(x))
     if not isinstance(x.tangent, Tensor):
         x.tangent = x.tangent.dense()
@@ -269,7 +211,7 @@ def joint_of(x: Any) -> Tensor | None:
     """The value and the tangents of a dual as one tensor (1 + K, *shape), if they are adjacent in memory; else None."""
     if not isinstance(x, Dual) or not isinstance(x.tangent, Tensor) or x.primal._base is None:
         return None
-    if x.of_pass is not _running.one:
+    if x.of_pass is not current.one:
         return None
     joint, value, moved = x.primal._base, x.primal, x.tangent
     if moved._base is not joint or joint.shape != (1 + len(moved), *value.shape):

@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from fgtrain.forward_ad.dual import Dual, watch
+from fgtrain.forward_ad.dual import Dual
 from fgtrain.forward_ad.native import has_tangent, primal_of
+from fgtrain.forward_ad.running import watch
 
 
 class KnownLoss(NamedTuple):
@@ -130,7 +131,7 @@ class Noticed:
 
     def _saw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         if len(args) == 2 and carries_tangent(args[0]):
-            device = args[0].device.type
+            device = primal_of(args[0]).device.type
             autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
             self._calls.append((func, *args, kwargs, autocast, result))
 

@@ -20,10 +20,11 @@ import fgtrain.forward_ad.rules.small  # noqa: F401 - these register their rules
 from fgtrain._torch import eager_functions, plain_tensors
 from fgtrain.errors import NoTangent
 from fgtrain.forward_ad.adopted import Adopting
-from fgtrain.forward_ad.dual import Dual, primal_of, running_pass, tangent_of
+from fgtrain.forward_ad.dual import Dual, primal_of, tangent_of
 from fgtrain.forward_ad.kept import marked, release
 from fgtrain.forward_ad.native import NO_TANGENT, named_errors
 from fgtrain.forward_ad.passes import WritesIntoPlain, check_losses
+from fgtrain.forward_ad.running import running_pass
 from fgtrain.network.parameters import ParameterSlots, slots_of
 from fgtrain.tangents.directions import Tangent
 

@@ -17,9 +17,10 @@ from torch.nn import functional as F
 
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.forward_ad.dropped import only_reads
-from fgtrain.forward_ad.dual import Dual, call, duals_in, primal_of, tangent_of, widen
+from fgtrain.forward_ad.dual import Dual, call, duals_in, primal_of, tangent_of
 from fgtrain.forward_ad.output_tangent import LocalGrads, OutputTangent
 from fgtrain.forward_ad.row_losses import NUM_MARKS, marks
+from fgtrain.forward_ad.running import widen
 from fgtrain.random import fold_in
 from fgtrain.tangents import Rademacher
 
@@ -209,12 +210,13 @@ class PerturbedPass:
             shape = [n if dim in (0, channels % output.dim()) else 1 for dim, n in enumerate(shape)]
         self.noise_size += torch.Size(shape).numel()
         generator = torch.Generator(output.device).manual_seed(fold_in(self.seed, self._num_draws))
-        units = torch.arange(output.shape[channels], device=output.device) + self._num_units
-        self._num_draws, self._num_units = self._num_draws + 1, self._num_units + len(units)
+        first, num_units = self._num_units, output.shape[channels]
+        self._num_draws, self._num_units = self._num_draws + 1, first + num_units
         if self.noise == "normal":
             return output.new_empty(self.num_tangents, *shape).normal_(generator=generator), None
-        if self.noise == "rademacher" or self.num_tangents == 1:
+        if self.noise == "rademacher" or self.num_tangents == 1:  # the only direction has every unit
             return _signs([self.num_tangents, *shape], generator, output), None
+        units = torch.arange(first, first + num_units, device=output.device)
         owner = torch.arange(self.num_tangents, device=output.device).unsqueeze(1)
         pattern = (units % self.num_tangents == owner).to(output.dtype) * self.num_tangents**0.5
         return _signs(shape, generator, output), pattern

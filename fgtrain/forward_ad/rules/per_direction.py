@@ -8,9 +8,10 @@ from torch import Tensor
 
 from fgtrain._torch import tree_flatten, tree_unflatten
 from fgtrain.forward_ad.dropped import is_differentiable
-from fgtrain.forward_ad.dual import Dual, dual, num_traced_draws, primal_of, tangent_of
+from fgtrain.forward_ad.dual import Dual, dual, primal_of, tangent_of
 from fgtrain.forward_ad.passes import NotIntercepted, RandomState
 from fgtrain.forward_ad.registry import Rule
+from fgtrain.forward_ad.running import num_traced_draws
 
 
 def per_direction(func: Any) -> Rule:

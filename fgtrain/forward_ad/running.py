@@ -1,0 +1,66 @@
+"""The pass of stacked duals that runs, and what its parts tell it."""
+
+import threading
+from collections.abc import Callable, Container
+from typing import Any
+
+from fgtrain.forward_ad.passes import TracedDraws
+
+
+class running_pass:  # noqa: N801 - a context manager used like a function
+    """A context whose duals carry derivatives.
+
+    Args:
+        follows: whether to check that results without tangents have not lost them.
+        adopting: tracks plain tensors into which duals are written; None if the model does not do this.
+        draws: counts draws of random numbers; None unless the pass is traced.
+
+    Attributes:
+        width: the number of directions if some earlier duals have fewer: see `widen`.
+        watched: functions whose calls are told to `saw`: see `watch`.
+    """
+
+    def __init__(self, *, follows: bool = True, adopting: Any = None, draws: TracedDraws | None = None) -> None:
+        self.follows = follows
+        self.adopting = adopting
+        self.draws = draws
+        self.width: int | None = None
+        self.watched: Container[Any] = ()
+        self.saw: Callable[..., None]
+
+    def __enter__(self) -> "running_pass":
+        self._outer, current.one = current.one, self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        current.one, self._outer = self._outer, None
+
+
+class _Current(threading.local):
+    """The current pass of a thread."""
+
+    one: running_pass | None = None
+
+
+current = _Current()
+"""Its attribute `one` is the pass that runs in this thread, or None."""
+
+
+def widen(num: int) -> None:
+    """Use `num` directions from now on; a dual of the pass with fewer directions gets zeros for the others."""
+    assert current.one is not None
+    current.one.width = num
+
+
+def watch(funcs: Container[Any], saw: Callable[..., None]) -> bool:
+    """Call saw(func, args, kwargs, result) after each call of these functions with a dual; False if no pass runs."""
+    if current.one is None:
+        return False
+    current.one.watched, current.one.saw = funcs, saw
+    return True
+
+
+def num_traced_draws() -> int:
+    """The draws of random numbers so far, if the pass is traced; else 0."""
+    running = current.one
+    return 0 if running is None or running.draws is None else running.draws.count

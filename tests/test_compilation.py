@@ -189,6 +189,7 @@ def test_a_compiler_that_errs_is_not_used(monkeypatch, caplog):
     assert "computed uncompiled: the compiled derivatives differ" in caplog.text
 
 
+@pytest.mark.slow
 def test_batches_of_ever_other_shapes_are_not_compiled_for_ever(monkeypatch, caplog):
     monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs, options: graph)
     model = nn.Sequential(nn.Linear(5, 2))
@@ -201,6 +202,7 @@ def test_batches_of_ever_other_shapes_are_not_compiled_for_ever(monkeypatch, cap
     assert caplog.text.count("are computed uncompiled") == 1
 
 
+@pytest.mark.slow
 def test_another_batch_mode_or_constant_is_traced_anew():
     engine, model = CompiledPass(run_as_it_is), nn.Sequential(nn.Linear(5, 3), nn.Dropout(0.5), nn.Linear(3, 2))
     tangents = LowRank().sample(dict(model.named_parameters()), [0, 1])

@@ -35,6 +35,7 @@ def test_reference_engine(case):
     assert_derivatives(case, [(Normal(), 3)], reference)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", COVERAGE, ids=lambda case: case.name)
 def test_without_rules(case):
     with without_rules():
@@ -56,14 +57,15 @@ def _vgg():
     return nn.Sequential(features, nn.Flatten(), nn.Linear(512, 64), nn.ReLU(True), nn.Dropout(), nn.Linear(64, 5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [
         _vision("resnet18", lambda: models.resnet18(num_classes=5)),
         _vision("vit", lambda: models.VisionTransformer(16, 8, 2, 2, 16, 32, dropout=0.1, num_classes=5), 16),
-        pytest.param(_vision("vgg11_bn", _vgg), marks=pytest.mark.slow),
+        _vision("vgg11_bn", _vgg),
         *(
-            pytest.param(_vision(name, lambda name=name: models.get_model(name, num_classes=5)), marks=pytest.mark.slow)
+            _vision(name, lambda name=name: models.get_model(name, num_classes=5))
             for name in ("mobilenet_v3_small", "convnext_tiny", "swin_t")
         ),
     ],

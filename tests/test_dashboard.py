@@ -55,6 +55,7 @@ def test_scalars_images_and_histograms(sweep):
     assert events_of(runs(sweep, "beale")).Tags()["images"] == ["trajectory"]
 
 
+@pytest.mark.slow
 def test_hyperparameters_and_final_metrics(sweep):
     for method, num_tangents in (("backprop", 0), ("fwdgrad", 1)):
         events = events_of(runs(sweep, method))
@@ -77,6 +78,7 @@ def test_hyperparameters_and_final_metrics(sweep):
         ]  # what TensorBoard shows without being asked
 
 
+@pytest.mark.slow
 def test_layout_names_what_is_logged(sweep):
     events = events_of(runs(sweep, "fwdgrad"))
     (tensor,) = events.Tensors("custom_scalars__config__")
@@ -86,6 +88,7 @@ def test_layout_names_what_is_logged(sweep):
     assert not charted - set(events.Tags()["scalars"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["backprop", "fwdgrad", "beale"])
 def test_no_chart_is_empty_or_a_single_dot(sweep, name):
     events = events_of(runs(sweep, name))
@@ -98,6 +101,7 @@ def test_no_chart_is_empty_or_a_single_dot(sweep, name):
     assert "epoch" not in scalars
 
 
+@pytest.mark.slow
 def test_config_is_text(sweep):
     (tensor,) = events_of(runs(sweep, "fwdgrad")).Tensors("config/text_summary")
     assert b"    max_steps: 100" in tensor.tensor_proto.string_val[0]

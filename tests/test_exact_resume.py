@@ -205,6 +205,7 @@ EVENTS = 60
 EVERY_EPOCH = {"check_val_every_n_epoch": 1}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("last", [True, False])
 @pytest.mark.parametrize(
     "plan",
@@ -239,6 +240,7 @@ PLANS = st.builds(
 LONGER = st.sampled_from([{"max_steps": 17}, {"max_steps": -1, "max_epochs": 5}, {"max_steps": 16, "max_epochs": 7}])
 
 
+@pytest.mark.slow
 @given(plan=PLANS)
 @settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 @example(plan=Plan(EPOCHS, save_every=5, cuts=((18, True), (12, True))))
@@ -274,6 +276,7 @@ def test_many_runs_made_longer(plan, long):
     assert found["steps"] == expected["steps"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop_at", [7, 10])
 @pytest.mark.parametrize("validate", [{"val_check_interval": 4, "check_val_every_n_epoch": None}, EVERY_EPOCH], ids=str)
 def test_stopped_run_that_is_cut(validate, stop_at):
@@ -282,6 +285,7 @@ def test_stopped_run_that_is_cut(validate, stop_at):
     assert undisturbed["steps"] == stop_at
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save_every", [3, 4])
 def test_epochs_that_end_before_their_loader(save_every):
     validate = EVERY_EPOCH if save_every == 3 else {"limit_val_batches": 0}
@@ -296,6 +300,7 @@ class Shuffled(Small):
         return DataLoader(TensorDataset(*self._splits["train"]), self.batch_size, shuffle=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("validate", [EVERY_EPOCH, {"check_val_every_n_epoch": 2}, {"limit_val_batches": 0}], ids=str)
 def test_cut_at_the_end_of_an_epoch_without_a_position(validate):
     """After its last step a checkpoint needs no position of the loader, in whichever hook it is written."""
@@ -319,6 +324,7 @@ def test_in_another_folder(plan, name, tmp_path):
     assert_same(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("long", [{"max_steps": 12}, {"max_steps": 18}, {"max_steps": -1, "max_epochs": 4}], ids=str)
 @pytest.mark.parametrize("short", [{"max_steps": 7}, {"max_steps": 10}, {"max_steps": -1, "max_epochs": 2}], ids=str)
 def test_longer_run(short, long, tmp_path):

@@ -134,6 +134,7 @@ def test_stacked_layers_have_the_stated_bias(depth, max_phase):
     assert (expected[first] - exact[first]).norm() > 0.01 * exact[first].norm()
 
 
+@pytest.mark.slow
 @KINDS
 def test_a_compiled_model_has_the_same_gradient(max_phase):
     model = network(1, max_phase)

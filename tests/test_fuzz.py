@@ -57,7 +57,7 @@ SYNTAX += [
 ]
 
 
-SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(1, 10))]  # 50 refusals each
+SEEDS = range(10)  # 50 refusals each
 
 
 def words(draw):
@@ -125,6 +125,7 @@ def refused(*given):
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_malformed_command_lines(seed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -133,6 +134,7 @@ def test_malformed_command_lines(seed, tmp_path, monkeypatch):
         count += refused("hydra.run.dir=run", *arguments(draw))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", SEEDS)
 def test_malformed_config_files(seed, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -75,6 +75,7 @@ def entropy_of_characters(text):
     return -sum(n / len(text) * math.log(n / len(text)) for n in counts.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["transformer", "lstm"])
 def test_from_the_command_line(model, tmp_path):
     overrides = ["method=backprop", "optimizer=adam", "lr=1e-2", "trainer.max_steps=60", "model.width=32"]

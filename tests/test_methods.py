@@ -48,6 +48,7 @@ TRAITS = {
 """{trait: the methods that have it}: written down, since to build every method takes as long as many tests."""
 
 
+@pytest.mark.slow
 def test_methods_have_the_traits_that_they_are_tried_for():
     found = {trait: [] for trait in TRAITS}
     for method in METHODS:
@@ -243,6 +244,7 @@ def test_chunked_equals_unchunked(method, case):
 NEWTON = {"gauss_newton", "second_order"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", [Sphere(dim=4), Beale(), Rosenbrock()], ids=lambda task: type(task).__name__)
 @pytest.mark.parametrize("method", [m for m in METHODS if not refuses(m, POINTS) and m not in NEWTON])
 def test_lowers_test_functions_as_gradient_descent_does(method, task):
@@ -300,6 +302,7 @@ def test_expected_cosine_of_one_direction(options):
     assert estimator.expected_cosine(gradient) == pytest.approx(count(gradient) ** -0.5)
 
 
+@pytest.mark.slow
 @OPTIONS
 def test_expected_cosine_of_several_directions(options):
     """To 10 % of the cosine, which are 20 % of its square."""

@@ -127,12 +127,12 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """The names above and the parts of the package are loaded at their first use, because PyTorch takes seconds."""
-    if find_spec(f"fgtrain.{name}") is not None:
-        return import_module(f"fgtrain.{name}")
     for part in ("estimators", "forward_ad", "random", "tangents") if name in __all__ else ():
         module = import_module(f"fgtrain.{part}")
         if hasattr(module, name):
-            return getattr(module, name)
+            return globals().setdefault(name, getattr(module, name))  # found without this function from now on
+    if find_spec(f"fgtrain.{name}") is not None:
+        return import_module(f"fgtrain.{name}")
     raise AttributeError(f"module 'fgtrain' has no attribute {name!r}")
 
 

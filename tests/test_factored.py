@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import fgtrain
+from fgtrain.tangents.directions import LowRankTangent
 from fgtrain.tangents.factored import FactoredGrad
 
 
@@ -114,9 +115,9 @@ def test_an_update_in_place_stays():
     assert torch.equal(param, 2 * dense)
 
 
-def test_low_rank_estimates_stay_factored_until_the_step():
-    model = nn.Linear(3, 2)
-    estimate = fgtrain.ForwardGradient(fgtrain.LowRank())(model, lambda m: m(torch.ones(1, 3)).sum(1))
+def test_large_low_rank_estimates_stay_factored_until_the_step():
+    model = nn.Linear(300, 250)
+    estimate = fgtrain.ForwardGradient(fgtrain.LowRank())(model, lambda m: m(torch.ones(1, 300)).sum(1))
     grad = estimate.grads["weight"]
     assert isinstance(grad, FactoredGrad)
     before, change = model.weight.detach().clone(), (grad.left.T @ grad.right).clone()
@@ -124,3 +125,16 @@ def test_low_rank_estimates_stay_factored_until_the_step():
     torch.optim.SGD(model.parameters(), lr=0.5).step()
     assert grad.written is None
     torch.testing.assert_close(model.weight.detach(), before - 0.5 * change)
+
+
+@pytest.mark.parametrize("num_tangents", [1, 3])
+def test_small_low_rank_estimates_are_plain_tensors(num_tangents):
+    model = nn.Linear(3, 2)
+    estimator = fgtrain.ForwardGradient(fgtrain.LowRank(), num_tangents=num_tangents)
+    estimate = estimator(model, lambda m: m(torch.ones(1, 3)).sum(1), generator=torch.Generator().manual_seed(0))
+    assert type(estimate.grads["weight"]) is torch.Tensor
+    params = dict(model.named_parameters())
+    tangents = fgtrain.LowRank().sample(params, fgtrain.draw_seeds(torch.Generator().manual_seed(0), num_tangents))
+    assert isinstance(tangents["weight"], LowRankTangent)
+    expected = torch.einsum("k,kmn->mn", estimate.directional_derivatives / num_tangents, tangents["weight"].dense())
+    torch.testing.assert_close(estimate.grads["weight"], expected)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fgtrain.network.sharding import from_own_rows, is_sharded, own_rows
-from fgtrain.tangents.factored import FactoredGrad
+from fgtrain.tangents.factored import product
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,7 +147,7 @@ class Directions(Mapping[str, Tangent]):
                     left = blocks[at[0]].view(self.rank, len(blocks[at[0]]) // self.rank)
                 else:
                     left = _weighted(tangent, weights)
-                sums[name] = FactoredGrad(left.to(like.dtype), tangent.right, like.shape)
+                sums[name] = product(left.to(like.dtype), tangent.right, like.shape)
         return sums
 
     def gram(self, others: "Directions | None" = None) -> Tensor:

@@ -1,7 +1,8 @@
 """Gradients that stay factored until an operation needs their elements.
 
 A forward gradient along low-rank directions is a product left^T right. Plain SGD adds it to the parameter in one pass
-without materialising it. This needs no memory for the gradient and takes a third of the usual time.
+without materialising it. For large matrices, this needs no memory for the gradient and takes a third of the usual time.
+For small ones, calls cost more than elements, and the product is a plain tensor.
 """
 
 from typing import Any
@@ -12,6 +13,20 @@ from torch import Tensor
 from fgtrain._torch import no_torch_function, tree_map
 
 aten = torch.ops.aten
+
+SMALL = 2**16
+"""Up to this number of elements, a plain tensor is faster (measured with plain SGD on a CPU)."""
+
+
+def product(left: Tensor, right: Tensor, shape: torch.Size) -> Tensor:
+    """(left^T right).view(shape), as a `FactoredGrad` if it is large; the arguments are those of `FactoredGrad`."""
+    if shape.numel() > SMALL:
+        return FactoredGrad(left, right, shape)
+    return _multiplied(left, right).view(shape)
+
+
+def _multiplied(left: Tensor, right: Tensor) -> Tensor:
+    return (torch.mul if len(left) == 1 else torch.mm)(left.t(), right)
 
 
 class FactoredGrad(Tensor):
@@ -75,8 +90,7 @@ class FactoredGrad(Tensor):
     def dense(self) -> Tensor:
         """The gradient as a plain tensor."""
         if self.written is None:
-            outer = torch.mul if len(self.left) == 1 else torch.mm
-            self.written = outer(self.left.t(), self.right).view(self.shape)
+            self.written = _multiplied(self.left, self.right).view(self.shape)
         return self.written
 
     def numpy(self, *, force: bool = False) -> Any:

@@ -14,13 +14,13 @@ from fgtrain._torch import no_torch_function, tree_map
 
 aten = torch.ops.aten
 
-SMALL = 2**16
+PLAIN_UP_TO = 2**16
 """Up to this number of elements, a plain tensor is faster (measured with plain SGD on a CPU)."""
 
 
 def product(left: Tensor, right: Tensor, shape: torch.Size) -> Tensor:
     """(left^T right).view(shape), as a `FactoredGrad` if it is large; the arguments are those of `FactoredGrad`."""
-    if shape.numel() > SMALL:
+    if shape.numel() > PLAIN_UP_TO:
         return FactoredGrad(left, right, shape)
     return _multiplied(left, right).view(shape)
 

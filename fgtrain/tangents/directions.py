@@ -89,11 +89,13 @@ class Directions(Mapping[str, Tangent]):
     def __init__(self, buffer: Tensor, pieces: Sequence[Piece], rank: int = 1) -> None:
         self.buffer = buffer
         self.rank = rank
-        self._sizes = [*(piece.size for piece in pieces), buffer.shape[-1] - sum(piece.size for piece in pieces)]
-        places = {(piece.name, piece.part): i for i, piece in enumerate(pieces)}
+        sizes = [piece.size for piece in pieces]
+        self._sizes = [*sizes, buffer.shape[-1] - sum(sizes)]
+        self._places: dict[str, list[int]] = {}
         self._likes = {piece.name: piece.like for piece in pieces}
-        self._places = {name: [places[name, part] for part in (0, 1) if (name, part) in places] for name in self._likes}
-        self._is_dense = len(places) == len(self._places)
+        for i, piece in enumerate(pieces):
+            self._places.setdefault(piece.name, []).insert(piece.part, i)  # u before z, whichever comes first
+        self._is_dense = len(pieces) == len(self._places)
         blocks = buffer.split(self._sizes, dim=-1)
         self._tangents = {name: self._tangent(name, [blocks[i] for i in at]) for name, at in self._places.items()}
 

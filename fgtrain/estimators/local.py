@@ -11,7 +11,7 @@ from fgtrain.estimators.activity import ActivityPerturbation
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, add_grad, average_grads
 from fgtrain.estimators.local_heads import WHOLE, LocalHeads, Part, StandIn, joined
 from fgtrain.estimators.local_tail import local_gradients
-from fgtrain.forward_ad.native import primal_of
+from fgtrain.forward_ad.native import value_of
 from fgtrain.forward_ad.passes import check_losses
 from fgtrain.network.blocks import list_of_names
 from fgtrain.network.chains import SideBySide, in_turn
@@ -170,7 +170,7 @@ class LocalBlock(StandIn):
 
     def forward(self, x: Any) -> Any:
         x = in_turn(self.block, x if self.hidden is None else self.hidden)
-        self._output = primal_of(x).detach()
+        self._output = value_of(x).detach()
         return x if self.head is None else self.head(self.features(x))
 
     def take_output(self) -> Tensor:

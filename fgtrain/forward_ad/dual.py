@@ -176,7 +176,7 @@ def adopted(x: Tensor, name: str, num: int) -> Dual:
 
 
 def primal_of(x: Any) -> Any:
-    """The value of a dual; other objects are returned unchanged.
+    """The value of a dual, for rules; other objects are returned unchanged. Outside rules, use `native.value_of`.
 
     Raises:
         NotIntercepted: the tensor was prepared for a backward pass. It is the result of a custom autograd.Function,

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from fgtrain.forward_ad.dual import Dual
-from fgtrain.forward_ad.native import has_tangent, primal_of
+from fgtrain.forward_ad.native import has_tangent, value_of
 from fgtrain.forward_ad.running import watch
 
 
@@ -68,7 +68,7 @@ class KnownLoss(NamedTuple):
         if result.dim():
             each = result
         else:
-            each, unit = self._unreduced(taken), torch.zeros_like(primal_of(taken))
+            each, unit = self._unreduced(taken), torch.zeros_like(value_of(taken))
             unit = self.target + 1 if self.func is F.mse_loss else unit
             of_unit = self._unreduced(unit)
             each = each * (of_unit.numel() * self._share(unit, of_unit))
@@ -131,7 +131,7 @@ class Noticed:
 
     def _saw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         if len(args) == 2 and carries_tangent(args[0]):
-            device = primal_of(args[0]).device.type
+            device = value_of(args[0]).device.type
             autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
             self._calls.append((func, *args, kwargs, autocast, result))
 
@@ -140,7 +140,7 @@ class Noticed:
         if len(self._calls) != 1:
             return None
         func, taken, target, options, autocast, result = self._calls[0]
-        shape = primal_of(taken).shape
+        shape = value_of(taken).shape
         if any(map(carries_tangent, (target, *options.values()))):
             return None
         if func is F.mse_loss and shape != target.shape:

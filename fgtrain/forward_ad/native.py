@@ -65,7 +65,7 @@ def jvp(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> t
                 with slots.exchanged(duals), _CheckedCalls(slots.params, duals) as calls:
                     found = loss_fn(model)
                 pair = fwAD.unpack_dual(calls.checked(check_losses(found)))
-                release(model, lambda x: marked(primal_of(x)) if has_tangent(x) else None)
+                release(model, lambda x: marked(value_of(x)) if has_tangent(x) else None)
                 if pair.tangent is None:
                     raise NoTangent(NO_TANGENT)
                 _require_repetition(losses, pair.primal)
@@ -119,7 +119,7 @@ class _CheckedCalls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not torch.is_grad_enabled():  # the model's no_grad: constants, as for backpropagation
-            return func(*tree_map_only(Tensor, primal_of, args), **tree_map_only(Tensor, primal_of, kwargs))
+            return func(*tree_map_only(Tensor, value_of, args), **tree_map_only(Tensor, value_of, kwargs))
         if func == REQUIRES_GRAD:
             return func(*args) or has_tangent(args[0])
         if func in (Tensor.register_hook, Tensor.retain_grad):
@@ -135,7 +135,7 @@ class _CheckedCalls(TorchFunctionMode):
             with self:
                 return body(*args, **kwargs)
         result = func(*args, **kwargs)
-        refuse_if_lost(func, args, kwargs, result, has_tangent, primal_of)
+        refuse_if_lost(func, args, kwargs, result, has_tangent, value_of)
         return result
 
     def checked(self, x: Tensor) -> Tensor:
@@ -176,8 +176,8 @@ def has_tangent(x: Tensor) -> bool:
     return _can_be_dual(x) and _unpacked(x).tangent is not None
 
 
-def primal_of(x: Tensor) -> Tensor:
-    """The value of a tensor."""
+def value_of(x: Tensor) -> Tensor:
+    """A tensor without the tangents that a pass of either engine has given it."""
     if isinstance(x, Dual):
         return x.primal
     return _unpacked(x).primal if _can_be_dual(x) else x

@@ -100,12 +100,12 @@ def _release(model: nn.Module, slots: ParameterSlots, duals: Mapping[str, Dual])
     """Replace duals that the model has stored: by its parameters if they stand for these, else by marked values."""
     names = {id(dual): name for name, dual in duals.items()}
 
-    def value_of(x: Tensor) -> Tensor | None:
+    def replacement(x: Tensor) -> Tensor | None:
         if not isinstance(x, Dual):
             return None
         return slots.params[names[id(x)]] if id(x) in names else marked(x.primal)
 
-    release(model, value_of)
+    release(model, replacement)
 
 
 def _parameter_duals(slots: ParameterSlots, kept: dict[str, Dual], tangents: Mapping[str, Any]) -> dict[str, Dual]:

@@ -11,7 +11,7 @@ from torchmetrics.wrappers.abstract import WrapperMetric
 
 from fgtrain._torch import tree_map
 from fgtrain.forward_ad.dual import Dual
-from fgtrain.forward_ad.native import primal_of
+from fgtrain.forward_ad.native import value_of
 
 
 class KeptState:
@@ -66,7 +66,7 @@ class KeptState:
     def drop_tangents(self) -> None:
         """Reduce the state of metrics to values; the engine handles other parts, see `forward_ad.kept`."""
         for metric, _ in self._metrics.values():
-            vars(metric).update({name: _value_of(value) for name, value in _attributes_of(metric)})
+            vars(metric).update({name: _without_graph(value) for name, value in _attributes_of(metric)})
 
 
 class _Noticed:
@@ -106,19 +106,19 @@ def _copied(x: Any) -> Any:
     return x
 
 
-def _value_of(x: Any) -> Any:
+def _without_graph(x: Any) -> Any:
     """An attribute of a metric after the step: the same lists and dicts, with tensors reduced to values."""
     if isinstance(x, Tensor):
         return without_tangents(x) if isinstance(x, Dual) or x.requires_grad else x
     if isinstance(x, list):
-        x[:] = map(_value_of, x)
+        x[:] = map(_without_graph, x)
     elif isinstance(x, dict):
-        x.update({key: _value_of(value) for key, value in x.items()})
+        x.update({key: _without_graph(value) for key, value in x.items()})
     elif isinstance(x, tuple):
-        return tree_map(_value_of, x)
+        return tree_map(_without_graph, x)
     return x
 
 
 def without_tangents(tree: Any) -> Any:
     """The same nested values with tensors reduced to their values: no tangent, no graph."""
-    return tree_map(lambda x: primal_of(x).detach() if isinstance(x, Tensor) else x, tree)
+    return tree_map(lambda x: value_of(x).detach() if isinstance(x, Tensor) else x, tree)

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
 
 from fgtrain.errors import StorageError, UserError, disk_error
 from fgtrain.runs.config import CONF
@@ -59,6 +60,13 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         fail(f"{message}; --help describes the arguments")
+
+
+def wide_console(width: int) -> Console:
+    """A console of at least `width` columns, so that tables are not folded in a file or a narrow window."""
+    console = Console()
+    console.width = max(console.width, width)
+    return console
 
 
 def fail(error: BaseException | str) -> NoReturn:

@@ -21,6 +21,7 @@ from fgtrain.figures import COLOURS, house_style
 from fgtrain.memory import peak_mib
 from fgtrain.models import DiagonalRecurrence, DiagonalRNN
 from fgtrain.models.diagonal import as_rows, as_units, scan
+from fgtrain.studies.timing import cpu_seconds
 from fgtrain.tasks import Recall as RecallTask
 
 Batch = tuple[Tensor, Tensor]
@@ -228,15 +229,9 @@ def cost(way: str, data: Recall, model: DiagonalRNN, length: int) -> Cost:
                 logits, states = model.run(tokens, states)
                 RecallTask().losses(_Net(lambda _, logits=logits: logits), (tokens, targets))
 
-    times = [[_seconds(run) for run in (forwards, gradients)] for _ in range(3)]
+    times = [[cpu_seconds(run) for run in (forwards, gradients)] for _ in range(3)]
     forward, gradient = (min(column) for column in zip(*times, strict=True))
     return Cost(way, length, peak_mib(gradients, torch.device("cpu"), is_long=length > 1000), gradient / forward)
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    began = time.process_time()
-    run()
-    return time.process_time() - began
 
 
 def table_of(recalled: Sequence[Recalled], costs: Sequence[Cost]) -> list[dict[str, Any]]:

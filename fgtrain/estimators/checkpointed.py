@@ -63,8 +63,8 @@ class CheckpointedBackprop(Backprop):
                 estimate = super().forward(model, loss_fn, generator=generator, reduce=reduce)
             except CheckpointError as error:
                 raise UnsupportedOperation(
-                    f"a block or a step of {type(model).__name__} computes something else when it runs again, as one "
-                    "does that keeps a cache or draws from a random generator of its own; train with Backprop"
+                    f"a block or a step of {type(model).__name__} computes something else when it runs again, for "
+                    "example because it keeps a cache or has its own random generator; train with Backprop"
                 ) from error
         told = slots_of(model).kept(_in_segments, set)
         if not (containers or repeated or told):

@@ -23,7 +23,7 @@ DIFFERENTIABLE_PROPERTIES = frozenset({"T", "mT", "H", "mH", "real", "imag"})
 
 
 def only_reads(func: Any) -> bool:
-    """Whether the results of a function of PyTorch are never differentiable."""
+    """Whether a function of PyTorch only reads values, so that its results are never differentiable."""
     name = getattr(func, "__name__", "")
     return name in READS_THE_VALUE or (name == "__get__" and func.__self__.__name__ not in DIFFERENTIABLE_PROPERTIES)
 

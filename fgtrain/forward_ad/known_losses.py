@@ -82,7 +82,7 @@ class KnownLoss(NamedTuple):
         return self._result(z).mean() / torch.where(each.any(), each.sum(), 1)
 
     def _result(self, z: Tensor, **changes: Any) -> Tensor:
-        """Of the call with another input; the loss function may have left its autocast by now."""
+        """What the call would return for another input, under the autocast of the call."""
         with torch.autocast(z.device.type, self.autocast, enabled=self.autocast is not None):
             return self.func(z, self.target, **self.options | changes)
 
@@ -113,7 +113,7 @@ It returns A, shaped like T, and the diagonal D, shaped like z: A D A^T = T H T^
 class Noticed:
     """A context that records the calls of losses with a closed form.
 
-    A pass of stacked duals tells of such calls. In other passes, a function mode sees every call, which takes longer.
+    A pass of stacked duals reports such calls. In other passes, a function mode sees every call, which takes longer.
     """
 
     def __init__(self) -> None:

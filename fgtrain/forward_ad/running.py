@@ -20,7 +20,7 @@ class running_pass:  # noqa: N801 - a context manager used like a function
         rules: the rules that the pass uses: `RULES`, or none inside `without_rules`.
         small: its short rules, likewise.
         width: the number of directions if some earlier duals have fewer: see `widen`.
-        watched: functions whose calls are told to `saw`: see `watch`.
+        watched: functions after whose calls `saw` is called: see `watch`.
     """
 
     def __init__(self, *, follows: bool = True, adopting: Any = None, draws: TracedDraws | None = None) -> None:

@@ -109,7 +109,7 @@ def _release(model: nn.Module, slots: ParameterSlots, duals: Mapping[str, Dual])
 
 
 def _parameter_duals(slots: ParameterSlots, kept: dict[str, Dual], tangents: Mapping[str, Any]) -> dict[str, Dual]:
-    """The parameters as duals; only those whose memory has moved are created anew."""
+    """The parameters as duals; only those whose memory has moved are created again."""
     for name, tangent in tangents.items():
         p, dual = slots.params[name], kept.get(name)
         if dual is None or dual.primal.data_ptr() != p.data_ptr():

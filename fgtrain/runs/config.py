@@ -34,7 +34,7 @@ class DistributedConfig:
         check_every_n_steps: optimizer steps between two checks that all ranks have the same parameters; 0 for none.
         timeout_seconds: how long a rank waits for the others within a step before it gives up.
         gradients: what ranks send of exact gradients, see `fgtrain.lightning.exchange`.
-        local_steps: optimizer steps between two means of the weights, with gradients=local.
+        local_steps: optimizer steps after which the weights are averaged, with gradients=local.
     """
 
     tangents: str = "shared"

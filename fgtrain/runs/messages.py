@@ -20,7 +20,7 @@ _OPTIONS = {
     "ckpt_path": "resume",
     **{name: f"method.{name}" for name in ("chunk_size", "clip_derivative", "memory", "num_tangents", "shrinkage")},
 }
-"""Arguments of Python that messages name in their remedy, as options of the command line."""
+"""{argument in Python that a message may name in its remedy: the option on the command line}."""
 
 _TYPES = {"Float": "a number", "Integer": "an integer", "Boolean": "true or false"}
 
@@ -51,7 +51,7 @@ def _print_unless_of_the_disk(args: threading.ExceptHookArgs) -> None:
 
 
 def cannot_write(error: OSError) -> StorageError:
-    """The user's error for an error of the disk."""
+    """The error that reports a disk error to the user."""
     return StorageError(f"cannot write {error.filename or 'to the disk'}: {error.strerror}")
 
 

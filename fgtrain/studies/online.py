@@ -1,8 +1,8 @@
 """Learning on a stream: what each way to learn through time recalls, and what it costs.
 
 Ways that carry something from one chunk to the next get the same time steps of one stream and do an update at the end
-of every chunk. Ways that go back over a whole sequence start anew with each: one of two periods of the stream, so that
-every sequence holds a symbol and its question.
+of every chunk. Ways that go back over a whole sequence start each sequence from the state 0. A sequence is two periods
+of the stream, so that it holds a symbol and its question.
 """
 
 import time

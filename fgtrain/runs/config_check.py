@@ -15,24 +15,6 @@ from fgtrain.errors import ConfigError
 from fgtrain.lightning.exchange import GRADIENTS
 from fgtrain.runs.config import TrainConfig, nodes, signature_of, to_plain
 
-_POSITIVE = "positive", lambda value: value > 0
-_AT_LEAST_1 = "at least 1", lambda value: value >= 1
-ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "seed": (f"from 0 to {2**32 - 1}", lambda value: 0 <= value < 2**32),
-    "lr": _POSITIVE,
-    "clip_grad_norm": _POSITIVE,
-    "accumulate_grad_batches": _AT_LEAST_1,
-    "max_skipped_steps": _AT_LEAST_1,
-    "max_skipped_share": ("between 0 and 1 or null", lambda value: 0 <= value <= 1),
-    "detect_divergence": ("a factor above 1 or null", lambda value: value > 1),
-    "distributed.tangents": ("'shared' or 'per_rank'", lambda value: value in TANGENTS_OVER),
-    "distributed.gradients": (f"one of {', '.join(GRADIENTS)}", lambda value: value in GRADIENTS),
-    "distributed.local_steps": _AT_LEAST_1,
-    "distributed.check_every_n_steps": ("at least 0", lambda value: value >= 0),
-    "distributed.timeout_seconds": _POSITIVE,
-}
-"""{key: (what it must be, for the message; whether a value is that)}."""
-
 
 def check(cfg: DictConfig) -> None:
     """Refuse values that are out of range or of the wrong type, and keys that are not an argument of their `_target_`.
@@ -64,6 +46,25 @@ def check(cfg: DictConfig) -> None:
             raise ConfigError(f"trainer.{key} must be above 0, got {value}{off}")
     for path, node in nodes(plain):
         _check_node(path, node)
+
+
+_POSITIVE = "positive", lambda value: value > 0
+_AT_LEAST_1 = "at least 1", lambda value: value >= 1
+ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "seed": (f"from 0 to {2**32 - 1}", lambda value: 0 <= value < 2**32),
+    "lr": _POSITIVE,
+    "clip_grad_norm": _POSITIVE,
+    "accumulate_grad_batches": _AT_LEAST_1,
+    "max_skipped_steps": _AT_LEAST_1,
+    "max_skipped_share": ("between 0 and 1 or null", lambda value: 0 <= value <= 1),
+    "detect_divergence": ("a factor above 1 or null", lambda value: value > 1),
+    "distributed.tangents": ("'shared' or 'per_rank'", lambda value: value in TANGENTS_OVER),
+    "distributed.gradients": (f"one of {', '.join(GRADIENTS)}", lambda value: value in GRADIENTS),
+    "distributed.local_steps": _AT_LEAST_1,
+    "distributed.check_every_n_steps": ("at least 0", lambda value: value >= 0),
+    "distributed.timeout_seconds": _POSITIVE,
+}
+"""{key: (what it must be, for the message; whether a value is that)}."""
 
 
 def _check_node(path: str, node: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ import fgtrain.forward_ad.rules.fallbacks
 import fgtrain.forward_ad.rules.layers
 import fgtrain.forward_ad.rules.losses
 import fgtrain.forward_ad.rules.matrix_products
+import fgtrain.forward_ad.rules.operations
 import fgtrain.forward_ad.rules.sampling
 import fgtrain.forward_ad.rules.sequence
 import fgtrain.forward_ad.rules.small  # noqa: F401 - these register their rules and bodies
@@ -22,7 +23,8 @@ from fgtrain.errors import NoTangent
 from fgtrain.forward_ad.adopted import Adopting
 from fgtrain.forward_ad.dual import Dual, primal_of, tangent_of
 from fgtrain.forward_ad.kept import marked, release
-from fgtrain.forward_ad.native import NO_TANGENT, named_errors
+from fgtrain.forward_ad.named_errors import named_errors
+from fgtrain.forward_ad.native import NO_TANGENT
 from fgtrain.forward_ad.passes import WritesIntoPlain, check_losses
 from fgtrain.forward_ad.running import running_pass
 from fgtrain.network.parameters import ParameterSlots, slots_of

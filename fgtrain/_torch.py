@@ -37,13 +37,13 @@ no_torch_function = torch._C._disabled_torch_function_impl
 """For subclasses that override only operations below `__torch_function__`; PyTorch's tutorials use it."""
 
 set_grad_enabled = torch._C._set_grad_enabled
-"""As torch.set_grad_enabled, without its context object, which takes longer than the rule of a small operation."""
+"""torch.set_grad_enabled without its context object, whose creation takes longer than a small operation's rule."""
 
 is_inside_transform = torch._C._functorch.is_functorch_wrapped_tensor
 """Whether a transform of torch.func has wrapped a tensor, whose tangent is then not accessible."""
 
 FUNCTION_OWNERS = (torch, Tensor, torch._C._nn)
-"""The places of functions with one name; torch._C._nn has those of torch.nn.functional that are implemented in C++."""
+"""Where PyTorch may define a function of one name; torch._C._nn holds the C++ functions of torch.nn.functional."""
 
 REQUIRES_GRAD: Any = vars(torch._C.TensorBase)["requires_grad"].__get__
 """The function that `__torch_function__` receives when a model reads `x.requires_grad`."""
@@ -139,7 +139,7 @@ def saved_tensor_hooks_as_they_were() -> Generator[None]:
 
 @contextmanager
 def calls_replaced(calls: Mapping[nn.Module, Callable[..., Any]]) -> Generator[None]:
-    """A context in which a call of one of these modules, with its hooks, is a call of the function beside it."""
+    """A context in which calling one of these modules calls its function in `calls` instead of `forward` and hooks."""
     before = {module: vars(module).get("_compiled_call_impl") for module in calls}
     try:
         for module, call in calls.items():
@@ -157,5 +157,5 @@ def set_group_timeout(timeout: timedelta) -> None:
 
 
 def call_of(module: nn.Module) -> Callable[..., Any]:
-    """What a call of the module runs, its hooks among it."""
+    """The function that a call of the module runs, including its hooks."""
     return module._compiled_call_impl or module._call_impl

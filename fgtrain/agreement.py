@@ -5,12 +5,12 @@ from torch import Tensor
 
 
 def agree(found: Tensor, expected: Tensor, size: Tensor | None = None) -> bool:
-    """Whether they are equal up to the rounding error of a long sum; a tensor with nan agrees with itself only.
+    """Whether two tensors are equal up to the rounding error of a long sum. A tensor with nan agrees only with itself.
 
     Args:
         found: a result.
         expected: another result.
-        size: the sums of absolute values, if terms may cancel; None for `expected`.
+        size: the sums of the absolute values of the terms, for sums whose terms may cancel; None for `expected`.
     """
     if found is expected:
         return True

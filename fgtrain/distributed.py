@@ -31,7 +31,7 @@ from fgtrain.estimators.base import Estimate, GradientEstimator
 from fgtrain.random import keyed_generator
 
 TangentsOver = Literal["shared", "per_rank"]
-_TANGENTS_OVER = get_args(TangentsOver)
+TANGENTS_OVER = get_args(TangentsOver)
 
 
 class Ranks:
@@ -120,7 +120,7 @@ class Ranks:
         Raises:
             ConfigError: `tangents` is neither.
         """
-        if tangents not in _TANGENTS_OVER:
+        if tangents not in TANGENTS_OVER:
             raise ConfigError(f"distributed.tangents must be 'shared' or 'per_rank', got {tangents!r}")
         if self.size == 1:
             return estimator(model, loss_fn, generator=keyed_generator(*key))

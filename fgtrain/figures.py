@@ -42,7 +42,7 @@ GROUPS = (
 
 
 def looks(methods: Iterable[str]) -> dict[str, tuple[str, str]]:
-    """{method: (colour, line style)} in one figure: as `look`, except for a method whose look another one has."""
+    """{method: (colour, line style)} for one figure: that of `look`, or a free one if another method has it."""
     found: dict[str, tuple[str, str]] = {}
     for method in methods:
         others = ((colour, dashes) for dashes in (":", "-.", "-", "--") for colour in COLOURS)
@@ -51,7 +51,7 @@ def looks(methods: Iterable[str]) -> dict[str, tuple[str, str]]:
 
 
 def look(method: str) -> tuple[str, str]:
-    """(colour, line style) of a method. One of your own has a dotted line, of a colour that its name determines."""
+    """(colour, line style) of a method. A method of your own has a dotted line; its name determines the colour."""
     for colour, methods in zip(COLOURS, GROUPS, strict=True):
         if method in methods:
             return colour, ("-", "--", "-.")[methods.index(method)]

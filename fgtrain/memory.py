@@ -1,7 +1,10 @@
 """Memory measurements, and settings of the C library's allocator for repeated allocations of large tensors."""
 
+import contextlib
 import ctypes
+import gc
 import re
+import resource
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # names of glibc's malloc.h
 _LARGEST = 2**31 - 1
+_RESIDENT, _PEAK = ("self/status", "VmRSS"), ("self/status", "VmHWM")  # the process's memory now, and at its peak
 
 
 def keep_freed_memory() -> None:
@@ -37,11 +41,8 @@ def free_memory(device: torch.device) -> int | None:
     """Available bytes on a device; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    table = Path("/proc/meminfo")
-    found = (
-        re.search(r"MemAvailable:\s+(\d+) kB", table.read_text()) if device.type == "cpu" and table.exists() else None
-    )
-    return None if found is None else int(found[1]) * 2**10
+    available = _kib("meminfo", "MemAvailable") if device.type == "cpu" else None
+    return None if available is None else available * 2**10
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -57,19 +58,19 @@ def peak_mib(step: Callable[[], object], device: torch.device, *, is_long: bool 
         step: the step.
         device: the device of the tensors.
         is_long: on a CPU, measure the growth of the process's memory instead, since a profile of a step of thousands of
-            operations takes minutes. It is known to about 1 MiB, and 0.1 at least.
+            operations takes minutes. The result is right to about 1 MiB and at least 0.1.
     """
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         step()
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
-    if is_long and sys.platform.startswith("linux"):
+    if is_long and _kib(*_PEAK) is not None:
         return_freed_memory()
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM, the peak, becomes VmRSS
-        resident = _kib_of_process("VmRSS")
+        _forget_peak_of_process()
+        resident = _kib(*_RESIDENT) or 0
         step()
-        return max(0.1, (_kib_of_process("VmHWM") - resident) / 2**10)
+        return max(0.1, ((_kib(*_PEAK) or 0) - resident) / 2**10)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as recorded:
         step()
     assert recorded.profiler is not None
@@ -81,10 +82,35 @@ def peak_mib(step: Callable[[], object], device: torch.device, *, is_long: bool 
     return peak / 2**20
 
 
-def _kib_of_process(name: str) -> int:
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1])
+def forget_peak_memory() -> None:
+    """Reset `peak_memory_mib`, because a sweep runs many trainings in one process."""
+    gc.collect()
+    return_freed_memory()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):  # if it cannot be reset, the peak is the whole process's
+        _forget_peak_of_process()
+
+
+def peak_memory_mib() -> float:
+    """Peak memory so far: of the accelerator if there is one, else of the process."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return torch.cuda.max_memory_allocated() / 2**20
+    if (peak := _kib(*_PEAK)) is not None:
+        return peak / 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _forget_peak_of_process() -> None:
+    """Let the peak of the process's memory be its memory now."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def _kib(table: str, name: str) -> int | None:
+    """An entry of a table in /proc; None on systems without it."""
+    path = Path("/proc", table)
+    found = re.search(rf"{name}:\s+(\d+) kB", path.read_text()) if path.exists() else None
+    return None if found is None else int(found[1])
 
 
 def _of_glibc(name: str) -> Any:

@@ -100,3 +100,20 @@ def assert_same(estimate, expected):
     assert estimate.grads.keys() == expected.grads.keys()
     for name, g in expected.grads.items():
         torch.testing.assert_close(estimate.grads[name], g, msg=name)
+
+
+def assert_leaves_the_trace_of_one_pass(estimator, name):
+    """Two estimates leave the buffers and the random state of two plain passes, and no replaced method or hook."""
+    model, loss, _ = built(name)
+    plain = copy.deepcopy(model)
+    for _ in range(2):
+        torch.manual_seed(1)
+        loss(plain)
+        state = torch.get_rng_state()
+        torch.manual_seed(1)
+        estimator(model, loss)
+        assert torch.equal(torch.get_rng_state(), state)
+    for (key, buffer), other in zip(model.named_buffers(), plain.buffers(), strict=True):
+        assert torch.equal(buffer, other), key
+    assert all("forward" not in module.__dict__ and not module._forward_pre_hooks for module in model.modules())
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())

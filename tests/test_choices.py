@@ -84,7 +84,7 @@ def test_adamw_on_the_cpu_with_a_profile(tmp_path):
         ),
         (["method"], "; an argument is key=value, without spaces around ="),
         (["lr=0,1"], "lr gets several values; -m runs one after the other, and lr=[0,1] is one list"),
-        (["--method=fwdgrad"], "--method=fwdgrad is no option; write method=fwdgrad, without dashes"),
+        (["--method=fwdgrad"], "--method=fwdgrad is not an option; write method=fwdgrad, without dashes"),
         (["trainer.devices=0"], "trainer.devices must be a number above 0, a list of indices or auto, got 0"),
         (["method=fwdgard"], "; did you mean method=fwdgrad?"),
         (["logger=tensorbord"], "; did you mean logger=tensorboard?"),

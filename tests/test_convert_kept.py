@@ -6,6 +6,7 @@ import io
 import multiprocessing
 import re
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import lightning as L
@@ -199,6 +200,32 @@ def test_what_is_logged_of_a_metric_is_its_result_at_that_time():
     converted, found = fit(LogsTwice, Backprop())
     assert metrics["first"] != metrics["second"]
     assert_same(plain, converted, metrics, found)
+
+
+class BesideAnother(Regression):
+    """A backward pass and a metric of another thread, whose work is not part of the step."""
+
+    others = torchmetrics.MeanMetric()
+
+    def training_step(self, batch, batch_idx):
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(self.work_of_another_thread).result()
+        return super().training_step(batch, batch_idx)
+
+    def work_of_another_thread(self):
+        x = torch.ones(1, requires_grad=True)
+        x.square().backward()
+        torch.autograd.backward(x.square())
+        assert x.grad is not None
+        self.others.update(x.grad)
+
+
+@pytest.mark.parametrize("estimator", [ForwardGradient(num_tangents=2), SPSA()], ids=str)
+def test_what_another_thread_does_meanwhile_is_left_alone(estimator):
+    BesideAnother.others.reset()
+    fit(BesideAnother, estimator)
+    assert BesideAnother.others.update_count >= 2 * 3 * (1 + isinstance(estimator, SPSA))
+    assert BesideAnother.others.compute() == 4
 
 
 @pytest.mark.parametrize("estimator", [Backprop(), ForwardGradient(num_tangents=2)], ids=str)

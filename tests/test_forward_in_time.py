@@ -228,7 +228,7 @@ def test_state_and_traces_are_in_the_state_dict():
             lambda: network(1, 0.5),
             lambda estimator, model: estimator(model, lambda m: m(STREAM).sum(), reduce=lambda x: x),
             UnsupportedOperation,
-            "one process: .* use one process",
+            "one process, because .* use one process",
         ),
         (
             lambda: network(1, 0.5),

@@ -13,7 +13,15 @@ from fgtrain.forward_ad import jvp
 from fgtrain.forward_ad.row_losses import NUM_MARKS
 from fgtrain.memory import peak_mib
 from fgtrain.network.parameters import slots_of
-from tests.residual import EVERY_MODEL, Residual, assert_same, built, mlp, stopped
+from tests.residual import (
+    EVERY_MODEL,
+    Residual,
+    assert_leaves_the_trace_of_one_pass,
+    assert_same,
+    built,
+    mlp,
+    stopped,
+)
 
 
 class WithoutABackwardPass(Backprop):
@@ -48,19 +56,7 @@ def test_delta_by_forward_mode(name):
 @pytest.mark.usefixtures("float64")
 @EVERY_MODEL
 def test_leaves_the_trace_of_one_pass(name):
-    model, loss, _ = built(name)
-    estimator, plain = Highway(), copy.deepcopy(model)
-    for _ in range(2):
-        torch.manual_seed(1)
-        loss(plain)
-        state = torch.get_rng_state()
-        torch.manual_seed(1)
-        estimator(model, loss)
-        assert torch.equal(torch.get_rng_state(), state)
-    for (key, buffer), other in zip(model.named_buffers(), plain.buffers(), strict=True):
-        assert torch.equal(buffer, other), key
-    assert all("forward" not in module.__dict__ for module in model.modules())
-    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert_leaves_the_trace_of_one_pass(Highway(), name)
 
 
 @pytest.mark.usefixtures("float64")

@@ -11,7 +11,7 @@ from fgtrain import ActivityPerturbation, Backprop, ForwardGradient, LocalLosses
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.estimators import SPSA
 from fgtrain.models import LSTMLM
-from tests.residual import EVERY_MODEL, Residual, assert_same, built
+from tests.residual import EVERY_MODEL, Residual, assert_leaves_the_trace_of_one_pass, assert_same, built
 
 BETWEEN = {"layer1.0": 0, "layer2.0": 1}
 """{prefix of parameters that are neither stem nor block: the block they are trained with}, but for the last."""
@@ -64,19 +64,7 @@ def test_every_block_has_the_gradient_of_its_local_loss(name):
 @pytest.mark.usefixtures("float64")
 @EVERY_MODEL
 def test_leaves_the_trace_of_one_pass(name):
-    model, loss, _ = built(name)
-    estimator, plain = LocalLosses(ForwardGradient(), head="tail"), copy.deepcopy(model)
-    for _ in range(2):
-        torch.manual_seed(1)
-        loss(plain)
-        state = torch.get_rng_state()
-        torch.manual_seed(1)
-        estimator(model, loss)
-        assert torch.equal(torch.get_rng_state(), state)
-    for (key, buffer), other in zip(model.named_buffers(), plain.buffers(), strict=True):
-        assert torch.equal(buffer, other), key
-    assert all("forward" not in module.__dict__ and not module._forward_pre_hooks for module in model.modules())
-    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+    assert_leaves_the_trace_of_one_pass(LocalLosses(ForwardGradient(), head="tail"), name)
 
 
 @pytest.mark.usefixtures("float64")

@@ -12,7 +12,7 @@ from fgtrain import Backprop, ForwardGradient, LowRank, write_grads
 from fgtrain.data import Digits
 from fgtrain.errors import ConfigError
 from fgtrain.lightning.callbacks import Monitor, StepProgress
-from fgtrain.lightning.callbacks.monitor import forget_peak_memory, peak_memory_mib
+from fgtrain.memory import forget_peak_memory, peak_memory_mib
 from fgtrain.models import MLP
 from fgtrain.random import keyed_generator
 from fgtrain.schedulers import cosine

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchmetrics
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.utilities.compile import from_compiled
 from torch import Tensor, nn
@@ -16,7 +17,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 from fgtrain import Backprop, _torch
-from fgtrain.lightning._lightning import Counters, compiler_of, configure_optimizers, raise_limits
+from fgtrain.lightning._lightning import (
+    SET_FIRST,
+    Counters,
+    compiler_of,
+    configure_optimizers,
+    last_result,
+    raise_limits,
+    set_last_result,
+)
 from tests.small import Small, make, trainer
 
 PACKAGE = Path(_torch.__file__).parent
@@ -192,6 +201,29 @@ def test_graphs_are_compiled_as_they_are():
 def test_optimizers_of_lightning():
     optimizer = torch.optim.SGD([torch.ones(1, requires_grad=True)])
     assert configure_optimizers(optimizer)[0] == [optimizer]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda m: m(torch.ones(1)), lambda m: m.update(torch.ones(1)), lambda m: m.compute(), lambda m: m.reset()],
+)
+def test_changes_of_a_metric_begin_with_one_attribute(change, monkeypatch):
+    metric = torchmetrics.MeanMetric()
+    metric.update(torch.zeros(1))
+    set_by, keep = [], torchmetrics.Metric.__setattr__
+    monkeypatch.setattr(torchmetrics.Metric, "__setattr__", lambda m, *item: set_by.append(item[0]) or keep(m, *item))
+    change(metric)
+    states = {"mean_value", "weight", *SET_FIRST}
+    assert next(name for name in set_by if name in states) in SET_FIRST
+
+
+def test_the_last_result_of_a_metric():
+    metric = torchmetrics.MeanMetric()
+    assert metric(torch.ones(1)) == last_result(metric) == 1
+    set_last_result(metric, 2)
+    assert last_result(metric) == 2
+    metric.reset()
+    assert last_result(metric) is None
 
 
 def test_a_ban_on_hooks_is_undone():

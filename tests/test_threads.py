@@ -13,7 +13,7 @@ from torch import nn
 import fgtrain.estimators
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.estimators import ForwardGradient, ForwardInTime, GradientEstimator
-from fgtrain.forward_ad.registry import without_rules
+from fgtrain.forward_ad.registry import RULES, without_rules
 from fgtrain.models import Residual
 
 STEPS = 12
@@ -81,6 +81,16 @@ def test_error_in_a_thread_leaves_the_process_as_before():
     torch.testing.assert_close(train(network(nn.Tanh()), ForwardGradient(num_tangents=2)), expected, rtol=0, atol=0)
     with without_rules():
         torch.testing.assert_close(train(network(nn.Tanh()), ForwardGradient(num_tangents=2)), expected)
+
+
+def test_without_rules_concerns_the_passes_of_its_thread(monkeypatch):
+    used = []
+    monkeypatch.setitem(RULES, F.linear, lambda *args: used.append(args) or NotImplemented)
+    with without_rules(), ThreadPoolExecutor(1) as pool:
+        train(network(nn.Tanh()), ForwardGradient())
+        assert not used
+        pool.submit(train, network(nn.Tanh()), ForwardGradient()).result()
+    assert used
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])

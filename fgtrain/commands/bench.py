@@ -23,7 +23,7 @@ from rich.progress import track
 from rich.table import Table
 
 from fgtrain.memory import keep_freed_memory
-from fgtrain.runs.messages import USER_ERRORS, OneLineParser, fail, silence_libraries
+from fgtrain.runs.messages import USER_ERRORS, OneLineParser, fail, silence_libraries, wide_console
 from fgtrain.studies.benchmarks.chains import chains_table, measure_chains
 from fgtrain.studies.benchmarks.loop import loop_overhead
 from fgtrain.studies.benchmarks.methods import methods_of
@@ -99,14 +99,13 @@ def bench(args: argparse.Namespace) -> None:
     peers = peers_of(args.num_tangents) if args.peers else []
     if args.compile:
         methods += [method._replace(compiled=True) for method in (*REFERENCES, *methods)]
-    console, rows = Console(), []
-    console.width = max(console.width, 150)  # do not fold the table in a file or a narrow window
+    rows = []
     with Console(stderr=True).status("") as status:
         for model in args.models:
             for batch_size in args.batch_sizes:
                 options = {"precision": args.precision, "rounds": args.rounds, "progress": status.update}
                 rows += measure(model, batch_size, [*methods, *peers], device, **options)
-    console.print(table(rows))
+    wide_console(150).print(table(rows))
     if args.json:
         args.json.write_text(json.dumps([row.as_dict() for row in rows], indent=2) + "\n")
 
@@ -144,9 +143,7 @@ def print_loop_overhead(methods: list[str]) -> None:
 def print_chains(args: argparse.Namespace) -> None:
     """Print the forward passes that derivatives along chains of small operations take."""
     rows = measure_chains(args.widths, args.rounds)
-    console = Console()
-    console.width = max(console.width, 150)
-    console.print(chains_table(rows))
+    wide_console(150).print(chains_table(rows))
     if args.json:
         args.json.write_text(json.dumps([row._asdict() for row in rows], indent=2) + "\n")
 
@@ -161,9 +158,7 @@ def print_scaling(args: argparse.Namespace, device: torch.device) -> None:
     ]
     links = [Link(gbit * 1e9 / 8, args.latency_us / 1e6) for gbit in args.gbit]
     rows = rows_of(computes, args.ranks, links)
-    console = Console()
-    console.width = max(console.width, 150)
-    console.print(scaling_table(rows, f"ms a step, compute measured on {device}, link modelled"))
+    wide_console(150).print(scaling_table(rows, f"ms a step, compute measured on {device}, link modelled"))
     if args.json:
         args.json.write_text(json.dumps(rows, indent=2) + "\n")
 

@@ -19,7 +19,7 @@ from rich.progress import track
 
 from fgtrain.figures import save
 from fgtrain.memory import keep_freed_memory
-from fgtrain.runs.messages import USER_ERRORS, OneLineParser, fail, silence_libraries
+from fgtrain.runs.messages import USER_ERRORS, OneLineParser, fail, silence_libraries, wide_console
 from fgtrain.studies.calibration import HEADINGS, METHODS, Cost, costs, draw, follow, rows_of, search, table_of
 from fgtrain.studies.compare.table import markdown_table
 from fgtrain.tasks import Calibration
@@ -76,9 +76,7 @@ def calibrate(args: argparse.Namespace) -> None:
     (args.out / "calibration.md").write_text(_page(args, rows_of(paths), memory))
     found = {"paths": [path._asdict() for path in paths], "costs": [cost._asdict() for cost in memory]}
     (args.out / "calibration.json").write_text(json.dumps(found) + "\n")
-    out = Console()
-    out.width = max(out.width, 110)  # do not fold the table in a file or a narrow window
-    out.print(table_of(paths))
+    wide_console(110).print(table_of(paths))
     print(f"calibration.md, calibration.json, calibration.png and calibration.svg in {args.out}")
 
 

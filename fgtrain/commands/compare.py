@@ -27,7 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fgtrain.errors import ConfigError, Interrupted
 from fgtrain.memory import keep_freed_memory
-from fgtrain.runs.messages import USER_ERRORS, fail, silence_libraries
+from fgtrain.runs.messages import USER_ERRORS, fail, silence_libraries, wide_console
 from fgtrain.studies.compare import compare, parse, write_report
 from fgtrain.studies.compare.plan import describe_arguments
 from fgtrain.studies.compare.report import statement
@@ -59,8 +59,7 @@ def run(arguments: Sequence[str]) -> None:
     program = ["python", "scripts/compare.py"] if sys.argv[0].endswith(".py") else ["fgtrain", "compare"]
     options = _options(arguments, " ".join(program))
     command = shlex.join([*program, *arguments])
-    out = Console()
-    out.width = max(out.width, 140)  # do not fold the table in a file or a narrow window
+    out = wide_console(140)
     if any(argument.startswith("suite=") for argument in options.arguments):
         folder, rungs = read_suite(options.arguments, options.config_dir)
         with _progress() as tell:

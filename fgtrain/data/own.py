@@ -1,4 +1,4 @@
-"""Data of one's own, from a CSV file or a folder of images, held in memory and split 70 / 10 / 20 %."""
+"""Your own data, from a CSV file or a folder of images, held in memory and split 70 / 10 / 20 %."""
 
 import csv
 from pathlib import Path

@@ -6,7 +6,7 @@ from torch import Tensor, from_numpy
 
 
 def split_by_class(inputs: np.ndarray, labels: np.ndarray) -> dict[str, tuple[Tensor, Tensor]]:
-    """70 / 10 / 20 % of every class as "train", "val" and "test"; always the same ones."""
+    """70 / 10 / 20 % of every class as "train", "val" and "test". The split is the same at every call."""
     rest, test, rest_labels, test_labels = train_test_split(
         inputs, labels, test_size=0.2, stratify=labels, random_state=0
     )

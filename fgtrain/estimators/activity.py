@@ -33,8 +33,9 @@ class ActivityPerturbation(GradientEstimator):
     layers (norms, embeddings, tied weights) are perturbed directly in the same pass, with the law `tangents`.
 
     Losses: return per-example losses (B,), reduction="none". A scalar that is the mean of one `F.cross_entropy` or
-    `F.mse_loss` with a row per example is as good: its rows are found. Any other scalar loss gives one derivative for
-    all examples. The estimate is still unbiased but has the variance of all examples' noise; a warning says so once.
+    `F.mse_loss` with a row per example works equally well, because the loss of each row is known. Any other scalar loss
+    gives one derivative for all examples. The estimate is then still unbiased, but it has the variance of the noise on
+    all examples; a warning says so once.
     The first call finds the rows of each layer's output that belong to each example. If it cannot, all rows of the
     layer use the derivative of the mean loss.
 

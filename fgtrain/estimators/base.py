@@ -59,7 +59,7 @@ class GradientEstimator(nn.Module, ABC):
         shardable: whether it can train parameters whose rows are distributed over ranks.
         directions_at_a_time: number of directions that one pass carries.
         gives_derivatives: whether estimates hold derivatives along directions.
-        lacks_shrinkage: whether the estimates would be shorter with the method's option `shrinkage`.
+        lacks_shrinkage: whether the method has an option `shrinkage` that would shorten the estimates but is off.
     """
 
     scalar_reducible: bool
@@ -139,7 +139,7 @@ class GradientEstimator(nn.Module, ABC):
         return 1.0
 
     def mean_length_of(self, estimates: int, grads: Mapping[str, Tensor]) -> float:
-        """The factor a for the average of `estimates` estimates, which are shrunk less, the more there are."""
+        """The factor a for the average of `estimates` estimates: the more there are, the less they are shrunk."""
         return self.mean_length(grads)
 
     def expected_cosine(self, grads: Mapping[str, Tensor]) -> float | None:

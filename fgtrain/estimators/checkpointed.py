@@ -1,7 +1,7 @@
 """Backpropagation that stores few activations and recomputes the others, for a fair comparison of memory."""
 
 import logging
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import takewhile
@@ -14,16 +14,16 @@ from torch.utils.checkpoint import CheckpointError
 from fgtrain._torch import eager_functions, tree_leaves
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.estimators.backprop import Backprop
-from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce
+from fgtrain.estimators.base import Estimate, Reduce
 from fgtrain.network.blocks import forwards_replaced
-from fgtrain.network.chains import is_chain, links
+from fgtrain.network.chains import in_turn, is_chain, links
 from fgtrain.network.parameters import slots_of
 from fgtrain.network.segments import checkpointed, stored_by_input
 
 _log = logging.getLogger(__name__)
 
 
-class CheckpointedBackprop(GradientEstimator):
+class CheckpointedBackprop(Backprop):
     """The exact gradient by backpropagation with activation checkpointing.
 
     Formula: g = grad f. A chain of n equal layers (`nn.Sequential`, nested ones read as one chain) is split into
@@ -49,15 +49,6 @@ class CheckpointedBackprop(GradientEstimator):
     True
     """
 
-    scalar_reducible = False
-    backpropagates = True
-    gives_derivatives = False
-    backward_pass = "whole"
-    claims: frozenset[Claim] = frozenset({"exact"})
-
-    def relative_squared_error(self, grads: Mapping[str, Tensor]) -> float:
-        return 0.0
-
     def forward(
         self,
         model: nn.Module,
@@ -69,11 +60,11 @@ class CheckpointedBackprop(GradientEstimator):
         with eager_functions(), checkpointed() as repeated, _in_segments(model) as containers:
             # compiled code would ignore replaced forwards
             try:
-                estimate = Backprop()(model, loss_fn, reduce=reduce)
+                estimate = super().forward(model, loss_fn, generator=generator, reduce=reduce)
             except CheckpointError as error:
                 raise UnsupportedOperation(
-                    f"a block or a step of {type(model).__name__} computes something else when it runs again, as one "
-                    "does that keeps a cache or draws from a random generator of its own; train with Backprop"
+                    f"a block or a step of {type(model).__name__} computes something else when it runs again, for "
+                    "example because it keeps a cache or has its own random generator; train with Backprop"
                 ) from error
         told = slots_of(model).kept(_in_segments, set)
         if not (containers or repeated or told):
@@ -95,8 +86,8 @@ def _in_segments(model: nn.Module) -> Generator[list[nn.Sequential | nn.ModuleLi
             forwards |= {m: _recomputed(m.forward, [m]) for m in container.children()}
         else:
             ahead, segments = _segments(container)
-            anew = [_recomputed(partial(_run, part), part) for part in segments]
-            forwards[container] = partial(_run, [*ahead, *anew])
+            anew = [_recomputed(partial(in_turn, part), part) for part in segments]
+            forwards[container] = partial(in_turn, [*ahead, *anew])
     with forwards_replaced(forwards):
         yield containers
 
@@ -135,12 +126,6 @@ def _modules_of(parts: list[nn.Module]) -> Iterator[nn.Module]:
     """All modules within the given ones."""
     for part in parts:
         yield from part.modules()
-
-
-def _run(steps: Sequence[Callable[[Any], Any]], x: Any) -> Any:
-    for step in steps:
-        x = step(x)
-    return x
 
 
 def _recomputed(run: Callable[..., Any], modules: list[nn.Module]) -> Callable[..., Any]:

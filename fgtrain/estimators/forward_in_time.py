@@ -24,8 +24,8 @@ class ForwardInTime(GradientEstimator):
 
     Successive calls get successive chunks of the same B sequences, of one time step or more. The state of every
     `fgtrain.models.DiagonalRecurrence` goes on from one chunk to the next, and so do its derivatives by the unit's own
-    parameters, the traces. A call of the model itself still starts from the state 0. After a chunk that makes them nan
-    or infinite, they are those from before it.
+    parameters, the traces. A call of the model itself still starts from the state 0. If a chunk makes the state or the
+    traces nan or infinite, the next chunk starts from those before it.
 
     Formula: for units h_t = a h_{t-1} + W x_t, where W includes gamma, the traces are
     p_t = d h_t / d a = a p_{t-1} + h_{t-1} and q_t = d h_t / d W = a q_{t-1} + x_t. The gradients are
@@ -61,7 +61,7 @@ class ForwardInTime(GradientEstimator):
     backpropagates = True
     gives_derivatives = False
     backward_pass = "whole"
-    loss_at_parameters = False  # it is that of the stream, which a plain pass starts anew
+    loss_at_parameters = False  # it is that of the stream; a plain pass starts from the state 0
 
     def __init__(self) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class ForwardInTime(GradientEstimator):
             )
         if reduce is not None:
             raise UnsupportedOperation(
-                "forward-in-time learning runs in one process: a checkpoint would hold the state of the first "
+                "forward-in-time learning runs in one process, because a checkpoint would hold the state of the first "
                 "process's sequences only; use one process"
             )
         ends: dict[str, list[Tensor]] = {}

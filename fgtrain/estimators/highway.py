@@ -19,7 +19,7 @@ from fgtrain.estimators.highway_forward import (
     gradients_within,
     per_example,
 )
-from fgtrain.forward_ad.native import primal_of
+from fgtrain.forward_ad.native import value_of
 from fgtrain.forward_ad.passes import RepeatedPass, check_losses, plain_losses
 from fgtrain.network.blocks import (
     Forward,
@@ -212,7 +212,7 @@ def _learning(
 
             def output(_: object) -> Tensor:
                 out = forward(*args, **kwargs)
-                held[:] = [tree_map_only(Tensor, lambda x: primal_of(x).detach(), out)]
+                held[:] = [tree_map_only(Tensor, lambda x: value_of(x).detach(), out)]
                 return hidden_of(out)
 
             repeated = None if estimator.loss_at_parameters else RepeatedPass(block)

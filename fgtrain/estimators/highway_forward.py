@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from fgtrain.errors import LossError, UnsupportedOperation
 from fgtrain.estimators.base import GradientEstimator
 from fgtrain.forward_ad import jvp
-from fgtrain.forward_ad.native import primal_of
+from fgtrain.forward_ad.native import value_of
 from fgtrain.forward_ad.passes import RepeatedPass
 from fgtrain.forward_ad.row_losses import NUM_MARKS, Evaluated, WithRows, marks, reached
 from fgtrain.layer_noise.closed_forms import closed_forms
@@ -109,7 +109,7 @@ def _hidden_and_rest(model: nn.Module, loss_fn: Callable[[Any], Tensor], shell: 
         if s > segment:
             return x
         hidden.append(x.flatten())
-        return primal_of(x).detach()
+        return value_of(x).detach()
 
     with shell.running(behind):
         losses = loss_fn(model).flatten()

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.estimators.activity import ActivityPerturbation
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, add_grad, average_grads
-from fgtrain.estimators.local_heads import WHOLE, LocalHeads, Part, joined, run
+from fgtrain.estimators.local_heads import WHOLE, LocalHeads, Part, StandIn, joined
 from fgtrain.estimators.local_tail import local_gradients
-from fgtrain.forward_ad.native import primal_of
+from fgtrain.forward_ad.native import value_of
 from fgtrain.forward_ad.passes import check_losses
 from fgtrain.network.blocks import list_of_names
-from fgtrain.network.chains import SideBySide
+from fgtrain.network.chains import SideBySide, in_turn
 from fgtrain.network.parameters import slots_of, trainable_params
 
 
@@ -148,7 +148,7 @@ class LocalLosses(LocalHeads):
         return f"head_lr={self.head_lr}, head_size={self.head_size}"
 
 
-class LocalBlock(nn.Module):
+class LocalBlock(StandIn):
     """A part of a block and its head as a separate model.
 
     Args:
@@ -169,8 +169,8 @@ class LocalBlock(nn.Module):
         self._output: Tensor | None = None
 
     def forward(self, x: Any) -> Any:
-        x = run(self.block, x if self.hidden is None else self.hidden)
-        self._output = primal_of(x).detach()
+        x = in_turn(self.block, x if self.hidden is None else self.hidden)
+        self._output = value_of(x).detach()
         return x if self.head is None else self.head(self.features(x))
 
     def take_output(self) -> Tensor:
@@ -179,6 +179,3 @@ class LocalBlock(nn.Module):
             raise UnsupportedOperation(WHOLE)
         output, self._output, self.hidden = self._output, None, None
         return output
-
-    def __getitem__(self, key: Any) -> Any:
-        raise UnsupportedOperation(WHOLE)

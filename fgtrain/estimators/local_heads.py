@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.estimators.base import GradientEstimator
 from fgtrain.forward_ad.passes import RepeatedPass
-from fgtrain.network.chains import is_chain, links
+from fgtrain.network.chains import in_turn, is_chain, links
 
 
 class Part(NamedTuple):
@@ -136,8 +136,15 @@ def blocks_of(model: nn.Module) -> list[list[nn.Module]]:
     return blocks
 
 
-class Stage(nn.Module):
-    """Replaces the model in a loss function, but runs only one block and its head.
+class StandIn(nn.Module):
+    """Replaces the model in a loss function, which must call it as a whole."""
+
+    def __getitem__(self, key: Any) -> Any:
+        raise UnsupportedOperation(WHOLE)
+
+
+class Stage(StandIn):
+    """A stand-in that runs only one block and its head.
 
     Args:
         parts: the block's parallel parts, each of them modules that run in turn.
@@ -157,7 +164,7 @@ class Stage(nn.Module):
 
     def forward(self, x: Any) -> Any:
         parts, hidden, head = self._parts
-        self._outputs = [run(modules, x if hidden is None else hidden) for modules in parts]
+        self._outputs = [in_turn(modules, x if hidden is None else hidden) for modules in parts]
         x = joined(self._outputs)
         return x if head is None else head(x)
 
@@ -167,36 +174,21 @@ class Stage(nn.Module):
             raise UnsupportedOperation(WHOLE)
         return [output.detach() for output in self._outputs]
 
-    def __getitem__(self, key: Any) -> Any:
-        raise UnsupportedOperation(WHOLE)
-
-
-def run(modules: Iterable[nn.Module], x: Any) -> Any:
-    """The output of modules that run in turn."""
-    for module in modules:
-        x = module(x)
-    return x
-
 
 def joined(outputs: Sequence[Tensor]) -> Tensor:
     """The output of a block from the outputs of its parts."""
     return outputs[0] if len(outputs) == 1 else torch.cat(list(outputs), dim=1)
 
 
-class Stages(nn.Module):
-    """The model, run block by block."""
+class Stages(StandIn):
+    """A stand-in that runs the whole model block by block."""
 
     def __init__(self, stages: list[Stage]) -> None:
         super().__init__()
         self.stages = stages
 
     def forward(self, x: Any) -> Any:
-        for stage in self.stages:
-            x = stage(x)
-        return x
-
-    def __getitem__(self, key: Any) -> Any:
-        raise UnsupportedOperation(WHOLE)
+        return in_turn(self.stages, x)
 
 
 WHOLE = "local losses need a loss function that calls model(inputs), not parts of the model"

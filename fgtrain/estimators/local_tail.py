@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fgtrain._torch import eager_functions, tree_map_only
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.estimators.base import GradientEstimator, add_grad
-from fgtrain.forward_ad.native import primal_of
+from fgtrain.forward_ad.native import value_of
 from fgtrain.forward_ad.passes import RepeatedPass, plain_losses
 from fgtrain.network.blocks import (
     Forward,
@@ -167,7 +167,7 @@ class _OneBlock:
     def _holding(self, forward: Forward) -> Forward:
         def run(*args: Any, **kwargs: Any) -> Any:
             out = forward(*args, **kwargs)
-            self.held[:] = [tree_map_only(Tensor, lambda x: primal_of(x).detach().clone(), out)]
+            self.held[:] = [tree_map_only(Tensor, lambda x: value_of(x).detach().clone(), out)]
             return out
 
         return run

@@ -18,7 +18,7 @@ from fgtrain.estimators.second_order import curvature_in_span
 from fgtrain.forward_ad import jvp
 from fgtrain.forward_ad.known_losses import KnownLoss, Noticed, carries_tangent
 from fgtrain.forward_ad.native import NO_TANGENT
-from fgtrain.forward_ad.passes import LightPass, RandomState, RepeatedPass, check_losses
+from fgtrain.forward_ad.passes import LightPass, RepeatedPass, TorchRandomState, check_losses
 from fgtrain.network.parameters import slots_of
 from fgtrain.tangents.directions import Tangent, dense
 
@@ -76,7 +76,7 @@ class _Call(NamedTuple):
 
     leaves: list[Any]
     spec: Any
-    random_state: RandomState
+    random_state: TorchRandomState
 
 
 class _SeenLoss:
@@ -142,7 +142,7 @@ class _SeenLoss:
                     leaves, spec = tree_flatten(result)
                     outputs.extend(filter(_is_output, leaves))
                     others = [None if _is_output(leaf) else leaf for leaf in leaves]
-                    self._calls.append(_Call(others, spec, RandomState([self._device])))
+                    self._calls.append(_Call(others, spec, TorchRandomState([self._device])))
                 return result
 
             return run

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce, average_grads, require_positive_int
-from fgtrain.forward_ad.native import named_errors, no_fast_paths
+from fgtrain.forward_ad.named_errors import named_errors
+from fgtrain.forward_ad.native import no_fast_paths
 from fgtrain.forward_ad.passes import RepeatedPass, check_losses
 from fgtrain.forward_ad.second_derivatives import WrittenOut
 from fgtrain.network.parameters import slots_of, trainable_params

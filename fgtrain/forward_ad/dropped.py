@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fgtrain._torch import is_inside_transform, tree_flatten, tree_leaves, tree_unflatten
-from fgtrain.forward_ad.passes import RandomState
+from fgtrain.forward_ad.passes import TorchRandomState
 
 READS_THE_VALUE = frozenset(
     """
@@ -23,7 +23,7 @@ DIFFERENTIABLE_PROPERTIES = frozenset({"T", "mT", "H", "mH", "real", "imag"})
 
 
 def only_reads(func: Any) -> bool:
-    """Whether the results of a function of PyTorch are never differentiable."""
+    """Whether a function of PyTorch only reads values, so that its results are never differentiable."""
     name = getattr(func, "__name__", "")
     return name in READS_THE_VALUE or (name == "__get__" and func.__self__.__name__ not in DIFFERENTIABLE_PROPERTIES)
 
@@ -66,7 +66,7 @@ def refuse_if_lost(
     moving = [isinstance(x, Tensor) and moves(x) for x in leaves]
     if not any(moving):
         return
-    random_state = RandomState({x.device for x in leaves if isinstance(x, Tensor)})
+    random_state = TorchRandomState({x.device for x in leaves if isinstance(x, Tensor)})
     with torch.enable_grad():
         copies = [
             value_of(x).detach().clone().requires_grad_(move).clone() if is_differentiable(x) else x

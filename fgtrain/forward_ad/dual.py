@@ -29,7 +29,7 @@ from fgtrain.errors import UnsupportedOperation
 from fgtrain.forward_ad.dropped import is_differentiable, refuse_if_lost
 from fgtrain.forward_ad.kept import of_earlier_pass
 from fgtrain.forward_ad.passes import NotIntercepted, WritesIntoPlain
-from fgtrain.forward_ad.registry import FALLBACKS, RULES, SMALL, Rule
+from fgtrain.forward_ad.registry import FALLBACKS, Rule
 from fgtrain.forward_ad.rules.written_out import IN_OTHERS
 from fgtrain.forward_ad.running import current, running_pass
 from fgtrain.tangents.directions import LowRankTangent, Tangent
@@ -107,15 +107,15 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _call(running: running_pass, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if func not in RULES and func not in IN_OTHERS and FALLBACKS[func].reads and "out" not in kwargs:
+    if func not in running.rules and func not in IN_OTHERS and FALLBACKS[func].reads and "out" not in kwargs:
         return _on_values(FALLBACKS[func].rule, args, kwargs)  # of a shape, a comparison
     if running.width is None:
-        small = SMALL.get(func)
+        small = running.small.get(func)
         if small is not None and (result := small(running, args, kwargs)) is not NotImplemented:
             return result
     else:
         _on_values(_widened, (args, kwargs, running.width), {})
-    result = _on_values(RULES[func], args, kwargs) if func in RULES else NotImplemented
+    result = _on_values(running.rules[func], args, kwargs) if func in running.rules else NotImplemented
     if result is NotImplemented and func in IN_OTHERS:
         result = _as_user_code(IN_OTHERS[func], args, kwargs)
         if result is not NotImplemented:
@@ -176,7 +176,7 @@ def adopted(x: Tensor, name: str, num: int) -> Dual:
 
 
 def primal_of(x: Any) -> Any:
-    """The value of a dual; other objects are returned unchanged.
+    """The value of a dual, for rules; other objects are returned unchanged. Outside rules, use `native.value_of`.
 
     Raises:
         NotIntercepted: the tensor was prepared for a backward pass. It is the result of a custom autograd.Function,

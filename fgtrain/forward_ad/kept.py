@@ -29,38 +29,38 @@ def of_earlier_pass(x: Tensor) -> str:
     )
 
 
-def release(model: nn.Module, value_of: Callable[[Tensor], Tensor | None]) -> None:
+def release(model: nn.Module, replacement: Callable[[Tensor], Tensor | None]) -> None:
     """Remove the derivatives of all tensors in the model's attributes.
 
     Args:
         model: the model after a pass.
-        value_of: maps a tensor with a derivative to its replacement, and other tensors, which stay, to None.
+        replacement: maps a tensor with a derivative to what replaces it, and other tensors, which stay, to None.
     """
     for attributes in _attributes_of(model):
         for name in attributes.keys() - _OWN:
-            released = _released(attributes[name], value_of)
+            released = _released(attributes[name], replacement)
             if released is not attributes[name]:
                 attributes[name] = released
 
 
-def _released(held: Any, value_of: Callable[[Tensor], Tensor | None], depth: int = 4) -> Any:
+def _released(held: Any, replacement: Callable[[Tensor], Tensor | None], depth: int = 4) -> Any:
     """`held` with the values of tensors that have a derivative; lists and dictionaries are changed in place."""
     if isinstance(held, Tensor):
-        value = value_of(held)
+        value = replacement(held)
         return held if value is None else value
     if isinstance(held, ref):  # a recurrent layer finds out by weak references whether its weights have changed
         part = held()
-        released = _released(part, value_of)
+        released = _released(part, replacement)
         return held if released is part else ref(released)
     if depth == 0:
         return held
     if isinstance(held, (dict, list)):
         for key, part in list(held.items() if isinstance(held, dict) else enumerate(held)):
-            released = _released(part, value_of, depth - 1)
+            released = _released(part, replacement, depth - 1)
             if released is not part:
                 held[key] = released
     elif isinstance(held, tuple):
-        parts = [_released(part, value_of, depth - 1) for part in held]
+        parts = [_released(part, replacement, depth - 1) for part in held]
         if any(new is not old for new, old in zip(parts, held, strict=True)):
             return type(held)(*parts) if hasattr(held, "_fields") else tuple(parts)
     return held

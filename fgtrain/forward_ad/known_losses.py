@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from fgtrain.forward_ad.dual import Dual
-from fgtrain.forward_ad.native import has_tangent, primal_of
+from fgtrain.forward_ad.native import has_tangent, value_of
 from fgtrain.forward_ad.running import watch
 
 
@@ -68,7 +68,7 @@ class KnownLoss(NamedTuple):
         if result.dim():
             each = result
         else:
-            each, unit = self._unreduced(taken), torch.zeros_like(primal_of(taken))
+            each, unit = self._unreduced(taken), torch.zeros_like(value_of(taken))
             unit = self.target + 1 if self.func is F.mse_loss else unit
             of_unit = self._unreduced(unit)
             each = each * (of_unit.numel() * self._share(unit, of_unit))
@@ -82,7 +82,7 @@ class KnownLoss(NamedTuple):
         return self._result(z).mean() / torch.where(each.any(), each.sum(), 1)
 
     def _result(self, z: Tensor, **changes: Any) -> Tensor:
-        """Of the call with another input; the loss function may have left its autocast by now."""
+        """What the call would return for another input, under the autocast of the call."""
         with torch.autocast(z.device.type, self.autocast, enabled=self.autocast is not None):
             return self.func(z, self.target, **self.options | changes)
 
@@ -113,7 +113,7 @@ It returns A, shaped like T, and the diagonal D, shaped like z: A D A^T = T H T^
 class Noticed:
     """A context that records the calls of losses with a closed form.
 
-    A pass of stacked duals tells of such calls. In other passes, a function mode sees every call, which takes longer.
+    A pass of stacked duals reports such calls. In other passes, a function mode sees every call, which takes longer.
     """
 
     def __init__(self) -> None:
@@ -131,7 +131,7 @@ class Noticed:
 
     def _saw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         if len(args) == 2 and carries_tangent(args[0]):
-            device = primal_of(args[0]).device.type
+            device = value_of(args[0]).device.type
             autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
             self._calls.append((func, *args, kwargs, autocast, result))
 
@@ -140,7 +140,7 @@ class Noticed:
         if len(self._calls) != 1:
             return None
         func, taken, target, options, autocast, result = self._calls[0]
-        shape = primal_of(taken).shape
+        shape = value_of(taken).shape
         if any(map(carries_tangent, (target, *options.values()))):
             return None
         if func is F.mse_loss and shape != target.shape:

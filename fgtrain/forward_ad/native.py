@@ -4,8 +4,7 @@ Parameters become dual numbers (p, v). Every operation of the model then compute
 and the loss is (f, grad f . v). Nothing is stored for a backward pass, so the memory use is that of inference.
 """
 
-import re
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +12,6 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import BackwardHook
 
 from fgtrain._torch import (
     REQUIRES_GRAD,
@@ -27,6 +25,7 @@ from fgtrain.errors import NoTangent, UnsupportedOperation
 from fgtrain.forward_ad.dropped import refuse_if_lost
 from fgtrain.forward_ad.dual import Dual
 from fgtrain.forward_ad.kept import is_kept, marked, of_earlier_pass, release
+from fgtrain.forward_ad.named_errors import named_errors
 from fgtrain.forward_ad.passes import RepeatedPass, check_losses
 from fgtrain.forward_ad.rules.opened import opened
 from fgtrain.forward_ad.rules.written_out import IN_OTHERS, no_backward
@@ -65,7 +64,7 @@ def jvp(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> t
                 with slots.exchanged(duals), _CheckedCalls(slots.params, duals) as calls:
                     found = loss_fn(model)
                 pair = fwAD.unpack_dual(calls.checked(check_losses(found)))
-                release(model, lambda x: marked(primal_of(x)) if has_tangent(x) else None)
+                release(model, lambda x: marked(value_of(x)) if has_tangent(x) else None)
                 if pair.tangent is None:
                     raise NoTangent(NO_TANGENT)
                 _require_repetition(losses, pair.primal)
@@ -119,7 +118,7 @@ class _CheckedCalls(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not torch.is_grad_enabled():  # the model's no_grad: constants, as for backpropagation
-            return func(*tree_map_only(Tensor, primal_of, args), **tree_map_only(Tensor, primal_of, kwargs))
+            return func(*tree_map_only(Tensor, value_of, args), **tree_map_only(Tensor, value_of, kwargs))
         if func == REQUIRES_GRAD:
             return func(*args) or has_tangent(args[0])
         if func in (Tensor.register_hook, Tensor.retain_grad):
@@ -135,7 +134,7 @@ class _CheckedCalls(TorchFunctionMode):
             with self:
                 return body(*args, **kwargs)
         result = func(*args, **kwargs)
-        refuse_if_lost(func, args, kwargs, result, has_tangent, primal_of)
+        refuse_if_lost(func, args, kwargs, result, has_tangent, value_of)
         return result
 
     def checked(self, x: Tensor) -> Tensor:
@@ -176,8 +175,8 @@ def has_tangent(x: Tensor) -> bool:
     return _can_be_dual(x) and _unpacked(x).tangent is not None
 
 
-def primal_of(x: Tensor) -> Tensor:
-    """The value of a tensor."""
+def value_of(x: Tensor) -> Tensor:
+    """A tensor without the tangents that a pass of either engine has given it."""
     if isinstance(x, Dual):
         return x.primal
     return _unpacked(x).primal if _can_be_dual(x) else x
@@ -190,78 +189,3 @@ def _unpacked(x: Tensor) -> Any:
 
 def _can_be_dual(x: Tensor) -> bool:
     return x.layout == torch.strided and not is_inside_transform(x)
-
-
-class named_errors:  # noqa: N801 - a context manager used like a function
-    """Turns PyTorch's "no forward AD" errors into one sentence that names the module, the operation and the remedy."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
-        if not isinstance(error, RuntimeError) or isinstance(error, UnsupportedOperation):
-            return
-        operation = _refused_operation(error)
-        if operation is None:
-            return
-        instead = next((hint for part, hint in _INSTEAD.items() if part in operation), _OTHERWISE)
-        raise UnsupportedOperation(
-            f"{_where(self._model, error)} uses {operation}, which has no forward-mode derivative; {instead}, or train "
-            "with Backprop"
-        ) from error
-
-
-_OTHERWISE = "replace that module, define jvp for it"
-_INSTEAD = {
-    "grouped_mm": "call the experts one by one or batched (in transformers: experts_implementation='eager')",
-    "segment_reduce": "use torch.index_add, torch.scatter_reduce or F.embedding_bag",
-    "ormqr": "multiply by torch.linalg.householder_product",
-    "_scaled_dot_product": "call F.scaled_dot_product_attention",
-    "sparse": "multiply by a sparse matrix that is a constant",
-}
-"""{part of an operation's name: a replacement that has a derivative}."""
-
-
-_REFUSALS = {
-    "jvp function for custom autograd.Function": "a custom autograd.Function without jvp",
-    "it must override the setup_context": "a custom autograd.Function without setup_context",
-    "attempting to call Tensor.requires_grad_": "a derivative with respect to its own input",
-    "does not require grad and does not have a grad_fn": "a derivative with respect to an intermediate result",
-    "appears to not have been used in the graph": "a derivative with respect to an intermediate result",
-    "would mutate a captured Tensor": "a change in place of a tensor from outside the loss",
-    "Nested forward mode AD": "forward-mode AD of its own",
-    "\nRuntimeError: \n": "a TorchScript function",  # its interpreter repeats an exception of Python without the text
-    "Cannot access data pointer of Tensor": "an operation that reads memory itself",
-}
-"""{part of PyTorch's message: the operation}."""
-
-
-def _refused_operation(error: BaseException) -> str | None:
-    """The operation without a forward-mode derivative that PyTorch's message names; None if it names none."""
-    message = str(error)
-    if any(isinstance(owner, BackwardHook) for owner in _owners(error)):
-        return "a full backward hook"
-    match = re.search(r"forward AD with (.+?) that", message)
-    return match.group(1) if match else next((name for part, name in _REFUSALS.items() if part in message), None)
-
-
-def _where(model: nn.Module, error: BaseException) -> str:
-    """The deepest module of `model` on the error's traceback."""
-    names = {id(module): name for name, module in model.named_modules()}
-    found = "the loss function"
-    for owner in _owners(error):
-        if id(owner) in names:
-            path = names[id(owner)]
-            found = f"module '{path}' ({type(owner).__name__})" if path else f"the model ({type(owner).__name__})"
-    return found
-
-
-def _owners(error: BaseException) -> Iterator[Any]:
-    """The `self` of every function on the error's traceback, from the outermost one on."""
-    frame = error.__traceback__
-    while frame is not None:
-        yield frame.tb_frame.f_locals.get("self")
-        frame = frame.tb_next

@@ -67,7 +67,7 @@ class TracedDraws(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class RandomState:
+class TorchRandomState:
     """PyTorch's global random state, of the CPU and of the CUDA devices in `devices`."""
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
@@ -102,7 +102,7 @@ class LightPass:
 
     def __init__(self, slots: ParameterSlots) -> None:
         self._buffers = Buffers(slots)
-        self._random_state = RandomState({p.device for p in slots.params.values()})
+        self._random_state = TorchRandomState({p.device for p in slots.params.values()})
 
     def rewind(self) -> None:
         self._buffers.restore()

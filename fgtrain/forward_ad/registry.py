@@ -1,6 +1,7 @@
 """Rules for the functions of PyTorch that are called with a dual, and fallbacks for those without a rule."""
 
-from collections.abc import Callable, Generator
+import threading
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -42,17 +43,28 @@ class _Fallbacks(dict[Any, Fallback]):
 FALLBACKS = _Fallbacks()
 
 
+class _Tables(threading.local):
+    """The rules for the passes that a thread starts."""
+
+    rules: Mapping[Any, Rule] = RULES
+    small: Mapping[Any, Rule] = SMALL
+
+
+tables = _Tables()
+
+
 @contextmanager
 def without_rules() -> Generator[None]:
-    """A context without fast rules: slower, with the same results. For tests, and to check a suspicious rule."""
-    kept, small = dict(RULES), dict(SMALL)
+    """A context whose passes use no fast rules: slower, with the same results. For tests, and to check a rule.
+
+    Passes of other threads keep their rules.
+    """
+    before = tables.rules, tables.small
+    tables.rules, tables.small = {}, {}
     try:
-        RULES.clear()
-        SMALL.clear()
         yield
     finally:
-        RULES.update(kept)
-        SMALL.update(small)
+        tables.rules, tables.small = before
 
 
 def register(names: str) -> Callable[[Rule], Rule]:

@@ -42,7 +42,7 @@ def _same_means(terms: Tensor, others: Tensor) -> bool:
 class WithRows:
     """A loss function that returns its losses, and after them the loss of every row that the model's last layer gives.
 
-    The rows of language models are tokens. They are known if the losses are the mean of one `F.cross_entropy` or
+    The rows of a language model are tokens. Their losses are known if the loss is the mean of one `F.cross_entropy` or
     `F.mse_loss`.
 
     Args:

@@ -5,6 +5,7 @@ from collections.abc import Callable, Container
 from typing import Any
 
 from fgtrain.forward_ad.passes import TracedDraws
+from fgtrain.forward_ad.registry import tables
 
 
 class running_pass:  # noqa: N801 - a context manager used like a function
@@ -16,14 +17,17 @@ class running_pass:  # noqa: N801 - a context manager used like a function
         draws: counts draws of random numbers; None unless the pass is traced.
 
     Attributes:
+        rules: the rules that the pass uses: `RULES`, or none inside `without_rules`.
+        small: its short rules, likewise.
         width: the number of directions if some earlier duals have fewer: see `widen`.
-        watched: functions whose calls are told to `saw`: see `watch`.
+        watched: functions after whose calls `saw` is called: see `watch`.
     """
 
     def __init__(self, *, follows: bool = True, adopting: Any = None, draws: TracedDraws | None = None) -> None:
         self.follows = follows
         self.adopting = adopting
         self.draws = draws
+        self.rules, self.small = tables.rules, tables.small
         self.width: int | None = None
         self.watched: Container[Any] = ()
         self.saw: Callable[..., None]

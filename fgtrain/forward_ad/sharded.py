@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from fgtrain._torch import eager_functions, set_grad_enabled
 from fgtrain.errors import NoTangent, UnsupportedOperation
 from fgtrain.forward_ad.dual import Dual, primal_of, tangent_of
-from fgtrain.forward_ad.native import NO_TANGENT, named_errors
+from fgtrain.forward_ad.named_errors import named_errors
+from fgtrain.forward_ad.native import NO_TANGENT
 from fgtrain.forward_ad.passes import NotIntercepted, check_losses
 from fgtrain.forward_ad.running import running_pass
 from fgtrain.network.sharding import is_sharded

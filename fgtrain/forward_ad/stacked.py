@@ -14,6 +14,7 @@ import fgtrain.forward_ad.rules.fallbacks
 import fgtrain.forward_ad.rules.layers
 import fgtrain.forward_ad.rules.losses
 import fgtrain.forward_ad.rules.matrix_products
+import fgtrain.forward_ad.rules.operations
 import fgtrain.forward_ad.rules.sampling
 import fgtrain.forward_ad.rules.sequence
 import fgtrain.forward_ad.rules.small  # noqa: F401 - these register their rules and bodies
@@ -22,7 +23,8 @@ from fgtrain.errors import NoTangent
 from fgtrain.forward_ad.adopted import Adopting
 from fgtrain.forward_ad.dual import Dual, primal_of, tangent_of
 from fgtrain.forward_ad.kept import marked, release
-from fgtrain.forward_ad.native import NO_TANGENT, named_errors
+from fgtrain.forward_ad.named_errors import named_errors
+from fgtrain.forward_ad.native import NO_TANGENT
 from fgtrain.forward_ad.passes import WritesIntoPlain, check_losses
 from fgtrain.forward_ad.running import running_pass
 from fgtrain.network.parameters import ParameterSlots, slots_of
@@ -100,16 +102,16 @@ def _release(model: nn.Module, slots: ParameterSlots, duals: Mapping[str, Dual])
     """Replace duals that the model has stored: by its parameters if they stand for these, else by marked values."""
     names = {id(dual): name for name, dual in duals.items()}
 
-    def value_of(x: Tensor) -> Tensor | None:
+    def replacement(x: Tensor) -> Tensor | None:
         if not isinstance(x, Dual):
             return None
         return slots.params[names[id(x)]] if id(x) in names else marked(x.primal)
 
-    release(model, value_of)
+    release(model, replacement)
 
 
 def _parameter_duals(slots: ParameterSlots, kept: dict[str, Dual], tangents: Mapping[str, Any]) -> dict[str, Dual]:
-    """The parameters as duals; only those whose memory has moved are created anew."""
+    """The parameters as duals; only those whose memory has moved are created again."""
     for name, tangent in tangents.items():
         p, dual = slots.params[name], kept.get(name)
         if dual is None or dual.primal.data_ptr() != p.data_ptr():

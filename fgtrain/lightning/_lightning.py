@@ -1,4 +1,4 @@
-"""The undocumented parts of Lightning that fgtrain uses, in one place.
+"""The undocumented parts of Lightning and of its torchmetrics that fgtrain uses, in one place.
 
 tests/test_private_api.py shows which of them a new release breaks.
 """
@@ -7,6 +7,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from lightning.pytorch.core.optimizer import _configure_optimizers
+from torchmetrics import Metric
+
+SET_FIRST = ("_computed", "_update_count")
+"""Attributes of a metric: every update, computation and reset of it begins by setting one of them."""
 
 configure_optimizers = _configure_optimizers
 """(optimizers, scheduler configurations, monitor) from any return value of a module's configure_optimizers."""
@@ -15,6 +19,16 @@ configure_optimizers = _configure_optimizers
 def compiler_of(module: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]] | None:
     """What `torch.compile(module)` compiles functions with; None if Lightning got the module uncompiled."""
     return None if module._compiler_ctx is None else module._compiler_ctx["dynamo_ctx"]
+
+
+def last_result(metric: Metric) -> Any:
+    """What the last call of a metric returned. Lightning logs it; None after a reset."""
+    return metric._forward_cache
+
+
+def set_last_result(metric: Metric, value: Any) -> None:
+    """Set what `last_result` returns."""
+    metric._forward_cache = value
 
 
 def raise_limits(trainer: Any, steps: int, epochs: int) -> None:

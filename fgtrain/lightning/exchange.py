@@ -1,4 +1,4 @@
-"""What ranks send instead of the plain mean of a whole gradient: a compressed mean, or their weights now and then.
+"""Cheaper exchanges than the plain mean of a whole gradient: a compressed mean, or the mean of weights now and then.
 
 `distributed.gradients` takes one of these names. They apply to exact gradients, as of backpropagation:
 

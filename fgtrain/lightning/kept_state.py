@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -11,7 +12,8 @@ from torchmetrics.wrappers.abstract import WrapperMetric
 
 from fgtrain._torch import tree_map
 from fgtrain.forward_ad.dual import Dual
-from fgtrain.forward_ad.native import primal_of
+from fgtrain.forward_ad.native import value_of
+from fgtrain.lightning._lightning import SET_FIRST
 
 
 class KeptState:
@@ -36,10 +38,10 @@ class KeptState:
 
     @contextmanager
     def metrics_noticed(self) -> Generator[None]:
-        """A context that copies a metric before it changes: a change begins with its cached result or its count."""
+        """A context that copies a metric before this thread changes it, which it notices by `SET_FIRST`."""
         try:
             for noticed in _NOTICED:
-                noticed.notice = self._notice
+                noticed.notice, noticed.thread = self._notice, get_ident()
                 setattr(Metric, noticed.name, noticed)
             yield
         finally:
@@ -66,13 +68,14 @@ class KeptState:
     def drop_tangents(self) -> None:
         """Reduce the state of metrics to values; the engine handles other parts, see `forward_ad.kept`."""
         for metric, _ in self._metrics.values():
-            vars(metric).update({name: _value_of(value) for name, value in _attributes_of(metric)})
+            vars(metric).update({name: _without_graph(value) for name, value in _attributes_of(metric)})
 
 
 class _Noticed:
-    """An attribute of metrics that calls `notice` before it is set."""
+    """An attribute of metrics that calls `notice` before the thread `thread` sets it."""
 
     notice: Callable[[Metric], None]
+    thread: int
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -81,12 +84,13 @@ class _Noticed:
         return vars(metric)[self.name]
 
     def __set__(self, metric: Metric, value: Any) -> None:
-        if not torch.compiler.is_compiling() and self.name in vars(metric):  # else the metric is being constructed
+        is_new = self.name not in vars(metric)
+        if not torch.compiler.is_compiling() and not is_new and get_ident() == self.thread:
             self.notice(metric)
         vars(metric)[self.name] = value
 
 
-_NOTICED = (_Noticed("_computed"), _Noticed("_update_count"))  # created once, as compiled code has guards on them
+_NOTICED = tuple(map(_Noticed, SET_FIRST))  # created once, as compiled code has guards on them
 _OF_MODULES = frozenset(vars(nn.Module()))
 
 
@@ -106,19 +110,19 @@ def _copied(x: Any) -> Any:
     return x
 
 
-def _value_of(x: Any) -> Any:
+def _without_graph(x: Any) -> Any:
     """An attribute of a metric after the step: the same lists and dicts, with tensors reduced to values."""
     if isinstance(x, Tensor):
         return without_tangents(x) if isinstance(x, Dual) or x.requires_grad else x
     if isinstance(x, list):
-        x[:] = map(_value_of, x)
+        x[:] = map(_without_graph, x)
     elif isinstance(x, dict):
-        x.update({key: _value_of(value) for key, value in x.items()})
+        x.update({key: _without_graph(value) for key, value in x.items()})
     elif isinstance(x, tuple):
-        return tree_map(_value_of, x)
+        return tree_map(_without_graph, x)
     return x
 
 
 def without_tangents(tree: Any) -> Any:
     """The same nested values with tensors reduced to their values: no tangent, no graph."""
-    return tree_map(lambda x: primal_of(x).detach() if isinstance(x, Tensor) else x, tree)
+    return tree_map(lambda x: value_of(x).detach() if isinstance(x, Tensor) else x, tree)

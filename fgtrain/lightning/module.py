@@ -52,7 +52,7 @@ class EstimatorModule(L.LightningModule):
         distributed_tangents: whether processes share their directions, see `fgtrain.distributed`.
         distributed_timeout: seconds a process waits for the others, once training has begun.
         distributed_gradients: what processes send of exact gradients, see `fgtrain.lightning.exchange`.
-        local_steps: optimizer steps between two means of the weights, with distributed_gradients="local".
+        local_steps: optimizer steps after which the weights are averaged, with distributed_gradients="local".
 
     Attributes:
         ranks: the processes, once the trainer has set them up.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from threading import get_ident
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from fgtrain._torch import is_compiled_function
 from fgtrain.distributed import Ranks, TangentsOver
 from fgtrain.errors import LossError
 from fgtrain.estimators import Estimate, GradientEstimator
+from fgtrain.lightning._lightning import last_result, set_last_result
 from fgtrain.lightning.divergence import Divergence
 from fgtrain.lightning.kept_state import KeptState, without_tangents
 
@@ -142,16 +144,17 @@ class _Log:
 
     def __init__(self, name: str, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._call = name, value, args, kwargs
-        self._result = without_tangents(value._forward_cache) if isinstance(value, Metric) else None
+        self._result = without_tangents(last_result(value)) if isinstance(value, Metric) else None
 
     def replay(self, module: Any) -> None:
         name, value, args, kwargs = self._call
         if not isinstance(value, Metric):
             module.log(name, value, *args, **kwargs)
             return
-        result, value._forward_cache = value._forward_cache, self._result
+        now = last_result(value)
+        set_last_result(value, self._result)
         module.log(name, value, *args, **kwargs)
-        value._forward_cache = result
+        set_last_result(value, now)
 
 
 def _loss_of(output: Any) -> Tensor:
@@ -166,13 +169,21 @@ def _loss_of(output: Any) -> Tensor:
 
 @contextmanager
 def _backward_refused() -> Generator[None]:
-    def refuse(*args: Any, **kwargs: Any) -> None:
-        raise LossError(BACKWARD_CALLED)
+    """A context in which this thread cannot start a backward pass by `backward`."""
+    thread = get_ident()
+
+    def refusing(backward: Callable[..., None]) -> Callable[..., None]:
+        def run(*args: Any, **kwargs: Any) -> None:
+            if get_ident() == thread:
+                raise LossError(BACKWARD_CALLED)
+            backward(*args, **kwargs)
+
+        return run
 
     places = [(torch.Tensor, torch.Tensor.backward), (torch.autograd, torch.autograd.backward)]
     try:
-        for owner, _ in places:
-            setattr(owner, "backward", refuse)
+        for owner, backward in places:
+            setattr(owner, "backward", refusing(backward))
         yield
     finally:
         for owner, backward in places:

@@ -58,7 +58,7 @@ def step_together(configured: Any) -> Any:
 
 
 def lbfgs(params: Iterable[nn.Parameter], lr: float = 1.0, max_iter: int = 20, weight_decay: float = 0.0) -> Optimizer:
-    """L-BFGS with a line search: a step does up to `max_iter` iterations and evaluates the batch anew in each.
+    """L-BFGS with a line search: a step does up to `max_iter` iterations and evaluates the batch again in each.
 
     Raises:
         ValueError: weight_decay is not 0; L-BFGS has none.

@@ -21,7 +21,7 @@ class Position(L.Callback):
     """Makes a resumed run equal to an undisturbed one, whichever hook wrote its checkpoint.
 
     Lightning guesses the progress of an epoch from the counters in a checkpoint. If it guesses wrong, it validates
-    twice or not at all, omits the hooks at the end of an epoch, or starts the epoch's data anew. When this callback
+    twice or not at all, omits the hooks at the end of an epoch, or starts the epoch's data again. When this callback
     reads the counters, it sets them to one of the few states from which Lightning's loops continue correctly:
 
     - before an epoch, or within it after a finished step: the next batch follows;

@@ -1,7 +1,7 @@
 """Modules of a model that run one after the other, in parallel, or beside a skip."""
 
-from collections.abc import Iterator
-from typing import TypeGuard
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -62,3 +62,10 @@ def links(chain: nn.Sequential) -> list[list[nn.Module]]:
             found.append([])
         found[-1].append(module)
     return found
+
+
+def in_turn(steps: Iterable[Callable[[Any], Any]], x: Any) -> Any:
+    """The output of modules or functions, each of which takes the output of the one before."""
+    for step in steps:
+        x = step(x)
+    return x

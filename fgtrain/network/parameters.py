@@ -22,7 +22,7 @@ one_at_a_time = threading.RLock()
 
 
 class ParameterSlots:
-    """The places in which a model stores its parameters.
+    """The places where a model stores its parameters.
 
     Args:
         model: any module.

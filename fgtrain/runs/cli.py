@@ -148,7 +148,7 @@ def job_failed(error: Exception) -> JobFailed:
 def _usage(message: str) -> str:
     """A message of argparse, with a hint on the order of options."""
     if option := re.search(r"unrecognized arguments: --([\w.]+=\S*)", message):
-        return f"--{option[1]} is no option; write {option[1]}, without dashes"
+        return f"--{option[1]} is not an option; write {option[1]}, without dashes"
     hint = "; put options such as -m or --config-dir before or after all key=value, not between them"
     return message + hint * message.startswith("unrecognized")
 

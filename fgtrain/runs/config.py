@@ -34,7 +34,7 @@ class DistributedConfig:
         check_every_n_steps: optimizer steps between two checks that all ranks have the same parameters; 0 for none.
         timeout_seconds: how long a rank waits for the others within a step before it gives up.
         gradients: what ranks send of exact gradients, see `fgtrain.lightning.exchange`.
-        local_steps: optimizer steps between two means of the weights, with gradients=local.
+        local_steps: optimizer steps after which the weights are averaged, with gradients=local.
     """
 
     tangents: str = "shared"
@@ -53,9 +53,9 @@ class TrainConfig:
         lr: learning rate; each method brings its own.
         accumulate_grad_batches: batches averaged into one optimizer step.
         clip_grad_norm: largest norm of the gradient; null for none.
-        shrinkage: shorten estimates by their variance, so that learning rates of different models and K are of one
-            size, see fgtrain.tangents.combine.Shrinkage and each method.
-        rowwise: example i of the loss depends only on row i of every parameter (a starting point of a function).
+        shrinkage: shorten estimates by their variance, so that good learning rates hardly depend on the model and K,
+            see fgtrain.tangents.combine.Shrinkage and each method.
+        rowwise: loss i depends only on row i of every parameter (a starting point of a function).
         max_skipped_steps: end the run after this many batches in a row with a non-finite loss, derivative or gradient.
         max_skipped_share: end it also if a larger share of all batches was skipped; null for no limit.
         detect_divergence: end it also if the loss stays above this multiple of its lowest value so far for

@@ -10,6 +10,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
+from fgtrain.distributed import TANGENTS_OVER
 from fgtrain.errors import ConfigError
 from fgtrain.lightning.exchange import GRADIENTS
 from fgtrain.runs.config import TrainConfig, nodes, signature_of, to_plain
@@ -26,34 +27,12 @@ def check(cfg: DictConfig) -> None:
         raise ConfigError(
             f"{', '.join(unknown)}: no such key; the top level has {', '.join(TrainConfig.__annotations__)}"
         )
-    if not 0 <= cfg.seed < 2**32:
-        raise ConfigError(f"seed must be from 0 to {2**32 - 1}, got {cfg.seed}")
-    for key in ("accumulate_grad_batches", "max_skipped_steps"):
-        if cfg[key] < 1:
-            raise ConfigError(f"{key} must be at least 1, got {cfg[key]}")
     if OmegaConf.is_missing(cfg, "lr"):
         raise ConfigError("lr is not set; give the learning rate with lr=...")
-    if cfg.detect_divergence is not None and not cfg.detect_divergence > 1:
-        raise ConfigError(f"detect_divergence must be a factor above 1 or null, got {cfg.detect_divergence}")
-    if cfg.max_skipped_share is not None and not 0 <= cfg.max_skipped_share <= 1:
-        raise ConfigError(f"max_skipped_share must be between 0 and 1 or null, got {cfg.max_skipped_share}")
-    for key in ("lr", "clip_grad_norm"):
-        if cfg[key] is not None and not cfg[key] > 0:
-            raise ConfigError(f"{key} must be positive, got {cfg[key]}")
-    if cfg.distributed.tangents not in ("shared", "per_rank"):
-        raise ConfigError(f"distributed.tangents must be 'shared' or 'per_rank', got {cfg.distributed.tangents!r}")
-    if cfg.distributed.check_every_n_steps < 0:
-        raise ConfigError(
-            f"distributed.check_every_n_steps must not be negative, got {cfg.distributed.check_every_n_steps}"
-        )
-    if cfg.distributed.gradients not in GRADIENTS:
-        raise ConfigError(
-            f"distributed.gradients must be one of {', '.join(GRADIENTS)}, got {cfg.distributed.gradients!r}"
-        )
-    if cfg.distributed.local_steps < 1:
-        raise ConfigError(f"distributed.local_steps must be at least 1, got {cfg.distributed.local_steps}")
-    if not cfg.distributed.timeout_seconds > 0:
-        raise ConfigError(f"distributed.timeout_seconds must be positive, got {cfg.distributed.timeout_seconds}")
+    for key, (what, is_allowed) in ALLOWED.items():
+        value = OmegaConf.select(cfg, key)
+        if value is not None and not is_allowed(value):
+            raise ConfigError(f"{key} must be {what}, got {value!r}")
     plain = to_plain(cfg)
     for group in ("method", "task", "data", "model", "optimizer", "trainer"):
         if not isinstance(plain[group], dict) or "_target_" not in plain[group]:
@@ -67,6 +46,25 @@ def check(cfg: DictConfig) -> None:
             raise ConfigError(f"trainer.{key} must be above 0, got {value}{off}")
     for path, node in nodes(plain):
         _check_node(path, node)
+
+
+_POSITIVE = "positive", lambda value: value > 0
+_AT_LEAST_1 = "at least 1", lambda value: value >= 1
+ALLOWED: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "seed": (f"from 0 to {2**32 - 1}", lambda value: 0 <= value < 2**32),
+    "lr": _POSITIVE,
+    "clip_grad_norm": _POSITIVE,
+    "accumulate_grad_batches": _AT_LEAST_1,
+    "max_skipped_steps": _AT_LEAST_1,
+    "max_skipped_share": ("between 0 and 1 or null", lambda value: 0 <= value <= 1),
+    "detect_divergence": ("a factor above 1 or null", lambda value: value > 1),
+    "distributed.tangents": ("'shared' or 'per_rank'", lambda value: value in TANGENTS_OVER),
+    "distributed.gradients": (f"one of {', '.join(GRADIENTS)}", lambda value: value in GRADIENTS),
+    "distributed.local_steps": _AT_LEAST_1,
+    "distributed.check_every_n_steps": ("at least 0", lambda value: value >= 0),
+    "distributed.timeout_seconds": _POSITIVE,
+}
+"""{key: (what it must be, for the message; whether a value is that)}."""
 
 
 def _check_node(path: str, node: dict[str, Any]) -> None:

@@ -32,7 +32,7 @@ def ctrl_c_named() -> Generator[None]:
     try:
         yield
     except Exception as error:
-        if pressed and not isinstance(error, Interrupted):  # which knows more
+        if pressed and not isinstance(error, Interrupted):  # whose message says what was saved
             raise KeyboardInterrupt from error
         raise
     finally:

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
 
 from fgtrain.errors import StorageError, UserError, disk_error
 from fgtrain.runs.config import CONF
@@ -19,7 +20,7 @@ _OPTIONS = {
     "ckpt_path": "resume",
     **{name: f"method.{name}" for name in ("chunk_size", "clip_derivative", "memory", "num_tangents", "shrinkage")},
 }
-"""Arguments of Python that messages name in their remedy, as options of the command line."""
+"""{argument in Python that a message may name in its remedy: the option on the command line}."""
 
 _TYPES = {"Float": "a number", "Integer": "an integer", "Boolean": "true or false"}
 
@@ -50,7 +51,7 @@ def _print_unless_of_the_disk(args: threading.ExceptHookArgs) -> None:
 
 
 def cannot_write(error: OSError) -> StorageError:
-    """The user's error for an error of the disk."""
+    """The error that reports a disk error to the user."""
     return StorageError(f"cannot write {error.filename or 'to the disk'}: {error.strerror}")
 
 
@@ -59,6 +60,13 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         fail(f"{message}; --help describes the arguments")
+
+
+def wide_console(width: int) -> Console:
+    """A console of at least `width` columns, so that tables are not folded in a file or a narrow window."""
+    console = Console()
+    console.width = max(console.width, width)
+    return console
 
 
 def fail(error: BaseException | str) -> NoReturn:

@@ -26,7 +26,7 @@ the model breaks an assumption, one line says which.
 
 **Bad numbers.** A run skips and counts each step whose loss, derivative or gradient is not finite. It ends after ten
 such steps in a row (`max_skipped_steps`), after more than a tenth of all steps (`max_skipped_share`), or when the loss
-is 1000 times its lowest value so far (`detect_divergence`).
+stays above 1000 times its lowest value for ten steps (`detect_divergence`).
 
 **What can run code.** Checkpoints and logs are read with `weights_only=True`. Nothing in them, in a data file or in a
 value of a configuration can run code. The exception is `_target_`, which names a function that will be called: read
@@ -218,7 +218,7 @@ def _results_so_far(cfg: DictConfig) -> dict[str, Any] | None:
 class _Beginning(L.Callback):
     """Writes the provenance of the run, once all its processes have read the previous content of its folder.
 
-    It also tells the picture of a test function the method's name.
+    It also gives `Trajectory` the method's name for its picture.
     """
 
     def __init__(self, cfg: DictConfig, choices: Mapping[str, str]) -> None:

@@ -16,9 +16,9 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from rich.table import Table
 
+from fgtrain.runs.messages import wide_console
 from fgtrain.runs.seed_curves import write_seed_curves
 
 OBJECTIVES = ("val/loss", "loss", "train/loss")  # a run uses the first that it has
@@ -85,8 +85,7 @@ class SweepTable(Callback):
             writer.writerows(rows)
         finished = [path for path in sorted(folder.glob("*/overrides.yaml")) if (path.parent / "results.json").exists()]
         write_seed_curves(folder, [(path.parent, _list_of(path)) for path in finished])
-        console = Console()
-        console.width = max(console.width, 120)  # do not fold the table in a file or a narrow window
+        console = wide_console(120)
         console.print(_table(rows))
         console.print(f"sweep.csv in {folder}", soft_wrap=True, highlight=False)
         console.print(f"look at it: tensorboard --host 127.0.0.1 --logdir {folder}", soft_wrap=True, highlight=False)

@@ -65,7 +65,7 @@ def plan(trainer: Mapping[str, Any], environ: Mapping[str, str] = os.environ) ->
     found = started_by(environ)
     if found is not None:
         name, total, local = found
-        if devices in ("auto", -1, "-1") and total == local * (total // local):
+        if devices in ("auto", -1, "-1") and total % local == 0:
             devices, num_nodes = local, (total // local if num_nodes == 1 else num_nodes)
         asked = _count(devices, trainer) * num_nodes
         if asked != total:

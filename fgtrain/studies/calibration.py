@@ -22,6 +22,7 @@ from fgtrain.estimators.base import write_grads
 from fgtrain.figures import house_style, looks
 from fgtrain.lightning.optimizers import lbfgs
 from fgtrain.memory import peak_mib
+from fgtrain.studies.timing import cpu_seconds
 from fgtrain.tasks import Calibration, Guess
 
 FAILED = 0.1
@@ -177,7 +178,7 @@ def _cost(task: Calibration, name: str, before: Sequence[Cost], limit: float) ->
         gradient()
         simulation()
     rounds = max(1, min(5, 2000 // task.steps))
-    times = [(_seconds(gradient), _seconds(simulation)) for _ in range(rounds)]
+    times = [(cpu_seconds(gradient), cpu_seconds(simulation)) for _ in range(rounds)]
     passes = median(slow / fast for slow, fast in times)
     return Cost(name, task.steps, peak_mib(gradient, torch.device("cpu"), is_long=task.steps > 1000), passes)
 
@@ -190,12 +191,6 @@ def _expected(before: Sequence[Cost], steps: int) -> float:
     if earlier is not None and earlier.mib is not None:
         power = math.log(last.mib / earlier.mib) / math.log(last.steps / earlier.steps)
     return last.mib * (steps / last.steps) ** power
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    began = time.process_time()
-    run()
-    return time.process_time() - began
 
 
 def table_of(paths: Sequence[Course]) -> Table:

@@ -1,8 +1,8 @@
 """Learning on a stream: what each way to learn through time recalls, and what it costs.
 
 Ways that carry something from one chunk to the next get the same time steps of one stream and do an update at the end
-of every chunk. Ways that go back over a whole sequence start anew with each: one of two periods of the stream, so that
-every sequence holds a symbol and its question.
+of every chunk. Ways that go back over a whole sequence start each sequence from the state 0. A sequence is two periods
+of the stream, so that it holds a symbol and its question.
 """
 
 import time
@@ -21,6 +21,7 @@ from fgtrain.figures import COLOURS, house_style
 from fgtrain.memory import peak_mib
 from fgtrain.models import DiagonalRecurrence, DiagonalRNN
 from fgtrain.models.diagonal import as_rows, as_units, scan
+from fgtrain.studies.timing import cpu_seconds
 from fgtrain.tasks import Recall as RecallTask
 
 Batch = tuple[Tensor, Tensor]
@@ -228,15 +229,9 @@ def cost(way: str, data: Recall, model: DiagonalRNN, length: int) -> Cost:
                 logits, states = model.run(tokens, states)
                 RecallTask().losses(_Net(lambda _, logits=logits: logits), (tokens, targets))
 
-    times = [[_seconds(run) for run in (forwards, gradients)] for _ in range(3)]
+    times = [[cpu_seconds(run) for run in (forwards, gradients)] for _ in range(3)]
     forward, gradient = (min(column) for column in zip(*times, strict=True))
     return Cost(way, length, peak_mib(gradients, torch.device("cpu"), is_long=length > 1000), gradient / forward)
-
-
-def _seconds(run: Callable[[], object]) -> float:
-    began = time.process_time()
-    run()
-    return time.process_time() - began
 
 
 def table_of(recalled: Sequence[Recalled], costs: Sequence[Cost]) -> list[dict[str, Any]]:

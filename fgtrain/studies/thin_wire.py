@@ -97,10 +97,10 @@ class Measured(NamedTuple):
 
 
 class Course(L.Callback):
-    """Notes seconds, accuracy and sent bytes at every validation, and ends the run at the target or with its budget.
+    """Records seconds, accuracy and sent bytes at every validation, and ends the run at the target or with its budget.
 
     Args:
-        path: file for what rank 0 noted.
+        path: file for the records of rank 0.
         target: validation accuracy.
         seconds: of training.
     """

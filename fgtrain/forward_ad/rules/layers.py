@@ -8,9 +8,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fgtrain.forward_ad.dual import Dual, dual, joint_of, num_directions, primal_of, tangent_of
-from fgtrain.forward_ad.registry import register
+from fgtrain.forward_ad.registry import RULES, register
 from fgtrain.forward_ad.rules.arithmetic import aligned, each
-from fgtrain.forward_ad.rules.operations import RULES
 
 aten = torch.ops.aten
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from fgtrain._torch import tree_flatten, tree_unflatten
 from fgtrain.forward_ad.dropped import is_differentiable
 from fgtrain.forward_ad.dual import Dual, dual, primal_of, tangent_of
-from fgtrain.forward_ad.passes import NotIntercepted, RandomState
+from fgtrain.forward_ad.passes import NotIntercepted, TorchRandomState
 from fgtrain.forward_ad.registry import Rule
 from fgtrain.forward_ad.running import num_traced_draws
 
@@ -22,7 +22,7 @@ def per_direction(func: Any) -> Rule:
         sources = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Dual)}
         pairs = [(i, laid_out(primal_of(source)), tangent_of(source)) for i, source in sources.items()]
         num_tangents = pairs[0][2].shape[0]
-        random_state = RandomState({primal.device for _, primal, _ in pairs}) if num_tangents > 1 else None
+        random_state = TorchRandomState({primal.device for _, primal, _ in pairs}) if num_tangents > 1 else None
         plain = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and not isinstance(leaf, Dual)]
         untouched = [leaves[i].clone() for i in plain] if num_tangents > 1 else []
         columns, out_spec, drawn = [], None, num_traced_draws()

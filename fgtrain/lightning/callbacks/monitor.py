@@ -1,13 +1,7 @@
 """The log of training: every step is measured, and means over several steps are logged."""
 
-import contextlib
-import gc
-import re
-import resource
-import sys
 import time
 from array import array
-from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
@@ -18,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from fgtrain.distributed import of_all_ranks
-from fgtrain.memory import return_freed_memory
+from fgtrain.memory import forget_peak_memory, peak_memory_mib
 from fgtrain.network.sharding import whole
 
 DERIVATIVES = "train/directional_derivative"
@@ -157,24 +151,3 @@ class Monitor(L.Callback):
             "step_ms_median": 1e3 * median(self.step_seconds) if self.step_seconds else 0.0,
             "peak_memory_mib": peak_memory_mib(),
         }
-
-
-def forget_peak_memory() -> None:
-    """Reset `peak_memory_mib`, because a sweep runs many trainings in one process."""
-    gc.collect()
-    return_freed_memory()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    with contextlib.suppress(OSError):  # if it cannot be reset, the peak is the whole process's
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory_mib() -> float:
-    """Peak memory so far: of the accelerator if there is one, else of the process."""
-    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
-        return torch.cuda.max_memory_allocated() / 2**20
-    status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
-    if found is not None:
-        return int(found[1]) / 2**10
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

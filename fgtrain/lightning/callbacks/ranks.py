@@ -14,7 +14,7 @@ from fgtrain.network.sharding import is_sharded
 
 
 class RankCheck(L.Callback):
-    """Logs the traffic of a step and ends the run when ranks no longer have the same parameters.
+    """Logs the bytes that a step sends, and ends the run if ranks no longer have the same parameters.
 
     `comm/bytes_per_step` is what one rank sends per optimizer step, see `fgtrain.distributed.Ranks`. A check sends
     eight bytes. Parameters that are sharded over ranks are not compared.

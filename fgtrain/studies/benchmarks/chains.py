@@ -1,6 +1,5 @@
 """Forward mode over long chains of small operations, in forward passes, beside PyTorch's own `vmap(jvp)`."""
 
-import time
 from collections.abc import Callable
 from statistics import median
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from torch.func import functional_call, vmap
 from torch.func import jvp as torch_jvp
 
 from fgtrain.forward_ad import directional_derivatives
+from fgtrain.studies.timing import cpu_seconds
 from fgtrain.tasks.simulators import lotka_volterra
 
 
@@ -106,15 +106,9 @@ def _cost(name: str, width: int, rounds: int) -> ChainCost:
     runs = (plain, ours, theirs)
     for each in runs:
         each()
-    taken = [[_seconds(each) for each in runs] for _ in range(rounds)]
+    taken = [[cpu_seconds(each) for each in runs] for _ in range(rounds)]
     forward, fast, slow = (median(column) for column in zip(*taken, strict=True))
     return ChainCost(name, width, 1e3 * forward, fast / forward, slow / forward)
-
-
-def _seconds(run: Callable[[], None]) -> float:
-    start = time.process_time()
-    run()
-    return time.process_time() - start
 
 
 def chains_table(rows: list[ChainCost]) -> Table:

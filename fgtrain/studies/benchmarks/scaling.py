@@ -24,6 +24,7 @@ from fgtrain.estimators import ForwardGradient
 from fgtrain.random import keyed_generator
 from fgtrain.studies.benchmarks.methods import methods_of
 from fgtrain.studies.benchmarks.steps import make_problem, measure
+from fgtrain.studies.timing import synchronize
 from fgtrain.tangents import LowRank
 
 BACKWARD_SHARE = 2 / 3
@@ -141,8 +142,7 @@ def measure_compute(model: str, batch_size: int, num_tangents: int, device: torc
     for i in range(rounds + 1):
         start = perf_counter()
         estimator.replay(network, derivatives, keyed_generator(i))
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         seconds.append(perf_counter() - start)
     return Compute(
         model,

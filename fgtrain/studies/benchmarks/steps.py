@@ -19,6 +19,7 @@ from fgtrain.estimators import Backprop, GradientEstimator, write_grads
 from fgtrain.memory import peak_mib
 from fgtrain.models import CNN, MLP, torchvision_model
 from fgtrain.network.compilation import compile_model
+from fgtrain.studies.timing import synchronize
 
 FORWARD, BACKPROP = "forward", "backprop"
 
@@ -241,17 +242,12 @@ def _seconds(step: Callable[[], None], repeats: int, device: torch.device) -> fl
     is_alone = device.type == "cpu" and torch.get_num_threads() == 1
     clock = time.process_time if is_alone else time.perf_counter
     step()
-    _synchronize(device)
+    synchronize(device)
     start = clock()
     for _ in range(repeats):
         step()
-    _synchronize(device)
+    synchronize(device)
     return (clock() - start) / repeats
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _quartiles(values: Sequence[float]) -> tuple[float, float]:

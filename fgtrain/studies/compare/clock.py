@@ -6,6 +6,8 @@ from typing import Any
 import lightning as L
 import torch
 
+from fgtrain.studies.timing import synchronize
+
 SECONDS = "clock/seconds"
 
 
@@ -54,6 +56,5 @@ class TrainingClock(L.Callback):
 
 def _now(device: torch.device) -> float:
     """The time when the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    synchronize(device)
     return time.perf_counter()

@@ -16,6 +16,7 @@ from fgtrain.estimators.base import BackwardPass
 from fgtrain.memory import peak_mib
 from fgtrain.random import keyed_generator
 from fgtrain.runs.run import build
+from fgtrain.studies.timing import synchronize
 
 LONG_ENOUGH = 0.1  # seconds; faster steps are timed several at a time
 
@@ -114,6 +115,5 @@ def _seconds(step: Callable[[], None], device: torch.device, repeats: int) -> fl
     start = time.perf_counter()
     for _ in range(repeats):
         step()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     return (time.perf_counter() - start) / repeats

@@ -1,4 +1,4 @@
-"""One finished run of a comparison, as its folder holds it."""
+"""One finished run of a comparison, read from its folder."""
 
 import json
 import re

@@ -86,7 +86,7 @@ def run_suite(
     tell: Tell,
     show: Callable[[str, list[dict[str, Any]] | None], None],
 ) -> Path:
-    """Do the missing runs of every rung and write the page anew after each; a rung without its data is a line.
+    """Do the missing runs of every rung, and rewrite the page after each rung; a rung whose data are missing is a line.
 
     Args:
         folder: see `read_suite`.

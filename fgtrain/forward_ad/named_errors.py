@@ -1,0 +1,85 @@
+"""PyTorch's errors about forward mode, in one sentence that names the module, the operation and the remedy."""
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+from torch.utils.hooks import BackwardHook
+
+from fgtrain.errors import UnsupportedOperation
+
+
+class named_errors:  # noqa: N801 - a context manager used like a function
+    """A context in which PyTorch's "no forward AD" errors become an UnsupportedOperation."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        if not isinstance(error, RuntimeError) or isinstance(error, UnsupportedOperation):
+            return
+        operation = _refused_operation(error)
+        if operation is None:
+            return
+        instead = next((hint for part, hint in _INSTEAD.items() if part in operation), _OTHERWISE)
+        raise UnsupportedOperation(
+            f"{_where(self._model, error)} uses {operation}, which has no forward-mode derivative; {instead}, or train "
+            "with Backprop"
+        ) from error
+
+
+_OTHERWISE = "replace that module, define jvp for it"
+_INSTEAD = {
+    "grouped_mm": "call the experts one by one or batched (in transformers: experts_implementation='eager')",
+    "segment_reduce": "use torch.index_add, torch.scatter_reduce or F.embedding_bag",
+    "ormqr": "multiply by torch.linalg.householder_product",
+    "_scaled_dot_product": "call F.scaled_dot_product_attention",
+    "sparse": "multiply by a sparse matrix that is a constant",
+}
+"""{part of an operation's name: a replacement that has a derivative}."""
+
+
+_REFUSALS = {
+    "jvp function for custom autograd.Function": "a custom autograd.Function without jvp",
+    "it must override the setup_context": "a custom autograd.Function without setup_context",
+    "attempting to call Tensor.requires_grad_": "a derivative with respect to its own input",
+    "does not require grad and does not have a grad_fn": "a derivative with respect to an intermediate result",
+    "appears to not have been used in the graph": "a derivative with respect to an intermediate result",
+    "would mutate a captured Tensor": "a change in place of a tensor from outside the loss",
+    "Nested forward mode AD": "forward-mode AD of its own",
+    "\nRuntimeError: \n": "a TorchScript function",  # its interpreter repeats an exception of Python without the text
+    "Cannot access data pointer of Tensor": "an operation that reads memory itself",
+}
+"""{part of PyTorch's message: the operation}."""
+
+
+def _refused_operation(error: BaseException) -> str | None:
+    """The operation without a forward-mode derivative that PyTorch's message names; None if it names none."""
+    message = str(error)
+    if any(isinstance(owner, BackwardHook) for owner in _owners(error)):
+        return "a full backward hook"
+    match = re.search(r"forward AD with (.+?) that", message)
+    return match.group(1) if match else next((name for part, name in _REFUSALS.items() if part in message), None)
+
+
+def _where(model: nn.Module, error: BaseException) -> str:
+    """The deepest module of `model` on the error's traceback."""
+    names = {id(module): name for name, module in model.named_modules()}
+    found = "the loss function"
+    for owner in _owners(error):
+        if id(owner) in names:
+            path = names[id(owner)]
+            found = f"module '{path}' ({type(owner).__name__})" if path else f"the model ({type(owner).__name__})"
+    return found
+
+
+def _owners(error: BaseException) -> Iterator[Any]:
+    """The `self` of every function on the error's traceback, from the outermost one on."""
+    frame = error.__traceback__
+    while frame is not None:
+        yield frame.tb_frame.f_locals.get("self")
+        frame = frame.tb_next

@@ -81,15 +81,20 @@ def built(name):
     return build(), loss, blocks
 
 
-def stopped(model, blocks):
-    """A copy in which the gradient passes these blocks along their skips alone."""
+def stopped(model, blocks, slope=0.0):
+    """A copy in which the gradient passes these blocks along their skips, and `slope` times that of their branches."""
     model = copy.deepcopy(model)
     for name in blocks:
         block = model.get_submodule(name)
+        still = copy.deepcopy(block).requires_grad_(False)
 
-        def forward(*args, _forward=block.forward, **kwargs):
+        def forward(*args, _forward=block.forward, _still=still, **kwargs):
             x = args[0]
-            return x + _forward(x.detach(), *args[1:], **kwargs) - x.detach()
+            out = x + _forward(x.detach(), *args[1:], **kwargs) - x.detach()
+            if not slope:
+                return out
+            branch = _still(*args, **kwargs) - x
+            return out + slope * (branch - branch.detach())
 
         block.forward = forward
     return model

@@ -39,6 +39,27 @@ def test_gradient_along_the_skips(name):
     assert_same(Highway(blocks=blocks)(model, loss), expected)
 
 
+@pytest.mark.usefixtures("float64")
+@EVERY_MODEL
+def test_with_as_many_iterations_as_blocks_the_gradient_is_exact(name):
+    model, loss, blocks = built(name)
+    expected = Backprop()(copy.deepcopy(model), loss)
+    assert_same(Highway(iterations=len(blocks))(model, loss), expected)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("iterations", [0, 1, 2])
+def test_iterations_are_paths_through_branches(iterations):
+    """With branches of slope t, the gradient is a polynomial in t; k iterations give its terms up to t^k at t = 1."""
+    model, loss, blocks = built("MLP")
+    slopes = torch.arange(5.0)
+    found = [Backprop()(stopped(model, blocks, float(t)), loss).grads for t in slopes]
+    powers = torch.linalg.inv(slopes[:, None] ** torch.arange(5))[: iterations + 1].sum(0)
+    estimate = Highway(iterations=iterations)(model, loss)
+    for name, g in estimate.grads.items():
+        torch.testing.assert_close(g, sum(c * grads[name] for c, grads in zip(powers, found, strict=True)), msg=name)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 @EVERY_MODEL
@@ -57,6 +78,7 @@ def test_delta_by_forward_mode(name):
 @EVERY_MODEL
 def test_leaves_the_trace_of_one_pass(name):
     assert_leaves_the_trace_of_one_pass(Highway(), name)
+    assert_leaves_the_trace_of_one_pass(Highway(iterations=2), name)
 
 
 @pytest.mark.usefixtures("float64")
@@ -200,15 +222,20 @@ def test_memory_does_not_grow_with_depth():
         torch.manual_seed(0)
         blocks = [Residual(nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 16)) for _ in range(depth)]
         model = nn.Sequential(nn.Linear(4, 16), *blocks, nn.Linear(16, 3))
-        for estimator in (Backprop(), Highway()):
+        for name, estimator in (
+            ("Backprop", Backprop()),
+            ("Highway", Highway()),
+            ("iterations", Highway(iterations=2)),
+        ):
             estimator(model, lambda m: m(x).square().sum(1))
-            peaks[type(estimator).__name__, depth] = peak_mib(
+            peaks[name, depth] = peak_mib(
                 lambda model=model, estimator=estimator: estimator(model, lambda m: m(x).square().sum(1)),
                 torch.device("cpu"),
             )
     activation = 2048 * 64 * 4 / 2**20
     assert peaks["Backprop", 16] - peaks["Backprop", 4] >= 12 * activation
     assert peaks["Highway", 16] - peaks["Highway", 4] <= activation
+    assert peaks["iterations", 16] - peaks["iterations", 4] <= activation
 
 
 def test_blocks_are_looked_for_once():
@@ -221,3 +248,8 @@ def test_blocks_are_looked_for_once():
     estimator(model, loss)
     assert len(calls) - first == first - 1
     assert slots_of(model).kept(estimator, list) == ["2", "3", "4"]
+
+
+def test_iterations_need_backpropagation():
+    with pytest.raises(ValueError, match="iterations=2 takes the gradient back through the branches, and ForwardGradi"):
+        Highway(ForwardGradient(), iterations=2)

@@ -19,6 +19,7 @@ from fgtrain.estimators.highway_forward import (
     gradients_within,
     per_example,
 )
+from fgtrain.estimators.highway_iterations import Branches, sums_through_branches, through_branch
 from fgtrain.forward_ad.native import value_of
 from fgtrain.forward_ad.passes import RepeatedPass, check_losses, plain_losses
 from fgtrain.network.blocks import (
@@ -48,6 +49,12 @@ class Highway(GradientEstimator):
     by any estimator. The rest of the model (stem, blocks that change the shape, head) is differentiated exactly, with
     the residual blocks as identities plus constants.
 
+    With iterations=k, the paths through up to k branches count too. After block l,
+
+        d_l^k = delta + sum over later blocks m of J_m^T d_m^(k - 1),    d_l^0 = delta,
+
+    replaces delta, where J_m is the Jacobian of branch m. With as many iterations as blocks, the gradient is exact.
+
     Without a backward pass: if `estimator` takes none, the method takes none. Forward mode gives delta exactly, with
     one direction for every number of an example's hidden state, or of a token's if what follows treats tokens alike.
     Where only element-wise functions lead from the output z of a layer to the hidden state h (a sum, a dropout mask, an
@@ -58,15 +65,15 @@ class Highway(GradientEstimator):
     that the noise on one layer does not disturb another. A layer that treats tokens one by one gets a loss for every
     token, delta . h of that token; any other layer, such as one before attention, gets one for every example.
 
-    Bias: biased, because the gradient that passes back through the residual branches is left out. Only the last block
-    and what follows it have the exact gradient. The bias and the variance of `estimator` come on top, except for layers
-    with a closed form. For `ActivityPerturbation`, N is the number of units of one layer, times the tokens of an
-    example unless tokens have their own losses.
+    Bias: biased, because the gradient that passes back through more than k residual branches is left out. Only the last
+    k + 1 blocks and what follows them have the exact gradient. The bias and the variance of `estimator` come on top,
+    except for layers with a closed form. For `ActivityPerturbation`, N is the number of units of one layer, times the
+    tokens of an example unless tokens have their own losses.
 
     Cost: about four forward passes with `Backprop` as estimator (one for the values, three for the gradients of the
-    blocks). Without a backward pass, that of delta, and for every block one pass for each layer that is estimated. At
-    any depth, memory holds the activations of one block and of the rest of the model. Ranks exchange the whole
-    gradient.
+    blocks), and about 2 + i more for iteration i. Without a backward pass, that of delta, and for every block one pass
+    for each layer that is estimated. At any depth, memory holds the activations of one block and of the rest of the
+    model. Ranks exchange the whole gradient.
 
     The first call finds the residual blocks: with its parameters at zero, a residual block returns its input.
 
@@ -75,6 +82,7 @@ class Highway(GradientEstimator):
             rest that have no closed form. None for `Backprop`.
         blocks: names of the residual blocks; None to search every `nn.Sequential` and `nn.ModuleList`.
         chunk_size: number of directions in one pass, if forward mode computes delta; None for all.
+        iterations: k >= 0; more than 0 needs an estimator that takes backward passes.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -82,8 +90,8 @@ class Highway(GradientEstimator):
             after a block.
         LossError: forward mode computes delta, and losses are not per example (B,).
 
-    Source: Fagnou, Caillon, Delattre, Allauzen 2025, arXiv:2501.17086, with no iteration (k = 0). The closed forms and
-    the losses of tokens are fgtrain's own, tested in tests/test_highway_forward.py.
+    Source: Fagnou, Caillon, Delattre, Allauzen 2025, arXiv:2501.17086. The closed forms and the losses of tokens are
+    fgtrain's own, tested in tests/test_highway_forward.py.
 
     The last block and the head have the gradient of backpropagation; the stem lacks the path through the branch:
 
@@ -104,11 +112,20 @@ class Highway(GradientEstimator):
         blocks: Sequence[str] | None = None,
         *,
         chunk_size: int | None = 256,
+        iterations: int = 0,
     ) -> None:
         super().__init__()
         if chunk_size is not None:
             require_positive_int("chunk_size", chunk_size)
+        if iterations:
+            require_positive_int("iterations", iterations)
         self.estimator = estimator or Backprop()
+        if iterations and not self.estimator.backpropagates:
+            raise ValueError(
+                f"iterations={iterations} takes the gradient back through the branches, and "
+                f"{type(self.estimator).__name__} does not backpropagate: use Backprop in the blocks, or iterations=0"
+            )
+        self.iterations = iterations
         self.blocks = list_of_names(blocks)
         self.chunk_size = chunk_size
         self.backpropagates = self.estimator.backpropagates
@@ -129,10 +146,16 @@ class Highway(GradientEstimator):
             with shell.recording():
                 losses = plain_losses(model, loss_fn)
             repeated.rewind()
+            branches = Branches()
             if self.backpropagates:
-                grads, deltas = _by_backprop(model, loss_fn, shell)
+                for _ in range(self.iterations):
+                    branches.deltas.append(_by_backprop(model, loss_fn, shell, branches)[1])
+                    repeated.rewind()
+                    branches.sums.append(sums_through_branches(model, loss_fn, shell, branches))
+                    repeated.rewind()
+                grads, deltas = _by_backprop(model, loss_fn, shell, branches)
             else:
-                deltas = []
+                deltas = list[Tensor | None]()
                 for segment in range(len(shell.segments)):
                     deltas.append(delta_by_forward_mode(model, loss_fn, shell, segment, self.chunk_size))
                     repeated.rewind()
@@ -141,7 +164,8 @@ class Highway(GradientEstimator):
                 grads |= self._grads_of_rest(model, loss_fn, shell, grads, generator)
             repeated.rewind()
             names = {id(p): name for name, p in params.items()}
-            with _learning(shell, self.estimator, deltas, generator) as found, torch.enable_grad():
+            branches.deltas.append(deltas)
+            with _learning(shell, self.estimator, branches, generator) as found, torch.enable_grad():
                 loss_fn(model)
             for p, g in found:
                 add_grad(grads, names[id(p)], g)
@@ -183,28 +207,33 @@ class Highway(GradientEstimator):
         return grads
 
     def extra_repr(self) -> str:
-        return f"blocks={self.blocks}, chunk_size={self.chunk_size}"
+        return f"blocks={self.blocks}, chunk_size={self.chunk_size}, iterations={self.iterations}"
 
 
 @contextmanager
 def _learning(
-    shell: Shell, estimator: GradientEstimator, deltas: Sequence[Tensor | None], generator: torch.Generator
+    shell: Shell, estimator: GradientEstimator, branches: Branches, generator: torch.Generator
 ) -> Generator[list[tuple[nn.Parameter, Tensor]]]:
     """A context in which the blocks' gradients are estimated when they are called.
 
     Args:
         shell: the shell of the model.
         estimator: estimates the gradients.
-        deltas: the gradient after every segment; None for a segment that the loss does not depend on.
+        branches: the gradients after the blocks.
         generator: source of the directions.
     """
     found: list[tuple[nn.Parameter, Tensor]] = []
-    places = iter([s for s, segment in enumerate(shell.segments) for _ in segment.outputs])
+    after_next = branches.after_blocks(shell)
 
     def learn(block: nn.Module, forward: Forward) -> Forward:
         def run(*args: Any, **kwargs: Any) -> Any:
             args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
-            delta = deltas[next(places)]
+            through = None
+            if branches.sums:
+                repeated = RepeatedPass(block)
+                through = through_branch(forward, args, kwargs)[1]
+                repeated.rewind()
+            delta = after_next(through)[1]
             if delta is None or not any(p.requires_grad for p in block.parameters()):
                 with torch.no_grad():
                     return forward(*args, **kwargs)
@@ -235,18 +264,26 @@ def _learning(
 
 
 def _by_backprop(
-    model: nn.Module, loss_fn: Callable[[Any], Tensor], shell: Shell
+    model: nn.Module, loss_fn: Callable[[Any], Tensor], shell: Shell, branches: Branches
 ) -> tuple[dict[str, Tensor], list[Tensor | None]]:
-    """The gradients of all parameters outside blocks, and the gradient after every segment, by a backward pass."""
+    """The gradients of all parameters outside blocks, and the gradient after every segment, by a backward pass.
+
+    Before a segment, the gradient through its branches is added.
+    """
     points: dict[int, Tensor] = {}
+    through_branches: list[Tensor] = []
+    sums = branches.sums[-1] if branches.sums else [None] * len(shell.segments)
 
     def behind(segment: int, x: Tensor) -> Tensor:
-        points[segment] = x if x.requires_grad else x.detach().requires_grad_()
+        through = sums[segment]
+        if through is not None:
+            through_branches.append((through * x).sum())
+        points[segment] = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
         return points[segment]
 
     with frozen(shell.params()), shell.running(behind), torch.enable_grad():
         rest = slots_of(model).trainable()
-        loss = check_losses(loss_fn(model)).mean()
+        loss = sum(through_branches, check_losses(loss_fn(model)).mean())
         found = torch.autograd.grad(loss, [*rest.values(), *points.values()], allow_unused=True)
     grads = {name: g for name, g in zip(rest, found, strict=False) if g is not None}
     deltas = dict(zip(points, found[len(rest) :], strict=True))

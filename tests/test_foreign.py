@@ -133,6 +133,23 @@ def test_derivatives_inside_the_model_are_named(between, cause, derivatives_of):
         exact(net(between), derivatives_of)
 
 
+def own_vjp(m, h):
+    (slope,) = torch.func.vjp(lambda x: torch.sin(x @ m.w), h)[1](torch.ones_like(h))
+    return slope
+
+
+def test_what_is_advised_instead_of_a_jvp_inside_the_model():
+    with pytest.raises(UnsupportedOperation, match=r"call torch\.func\.vjp, grad or jacrev instead of jvp and jacfwd"):
+        exact(net(own_jvp), None)
+    exact(net(own_vjp), None)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
+def test_nested_tensors_are_constants_as_for_backpropagation():
+    """`nested_tensor` copies what it is given; `as_nested_tensor` is refused by name."""
+    exact(net(lambda m, h: h + torch.nested.nested_tensor([h[:1], h[1:]]).to_padded_tensor(0.0).sum()), reference)
+
+
 @ENGINES
 def test_a_full_backward_hook_is_named(derivatives_of):
     case = net(lambda m, h: h)

@@ -189,7 +189,7 @@ def _unpacked(x: Tensor) -> Any:
 
 
 def _can_be_dual(x: Tensor) -> bool:
-    return x.layout == torch.strided and not is_inside_transform(x)
+    return x.layout == torch.strided and not x.is_nested and not is_inside_transform(x)
 
 
 class named_errors:  # noqa: N801 - a context manager used like a function
@@ -221,6 +221,7 @@ _INSTEAD = {
     "ormqr": "multiply by torch.linalg.householder_product",
     "_scaled_dot_product": "call F.scaled_dot_product_attention",
     "sparse": "multiply by a sparse matrix that is a constant",
+    "forward-mode AD of its own": "call torch.func.vjp, grad or jacrev instead of jvp and jacfwd",
 }
 """{part of an operation's name: a replacement that has a derivative}."""
 

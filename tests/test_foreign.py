@@ -160,6 +160,32 @@ def test_a_full_backward_hook_is_named(derivatives_of):
         exact(hooked, derivatives_of)
 
 
+SPOKEN = torch.tensor([[1, 2], [2, 2], [2, 1], [1, 0]])  # the last has one letter
+
+
+@ENGINES
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("count", [torch.tensor, tuple])
+def test_ctc_loss(reduction, count, derivatives_of):
+    def loss(m):
+        scores = m(X).view(5, 1, 3) * torch.arange(1.0, 5.0, dtype=torch.float64).view(4, 1)
+        return F.ctc_loss(scores.log_softmax(-1), SPOKEN, count([5, 4, 5, 3]), count([2, 2, 2, 1]), reduction=reduction)
+
+    exact(net(lambda m, h: h @ m.w)._replace(loss=loss), derivatives_of)
+
+
+def test_an_impossible_ctc_loss_stays_infinite_or_0():
+    def loss(m, zero):
+        scores, lengths = m(X)[:, None].log_softmax(-1), torch.tensor([[1], [2]])
+        return F.ctc_loss(scores, SPOKEN[:1], *lengths, reduction="none", zero_infinity=zero)
+
+    for zero, value in ((True, 0.0), (False, torch.inf)):
+        case = net(lambda m, h: h)
+        model = case.build()
+        found = ForwardGradient()(model, lambda m, zero=zero: loss(m, zero))
+        assert found.loss == value
+
+
 # --- transforms and scripts inside the model ----------------------------------------------------------------------
 
 

@@ -139,7 +139,7 @@ def _binary_cross_entropy_with_logits(
     return _reduced(each if weight is None else each * weight, reduction)
 
 
-_FIRST_ORDER = {torch.scatter_reduce, torch.Tensor.scatter_reduce, standard_gamma}
+_FIRST_ORDER = {torch.scatter_reduce, torch.Tensor.scatter_reduce, standard_gamma, torch.ctc_loss}
 
 _WRITTEN_OUT = {
     F.layer_norm: _layer_norm,

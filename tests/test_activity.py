@@ -335,6 +335,13 @@ def test_a_model_without_layers_is_refused(case):
         estimated_grads(ActivityPerturbation(), case)
 
 
+def test_a_penalty_in_the_loss_is_named():
+    model = nn.Sequential(nn.Linear(3, 2))
+    penalized = lambda m: m(torch.ones(4, 3)).square().mean() + m[0].weight.square().sum()
+    with pytest.raises(UnsupportedOperation, match=r"0\.weight is also used outside its layer; .* use weight_decay"):
+        ActivityPerturbation()(model, penalized)
+
+
 def test_inputs_changed_in_place_are_refused():
     class Changes(nn.Module):
         def __init__(self):

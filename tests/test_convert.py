@@ -260,15 +260,23 @@ class Usual(Plain):
 @pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
 def test_the_message_of_a_diverged_run_begins_with_shrinkage(tmp_path):
     unshrunk = made(Usual, ForwardGradient())
-    with pytest.raises(DivergenceError, match=r"; set shrinkage=True, without which .* or lower lr"):
+    with pytest.raises(DivergenceError, match=r"; set shrinkage=True, without which .*, lower lr, cap"):
         fit(unshrunk, tmp_path, max_epochs=20)
     fit(made(Usual, ForwardGradient(shrinkage=True)), tmp_path, max_epochs=20)
 
 
-def test_shrinkage_is_not_advised_where_it_changes_nothing(tmp_path):
-    module = made(BadBatch, ForwardGradient(combine="projection"))
+@pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
+@pytest.mark.parametrize(
+    ("estimator", "remedies"),
+    [
+        (ForwardGradient(combine="projection"), r"lower lr, cap the derivative .*, or take more directions \(.*\)"),
+        (Backprop(), r"lower lr, or cap the gradient \(clip_grad_norm=...\)"),
+    ],
+)
+def test_only_options_of_the_method_are_advised(estimator, remedies, tmp_path):
+    module = made(BadBatch, estimator)
     module.always = True
-    with pytest.raises(DivergenceError, match=r"; lower lr"):
+    with pytest.raises(DivergenceError, match=f"; {remedies}; lr is"):
         fit(module, tmp_path)
 
 

@@ -119,6 +119,14 @@ def test_too_many_in_a_row_stop_the_run(tmp_path):
     assert all(p.isfinite().all() for p in module.parameters())
 
 
+def test_without_a_finite_batch_the_data_are_suspected(tmp_path):
+    module = make(Broken(ForwardGradient(), "loss", math.nan, set(range(100))), divergence=Divergence())
+    with pytest.raises(
+        DivergenceError, match=r"^step 0: the loss is nan, .*; look for non-finite values in the data, or"
+    ):
+        trainer(tmp_path, max_steps=50).fit(module, Small())
+
+
 def test_loss_far_above_its_start_stops_the_run(tmp_path):
     def optimizer(params):
         return torch.optim.SGD(params, lr=100.0)

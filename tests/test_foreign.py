@@ -133,6 +133,23 @@ def test_derivatives_inside_the_model_are_named(between, cause, derivatives_of):
         exact(net(between), derivatives_of)
 
 
+def own_vjp(m, h):
+    (slope,) = torch.func.vjp(lambda x: torch.sin(x @ m.w), h)[1](torch.ones_like(h))
+    return slope
+
+
+def test_what_is_advised_instead_of_a_jvp_inside_the_model():
+    with pytest.raises(UnsupportedOperation, match=r"call torch\.func\.vjp, grad or jacrev instead of jvp and jacfwd"):
+        exact(net(own_jvp), None)
+    exact(net(own_vjp), None)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
+def test_nested_tensors_are_constants_as_for_backpropagation():
+    """`nested_tensor` copies what it is given; `as_nested_tensor` is refused by name."""
+    exact(net(lambda m, h: h + torch.nested.nested_tensor([h[:1], h[1:]]).to_padded_tensor(0.0).sum()), reference)
+
+
 @ENGINES
 def test_a_full_backward_hook_is_named(derivatives_of):
     case = net(lambda m, h: h)
@@ -141,6 +158,32 @@ def test_a_full_backward_hook_is_named(derivatives_of):
     hooked = Case("hooked", lambda: model, case.loss)
     with pytest.raises(UnsupportedOperation, match=r"^module 'b' \(Linear\) uses a full backward hook, which has no"):
         exact(hooked, derivatives_of)
+
+
+SPOKEN = torch.tensor([[1, 2], [2, 2], [2, 1], [1, 0]])  # the last has one letter
+
+
+@ENGINES
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("count", [torch.tensor, tuple])
+def test_ctc_loss(reduction, count, derivatives_of):
+    def loss(m):
+        scores = m(X).view(5, 1, 3) * torch.arange(1.0, 5.0, dtype=torch.float64).view(4, 1)
+        return F.ctc_loss(scores.log_softmax(-1), SPOKEN, count([5, 4, 5, 3]), count([2, 2, 2, 1]), reduction=reduction)
+
+    exact(net(lambda m, h: h @ m.w)._replace(loss=loss), derivatives_of)
+
+
+def test_an_impossible_ctc_loss_stays_infinite_or_0():
+    def loss(m, zero):
+        scores, lengths = m(X)[:, None].log_softmax(-1), torch.tensor([[1], [2]])
+        return F.ctc_loss(scores, SPOKEN[:1], *lengths, reduction="none", zero_infinity=zero)
+
+    for zero, value in ((True, 0.0), (False, torch.inf)):
+        case = net(lambda m, h: h)
+        model = case.build()
+        found = ForwardGradient()(model, lambda m, zero=zero: loss(m, zero))
+        assert found.loss == value
 
 
 # --- transforms and scripts inside the model ----------------------------------------------------------------------

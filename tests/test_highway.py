@@ -10,7 +10,7 @@ from fgtrain import Backprop, ForwardGradient, Highway, MeZO
 from fgtrain.errors import LossError, UnsupportedOperation
 from fgtrain.estimators import highway_forward
 from fgtrain.forward_ad import jvp
-from fgtrain.forward_ad.row_losses import NUM_MARKS
+from fgtrain.forward_ad.row_losses import num_marks
 from fgtrain.memory import peak_mib
 from fgtrain.network.parameters import slots_of
 from tests.residual import (
@@ -202,7 +202,7 @@ def test_tokens_need_the_directions_of_one(monkeypatch):
 
     monkeypatch.setattr(highway_forward, "jvp", counted)
     Highway(ForwardGradient())(model, loss)
-    assert counts == [8 + NUM_MARKS]  # the hidden state of a token, and the test of rows
+    assert counts == [8 + num_marks(3 * 6)]  # the hidden state of a token, and the test of rows
 
 
 def test_forward_mode_needs_losses_per_example():

@@ -1,5 +1,7 @@
 """Losses of rows that a scalar loss, or the losses of sequences, are the mean of."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ from torch import Tensor, nn
 
 from fgtrain import FDFA, ActivityPerturbation, Backprop, ForwardGradient, GaussNewton
 from fgtrain.errors import LossError, UnsupportedOperation
-from fgtrain.forward_ad.row_losses import Evaluated
+from fgtrain.forward_ad.row_losses import Evaluated, marks
 from tests.cases import INPUTS, LABELS, Case
 from tests.properties import assert_is, estimated_grads, exact_grads
 
@@ -219,6 +221,26 @@ def test_an_estimate_does_not_depend_on_an_earlier_loss(before, name):
             ActivityPerturbation(2)(m, EITHER[before])
         found.append(ActivityPerturbation(2)(m, EITHER[name], generator=torch.Generator().manual_seed(0)).grads)
     assert_is(*found)
+
+
+@pytest.mark.parametrize("estimator", [ActivityPerturbation(exact_head=True), ForwardGradient(exact_head=True)])
+def test_a_single_pair_of_mixed_examples_is_refused(estimator):
+    model, inputs = classifier().double(), torch.randn(12, 3, dtype=torch.float64)
+    for one, other in itertools.permutations(range(12), 2):
+
+        def mixed(m, one=one, other=other):
+            z = m(inputs)
+            return z.index_add(0, torch.tensor([one]), z[[other]]).square().sum(1)
+
+        with pytest.raises(UnsupportedOperation, match="losses that each depend on one row of 2"):
+            estimator(model, mixed)
+
+
+@pytest.mark.parametrize("num", [1, 2, 3, 20, 21, 1000])
+def test_every_row_has_marks_that_no_other_row_covers(num):
+    marked = marks(num, torch.zeros(())).isnan().float()
+    both = marked.T @ marked
+    assert both.eq(both.diagonal()).equal(torch.eye(num, dtype=torch.bool))
 
 
 def test_a_later_loss_that_mixes_examples_is_refused():

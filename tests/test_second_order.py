@@ -39,6 +39,23 @@ class Scaled(nn.Module):
         return self.scale * x
 
 
+class Taught(nn.Module):
+    """A target of the network itself, and statistics of the past, without gradients."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        self.mean: torch.Tensor
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x):
+        z = self.layer(x).tanh()
+        with torch.no_grad():
+            target = self.layer(-x)
+            self.mean.mul_(0.5).add_(z.mean((0, 1)))
+        return (z - target) * (1 + self.mean)
+
+
 TWICE = [
     *CASES,
     layers("a parameter that is one number", nn.Linear(6, 2), Scaled(), nn.Tanh()),
@@ -48,6 +65,12 @@ TWICE = [
     layers("instance norm", nn.Conv1d(4, 4, 3), nn.InstanceNorm1d(4, affine=True), nn.SiLU(), nn.Conv1d(4, 2, 1)),
     layers("group norm", nn.Conv1d(4, 4, 3), nn.GroupNorm(2, 4), nn.SiLU(), nn.Conv1d(4, 2, 1)),
     layers("rms norm", nn.Linear(6, 6), nn.RMSNorm(6), nn.SiLU(), nn.Linear(6, 2)),
+    Case("no_grad", Taught, lambda m: m(SEQUENCE).square().sum((1, 2))),
+    Case(
+        "spectral norm",
+        lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6)), nn.Tanh(), nn.Linear(6, 2)),
+        lambda m: m(SEQUENCE).square().sum((1, 2)),
+    ),
     layers("transformer", nn.TransformerEncoderLayer(6, 2, 5, dropout=0.0, batch_first=True)),
 ]
 

@@ -63,9 +63,10 @@ class ActivityPerturbation(GradientEstimator):
     Args:
         num_tangents: K >= 1.
         noise: "balanced", "rademacher" or "normal", see `PerturbedPass`.
-        exact_head: compute the gradient of the last layer exactly, from C + 4 more directions that go only through the
-            loss. Needs a loss for every row of its output, or their mean as above; a row is a token in a language
-            model. Needs no BatchNorm or contrastive loss after the last layer.
+        exact_head: compute the gradient of the last layer exactly, from C + M more directions that go only through the
+            loss; M, about log2 of the number of rows, tell that every loss depends on one row. Needs a loss for every
+            row of its output, or their mean as above; a row is a token in a language model. Needs no BatchNorm or
+            contrastive loss after the last layer.
         positions: "independent" noise for every position of a map or sequence, or one "shared" draw for all.
         examples: "independent" or "mixed", see Bias.
         memory: "keep" or "replay", see Cost.

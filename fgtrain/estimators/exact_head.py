@@ -28,7 +28,7 @@ def with_exact_head(
     """An estimate for all parameters except those of the last layer, and the exact gradient for these.
 
     C unit directions of the last layer's outputs go through the loss, in the same pass as the estimate's directions.
-    Four more test that every loss depends on one row.
+    About log2 of the number of rows more test that every loss depends on one row.
 
     Args:
         estimate: maps parameters and a function like `fgtrain.forward_ad.jvp` to an estimate for these parameters.

@@ -16,7 +16,7 @@ from fgtrain.estimators.base import GradientEstimator
 from fgtrain.forward_ad import jvp
 from fgtrain.forward_ad.native import value_of
 from fgtrain.forward_ad.passes import RepeatedPass
-from fgtrain.forward_ad.row_losses import NUM_MARKS, Evaluated, WithRows, marks, reached
+from fgtrain.forward_ad.row_losses import Evaluated, WithRows, marks, reached
 from fgtrain.layer_noise.closed_forms import closed_forms
 from fgtrain.layer_noise.layers import candidates
 from fgtrain.network.blocks import frozen
@@ -176,7 +176,7 @@ def _of_rows(
         chunk_size: number of directions in one pass; None for all.
     """
     num_rows, size = like.shape
-    marked, found = torch.zeros(NUM_MARKS, num_rows), list[Tensor]()
+    marked, found = torch.zeros(0), list[Tensor]()
     chunk_size = chunk_size or size
     for start in range(0, size, chunk_size):
         units = like.new_zeros(min(chunk_size, size - start), size)
@@ -191,7 +191,7 @@ def _of_rows(
             return None
         derivatives = evaluated.derivatives.view(-1, num_rows)
         if not found:
-            marked = derivatives[-NUM_MARKS:]
+            marked = derivatives[len(units) :]
         found.append(derivatives[: len(units)])
     every = torch.cat(found)
     if every.isfinite().all() and reached(marked)[1].any():

@@ -16,7 +16,8 @@ class SPSA(CentralDifferences):
     Formula: g = (1/K) sum_k d_k v_k, d_k = (f(p + epsilon v_k) - f(p - epsilon v_k)) / (2 epsilon).
 
     Bias: d_k = grad f . v_k + (epsilon^2 / 6) D^3 f[v_k, v_k, v_k] + O(epsilon^4). It is zero for a quadratic, and half
-    the epsilon gives a quarter of it. Rounding adds about |f| / epsilon times the unit roundoff to d_k.
+    the epsilon gives a quarter of it. Rounding adds about |f| / epsilon times the unit roundoff to d_k. A difference of
+    losses also follows what a model computes under no_grad or detaches, such as a target of its own.
 
     Relative variance: that of `ForwardGradient`, s = (n - 1 + excess) / K, for small epsilon. `shrinkage` multiplies
     the mean by 1 / (1 + s), so that one learning rate serves every K and n.

@@ -128,6 +128,7 @@ class _Engines:
         # If an engine is likely to fail, the state that a pass can change is saved; this takes longer than a step of a
         # small model.
         before = RepeatedPass(model) if plan is None or first < plan.first else LightPass(slots)
+        failures: list[tuple[str, str]] = []
         for i in range(first, len(engines)):
             engine, failure = engines[i]
             try:
@@ -136,8 +137,10 @@ class _Engines:
                 if i + 1 == len(engines) or is_out_of_memory(reason):
                     raise
                 before.rewind()
-                self._warn_once(failure, type(model).__name__, str(reason).split("\n")[0])
+                failures.append((failure, str(reason).split("\n")[0]))
             else:
+                for message, cause in failures:
+                    self._warn_once(message, type(model).__name__, cause)
                 self._plans[conditions] = plan = plan or _Plan()
                 if i > first:
                     plan.first, plan.left, plan.wait = i, plan.wait, 2 * plan.wait

@@ -39,6 +39,7 @@ _INSTEAD = {
     "ormqr": "multiply by torch.linalg.householder_product",
     "_scaled_dot_product": "call F.scaled_dot_product_attention",
     "sparse": "multiply by a sparse matrix that is a constant",
+    "forward-mode AD of its own": "call torch.func.vjp, grad or jacrev instead of jvp and jacfwd",
 }
 """{part of an operation's name: a replacement that has a derivative}."""
 

@@ -188,4 +188,4 @@ def _unpacked(x: Tensor) -> Any:
 
 
 def _can_be_dual(x: Tensor) -> bool:
-    return x.layout == torch.strided and not is_inside_transform(x)
+    return x.layout == torch.strided and not x.is_nested and not is_inside_transform(x)

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -77,36 +78,46 @@ class WithRows:
         return whole, Evaluated(rows, of_rows) if len(rows) else None
 
 
-NUM_MARKS = 4
-"""The number of directions of `marks`."""
+def num_marks(num: int) -> int:
+    """The number of directions of `marks`: the least M such that enough sets of half of M directions exist.
+
+    >>> num_marks(64), num_marks(1000)
+    (8, 13)
+    """
+    return next(m for m in itertools.count(1) if math.comb(m, (m + 1) // 2) >= num)
 
 
 def marks(num: int, like: Tensor) -> Tensor:
-    """Directions of `num` rows, (NUM_MARKS, num), that tell by nan which rows a loss depends on, whatever the rounding.
+    """Directions of `num` rows, (M, num), that tell by nan which rows a loss depends on, whatever the rounding.
 
-    Every row belongs to one of six classes, drawn in the same way at every call, and up to six rows to classes of their
-    own. Two of the four directions mark the rows of a class with nan; the other entries are 0. No class has the two
-    directions of another. So the derivatives of a loss that depends on a row, even by a factor of 0, show its class.
+    Half of the M directions mark a row with nan; the other entries are 0. Every row has another half, so none has all
+    directions of another (Sperner 1928). If a loss depends on a row, even by a factor of 0, its derivatives are nan
+    along all directions of the row. So a loss that depends on another row than its own always shows it.
 
     Args:
         num: the number of rows.
         like: a tensor with the dtype and device of the directions.
     """
-    return like.new_zeros(NUM_MARKS, num).masked_fill_(_is_marked(num, like.device), torch.nan)
+    return like.new_zeros(num_marks(num), num).masked_fill_(_is_marked(num, like.device), torch.nan)
 
 
 @functools.lru_cache(maxsize=16)
 def _is_marked(num: int, device: torch.device) -> Tensor:
-    order = torch.randperm(num, generator=torch.Generator().manual_seed(0), device="cpu")
-    pairs = torch.tensor(list(itertools.combinations(range(NUM_MARKS), 2)), device="cpu")[order % 6]
-    return torch.zeros(NUM_MARKS, num, dtype=torch.bool, device="cpu").scatter_(0, pairs.T, value=True).to(device)
+    return _halves(num_marks(num))[:, :num].to(device)
+
+
+@functools.cache
+def _halves(size: int) -> Tensor:
+    """All halves of `size` directions as columns."""
+    places = torch.tensor(list(itertools.combinations(range(size), (size + 1) // 2)), device="cpu").T
+    return torch.zeros(size, places.shape[1], dtype=torch.bool, device="cpu").scatter_(0, places, value=True)
 
 
 def reached(derivatives: Tensor) -> Tensor:
-    """Whether every loss depends on its own class of rows, and whether it depends on another class, (2, num).
+    """Whether every loss depends on its own row, and whether it depends on another row, (2, num).
 
     Args:
-        derivatives: of the losses along `marks`, (NUM_MARKS, num).
+        derivatives: of the losses along `marks`, (M, num).
     """
     found, own = derivatives.isnan(), _is_marked(derivatives.shape[1], derivatives.device)
     return torch.stack([(found | ~own).all(0), (found & ~own).any(0)])

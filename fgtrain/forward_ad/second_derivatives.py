@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 import fgtrain.forward_ad.rules.sampling
 import fgtrain.forward_ad.rules.sequence  # noqa: F401 - these two register their bodies
-from fgtrain._torch import standard_gamma
+from fgtrain._torch import standard_gamma, tree_map_only
 from fgtrain.forward_ad.rules.opened import opened
 from fgtrain.forward_ad.rules.written_out import IN_OTHERS
 
@@ -23,6 +23,7 @@ from fgtrain.forward_ad.rules.written_out import IN_OTHERS
 class WrittenOut(TorchFunctionMode):
     """A context in which functions without a correct second derivative run as elementary operations.
 
+    Under the model's no_grad results are constants, which PyTorch's forward mode alone does not know.
     Running statistics are not updated.
     """
 
@@ -32,6 +33,8 @@ class WrittenOut(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if not torch.is_grad_enabled():  # the model's no_grad: constants, as for backpropagation
+            return func(*tree_map_only(Tensor, Tensor.detach, args), **tree_map_only(Tensor, Tensor.detach, kwargs))
         if func in _FIRST_ORDER:
             raise NotImplementedError(f"forward AD with {func.__name__} that is correct only for first derivatives")
         bodies = () if func in self._running else (_WRITTEN_OUT.get(func), IN_OTHERS.get(func), opened(func))
@@ -139,7 +142,7 @@ def _binary_cross_entropy_with_logits(
     return _reduced(each if weight is None else each * weight, reduction)
 
 
-_FIRST_ORDER = {torch.scatter_reduce, torch.Tensor.scatter_reduce, standard_gamma}
+_FIRST_ORDER = {torch.scatter_reduce, torch.Tensor.scatter_reduce, standard_gamma, torch.ctc_loss}
 
 _WRITTEN_OUT = {
     F.layer_norm: _layer_norm,

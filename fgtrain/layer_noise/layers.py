@@ -47,7 +47,7 @@ def find_layers(
     model: nn.Module, loss_fn: Callable[[Any], Tensor], kinds: tuple[type[nn.Module], ...]
 ) -> PerturbedLayers:
     """As `perturbed_layers`, for layers of these kinds; nothing is kept."""
-    biases = candidates(model, kinds)
+    biases, used_elsewhere = candidates(model, kinds), ""
     before = RepeatedPass(model)
     while biases:
         trial = PerturbedPass(1, seed=0)
@@ -55,6 +55,9 @@ def find_layers(
             run_perturbed(model, loss_fn, {name: LayerNoise(name, trial) for name in biases})
         except UsedElsewhere as use:
             del biases[use.name]
+            used_elsewhere = (
+                f" ({use.name} is also used outside its layer; instead of a penalty on weights, use weight_decay)"
+            )
             continue
         except WritesIntoPlain:
             continue
@@ -68,8 +71,8 @@ def find_layers(
             return found
         break
     raise UnsupportedOperation(
-        f"{type(model).__name__} has no trained Linear or convolution with a weight of its own to perturb; use "
-        "ForwardGradient"
+        f"{type(model).__name__} has no trained Linear or convolution with a weight of its own to perturb"
+        f"{used_elsewhere}; use ForwardGradient"
     )
 
 

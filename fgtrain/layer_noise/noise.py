@@ -19,7 +19,7 @@ from fgtrain.errors import UnsupportedOperation
 from fgtrain.forward_ad.dropped import only_reads
 from fgtrain.forward_ad.dual import Dual, call, duals_in, primal_of, tangent_of
 from fgtrain.forward_ad.output_tangent import LocalGrads, OutputTangent
-from fgtrain.forward_ad.row_losses import NUM_MARKS, marks
+from fgtrain.forward_ad.row_losses import marks
 from fgtrain.forward_ad.running import widen
 from fgtrain.random import fold_in
 from fgtrain.tangents import Rademacher
@@ -232,7 +232,7 @@ class PerturbedPass:
             raise UnsupportedOperation(f"{layer}, the last layer, is called twice; {WITHOUT_HEAD}")
         *leading, size = primal.shape
         units = torch.eye(size, dtype=primal.dtype, device=primal.device).view(size, *[1] * len(leading), size)
-        of_rows = marks(math.prod(leading), primal).view(NUM_MARKS, *leading, 1)
+        of_rows = marks(math.prod(leading), primal).view(-1, *leading, 1)
         moved = torch.cat([tangent, *(directions.expand(-1, *primal.shape) for directions in (units, of_rows))])
         widen(len(moved))  # earlier duals that are combined with its output get these directions too
         return moved

@@ -1,7 +1,7 @@
 """Assigns the rows of a layer's output to examples by testing which losses depend on them.
 
-A pass carries directions that mark the rows of classes of examples, see `row_losses.marks`. The assignment is right if
-every loss depends on rows of its own class only.
+A pass carries directions that mark the rows of every example, see `row_losses.marks`. The assignment is right if every
+loss depends on its own rows only.
 """
 
 import math
@@ -15,7 +15,7 @@ from fgtrain.errors import LossError, NoTangent, UnsupportedOperation
 from fgtrain.forward_ad.dual import Dual, primal_of, tangent_of
 from fgtrain.forward_ad.native import NO_TANGENT
 from fgtrain.forward_ad.passes import RepeatedPass
-from fgtrain.forward_ad.row_losses import NUM_MARKS, Evaluated, WithRows, marks, reached
+from fgtrain.forward_ad.row_losses import Evaluated, WithRows, marks, num_marks, reached
 from fgtrain.layer_noise.layers import run_perturbed
 from fgtrain.layer_noise.noise import WITHOUT_HEAD, LayerCall, LayerNoise, LocalGrads
 from fgtrain.network.parameters import slots_of
@@ -188,11 +188,10 @@ class _Marked:
         num_examples: B.
     """
 
-    num_tangents = NUM_MARKS
-
     def __init__(self, rows: Mapping[str, Rows], num_examples: int) -> None:
         self.rows = rows
         self.num_examples = num_examples
+        self.num_tangents = num_marks(num_examples)
 
     def perturb(self, name: str, inputs: Tensor, output: Tensor, local_grads: LocalGrads, channels: int) -> Tensor:
         primal, tangent, rows = primal_of(output), tangent_of(output), self.rows[name]
@@ -232,7 +231,8 @@ def gradient_of_head(examined: ExaminedPass, calls: Sequence[LayerCall], name: s
             f"{WITHOUT_HEAD}"
         )
     of_rows = rows.derivatives.view(-1, num_rows)
-    units, marked = of_rows[-num_channels - NUM_MARKS :].split([num_channels, NUM_MARKS])
+    sizes = num_channels, num_marks(num_rows)
+    units, marked = of_rows[-sum(sizes) :].split(sizes)
     if units.isfinite().all() and reached(marked)[1].any():
         raise UnsupportedOperation(
             f"the exact gradient of the last layer needs losses that each depend on one row of {layer}, but examples "

@@ -10,17 +10,14 @@ from torch import Tensor
 
 from fgtrain._torch import foreach_copy
 from fgtrain.errors import DivergenceError
-from fgtrain.estimators import Estimate
+from fgtrain.estimators import Estimate, GradientEstimator
 from fgtrain.estimators.base import norms
 from fgtrain.network.sharding import is_sharded
 
-ADVICE = (
-    "lower lr, cap the derivative (clip_derivative=...) or the gradient (clip_grad_norm=...), or take more directions "
-    "(num_tangents=...)"
-)
+DATA = "look for non-finite values in the data"
 SHRINK = (
     "set shrinkage=True, without which the estimate is far longer than the gradient and a learning rate for "
-    "backpropagation is far too large, or "
+    "backpropagation is far too large"
 )
 
 
@@ -38,7 +35,7 @@ class Divergence(L.Callback):
             loss whose smoothed value falls to 0 is not judged.
         max_skipped_share: end the run if a larger share of its batches was skipped, counting at least a hundred batches
             before training is over; None for no limit.
-        advice: what else to do, besides `ADVICE`.
+        advice: what the task offers against divergence.
 
     Attributes:
         skipped_steps: the number of skipped steps so far.
@@ -63,7 +60,8 @@ class Divergence(L.Callback):
         self.max_skipped_steps = max_skipped_steps
         self.max_skipped_share = max_skipped_share
         self.detect_divergence = detect_divergence
-        self._advice = self.advice = f"{ADVICE}, or {advice}" if advice else ADVICE
+        self.advice = advice
+        self._estimator: GradientEstimator | None = None
         self.skipped_steps = 0
         self._in_a_row = self._above_in_a_row = 0
         self._batches = 0
@@ -95,7 +93,7 @@ class Divergence(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         module: Any = pl_module
-        self.advice = SHRINK * module.estimates_at_step().estimator.lacks_shrinkage + self._advice
+        self._estimator = module.estimates_at_step().estimator
         self._buffers = list(pl_module.buffers())
         self._copies = [b.clone() for b in self._buffers]
 
@@ -131,9 +129,10 @@ class Divergence(L.Callback):
             print(f"fgtrain: step {trainer.global_step}: {what}; this batch is skipped", file=sys.stderr)
         self._refuse_too_many(100)
         if self._in_a_row == self.max_skipped_steps:
+            data = f"{DATA}, or " * (self.skipped_steps == self._batches)
             raise DivergenceError(
                 f"step {trainer.global_step}: {what}, for {self._in_a_row} batches in a row (skipped, the weights are "
-                f"those of the last good step); {self.advice}; lr is {_lr(trainer):.3g}"
+                f"those of the last good step); {data}{self._remedies()}; lr is {_lr(trainer):.3g}"
             )
         return False
 
@@ -156,7 +155,7 @@ class Divergence(L.Callback):
             raise DivergenceError(
                 f"step {trainer.global_step}: the loss is {loss:.4g}; its lowest value was {reference:.4g}, and it has "
                 f"been above detect_divergence={self.detect_divergence:g} times that for {self._above_in_a_row} steps; "
-                f"{self.advice}; lr is {_lr(trainer):.3g}"
+                f"{self._remedies()}; lr is {_lr(trainer):.3g}"
             )
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -169,8 +168,22 @@ class Divergence(L.Callback):
         if share is not None and self.skipped_steps > share * max(self._batches, at_least):
             raise DivergenceError(
                 f"{self._share()} were skipped, more than max_skipped_share={share:g}: their loss, a derivative or the "
-                f"gradient was not finite; look for non-finite values in the data, or {self.advice}"
+                f"gradient was not finite; {DATA}, or {self._remedies()}"
             )
+
+    def _remedies(self) -> str:
+        """What the run, its method and its task offer against divergence."""
+        capped = ["the gradient (clip_grad_norm=...)"]
+        if hasattr(self._estimator, "clip_derivative"):
+            capped.insert(0, "the derivative (clip_derivative=...)")
+        remedies = ["lower lr", f"cap {' or '.join(capped)}"]
+        if self._estimator is not None and self._estimator.lacks_shrinkage:
+            remedies.insert(0, SHRINK)
+        if hasattr(self._estimator, "num_tangents"):
+            remedies.append("take more directions (num_tangents=...)")
+        if self.advice:
+            remedies.append(self.advice)
+        return ", or ".join([", ".join(remedies[:-1]), remedies[-1]])
 
     def _share(self) -> str:
         return f"{self.skipped_steps} of {self._batches} batches"

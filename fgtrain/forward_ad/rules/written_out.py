@@ -239,6 +239,29 @@ if hasattr(F, "linear_cross_entropy"):  # torch 2.13
     IN_OTHERS[F.linear_cross_entropy] = _linear_cross_entropy
 
 
+@written_out("ctc_loss")
+def _ctc_loss(
+    log_probs: Tensor,
+    targets: Tensor,
+    input_lengths: Any,
+    target_lengths: Any,
+    blank: int = 0,
+    reduction: int = 1,
+    zero_infinity: bool = False,
+) -> Tensor:
+    """The value of the kernel, moved along the gradient that the kernel has for backpropagation."""
+    with torch.enable_grad():
+        leaf = log_probs.detach().requires_grad_()
+        found = torch.ctc_loss(leaf, targets, input_lengths, target_lengths, blank, 0, zero_infinity)
+        (slopes,) = torch.autograd.grad(found.sum(), leaf)
+    change = slopes * (log_probs - leaf.detach()).nan_to_num(0.0, 0.0, 0.0)
+    losses = found.detach()
+    losses = torch.where(losses.isfinite(), losses + change.sum((0, -1)), losses)
+    if reduction == 1:
+        return (losses / torch.as_tensor(target_lengths, device=losses.device).clamp_min(1)).mean()
+    return losses.sum() if reduction == 2 else losses
+
+
 # --- scatter ------------------------------------------------------------------------------------------------------
 
 

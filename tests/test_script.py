@@ -250,11 +250,22 @@ def test_bad_input_is_one_line(arguments, message, tmp_path):
     assert not list(tmp_path.rglob("events*"))
 
 
-def test_an_error_of_lightnings_loops_is_one_line(tmp_path):
-    status, _, err = train(tmp_path, "trainer.check_val_every_n_epoch=1", "quiet=true")
-    message = (
-        r"`val_check_interval` \(500\) must be less than .*; trainer.val_check_interval=1.0 validates after an epoch"
-    )
+ACCUMULATE = "+callbacks.x={_target_: lightning.pytorch.callbacks.GradientAccumulationScheduler, scheduling: {0: 2}}"
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        (
+            "trainer.check_val_every_n_epoch=1",
+            r"`val_check_interval` \(500\) must be less than .*; trainer.val_check_interval=1.0 validates after",
+        ),
+        (ACCUMULATE, "Automatic gradient accumulation .* is not supported for manual optimization"),
+    ],
+    ids=["loop", "callback"],
+)
+def test_what_lightning_refuses_is_one_line(argument, message, tmp_path):
+    status, _, err = train(tmp_path, argument, "quiet=true")
     assert (status, err.count("\n")) == (2, 1)
     assert re.match(rf"fgtrain: {message}", err)
 

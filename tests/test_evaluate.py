@@ -13,7 +13,8 @@ from fgtrain.commands.evaluate import main as run_command
 from fgtrain.errors import CheckpointError
 from fgtrain.runs.evaluate import evaluate
 from fgtrain.runs.messages import USER_ERRORS
-from tests.commands import train
+from tests.commands import results_under, train
+from tests.interrupted import assert_same, final_weights
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +37,20 @@ def test_equals_what_the_run_found(folder, split):
     written = json.loads((folder / f"evaluation_last_{split}.json").read_text())
     assert written["metrics"] == found["metrics"]
     assert {"method", "task", "data", "model", "seed", "num_parameters", "checkpoint"} <= written.keys()
+
+
+def test_double_precision_is_read_whole(tmp_path):
+    """By evaluation and by a resumed run: Lightning loads weights before it makes the model double."""
+    options = ("method=backprop", "trainer.precision=64-true", "scheduler=constant", "logger=none")
+    for folder, stops in (("cut", (2, 4)), ("straight", (4,))):
+        (tmp_path / folder).mkdir()
+        for steps in stops:
+            command = ("hydra.run.dir=run", "resume=auto", f"trainer.max_steps={steps}")
+            status, _, err = train(tmp_path / folder, *options, *command)
+            assert status == 0, err
+    assert_same(*(final_weights(tmp_path / name) for name in ("cut", "straight")))
+    (run,) = results_under(tmp_path / "cut")
+    assert evaluate(tmp_path / "cut" / "run", "test")["metrics"]["test/loss"] == run["metrics"]["test/loss"]
 
 
 def test_script(folder, tmp_path, monkeypatch, capsys):

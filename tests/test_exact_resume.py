@@ -300,12 +300,21 @@ class Shuffled(Small):
         return DataLoader(TensorDataset(*self._splits["train"]), self.batch_size, shuffle=True)
 
 
+class ShuffledByItsOwn(Small):
+    """As `Shuffled`, with a generator of its own."""
+
+    def train_dataloader(self):
+        generator, examples = torch.Generator().manual_seed(3), TensorDataset(*self._splits["train"])
+        return DataLoader(examples, self.batch_size, shuffle=True, generator=generator)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("data", [Shuffled, ShuffledByItsOwn])
 @pytest.mark.parametrize("validate", [EVERY_EPOCH, {"check_val_every_n_epoch": 2}, {"limit_val_batches": 0}], ids=str)
-def test_cut_at_the_end_of_an_epoch_without_a_position(validate):
+def test_cut_at_the_end_of_an_epoch_without_a_position(validate, data):
     """After its last step a checkpoint needs no position of the loader, in whichever hook it is written."""
     plan = Plan(EPOCHS, save_every=5, validate=validate)
-    assert_exact_wherever_cut(plan, range(12, 40), Shuffled)
+    assert_exact_wherever_cut(plan, range(12, 40), data)
 
 
 def cut(plan, folder, event=20):

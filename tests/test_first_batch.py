@@ -74,6 +74,13 @@ class OnlyTraining(L.LightningDataModule):
         return DataLoader(TensorDataset(x, y), self.batch_size, shuffle=True)
 
 
+class TwoLoaders(OnlyTraining):
+    """A batch is a list of two."""
+
+    def train_dataloader(self):
+        return [super().train_dataloader()] * 2
+
+
 class Wide(nn.Sequential):
     """A layer of four parameters with 4096 outputs, and a head."""
 
@@ -182,6 +189,14 @@ def test_data_without_num_classes_is_one_line(tmp_path):
     status, _, err = run(tmp_path, "", "data._target_=tests.test_first_batch.Unnumbered")
     assert (status, err.count("\n")) == (2, 1), err
     assert "model: fgtrain.models.MLP needs num_classes, which the data lacks; give the datamodule" in err
+
+
+def test_the_batch_of_several_loaders_is_looked_at(tmp_path):
+    status, _, err = train(tmp_path, "data._target_=tests.test_first_batch.TwoLoaders", *QUICK, "quiet=true")
+    assert status == 2
+    assert err.splitlines()[1:] == [
+        "fgtrain: a batch for classification must be (inputs, labels), two tensors; got 2 parts (list, list)"
+    ]
 
 
 @pytest.mark.parametrize("split", ["val", "test"])

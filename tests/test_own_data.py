@@ -73,12 +73,33 @@ def test_images(tmp_path):
         ("", None, DataError, "is empty"),
         ("\n\n", None, DataError, "not a CSV file with a header"),
         ("a,b\nq,x\n", None, DataError, "all columns but b must hold numbers"),
+        ("a;b\n1;x\n", None, DataError, "with commas between them"),
+        ("a,b\n1,x\n2, \n", None, DataError, "row 2 has no b; give it a class"),
+        ("a,b,c\n1,x,2\n3,y,nan\n", "b", DataError, "row 2 has c=nan; remove or replace such numbers"),
+        ("a,b\n1e39,x\n", None, DataError, "row 1 has a=1e39"),
+        ("a,b\n1,x\n2, x\n", None, DataError, "one class only, x;"),
+        (
+            "a,b\n" + "1,x\n" * 30 + "1,y\n",
+            None,
+            DataError,
+            "31 examples of 2 classes cannot be split .*: class y has only 1; give",
+        ),
     ],
 )
 def test_bad_tables(text, label, error, message, tmp_path):
     (tmp_path / "table.csv").write_text(text)
     with pytest.raises(error, match=message):
-        CsvTable(str(tmp_path / "table.csv"), 8, label=label)
+        CsvTable(str(tmp_path / "table.csv"), 8, label=label).load()
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_pixels_of_more_than_eight_bits_are_refused(mode, tmp_path):
+    """Pillow cuts them off: all but the darkest would be white."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.new(mode, (8, 8), 300).save(tmp_path / name / "1.tiff")
+    with pytest.raises(DataError, match=r"a/1.tiff has pixels of more than eight bits; convert it to eight"):
+        ImagesOfFolders(str(tmp_path), 8).load()
 
 
 @pytest.mark.slow

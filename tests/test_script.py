@@ -233,7 +233,10 @@ BAD = [
     ("lr=${nope}", r"Interpolation key 'nope' not found"),
     ("model._target_=builtins.int", r"model: _target_ 'builtins.int' is built in and has no signature"),
     ("lr", r"missing EQUAL"),
-    ("data=7", r"Config group override must be a string or a list. Got int"),
+    ("data=7", r"data takes the name of a file: cifar10, .*; ~data leaves the group out"),
+    ("scheduler=null", r"scheduler takes the name of a file: constant, cosine, exponential; ~scheduler leaves"),
+    ("trainer.check_val_every_n_epoch=0", r"trainer.check_val_every_n_epoch must be above 0, got 0; null counts the"),
+    ("+trainer.logger=false", r"trainer.logger: the run sets this argument; use logger=..."),
 ]
 
 
@@ -245,6 +248,26 @@ def test_bad_input_is_one_line(arguments, message, tmp_path):
     assert re.match(rf"fgtrain: .*{message}", err)
     assert out == ""
     assert not list(tmp_path.rglob("events*"))
+
+
+ACCUMULATE = "+callbacks.x={_target_: lightning.pytorch.callbacks.GradientAccumulationScheduler, scheduling: {0: 2}}"
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        (
+            "trainer.check_val_every_n_epoch=1",
+            r"`val_check_interval` \(500\) must be less than .*; trainer.val_check_interval=1.0 validates after",
+        ),
+        (ACCUMULATE, "Automatic gradient accumulation .* is not supported for manual optimization"),
+    ],
+    ids=["loop", "callback"],
+)
+def test_what_lightning_refuses_is_one_line(argument, message, tmp_path):
+    status, _, err = train(tmp_path, argument, "quiet=true")
+    assert (status, err.count("\n")) == (2, 1)
+    assert re.match(rf"fgtrain: {message}", err)
 
 
 @pytest.mark.slow

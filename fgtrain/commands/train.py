@@ -30,5 +30,5 @@ def train(cfg: DictConfig) -> float:
 
     results = launch(cfg, choices())
     if not (cfg.quiet or is_follower()):
-        print_results(results, Path(os.path.relpath(cfg.run_dir)))
+        print_results(results, Path(os.path.relpath(Path(cfg.run_dir))))
     return objective(results)

@@ -1,10 +1,11 @@
 """Your own data, from a CSV file or a folder of images, held in memory and split 70 / 10 / 20 %."""
 
 import csv
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from PIL import UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
@@ -28,7 +29,8 @@ class CsvTable(InMemoryDataModule):
 
     Raises:
         ConfigError: there is no path, or the table has no such column.
-        DataError: the file cannot be read, does not fit into memory, or holds something other than numbers.
+        DataError: the file cannot be read, does not fit into memory, lacks a label, or holds something other than
+            finite numbers.
     """
 
     def __init__(self, path: str | None, batch_size: int, seed: int = 0, label: str | None = None) -> None:
@@ -37,15 +39,25 @@ class CsvTable(InMemoryDataModule):
         if label is not None and label not in header:
             raise ConfigError(f"{path} has no column {label!r}; it has {', '.join(header)}")
         column = len(header) - 1 if label is None else header.index(label)
-        classes, self._labels = np.unique([row.pop(column) for row in rows], return_inverse=True)
+        labels = [row.pop(column).strip() for row in rows]
+        if "" in labels:
+            raise DataError(
+                f"{path}: row {labels.index('') + 1} has no {header[column]}; give it a class, or remove it"
+            )
+        classes, self._labels = np.unique(labels, return_inverse=True)
+        self._classes = classes.tolist()
         try:
-            self._inputs = np.array(rows, dtype=np.float32)
+            with np.errstate(over="ignore"):
+                self._inputs = np.array(rows, dtype=np.float32)
         except ValueError as error:
             raise DataError(f"{path}: all columns but {header[column]} must hold numbers; {error}") from error
+        for row, place in np.argwhere(~np.isfinite(self._inputs)):
+            name = [*header[:column], *header[column + 1 :]][place]
+            raise DataError(f"{path}: row {row + 1} has {name}={rows[row][place]}; remove or replace such numbers")
         self.num_classes, self.input_shape = len(classes), self._inputs.shape[1:]
 
     def load(self) -> Splits:
-        return _split(self._inputs, self._labels)
+        return _split(self._inputs, self._labels, self._classes)
 
 
 class ImagesOfFolders(InMemoryDataModule):
@@ -59,13 +71,15 @@ class ImagesOfFolders(InMemoryDataModule):
 
     Raises:
         ConfigError: there is no path.
-        DataError: it holds no images, or one that cannot be read.
+        DataError: it holds no images, or one that cannot be read or whose pixels have more than eight bits.
     """
 
     def __init__(self, path: str | None, batch_size: int, seed: int = 0, image_size: int = 32) -> None:
         super().__init__(batch_size, seed)
+        if image_size < 1:
+            raise ValueError(f"image_size must be at least 1, got {image_size}")
         try:
-            self._folder = ImageFolder(str(_existing(path)))
+            self._folder = ImageFolder(str(_existing(path)), loader=_eight_bits)
         except OSError as error:
             raise DataError(f"{path} must hold a folder of images for every class; {error}") from error
         self.image_size = image_size
@@ -82,7 +96,14 @@ class ImagesOfFolders(InMemoryDataModule):
             left, top = (image.width - side) // 2, (image.height - side) // 2
             square = image.resize((self.image_size,) * 2, box=(left, top, left + side, top + side))
             images.append(pil_to_tensor(square).numpy())
-        return _split(np.stack(images), np.array(self._folder.targets))
+        return _split(np.stack(images), np.array(self._folder.targets), self._folder.classes)
+
+
+def _eight_bits(path: str) -> Image.Image:
+    with Image.open(path) as image:
+        if image.mode[0] in "IF":  # Pillow would make all but the darkest pixels white
+            raise DataError(f"{path} has pixels of more than eight bits; convert it to eight")
+        return image.convert("RGB")
 
 
 def _existing(path: str | None) -> Path:
@@ -104,14 +125,21 @@ def _table(path: Path) -> tuple[list[str], list[list[str]]]:
         raise DataError(f"{path} is not a CSV file with a header; {error}") from error
     odd = [line for line, row in rows if len(row) != len(header)]
     if odd or not rows or len(header) < 2:
-        what = f"line {odd[0]} has another number of columns" if odd else "it needs rows, and two columns at least"
+        few = "it needs rows, and two columns at least, with commas between them"
+        what = f"line {odd[0]} has another number of columns" if odd else few
         raise DataError(f"{path}: {what}")
-    return header, [row for _, row in rows]
+    return [name.strip() for name in header], [row for _, row in rows]
 
 
-def _split(inputs: np.ndarray, labels: np.ndarray) -> Splits:
+def _split(inputs: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> Splits:
+    counts = np.bincount(labels)
+    if len(counts) < 2:
+        raise DataError(f"the data have one class only, {classes[0]}; give examples of another one")
     try:
         splits = split_by_class(inputs, labels)
     except ValueError as error:
-        raise DataError(f"the data cannot be split into training, validation and test; {error}") from error
+        raise DataError(
+            f"{len(labels)} examples of {len(counts)} classes cannot be split into training, validation and test: "
+            f"class {classes[int(counts.argmin())]} has only {counts.min()}; give ten of every class"
+        ) from error
     return splits, standardize(splits["train"][0])

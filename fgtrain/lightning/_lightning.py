@@ -40,6 +40,11 @@ def raise_limits(trainer: Any, steps: int, epochs: int) -> None:
     trainer.fit_loop.max_epochs += epochs
 
 
+def restart_loaders(trainer: Any) -> None:
+    """Make the iterator of the training loaders again; Lightning makes the first one before any hook of training."""
+    iter(trainer.fit_loop._data_fetcher)
+
+
 class Counters(NamedTuple):
     """The position of a run, as the counters in a checkpoint record it.
 

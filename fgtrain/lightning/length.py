@@ -26,6 +26,15 @@ def train_loaders(trainer: Any) -> CombinedLoader | None:
     return None
 
 
+def first_batch(trainer: Any) -> Any:
+    """The first batch as the run will see it, from loaders of its own; None if there is none."""
+    loaders = train_loaders(trainer)
+    if loaders is None:
+        loaders = CombinedLoader(copy.copy(trainer.train_dataloader))
+    with preserved_random_state():
+        return next(iter(loaders), (None,))[0]
+
+
 def batches_per_epoch(trainer: Any) -> int | float:
     """Training batches of an epoch; infinite if the loader does not know its length."""
     if trainer.train_dataloader is None and (loaders := train_loaders(trainer)) is not None:

@@ -6,13 +6,16 @@ from functools import partial
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from torch import Tensor
 
+from fgtrain.distributed import of_all_ranks
 from fgtrain.errors import CheckpointError
-from fgtrain.lightning._lightning import Counters, raise_limits
+from fgtrain.lightning._lightning import Counters, raise_limits, restart_loaders
 from fgtrain.lightning.length import batches_per_epoch, train_loaders
 from fgtrain.random import preserved_random_state, random_state, set_random_state
 
@@ -47,6 +50,7 @@ class Position(L.Callback):
         self._metrics: dict[str, Any] = {}
         self._loaders: list[Any] = []
         self._random: dict[str, Any] | None = None  # from before the loaders were made
+        self._generators: list[Tensor] = []  # the states of the loaders' own generators
         self._intervals: tuple[Any, Any] | None = None  # of validation, while they are overridden
         self._reads = self._is_complete = self._validates = self._leaves = self._loses_place = False
 
@@ -58,6 +62,7 @@ class Position(L.Callback):
         fit = checkpoint["loops"]["fit_loop"]
         metrics = {name: value.detach().cpu() for name, value in trainer.callback_metrics.items()}
         fit["state_dict"] |= {"callback_metrics": metrics, "should_stop": trainer.should_stop or self._stops}
+        fit["state_dict"]["generators"] = of_all_ranks([g.get_state() for g in _generators(trainer)])
         if self._was_last is not None:
             fit["epoch_loop.batch_progress"]["is_last_batch"] = self._was_last
 
@@ -69,6 +74,9 @@ class Position(L.Callback):
         fit = checkpoint["loops"]["fit_loop"]
         self._metrics = fit["state_dict"].get("callback_metrics", {})
         self._loaders = fit["state_dict"].get("combined_loader", [])
+        if not trainer.reload_dataloaders_every_n_epochs:  # else loaders start anew in an undisturbed run too
+            of_ranks = fit["state_dict"].get("generators", [])[trainer.global_rank :]
+            self._generators = of_ranks[0] if of_ranks else []
         loaders = train_loaders(trainer)
         able = len(self._loaders) if loaders is None else len(_stateful(loaders))  # Lightning checks those of `fit`
         if self._loaders and len(self._loaders) != able:
@@ -110,7 +118,7 @@ class Position(L.Callback):
         state.write(fit, total + self.ends_epoch - adds)
         self._validates = validates
         self._leaves = found.total > 0 and found.is_last
-        self._random = random_state() if self.ends_epoch or (validates and found.is_last) else None
+        self._random = random_state() if self.ends_epoch or self._generators or (validates and found.is_last) else None
         if is_inside and not (found.is_last or is_over) and self._loses_place:
             rank_zero_warn(
                 "the run continues in the middle of an epoch, but its training loader has no state_dict and "
@@ -137,7 +145,10 @@ class Position(L.Callback):
         if self._validates:  # whatever the step
             self._intervals = trainer.val_check_batch, trainer.check_val_every_n_epoch
             trainer.val_check_batch, trainer.check_val_every_n_epoch = 1, None
-            self._restore_random_state()
+            self._restore_random_state(trainer)
+        elif self._generators and not self.ends_epoch:
+            self._restore_random_state(trainer)
+            restart_loaders(trainer)
         if self._leaves and not self.ends_epoch:
             with preserved_random_state():
                 for loader in filter(partial(_is_limited, trainer), _loaders(trainer)):
@@ -160,12 +171,14 @@ class Position(L.Callback):
         for loader, state in zip(_loaders(trainer), self._loaders, strict=False):
             if not (self._leaves and _is_limited(trainer, loader)):
                 loader.load_state_dict(state)
-        self._restore_random_state()
+        self._restore_random_state(trainer)
         self._restore_limits(trainer)
 
-    def _restore_random_state(self) -> None:
+    def _restore_random_state(self, trainer: Any) -> None:
         if self._random is not None:
             set_random_state(self._random)
+            for generator, state in zip(_generators(trainer), self._generators, strict=False):
+                generator.set_state(state)
             self._random = None
 
     def _restore_limits(self, trainer: Any) -> None:
@@ -182,6 +195,18 @@ class Position(L.Callback):
 def _loaders(trainer: Any) -> list[Any]:
     """The loaders of the run that have a position."""
     return _stateful(CombinedLoader(trainer.train_dataloader))
+
+
+def _generators(trainer: Any) -> list[torch.Generator]:
+    """The generators of the run's loaders and of their samplers."""
+    found: dict[int, torch.Generator] = {}
+    for loader in CombinedLoader(trainer.train_dataloader).flattened:
+        batches = getattr(loader, "batch_sampler", None)
+        for part in (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)):
+            generator = getattr(part, "generator", None)
+            if isinstance(generator, torch.Generator):
+                found[id(generator)] = generator
+    return list(found.values())
 
 
 def _is_limited(trainer: Any, loader: Any) -> bool:

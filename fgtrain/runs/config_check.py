@@ -15,6 +15,9 @@ from fgtrain.errors import ConfigError
 from fgtrain.lightning.exchange import GRADIENTS
 from fgtrain.runs.config import TrainConfig, nodes, signature_of, to_plain
 
+_SET_BY_RUNS = {"callbacks": "callbacks=...", "logger": "logger=...", "default_root_dir": "hydra.run.dir=..."}
+"""Arguments of the trainer that a run sets, and the options that determine them."""
+
 
 def check(cfg: DictConfig) -> None:
     """Refuse values that are out of range or of the wrong type, and keys that are not an argument of their `_target_`.
@@ -39,11 +42,15 @@ def check(cfg: DictConfig) -> None:
             raise ConfigError(f"{group} needs a _target_, got {plain[group]!r}; choose one of conf/{group}")
     for key, off in (
         ("val_check_interval", "; trainer.limit_val_batches=0 leaves validation out"),
+        ("check_val_every_n_epoch", "; null counts the steps of all epochs"),
         ("log_every_n_steps", ""),
     ):
         value = plain["trainer"].get(key)
         if isinstance(value, (int, float)) and not value > 0:
             raise ConfigError(f"trainer.{key} must be above 0, got {value}{off}")
+    for key, option in _SET_BY_RUNS.items():
+        if key in plain["trainer"]:
+            raise ConfigError(f"trainer.{key}: the run sets this argument; use {option}")
     for path, node in nodes(plain):
         _check_node(path, node)
 

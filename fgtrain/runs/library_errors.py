@@ -1,5 +1,6 @@
 """Errors of libraries during a run that are the user's to mend, as one-line errors."""
 
+import traceback
 from collections.abc import Generator
 from contextlib import contextmanager
 
@@ -8,21 +9,33 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from fgtrain.errors import ConfigError, UserError
 from fgtrain.memory import is_out_of_memory
 
+_REMEDIES = {
+    "Early stopping conditioned on": "trainer.log_every_n_steps sets how often train/... is logged",
+    "`val_check_interval`": "trainer.val_check_interval=1.0 validates after an epoch",
+}
+"""What to do, by the beginning of the message."""
+
 
 @contextmanager
 def library_errors_named() -> Generator[None]:
-    """Raise a lack of memory as a UserError, and these errors of Lightning as a ConfigError.
-
-    They are its MisconfigurationException, and early stopping that needs a metric that has not been logged yet.
-    """
+    """Raise a lack of memory as a UserError, and what Lightning refuses as a ConfigError."""
     try:
         yield
-    except MisconfigurationException as error:
-        raise ConfigError(str(error)) from error
-    except (RuntimeError, MemoryError) as error:
-        if str(error).startswith("Early stopping conditioned on"):
-            raise ConfigError(f"{error}; trainer.log_every_n_steps sets how often train/... is logged") from error
-        if isinstance(error, UserError) or not is_out_of_memory(error):
+    except UserError:
+        raise
+    except Exception as error:
+        if isinstance(error, MisconfigurationException) or _is_raised_by_lightning(error):
+            text = str(error).strip()
+            remedy = next((f"; {remedy}" for start, remedy in _REMEDIES.items() if text.startswith(start)), "")
+            raise ConfigError(f"{text}{remedy}") from error
+        if not is_out_of_memory(error):
             raise
         reason = str(error)[-200:] or "MemoryError"
         raise UserError(f"not enough memory ({reason}); use a smaller data.batch_size or model") from error
+
+
+def _is_raised_by_lightning(error: Exception) -> bool:
+    """Whether a `raise` of Lightning's own code raised it, not a library or a function that Lightning called."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    line = traceback.extract_tb(error.__traceback__)[-1].line or ""
+    return line.startswith("raise ") and frame.f_globals.get("__name__", "").startswith("lightning.")

@@ -7,12 +7,14 @@ import threading
 import warnings
 from typing import NoReturn
 
+import yaml
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from fgtrain.errors import StorageError, UserError, disk_error
 from fgtrain.runs.config import CONF
+from fgtrain.runs.options import groups
 from fgtrain.runs.suggestions import for_file, for_key
 
 USER_ERRORS = (UserError, HydraException, OmegaConfBaseException)
@@ -88,6 +90,14 @@ def on_the_command_line(text: str) -> str:
     return hint if found and hint not in text else ""  # the launcher repeats a rank's message
 
 
+def _group_without_file() -> str | None:
+    """The group of conf/ that the command line sets to something other than names of its files."""
+    for key, _, value in (argument.partition("=") for argument in sys.argv):
+        if key in groups() and not isinstance(yaml.safe_load(value), (str, list)):
+            return key
+    return None
+
+
 def one_line(error: BaseException | str) -> str:
     """The message of an error on one line, without Hydra's internal details."""
     text = str(error)
@@ -118,6 +128,8 @@ def one_line(error: BaseException | str) -> str:
         text = f'{missing}; pip install -e ".[sweeps]" installs optuna and joblib'
     elif missing_file := re.match(r"In '.*': Could not find '([\w/]+)/([^'/]+)'", text):
         text = re.sub(r"\nConfig search path:.*", "", text, flags=re.DOTALL).rstrip() + for_file(*missing_file.groups())
+    elif text.startswith("Config group override must be a string or a list") and (group := _group_without_file()):
+        text = f"{group} takes the name of a file: {', '.join(groups()[group])}; ~{group} leaves the group out"
     elif isinstance(error, HydraException) and cause and not text.startswith("In "):
         text = f"{text}: {cause}"
     text = re.sub(r"\nConfig search path:.*", "", text, flags=re.DOTALL)

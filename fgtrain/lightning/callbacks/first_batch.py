@@ -19,6 +19,7 @@ from fgtrain.errors import ConfigError, DataError, ModelError
 from fgtrain.estimators import GradientEstimator
 from fgtrain.forward_ad.passes import RepeatedPass
 from fgtrain.lightning.callbacks.monitor import LOGGED
+from fgtrain.lightning.length import first_batch
 from fgtrain.lightning.module import EstimatorModule
 from fgtrain.memory import free_memory
 from fgtrain.network.parameters import trainable_params
@@ -44,7 +45,7 @@ class FirstBatch(L.Callback):
         data, model = trainer.datamodule, pl_module.model
         free, largest = free_memory(trainer.strategy.root_device), 0
         with preserved_random_state():
-            batch = next(iter(data.train_dataloader()), None)
+            batch = first_batch(trainer)
             if batch is None:
                 raise DataError(f"the training set of {type(data).__name__} is empty: its loader yields no batch")
             if trainer.limit_val_batches != 0 and trainer.is_global_zero:

@@ -1,6 +1,5 @@
 """The self-check of a run, on its first batch."""
 
-import copy
 import sys
 from functools import partial
 from typing import Any
@@ -9,6 +8,7 @@ import lightning as L
 from torch import Tensor
 
 from fgtrain._torch import tree_flatten, tree_map
+from fgtrain.lightning.length import first_batch
 from fgtrain.lightning.module import EstimatorModule
 from fgtrain.network.sharding import is_sharded
 from fgtrain.random import random_state, set_random_state
@@ -30,7 +30,8 @@ class SelfCheck(L.Callback):
         if any(map(is_sharded, pl_module.parameters())):
             return  # sharded: no process has the whole model
         state = random_state()
-        batch = self._few(trainer.strategy.batch_to_device(_first_batch(trainer)))
+        batch = trainer.precision_plugin.convert_input(first_batch(trainer))
+        batch = self._few(trainer.strategy.batch_to_device(batch))
         loss_fn = partial(pl_module.task.losses, batch=batch)
         try:
             with trainer.precision_plugin.train_step_context():
@@ -47,9 +48,3 @@ class SelfCheck(L.Callback):
         if len(sizes) != 1 or 0 in sizes:
             return batch
         return tree_map(lambda leaf: leaf[: self.examples] if isinstance(leaf, Tensor) else leaf, batch)
-
-
-def _first_batch(trainer: Any) -> Any:
-    """The first batch of a separate loader, so that the run's loader does not advance."""
-    loader = trainer.datamodule.train_dataloader() if trainer.datamodule else copy.copy(trainer.train_dataloader)
-    return trainer.precision_plugin.convert_input(next(iter(loader)))

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from fgtrain.distributed import Ranks
 from fgtrain.forward_ad.passes import RepeatedPass
+from fgtrain.lightning.length import first_batch
 from fgtrain.lightning.module import EstimatorModule
 from fgtrain.lightning.step import estimate_for_step
 from fgtrain.memory import peak_mib
@@ -68,5 +69,4 @@ def _first_batch(trainer: Any) -> Any:
     """A batch of a separate loader, on the device; None if ranks would have to draw it together."""
     if trainer.datamodule is None or trainer.world_size > 1:
         return None
-    batch = next(iter(trainer.datamodule.train_dataloader()))
-    return trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+    return trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(first_batch(trainer)))

@@ -7,6 +7,8 @@ from statistics import median
 from typing import NamedTuple
 
 import torch
+from lightning.fabric.utilities import move_data_to_device
+from lightning.pytorch.utilities import CombinedLoader
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -90,8 +92,8 @@ def _step(cfg: DictConfig, device: torch.device) -> _Step:
     data.prepare_data()
     data.setup("fit")
     model = module.model.to(device)
-    first = next(iter(data.train_dataloader()))
-    batch = [part.to(device) for part in first] if isinstance(first, (tuple, list)) else first.to(device)
+    loaders = CombinedLoader(data.train_dataloader(), "max_size_cycle")  # as Lightning takes them
+    batch = move_data_to_device(next(iter(loaders))[0], device)
     losses = partial(module.task.losses, batch=batch)
     optimizer = module.make_optimizer(p for p in model.parameters() if p.requires_grad)
 

@@ -52,8 +52,8 @@ SHORTENED = {
 """Additional arguments of each script, because the original commands take minutes to hours."""
 
 SWEPT = {
-    r"(method|seed|model\.groups)=(\w+),[\w,]+": r"\1=\2",
-    r"methods=\[(\w+,\w+),[\w,]+\]": r"methods=[\1]",
+    r"(method|seed|model\.groups|method\.iterations)=(\w+),[\w,]+": r"\1=\2",
+    r"methods=\[(\w+,\w+),[\w,:=]+\]": r"methods=[\1]",
     r"--num-tangents 1( \d+)+": "--num-tangents 1",
     r"--models (mlp cnn|resnet18 vit_b_16)": "--models digits_mlp",
     r"deep8 deep24 deep64": "deep8",

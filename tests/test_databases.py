@@ -14,10 +14,7 @@ PARTS = 12
 DIRECTIONS = [(Normal(), 1), (Normal(), 3), (LowRank(1), 1), (LowRank(1), 3)]
 
 REFUSED = {
-    "nn.CTCLoss train": "as nn.functional.ctc_loss",
-    "nn.CTCLoss eval": "as nn.functional.ctc_loss",
     "native_dropout_backward": "PyTorch has no rule; nobody calls it but dropout's backward pass",
-    "nn.functional.ctc_loss": "PyTorch has no rule; its recursion over alignments is no composition of others",
     "ormqr": "PyTorch has no rule; torch.linalg.householder_product(a, tau) @ c has one",
     "ormqr method": "PyTorch has no rule; torch.linalg.householder_product(a, tau) @ c has one",
     "_segment_reduce.lengths": "PyTorch has no rule; index_add, scatter_reduce or embedding_bag have one",

@@ -176,6 +176,84 @@ def test_blocks_that_return_several_values():
     assert_same(Highway()(model, lambda m: m(x).square().sum(1)), Backprop()(other, lambda m: m(x).square().sum(1)))
 
 
+class EarlyExits(nn.Module):
+    """A model whose output uses the hidden state after every block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.layers = nn.ModuleList(Residual(nn.Linear(6, 6), nn.Tanh()) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, out = self.stem(x), torch.zeros(3)
+        for layer in self.layers:
+            x = layer(x)
+            out = out + self.head(x)
+        return out
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("float64")
+def test_hidden_states_that_the_head_uses_too():
+    torch.manual_seed(0)
+    model, x = EarlyExits(), torch.randn(5, 4)
+    blocks = ["layers.0", "layers.1", "layers.2"]
+    expected = Backprop()(stopped(model, blocks), lambda m: m(x).square().sum(1))
+    assert_same(Highway()(model, lambda m: m(x).square().sum(1)), expected)
+    assert_same(Highway(WithoutABackwardPass())(model, lambda m: m(x).square().sum(1)), expected)
+    exact = Backprop()(copy.deepcopy(model), lambda m: m(x).square().sum(1))
+    assert_same(Highway(iterations=3)(model, lambda m: m(x).square().sum(1)), exact)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("estimator", [Backprop(), WithoutABackwardPass()], ids=["backward", "forward"])
+def test_a_weight_of_a_block_that_the_stem_uses_too(estimator):
+    torch.manual_seed(0)
+    shared, x = nn.Linear(6, 6), torch.randn(5, 4)
+    blocks = [Residual(nn.Linear(6, 6), nn.Tanh()) for _ in range(2)]
+    blocks[1].get_submodule("branch.0").weight = shared.weight
+    model = nn.Sequential(nn.Linear(4, 6), shared, *blocks, nn.Linear(6, 3))
+    expected = Backprop()(stopped(model, ["2", "3"]), lambda m: m(x).square().sum(1))
+    expected.grads["1.weight"] += expected.grads.pop("3.branch.0.weight", 0)
+    assert_same(Highway(estimator)(model, lambda m: m(x).square().sum(1)), expected)
+
+
+class Timed(nn.Module):
+    """A block as in a diffusion model: it takes an integer, a mask, its hidden state and the embedding of a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Linear(6, 6)
+
+    def forward(self, depth: Tensor, mask: Tensor, x: Tensor, time: Tensor) -> Tensor:
+        return x + (depth + 1) * mask * self.branch(x + time).tanh()
+
+
+class OfTimed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head, self.time = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(1, 6)
+        self.layers = nn.ModuleList(Timed() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, time = self.stem(x), self.time(x[:, :1])
+        for i, layer in enumerate(self.layers):
+            x = layer(torch.tensor(i), torch.arange(6) < 5, x=x, time=time)
+        return self.head(x)
+
+
+@pytest.mark.usefixtures("float64")
+def test_other_arguments_of_a_block():
+    torch.manual_seed(0)
+    model, x = OfTimed(), torch.randn(5, 4)
+    for estimator in (Highway(), Highway(ForwardGradient())):
+        with pytest.raises(UnsupportedOperation, match="such as the embedding of a time step, and these layers would"):
+            estimator(model, lambda m: m(x).square().sum(1))
+    model.time.requires_grad_(False)
+    expected = Backprop()(copy.deepcopy(model), lambda m: m(x).square().sum(1))
+    assert_same(Highway(iterations=2)(model, lambda m: m(x).square().sum(1)), expected)
+
+
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
@@ -246,7 +324,7 @@ def test_blocks_are_looked_for_once():
     estimator(model, loss)
     first = len(calls)
     estimator(model, loss)
-    assert len(calls) - first == first - 1
+    assert len(calls) - first == first - 2  # a pass that finds them, and one that tests what uses their outputs
     assert slots_of(model).kept(estimator, list) == ["2", "3", "4"]
 
 

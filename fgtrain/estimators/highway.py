@@ -75,7 +75,9 @@ class Highway(GradientEstimator):
     for each layer that is estimated. At any depth, memory holds the activations of one block and of the rest of the
     model. Ranks exchange the whole gradient.
 
-    The first call finds the residual blocks: with its parameters at zero, a residual block returns its input.
+    The first call finds the residual blocks: with its parameters at zero, a residual block returns its input. If the
+    loss uses the output of a block other than through the next block, as that of an early exit does, memory also holds
+    the hidden state after every block.
 
     Args:
         estimator: estimates the gradients of the blocks. If it takes no backward pass, it also estimates those of the
@@ -86,8 +88,8 @@ class Highway(GradientEstimator):
 
     Raises:
         ValueError: an argument is out of its range.
-        UnsupportedOperation: the model has no residual block; or forward mode computes delta, and examples are mixed
-            after a block.
+        UnsupportedOperation: the model has no residual block; or a block takes more from trained layers than its hidden
+            state; or forward mode computes delta, and examples are mixed after a block.
         LossError: forward mode computes delta, and losses are not per example (B,).
 
     Source: Fagnou, Caillon, Delattre, Allauzen 2025, arXiv:2501.17086. The closed forms and the losses of tokens are
@@ -142,9 +144,8 @@ class Highway(GradientEstimator):
         params = trainable_params(model)
         repeated = RepeatedPass(model)
         with eager_functions():  # compiled code would ignore replaced forwards
-            shell = Shell(self._blocks_of(model, loss_fn))
-            with shell.recording():
-                losses = plain_losses(model, loss_fn)
+            shell, losses = self._recorded(model, loss_fn)
+            loss_fn = shell.counting_from_0(loss_fn)
             repeated.rewind()
             branches = Branches()
             if self.backpropagates:
@@ -170,6 +171,25 @@ class Highway(GradientEstimator):
             for p, g in found:
                 add_grad(grads, names[id(p)], g)
         return Estimate(losses.mean(), average_grads({name: grads[name] for name in params if name in grads}, reduce))
+
+    def _recorded(self, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> tuple[Shell, Tensor]:
+        """The recorded shell of the model, and its losses.
+
+        The first call finds out whether something else than the next block uses the output of a block. If so, every
+        block is a segment of its own.
+        """
+        blocks = self._blocks_of(model, loss_fn)
+        apart: dict[tuple[nn.Module, ...], bool] = slots_of(model).kept(Shell, dict)
+        repeated, key = RepeatedPass(model), tuple(blocks)
+        shell = Shell(model, blocks, apart.get(key, False))
+        with shell.recording():
+            losses = plain_losses(model, loss_fn)
+        if key in apart:
+            return shell, losses
+        repeated.rewind()
+        apart[key] = not _is_complete(shell, model, loss_fn, losses)
+        repeated.rewind()
+        return self._recorded(model, loss_fn) if apart[key] else (shell, losses)
 
     def _blocks_of(self, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> list[nn.Module]:
         """The residual blocks, found at the first call by a pass whose effects are undone."""
@@ -208,6 +228,12 @@ class Highway(GradientEstimator):
 
     def extra_repr(self) -> str:
         return f"blocks={self.blocks}, chunk_size={self.chunk_size}, iterations={self.iterations}"
+
+
+def _is_complete(shell: Shell, model: nn.Module, loss_fn: Callable[[Any], Tensor], losses: Tensor) -> bool:
+    """Whether the losses depend on the hidden state between two blocks of a segment through the second block only."""
+    with shell.running(between=lambda x: torch.full_like(x, torch.nan)):
+        return torch.equal(plain_losses(model, shell.counting_from_0(loss_fn)).isnan(), losses.isnan())
 
 
 @contextmanager

@@ -176,6 +176,37 @@ def test_blocks_that_return_several_values():
     assert_same(Highway()(model, lambda m: m(x).square().sum(1)), Backprop()(other, lambda m: m(x).square().sum(1)))
 
 
+@pytest.mark.usefixtures("float64")
+def test_a_penalty_on_weights_of_blocks():
+    model, loss, blocks = built("MLP")
+
+    def penalised(m):
+        return loss(m) + sum(p.square().sum() for p in m.parameters())
+
+    expected = Backprop()(copy.deepcopy(model), penalised)
+    assert_same(Highway(iterations=len(blocks))(model, penalised), expected)
+
+
+class Dropped(Residual):
+    """A block that leaves its branch out at random, as LayerDrop does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if torch.rand(()) < 0.5 else x
+
+
+@pytest.mark.usefixtures("float64")
+def test_blocks_without_their_branch():
+    blocks = [Dropped(nn.Linear(6, 6), nn.Tanh()) for _ in range(6)]
+    model, x = nn.Sequential(nn.Linear(4, 6), *blocks, nn.Linear(6, 3)), torch.randn(5, 4)
+    estimates = []
+    for estimator in (Backprop(), Highway(iterations=6)):
+        estimator(model, lambda m: m(x).square().sum(1))  # the blocks are found
+        torch.manual_seed(0)
+        estimates.append(estimator(model, lambda m: m(x).square().sum(1)))
+    assert_same(*estimates[::-1])
+    assert 4 < len(estimates[0].grads) < 16
+
+
 class EarlyExits(nn.Module):
     """A model whose output uses the hidden state after every block."""
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fgtrain._torch import eager_functions, tree_map_only
-from fgtrain.errors import UnsupportedOperation
+from fgtrain.errors import LossError, UnsupportedOperation
 from fgtrain.estimators.backprop import Backprop
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, add_grad, average_grads, require_positive_int
 from fgtrain.estimators.exact_head import gradient_of_last_layer
@@ -271,10 +271,13 @@ def _learning(
                 return hidden_of(out)
 
             repeated = None if estimator.loss_at_parameters else RepeatedPass(block)
-            if estimator.backpropagates:
-                grads = estimator(block, lambda m: per_example(delta * output(m)), generator=generator).grads
-            else:
-                grads = gradients_within(estimator, block, output, delta, generator)
+            try:
+                if estimator.backpropagates:
+                    grads = estimator(block, lambda m: per_example(delta * output(m)), generator=generator).grads
+                else:
+                    grads = gradients_within(estimator, block, output, delta, generator)
+            except LossError:  # the block left its branch out in this pass, as LayerDrop does
+                grads = {}
             params = slots_of(block).params
             found.extend((params[name], g) for name, g in grads.items())
             if repeated is not None:  # the output is that of perturbed parameters
@@ -294,6 +297,7 @@ def _by_backprop(
 ) -> tuple[dict[str, Tensor], list[Tensor | None]]:
     """The gradients of all parameters outside blocks, and the gradient after every segment, by a backward pass.
 
+    The gradients of the blocks' parameters are those of their other uses, such as a penalty in the loss.
     Before a segment, the gradient through its branches is added.
     """
     points: dict[int, Tensor] = {}
@@ -307,7 +311,7 @@ def _by_backprop(
         points[segment] = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
         return points[segment]
 
-    with frozen(shell.params()), shell.running(behind), torch.enable_grad():
+    with shell.running(behind), torch.enable_grad():
         rest = slots_of(model).trainable()
         loss = sum(through_branches, check_losses(loss_fn(model)).mean())
         found = torch.autograd.grad(loss, [*rest.values(), *points.values()], allow_unused=True)

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fgtrain import Backprop, ForwardGradient, Highway, MeZO
 from fgtrain.errors import LossError, UnsupportedOperation
@@ -362,3 +363,31 @@ def test_blocks_are_looked_for_once():
 def test_iterations_need_backpropagation():
     with pytest.raises(ValueError, match="iterations=2 takes the gradient back through the branches, and ForwardGradi"):
         Highway(ForwardGradient(), iterations=2)
+
+
+@pytest.mark.usefixtures("float64")
+def test_blocks_chosen_by_the_hidden_state():
+    torch.manual_seed(0)
+    blocks = nn.ModuleList(Residual(nn.Linear(4, 4), nn.Tanh()) for _ in range(3))
+
+    def loss(blocks):
+        h = torch.ones(5, 4)
+        for block in blocks:
+            h = block(h) if h.mean() > 0 else block(block(h))
+        return h.square().sum(1)
+
+    assert_same(Highway(iterations=6)(blocks, loss), Backprop()(blocks, loss))
+
+
+def test_checkpointed_blocks_are_refused():
+    model, x = nn.ModuleList(Residual(nn.Linear(4, 4), nn.Tanh()) for _ in range(2)), torch.randn(5, 4)
+
+    def loss(blocks):
+        h = x
+        for block in blocks:
+            h = checkpoint(block, h, use_reentrant=False)
+        return h.square().sum(1)
+
+    for estimator in (Highway(), Highway(iterations=1)):
+        with pytest.raises(UnsupportedOperation, match="switch off activation checkpointing around them"):
+            estimator(model, loss)

@@ -14,6 +14,11 @@ from fgtrain.network.blocks import Forward, entering, forwards_replaced, hidden_
 
 _NOTHING = torch.empty(0)
 
+AGAIN = (
+    "residual blocks run more often than in the first pass of the step; switch off activation checkpointing around "
+    "them, since memory holds the activations of one block anyway, or train with another method"
+)
+
 
 @dataclass
 class Segment:
@@ -112,6 +117,8 @@ class Shell:
 
         def run(*args: Any, **kwargs: Any) -> Any:
             nonlocal start
+            if self._calls == len(places):
+                raise UnsupportedOperation(AGAIN)
             s, k, out = places[self._calls]
             self._calls += 1
             segment, hidden = self.segments[s], entering(args, kwargs)

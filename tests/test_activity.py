@@ -248,7 +248,9 @@ def test_exact_head_refuses_examples_mixed_behind_it(estimator, behind):
 
 def test_exact_head_refuses_a_last_layer_called_twice():
     case = Case("twice", lambda: nn.Linear(3, 3), lambda m: (m(INPUTS) - m(INPUTS + 1)).square().sum(1))
-    with pytest.raises(UnsupportedOperation, match="the last layer, is called twice"):
+    with pytest.raises(
+        UnsupportedOperation, match="the last layer, is called twice; train without it: exact_head=False"
+    ):
         estimated_grads(ActivityPerturbation(exact_head=True), case)
 
 

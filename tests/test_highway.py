@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from fgtrain import Backprop, ForwardGradient, Highway, MeZO
 from fgtrain.errors import LossError, UnsupportedOperation
@@ -176,6 +177,115 @@ def test_blocks_that_return_several_values():
     assert_same(Highway()(model, lambda m: m(x).square().sum(1)), Backprop()(other, lambda m: m(x).square().sum(1)))
 
 
+@pytest.mark.usefixtures("float64")
+def test_a_penalty_on_weights_of_blocks():
+    model, loss, blocks = built("MLP")
+
+    def penalised(m):
+        return loss(m) + sum(p.square().sum() for p in m.parameters())
+
+    expected = Backprop()(copy.deepcopy(model), penalised)
+    assert_same(Highway(iterations=len(blocks))(model, penalised), expected)
+
+
+class Dropped(Residual):
+    """A block that leaves its branch out at random, as LayerDrop does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if torch.rand(()) < 0.5 else x
+
+
+@pytest.mark.usefixtures("float64")
+def test_blocks_without_their_branch():
+    blocks = [Dropped(nn.Linear(6, 6), nn.Tanh()) for _ in range(6)]
+    model, x = nn.Sequential(nn.Linear(4, 6), *blocks, nn.Linear(6, 3)), torch.randn(5, 4)
+    estimates = []
+    for estimator in (Backprop(), Highway(iterations=6)):
+        estimator(model, lambda m: m(x).square().sum(1))  # the blocks are found
+        torch.manual_seed(0)
+        estimates.append(estimator(model, lambda m: m(x).square().sum(1)))
+    assert_same(*estimates[::-1])
+    assert 4 < len(estimates[0].grads) < 16
+
+
+class EarlyExits(nn.Module):
+    """A model whose output uses the hidden state after every block."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.layers = nn.ModuleList(Residual(nn.Linear(6, 6), nn.Tanh()) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, out = self.stem(x), torch.zeros(3)
+        for layer in self.layers:
+            x = layer(x)
+            out = out + self.head(x)
+        return out
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("float64")
+def test_hidden_states_that_the_head_uses_too():
+    torch.manual_seed(0)
+    model, x = EarlyExits(), torch.randn(5, 4)
+    blocks = ["layers.0", "layers.1", "layers.2"]
+    expected = Backprop()(stopped(model, blocks), lambda m: m(x).square().sum(1))
+    assert_same(Highway()(model, lambda m: m(x).square().sum(1)), expected)
+    assert_same(Highway(WithoutABackwardPass())(model, lambda m: m(x).square().sum(1)), expected)
+    exact = Backprop()(copy.deepcopy(model), lambda m: m(x).square().sum(1))
+    assert_same(Highway(iterations=3)(model, lambda m: m(x).square().sum(1)), exact)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("estimator", [Backprop(), WithoutABackwardPass()], ids=["backward", "forward"])
+def test_a_weight_of_a_block_that_the_stem_uses_too(estimator):
+    torch.manual_seed(0)
+    shared, x = nn.Linear(6, 6), torch.randn(5, 4)
+    blocks = [Residual(nn.Linear(6, 6), nn.Tanh()) for _ in range(2)]
+    blocks[1].get_submodule("branch.0").weight = shared.weight
+    model = nn.Sequential(nn.Linear(4, 6), shared, *blocks, nn.Linear(6, 3))
+    expected = Backprop()(stopped(model, ["2", "3"]), lambda m: m(x).square().sum(1))
+    expected.grads["1.weight"] += expected.grads.pop("3.branch.0.weight", 0)
+    assert_same(Highway(estimator)(model, lambda m: m(x).square().sum(1)), expected)
+
+
+class Timed(nn.Module):
+    """A block as in a diffusion model: it takes an integer, a mask, its hidden state and the embedding of a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branch = nn.Linear(6, 6)
+
+    def forward(self, depth: Tensor, mask: Tensor, x: Tensor, time: Tensor) -> Tensor:
+        return x + (depth + 1) * mask * self.branch(x + time).tanh()
+
+
+class OfTimed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head, self.time = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(1, 6)
+        self.layers = nn.ModuleList(Timed() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, time = self.stem(x), self.time(x[:, :1])
+        for i, layer in enumerate(self.layers):
+            x = layer(torch.tensor(i), torch.arange(6) < 5, x=x, time=time)
+        return self.head(x)
+
+
+@pytest.mark.usefixtures("float64")
+def test_other_arguments_of_a_block():
+    torch.manual_seed(0)
+    model, x = OfTimed(), torch.randn(5, 4)
+    for estimator in (Highway(), Highway(ForwardGradient())):
+        with pytest.raises(UnsupportedOperation, match="such as the embedding of a time step, and these layers would"):
+            estimator(model, lambda m: m(x).square().sum(1))
+    model.time.requires_grad_(False)
+    expected = Backprop()(copy.deepcopy(model), lambda m: m(x).square().sum(1))
+    assert_same(Highway(iterations=2)(model, lambda m: m(x).square().sum(1)), expected)
+
+
 @pytest.mark.parametrize(
     ("model", "options", "message"),
     [
@@ -246,10 +356,38 @@ def test_blocks_are_looked_for_once():
     estimator(model, loss)
     first = len(calls)
     estimator(model, loss)
-    assert len(calls) - first == first - 1
+    assert len(calls) - first == first - 2  # a pass that finds them, and one that tests what uses their outputs
     assert slots_of(model).kept(estimator, list) == ["2", "3", "4"]
 
 
 def test_iterations_need_backpropagation():
     with pytest.raises(ValueError, match="iterations=2 takes the gradient back through the branches, and ForwardGradi"):
         Highway(ForwardGradient(), iterations=2)
+
+
+@pytest.mark.usefixtures("float64")
+def test_blocks_chosen_by_the_hidden_state():
+    torch.manual_seed(0)
+    blocks = nn.ModuleList(Residual(nn.Linear(4, 4), nn.Tanh()) for _ in range(3))
+
+    def loss(blocks):
+        h = torch.ones(5, 4)
+        for block in blocks:
+            h = block(h) if h.mean() > 0 else block(block(h))
+        return h.square().sum(1)
+
+    assert_same(Highway(iterations=6)(blocks, loss), Backprop()(blocks, loss))
+
+
+def test_checkpointed_blocks_are_refused():
+    model, x = nn.ModuleList(Residual(nn.Linear(4, 4), nn.Tanh()) for _ in range(2)), torch.randn(5, 4)
+
+    def loss(blocks):
+        h = x
+        for block in blocks:
+            h = checkpoint(block, h, use_reentrant=False)
+        return h.square().sum(1)
+
+    for estimator in (Highway(), Highway(iterations=1)):
+        with pytest.raises(UnsupportedOperation, match="switch off activation checkpointing around them"):
+            estimator(model, loss)

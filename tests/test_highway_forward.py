@@ -211,3 +211,22 @@ def test_the_rows_of_delta_are_tried_once(monkeypatch):
         highway(model, loss)
         numbers.append(len(counts))
     assert numbers == [2, 1]
+
+
+class OnGraph(nn.Module):
+    """x + sum of the neighbours; node 0 has none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.outer = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        edges = torch.tensor([[1, 2, 3, 4, 1], [2, 3, 4, 1, 3]])
+        z = self.inner(x)
+        return x + self.outer(z.index_add(1, edges[1], z[:, edges[0]]).tanh())
+
+
+def test_nodes_of_a_graph_are_not_separate_rows():
+    x, delta = torch.randn(3, 5, 6), torch.randn(3, 5, 6)
+    _, ways = closed_forms(OnGraph(), lambda m: m(x).flatten(), delta)
+    assert ways.by_rows == {"outer.weight"}

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from fgtrain import Normal, Rademacher, SecondOrder
+from fgtrain import GaussNewton, Normal, Rademacher, SecondOrder
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.estimators.second_order import curvature_in_span
 from fgtrain.random import draw_seeds
@@ -94,7 +94,7 @@ def test_curvature_is_exact(case):
     ],
 )
 def test_what_cannot_be_differentiated_twice_is_one_line(loss, operation):
-    with pytest.raises(UnsupportedOperation, match=f"^the loss function uses {operation}, which has no forw[^\n]*$"):
+    with pytest.raises(UnsupportedOperation, match=f"^the loss function uses {operation}, which has no second[^\n]*$"):
         SecondOrder()(nn.Linear(3, 2), loss)
 
 
@@ -183,3 +183,14 @@ def test_length_of_the_directions_does_not_matter():
 def test_bad_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         SecondOrder(**arguments)
+
+
+@pytest.mark.parametrize("estimator", [SecondOrder(num_tangents=2), GaussNewton(num_tangents=2)], ids=["newton", "gn"])
+def test_a_loss_without_second_derivatives(estimator):
+    targets, lengths = torch.tensor([[1, 2], [2, 3]]), torch.tensor([6, 6])
+
+    def loss(m):
+        return nn.functional.ctc_loss(m(torch.ones(6, 2, 4)).log_softmax(-1), targets, lengths, lengths - 4)
+
+    with pytest.raises(UnsupportedOperation, match=r"ctc_loss, which has no second derivative in .* ForwardGradient$"):
+        estimator(nn.Linear(4, 5), loss)

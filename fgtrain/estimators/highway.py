@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fgtrain._torch import eager_functions, tree_map_only
-from fgtrain.errors import UnsupportedOperation
+from fgtrain.errors import LossError, UnsupportedOperation
 from fgtrain.estimators.backprop import Backprop
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, add_grad, average_grads, require_positive_int
 from fgtrain.estimators.exact_head import gradient_of_last_layer
@@ -75,7 +75,9 @@ class Highway(GradientEstimator):
     for each layer that is estimated. At any depth, memory holds the activations of one block and of the rest of the
     model. Ranks exchange the whole gradient.
 
-    The first call finds the residual blocks: with its parameters at zero, a residual block returns its input.
+    The first call finds the residual blocks: with its parameters at zero, a residual block returns its input. If the
+    loss uses the output of a block other than through the next block, as that of an early exit does, memory also holds
+    the hidden state after every block.
 
     Args:
         estimator: estimates the gradients of the blocks. If it takes no backward pass, it also estimates those of the
@@ -86,8 +88,8 @@ class Highway(GradientEstimator):
 
     Raises:
         ValueError: an argument is out of its range.
-        UnsupportedOperation: the model has no residual block; or forward mode computes delta, and examples are mixed
-            after a block.
+        UnsupportedOperation: the model has no residual block; or a block takes more from trained layers than its hidden
+            state; or forward mode computes delta, and examples are mixed after a block.
         LossError: forward mode computes delta, and losses are not per example (B,).
 
     Source: Fagnou, Caillon, Delattre, Allauzen 2025, arXiv:2501.17086. The closed forms and the losses of tokens are
@@ -142,9 +144,8 @@ class Highway(GradientEstimator):
         params = trainable_params(model)
         repeated = RepeatedPass(model)
         with eager_functions():  # compiled code would ignore replaced forwards
-            shell = Shell(self._blocks_of(model, loss_fn))
-            with shell.recording():
-                losses = plain_losses(model, loss_fn)
+            shell, losses = self._recorded(model, loss_fn)
+            loss_fn = shell.counting_from_0(loss_fn)
             repeated.rewind()
             branches = Branches()
             if self.backpropagates:
@@ -170,6 +171,25 @@ class Highway(GradientEstimator):
             for p, g in found:
                 add_grad(grads, names[id(p)], g)
         return Estimate(losses.mean(), average_grads({name: grads[name] for name in params if name in grads}, reduce))
+
+    def _recorded(self, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> tuple[Shell, Tensor]:
+        """The recorded shell of the model, and its losses.
+
+        The first call finds out whether something else than the next block uses the output of a block. If so, every
+        block is a segment of its own.
+        """
+        blocks = self._blocks_of(model, loss_fn)
+        apart: dict[tuple[nn.Module, ...], bool] = slots_of(model).kept(Shell, dict)
+        repeated, key = RepeatedPass(model), tuple(blocks)
+        shell = Shell(model, blocks, apart.get(key, False))
+        with shell.recording():
+            losses = plain_losses(model, loss_fn)
+        if key in apart:
+            return shell, losses
+        repeated.rewind()
+        apart[key] = not _is_complete(shell, model, loss_fn, losses)
+        repeated.rewind()
+        return self._recorded(model, loss_fn) if apart[key] else (shell, losses)
 
     def _blocks_of(self, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> list[nn.Module]:
         """The residual blocks, found at the first call by a pass whose effects are undone."""
@@ -210,6 +230,15 @@ class Highway(GradientEstimator):
         return f"blocks={self.blocks}, chunk_size={self.chunk_size}, iterations={self.iterations}"
 
 
+def _is_complete(shell: Shell, model: nn.Module, loss_fn: Callable[[Any], Tensor], losses: Tensor) -> bool:
+    """Whether the losses depend on the hidden state between two blocks of a segment through the second block only."""
+    with shell.running(between=lambda x: torch.full_like(x, torch.nan)):
+        try:
+            return torch.equal(plain_losses(model, shell.counting_from_0(loss_fn)).isnan(), losses.isnan())
+        except UnsupportedOperation:  # which blocks run depends on the hidden state
+            return False
+
+
 @contextmanager
 def _learning(
     shell: Shell, estimator: GradientEstimator, branches: Branches, generator: torch.Generator
@@ -245,10 +274,13 @@ def _learning(
                 return hidden_of(out)
 
             repeated = None if estimator.loss_at_parameters else RepeatedPass(block)
-            if estimator.backpropagates:
-                grads = estimator(block, lambda m: per_example(delta * output(m)), generator=generator).grads
-            else:
-                grads = gradients_within(estimator, block, output, delta, generator)
+            try:
+                if estimator.backpropagates:
+                    grads = estimator(block, lambda m: per_example(delta * output(m)), generator=generator).grads
+                else:
+                    grads = gradients_within(estimator, block, output, delta, generator)
+            except LossError:  # the block left its branch out in this pass, as LayerDrop does
+                grads = {}
             params = slots_of(block).params
             found.extend((params[name], g) for name, g in grads.items())
             if repeated is not None:  # the output is that of perturbed parameters
@@ -268,6 +300,7 @@ def _by_backprop(
 ) -> tuple[dict[str, Tensor], list[Tensor | None]]:
     """The gradients of all parameters outside blocks, and the gradient after every segment, by a backward pass.
 
+    The gradients of the blocks' parameters are those of their other uses, such as a penalty in the loss.
     Before a segment, the gradient through its branches is added.
     """
     points: dict[int, Tensor] = {}
@@ -281,7 +314,7 @@ def _by_backprop(
         points[segment] = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
         return points[segment]
 
-    with frozen(shell.params()), shell.running(behind), torch.enable_grad():
+    with shell.running(behind), torch.enable_grad():
         rest = slots_of(model).trainable()
         loss = sum(through_branches, check_losses(loss_fn(model)).mean())
         found = torch.autograd.grad(loss, [*rest.values(), *points.values()], allow_unused=True)

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from fgtrain._torch import tree_map_only
+from fgtrain.errors import UnsupportedOperation
 from fgtrain.network.blocks import Forward, entering, forwards_replaced, hidden_of
-from fgtrain.network.shell import Shell
+from fgtrain.network.shell import AGAIN, Shell
 
 Through = Callable[[Tensor], Tensor]
 """d -> J^T d, where d is a gradient after a residual block and J the Jacobian of its branch."""
@@ -36,7 +37,9 @@ class Branches:
         left = [list(sums) for sums in self.sums]
 
         def after_next(through: Through | None) -> tuple[int, Tensor | None]:
-            s = next(places)
+            s = next(places, None)
+            if s is None:
+                raise UnsupportedOperation(AGAIN)
             after = self.deltas[0][s]
             for later, deltas in zip(left, self.deltas[1:], strict=True):
                 delta, rest = deltas[s], later[s]

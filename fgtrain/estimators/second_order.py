@@ -132,7 +132,7 @@ def curvature_in_span(
 
     repeated.rewind()
     # Gradients are enabled because PyTorch then chooses rules that can be differentiated again; no graph is recorded.
-    with no_fast_paths(), WrittenOut(), named_errors(model), torch.enable_grad():
+    with no_fast_paths(), WrittenOut(), named_errors(model, second=True), torch.enable_grad():
         rows = vmap(row, randomness="same", out_dims=(None, None, 0))
         loss, first, second = rows(stacked)
     if any(True for _ in model.buffers()):

@@ -11,28 +11,35 @@ from fgtrain.errors import UnsupportedOperation
 
 
 class named_errors:  # noqa: N801 - a context manager used like a function
-    """A context in which PyTorch's "no forward AD" errors become an UnsupportedOperation."""
+    """A context in which PyTorch's "no forward AD" errors become an UnsupportedOperation.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        model: the model, whose modules are named.
+        second: whether second derivatives are taken.
+    """
+
+    def __init__(self, model: nn.Module, second: bool = False) -> None:
         self._model = model
+        self._second = second
 
     def __enter__(self) -> None:
         pass
 
-    def __exit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+    def __exit__(self, _: Any, error: BaseException | None, traceback: Any) -> None:
         if not isinstance(error, RuntimeError) or isinstance(error, UnsupportedOperation):
             return
         operation = _refused_operation(error)
         if operation is None:
             return
-        instead = next((hint for part, hint in _INSTEAD.items() if part in operation), _OTHERWISE)
+        kind, otherwise, method = "forward-mode derivative", "replace that module, define jvp for it", "Backprop"
+        if self._second:
+            kind, otherwise, method = "second derivative in forward mode", "replace it", "ForwardGradient"
+        instead = next((hint for part, hint in _INSTEAD.items() if part in operation), otherwise)
         raise UnsupportedOperation(
-            f"{_where(self._model, error)} uses {operation}, which has no forward-mode derivative; {instead}, or train "
-            "with Backprop"
+            f"{_where(self._model, error)} uses {operation}, which has no {kind}; {instead}, or train with {method}"
         ) from error
 
 
-_OTHERWISE = "replace that module, define jvp for it"
 _INSTEAD = {
     "grouped_mm": "call the experts one by one or batched (in transformers: experts_implementation='eager')",
     "segment_reduce": "use torch.index_add, torch.scatter_reduce or F.embedding_bag",

@@ -27,8 +27,12 @@ def with_hidden(output: Any, hidden: Tensor) -> Any:
 
 
 def entering(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """The hidden state among a block's arguments: the first tensor; None where there is none."""
-    return next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+    """The hidden state among a block's arguments: the first tensor of numbers, not of indices or truth values.
+
+    If there is no such tensor it is the first of all, and None where there is none.
+    """
+    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+    return next((x for x in tensors if x.is_floating_point()), tensors[0] if tensors else None)
 
 
 def keeps_shape(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> bool:

@@ -8,9 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fgtrain._torch import tree_leaves
+from fgtrain.errors import UnsupportedOperation
 from fgtrain.network.blocks import Forward, entering, forwards_replaced, hidden_of, with_hidden
 
 _NOTHING = torch.empty(0)
+
+AGAIN = (
+    "residual blocks run more often than in the first pass of the step; switch off activation checkpointing around "
+    "them, since memory holds the activations of one block anyway, or train with another method"
+)
 
 
 @dataclass
@@ -34,21 +41,29 @@ class Shell:
     """A model whose residual blocks add constants to the hidden state.
 
     Args:
-        blocks: the residual blocks.
+        model: the model.
+        blocks: its residual blocks.
+        apart: whether every block is a segment of its own. That is right for every model, but holds the hidden state
+            after every block.
 
     Attributes:
         segments: the segments of the recorded pass.
         forwards: {block: its original forward method}.
     """
 
-    def __init__(self, blocks: Iterable[nn.Module]) -> None:
+    def __init__(self, model: nn.Module, blocks: Iterable[nn.Module], apart: bool = False) -> None:
         self.blocks = list(blocks)
+        self.apart = apart
+        self._calls = 0
         self.segments: list[Segment] = []
         self.forwards: dict[nn.Module, Forward] = {block: block.forward for block in self.blocks}
+        inside = {module for block in self.blocks for module in block.modules()}
+        others = {p for module in model.modules() if module not in inside for p in module.parameters(recurse=False)}
+        self._params = [p for block in self.blocks for p in block.parameters() if p not in others]
 
     def params(self) -> Iterable[nn.Parameter]:
-        """The blocks' parameters."""
-        return (p for block in self.blocks for p in block.parameters())
+        """The parameters that only blocks have; one that is tied to a layer elsewhere learns there, too."""
+        return self._params
 
     @contextmanager
     def recording(self) -> Generator[None]:
@@ -57,7 +72,7 @@ class Shell:
         def recorded(forward: Forward) -> Forward:
             def run(*args: Any, **kwargs: Any) -> Any:
                 x, segment = entering(args, kwargs), self.segments[-1] if self.segments else None
-                if segment is None or segment.end is not x or segment.version != x._version:
+                if self.apart or segment is None or segment.end is not x or segment.version != x._version:
                     segment = Segment(x.clone(), x, x._version, [])  # a copy, because the block may work in place
                     self.segments.append(segment)
                 out = forward(*args, **kwargs)
@@ -71,23 +86,51 @@ class Shell:
         with forwards_replaced({block: recorded(forward) for block, forward in self.forwards.items()}):
             yield
 
+    def counting_from_0(self, run: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+        """The function `run`, each call of which is a new pass, whether or not the last pass came to its end."""
+
+        def started(model: Any) -> Tensor:
+            self._calls = 0
+            return run(model)
+
+        return started
+
     @contextmanager
-    def running(self, behind: Callable[[int, Tensor], Tensor] = lambda _, x: x) -> Generator[None]:
+    def running(
+        self,
+        behind: Callable[[int, Tensor], Tensor] = lambda _, x: x,
+        between: Callable[[Tensor], Tensor] = lambda x: x,
+    ) -> Generator[None]:
         """A context in which blocks are identities, and the last block of a segment adds a constant.
+
+        The model must run by a function of `counting_from_0`.
 
         Args:
             behind: maps the index of a segment and its output to a replacement of the output.
+            between: maps the hidden state between two blocks to a replacement, which the second block ignores.
+
+        Raises:
+            UnsupportedOperation: another argument of a block depends on trained parameters.
         """
-        number = 0
+        start = _NOTHING
         places = [(s, k, out) for s, segment in enumerate(self.segments) for k, out in enumerate(segment.outputs)]
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            nonlocal number
-            s, k, out = places[number % len(places)]  # an estimator may run the model several times
-            number += 1
-            x, segment = entering(args, kwargs), self.segments[s]
-            if k == len(segment.outputs) - 1:
-                x = behind(s, x + (segment.end - segment.start))
+            nonlocal start
+            if self._calls == len(places):
+                raise UnsupportedOperation(AGAIN)
+            s, k, out = places[self._calls]
+            self._calls += 1
+            segment, hidden = self.segments[s], entering(args, kwargs)
+            if any(isinstance(a, Tensor) and a.requires_grad and a is not hidden for a in tree_leaves((args, kwargs))):
+                raise UnsupportedOperation(
+                    "a residual block takes more from trained layers than its hidden state, such as the embedding of "
+                    "a time step, and these layers would not learn from it; freeze them, or train with another method"
+                )
+            if k == 0:
+                start = hidden
+            last = k == len(segment.outputs) - 1
+            x = behind(s, start + (segment.end - segment.start)) if last else between(start)
             return with_hidden(out, x)
 
         with forwards_replaced(dict.fromkeys(self.blocks, run)):

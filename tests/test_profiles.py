@@ -102,7 +102,7 @@ def test_script(tmp_path, monkeypatch, capsys):
     assert re.findall(r"\d+", header) == ["10", "30"]  # what was run, and no more
 
 
-def test_a_folder_that_cannot_be_made_is_noticed_first(tmp_path, monkeypatch, capsys):
+def test_a_folder_that_cannot_be_made_is_noticed_first(float64, tmp_path, monkeypatch, capsys):
     (tmp_path / "file").touch()
     monkeypatch.setattr(sys, "argv", ["profiles", "--out", str(tmp_path / "file" / "out")])
     with pytest.raises(SystemExit) as end:

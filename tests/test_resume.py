@@ -266,7 +266,7 @@ def test_weights_without_a_run_are_one_line(tmp_path):
 
 
 class SignalInTest(L.Callback):
-    def on_test_batch_start(self, *_):
+    def on_test_start(self, trainer, pl_module):
         os.kill(os.getpid(), signal.SIGINT)
 
 

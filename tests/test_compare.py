@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -227,6 +228,13 @@ def test_mistakes_are_told_before_anything_runs(arguments, message, tmp_path):
     with pytest.raises(USER_ERRORS, match=message):
         run_compare(tmp_path, *arguments.split())
     assert not list(tmp_path.rglob("results.json"))
+
+
+def test_a_corrected_comparison_may_use_the_folder_of_a_refused_one(tmp_path):
+    plan = parse(["methods=[backprop]", "model=nope", f"out={tmp_path}"])
+    plan.remember()
+    replace(plan, overrides=["model=mlp"]).remember()
+    assert "model=mlp" in (tmp_path / "plan.json").read_text()
 
 
 def test_a_folder_keeps_one_comparison(compared):

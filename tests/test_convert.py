@@ -153,6 +153,26 @@ def test_several_optimizers_step_together(tmp_path):
     assert [g["lr"] for g in loaded.optimizers[0].param_groups] == [g["lr"] for g in trainer.optimizers[0].param_groups]
 
 
+class Reversed(NoDropout):
+    """Two optimizers, of which the first has no state."""
+
+    def configure_optimizers(self):
+        last, first = self.net[3].parameters(), self.net[:2].parameters()
+        return [torch.optim.SGD(last, 0.1), torch.optim.Adam(first, lr=0.01)]
+
+
+@pytest.mark.parametrize(("user_class", "options"), [(Reversed, {}), (NoDropout, {"precision": "64-true"})])
+def test_a_run_resumed_twice_is_exact(user_class, options, tmp_path):
+    """With two optimizers, and in double precision: Lightning itself loads weights before it converts the module."""
+    expected, path = made(user_class, ForwardGradient()), None
+    fit(expected, tmp_path, **options)
+    for epochs in (1, 2, 3):
+        module = made(user_class, ForwardGradient())
+        trainer = fit(module, tmp_path, ckpt_path=path, max_epochs=epochs, **options)
+        trainer.save_checkpoint(path := tmp_path / f"{epochs}.ckpt")
+    assert_same(expected, module)
+
+
 class PerExample(NoDropout):
     def training_step(self, batch, batch_idx):
         return F.cross_entropy(self.net(batch[0]), batch[1], reduction="none")

@@ -2,6 +2,7 @@
 
 import contextlib
 import shutil
+import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -416,3 +417,34 @@ def test_results_of_a_run_cut_twice(tmp_path, monkeypatch):
         del results["metrics"]["train/step_ms"]
     assert found == expected
     assert {"val/loss", "train/loss", "test/acc"} <= found["metrics"].keys()
+
+
+class Jittered(TensorDataset):
+    """Examples with noise, which a worker draws."""
+
+    def __getitem__(self, index):
+        inputs, labels = super().__getitem__(index)
+        return inputs + torch.randn_like(inputs), labels
+
+
+class Workers(Small):
+    """A loader that starts its worker once, or in every epoch."""
+
+    persistent = True
+
+    def train_dataloader(self):
+        whole = super().train_dataloader()
+        examples = Jittered(whole.inputs, whole.labels)
+        return DataLoader(examples, 8, shuffle=True, num_workers=1, persistent_workers=self.persistent)
+
+
+def test_random_numbers_of_workers(monkeypatch):
+    """They continue exactly, or a line says that they do not."""
+    plan = Plan({"max_epochs": 2}, validate={"limit_val_batches": 0}, save_every=5, cuts=((14, True),))
+    with pytest.warns(UserWarning, match="persistent_workers=False avoids it"):
+        outcome(plan, Workers)
+    monkeypatch.setattr(Workers, "persistent", False)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert_exact(plan, Workers)
+    assert not [w for w in caught if "persistent_workers=False avoids" in str(w.message)]

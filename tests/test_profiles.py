@@ -100,3 +100,12 @@ def test_script(tmp_path, monkeypatch, capsys):
     assert f"share of {len(rows)} problems" in out
     header = next(line for line in out.splitlines() if "method" in line)
     assert re.findall(r"\d+", header) == ["10", "30"]  # what was run, and no more
+
+
+def test_a_folder_that_cannot_be_made_is_noticed_first(float64, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["profiles", "--out", str(tmp_path / "file" / "out")])
+    with pytest.raises(SystemExit) as end:
+        run_command()
+    assert end.value.code == 2
+    assert capsys.readouterr().err == f"fgtrain: cannot write {tmp_path / 'file' / 'out'}: Not a directory\n"

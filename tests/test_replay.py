@@ -171,3 +171,16 @@ def test_log_of_a_stranger_is_one_line(part, value, tmp_path):
     save_atomically(log | {"derivatives": torch.zeros(30, 1), part: value}, tmp_path / "replay.pt")
     with pytest.raises(CheckpointError, match=rf"replay.pt is damaged: {part} cannot come from a run"):
         replay(tmp_path)
+
+
+def test_a_folder_without_a_log(tmp_path):
+    with pytest.raises(CheckpointError, match=r"there is no .*replay.pt; only a run with callbacks=replay_log writes"):
+        replay(tmp_path)
+
+
+def test_a_place_that_cannot_be_written_is_noticed_first(tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sys, "argv", ["replay", str(tmp_path), str(tmp_path / "file" / "weights.pt")])
+    with pytest.raises(SystemExit):
+        run_command()
+    assert capsys.readouterr().err == f"fgtrain: cannot write {tmp_path / 'file'}: File exists\n"

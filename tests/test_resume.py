@@ -265,15 +265,24 @@ def test_weights_without_a_run_are_one_line(tmp_path):
         assert message in err
 
 
-def test_ctrl_c_without_checkpoints_is_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr("fgtrain.runs.run.StepProgress", lambda: SignalAt(16, signal.SIGINT))
+class SignalInTest(L.Callback):
+    def on_test_start(self, trainer, pl_module):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("callback", "where"),
+    [(SignalAt(16, signal.SIGINT), "16, which was not saved"), (SignalInTest(), "60, during the test")],
+)
+def test_ctrl_c_without_checkpoints_is_one_line(callback, where, tmp_path, monkeypatch):
+    monkeypatch.setattr("fgtrain.runs.run.StepProgress", lambda: callback)
     handler = signal.getsignal(signal.SIGINT)
     try:
         status, _, err = train(tmp_path, *STEPS, "callbacks=none")
     finally:
         signal.signal(signal.SIGINT, handler)  # Lightning leaves it ignored
     assert status == 130
-    assert err.splitlines()[-1] == "fgtrain: interrupted after step 16, which was not saved"
+    assert err.splitlines()[-1] == f"fgtrain: interrupted after step {where}"
     assert "Traceback" not in err
     assert not results_under(tmp_path)
 

@@ -22,8 +22,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from fgtrain.lightning.atomic_files import make_folder
 from fgtrain.memory import keep_freed_memory
-from fgtrain.runs.messages import USER_ERRORS, OneLineParser, fail, silence_libraries, wide_console
+from fgtrain.runs.messages import OneLineParser, errors_as_lines, silence_libraries, wide_console
 from fgtrain.studies.benchmarks.chains import chains_table, measure_chains
 from fgtrain.studies.benchmarks.loop import loop_overhead
 from fgtrain.studies.benchmarks.methods import methods_of
@@ -71,15 +72,15 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Measure, print the table, write the rows."""
     args = parse()
-    try:
+    with errors_as_lines(ValueError, RuntimeError):
         bench(args)
-    except (*USER_ERRORS, ValueError, RuntimeError) as error:
-        fail(error)
 
 
 def bench(args: argparse.Namespace) -> None:
     """Measure what the command line asks for."""
     keep_freed_memory()
+    if args.json:
+        make_folder(args.json.parent)
     if args.thin_wire:
         print_thin_wire(args)
         return
@@ -175,7 +176,7 @@ def print_thin_wire(args: argparse.Namespace) -> None:
     mbit = args.mbit or mbit
     if not min(*mbit, *(problem.seconds for problem in problems.values())) > 0:
         raise ValueError("--mbit and --seconds must be positive")
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_folder(args.out)
     jobs = [(data, method, rate) for data in problems for rate in mbit for method in methods]
     measured: list[Measured] = []
     console, progress = Console(), Console(stderr=True)

@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.progress import track
 
 from fgtrain.figures import save
+from fgtrain.lightning.atomic_files import make_folder
 from fgtrain.memory import keep_freed_memory
-from fgtrain.runs.messages import USER_ERRORS, OneLineParser, fail, silence_libraries, wide_console
+from fgtrain.runs.messages import OneLineParser, errors_as_lines, silence_libraries, wide_console
 from fgtrain.studies.calibration import HEADINGS, METHODS, Cost, costs, draw, follow, rows_of, search, table_of
 from fgtrain.studies.compare.table import markdown_table
 from fgtrain.tasks import Calibration
@@ -47,10 +48,8 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Calibrate, write the results and print the table."""
     args = parse()
-    try:
+    with errors_as_lines(ValueError):
         calibrate(args)
-    except (*USER_ERRORS, ValueError) as error:
-        fail(error)
 
 
 def calibrate(args: argparse.Namespace) -> None:
@@ -61,6 +60,7 @@ def calibrate(args: argparse.Namespace) -> None:
     if args.starts < 1 or not args.seconds > 0:
         raise ValueError(f"--starts must be at least 1 and --seconds positive, got {args.starts} and {args.seconds}")
     task, console = _task(args), Console(stderr=True)
+    make_folder(args.out)
     with console.status("compiling"):
         for method in METHODS:
             follow(task, method, 0.0, SEARCH, 0.0, args.spread)
@@ -71,7 +71,6 @@ def calibrate(args: argparse.Namespace) -> None:
     paths = [follow(task, method, rates[method], start, args.seconds, args.spread) for method, start in shown]
     with console.status("measuring memory"):
         memory = costs(_task(args), args.memory_steps, args.memory_limit)
-    args.out.mkdir(parents=True, exist_ok=True)
     save(draw(paths, memory), args.out / "calibration")
     (args.out / "calibration.md").write_text(_page(args, rows_of(paths), memory))
     found = {"paths": [path._asdict() for path in paths], "costs": [cost._asdict() for cost in memory]}

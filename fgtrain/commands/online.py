@@ -22,7 +22,8 @@ from rich.table import Table
 
 from fgtrain.errors import ConfigError
 from fgtrain.figures import save
-from fgtrain.runs.messages import USER_ERRORS, OneLineParser, fail, silence_libraries, wide_console
+from fgtrain.lightning.atomic_files import make_folder
+from fgtrain.runs.messages import OneLineParser, errors_as_lines, silence_libraries, wide_console
 from fgtrain.studies.compare.plan import compose_run
 from fgtrain.studies.online import RATES, SAME_GRADIENTS, WAYS, Cost, Recalled, cost, draw, learn, table_of
 
@@ -42,10 +43,8 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Do the study, write the results and print the table."""
     args = parse()
-    try:
+    with errors_as_lines(ValueError):
         study(args)
-    except (*USER_ERRORS, ValueError) as error:
-        fail(error)
 
 
 def study(args: argparse.Namespace) -> None:
@@ -56,6 +55,7 @@ def study(args: argparse.Namespace) -> None:
     lengths = args.lengths or ([100, 1000] if args.quick else [100, 1000, 10_000])
     if min(*lags, *lengths, args.updates or 2) < 2:
         raise ConfigError("--lags, --lengths and --updates must be at least 2")
+    make_folder(args.out)
     console = Console(stderr=True)
     trained = [way for way in WAYS if way not in SAME_GRADIENTS]
     searched = track(trained, "searching learning rates", console=console, transient=True)
@@ -64,7 +64,6 @@ def study(args: argparse.Namespace) -> None:
     recalled = [_learn(way, lag, rates[way], _updates(args, lag), args.seed) for way, lag in jobs]
     sizes = [(way, length) for way in WAYS for length in lengths]
     costs = [_cost(*size, args.seed) for size in track(sizes, "measuring", console=console, transient=True)]
-    args.out.mkdir(parents=True, exist_ok=True)
     save(draw(recalled, costs), args.out / "online")
     found = {"recalled": [r._asdict() for r in recalled], "costs": [c._asdict() for c in costs]}
     (args.out / "online.json").write_text(json.dumps(found, indent=1) + "\n")

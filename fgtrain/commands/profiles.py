@@ -20,7 +20,8 @@ from rich.table import Table
 
 from fgtrain.errors import ConfigError
 from fgtrain.figures import save
-from fgtrain.runs.messages import USER_ERRORS, OneLineParser, fail, silence_libraries
+from fgtrain.lightning.atomic_files import make_folder
+from fgtrain.runs.messages import OneLineParser, errors_as_lines, silence_libraries
 from fgtrain.studies.compare.plan import compose_run
 from fgtrain.studies.profiles import draw, problems, share_solved, solve, speed_of_batching
 from fgtrain.tasks import Rosenbrock
@@ -43,10 +44,8 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     """Solve the problems, write the results and print the table."""
     args = parse()
-    try:
+    with errors_as_lines(ValueError):
         profile(args)
-    except (*USER_ERRORS, ValueError) as error:
-        fail(error)
 
 
 def profile(args: argparse.Namespace) -> None:
@@ -60,6 +59,7 @@ def profile(args: argparse.Namespace) -> None:
     silence_libraries()
     torch.set_default_dtype(torch.float64)
     configs = {m: compose_run(["task=sphere"], f"method={m}", "run_dir=.")[0] for m in args.methods}
+    make_folder(args.out)
     rates = [10 ** (-k / 2) for k in range(args.rates)]
     found = []
     jobs = [(m, f) for f in problems(args.dims, args.starts * args.rates) for m in args.methods]
@@ -67,7 +67,6 @@ def profile(args: argparse.Namespace) -> None:
         estimator = instantiate(configs[method].method)
         options = {"tolerance": args.tolerance, "seed": args.seed}
         found.append(solve(function, method, estimator, rates, args.starts, args.evaluations, **options))
-    args.out.mkdir(parents=True, exist_ok=True)
     save(draw(found, args.evaluations), args.out / "profiles")
     rows = [solved._asdict() | {"evaluations": solved.evaluations.tolist()} for solved in found]
     (args.out / "profiles.json").write_text(json.dumps(rows, indent=1) + "\n")

@@ -6,7 +6,7 @@ The run must have been trained with callbacks=replay_log. Needs its config.yaml 
 import argparse
 from pathlib import Path
 
-from fgtrain.lightning.atomic_files import save_atomically
+from fgtrain.lightning.atomic_files import make_folder, save_atomically
 from fgtrain.runs.messages import USER_ERRORS, OneLineParser, fail, silence_libraries
 from fgtrain.runs.replay import replay
 
@@ -19,6 +19,7 @@ def main() -> None:
     arguments = parser.parse_args()
     silence_libraries()
     try:
+        make_folder(arguments.weights.parent)
         module, steps = replay(arguments.run)
         save_atomically(module.model.state_dict(), arguments.weights)
     except USER_ERRORS as error:

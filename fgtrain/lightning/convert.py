@@ -116,6 +116,7 @@ class _Converted(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        self.trainer.precision_plugin.convert_module(self)  # before Lightning loads a checkpoint
         compiled = compiler_of(self)
         if compiled is not None:  # torch.compile(module): compile the loss only
             self._step.user_step = compiled(self._step.user_step)

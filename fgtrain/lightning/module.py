@@ -100,6 +100,7 @@ class EstimatorModule(L.LightningModule):
         self._searches = False
 
     def setup(self, stage: str) -> None:
+        self.trainer.precision_plugin.convert_module(self)  # Lightning does so after it has loaded a checkpoint
         if self.ranks.size != self.trainer.world_size:
             self.ranks = Ranks(self.distributed_timeout)
 

@@ -22,7 +22,7 @@ class Together(Optimizer):
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         super().__init__(groups, {})
         self.param_groups = groups  # shared with the optimizers, so that they see changes of the learning rate
-        self.state = ChainMap(*(optimizer.state for optimizer in optimizers))  # ty: ignore[invalid-assignment]
+        self.state = _States(*(optimizer.state for optimizer in optimizers))  # ty: ignore[invalid-assignment]
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None if closure is None else closure()
@@ -41,12 +41,25 @@ class Together(Optimizer):
         for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
             optimizer.load_state_dict(state)
         self.param_groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
-        self.state = ChainMap(*(optimizer.state for optimizer in self.optimizers))  # ty: ignore[invalid-assignment]
+        self.state = _States(*(optimizer.state for optimizer in self.optimizers))  # ty: ignore[invalid-assignment]
 
     def __eq__(self, other: object) -> bool:  # a scheduler refers to one of them
         return self is other or any(optimizer is other for optimizer in self.optimizers)
 
     __hash__ = Optimizer.__hash__
+
+
+class _States(ChainMap[Any, Any]):
+    """The states of several optimizers; each parameter's stays with its own optimizer."""
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._having(key)[key]
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self._having(key)[key] = value
+
+    def _having(self, key: Any) -> Any:
+        return next((state for state in self.maps if key in state), self.maps[0])
 
 
 def step_together(configured: Any) -> Any:

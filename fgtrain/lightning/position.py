@@ -155,6 +155,11 @@ class Position(L.Callback):
                     next(iter(loader), None)  # starting the next pass ends an unfinished one
         if self._is_complete:
             self._restore_limits(trainer)
+        elif trainer.global_step > 0 and _has_random_workers(trainer):
+            rank_zero_warn(
+                "the training loader has persistent_workers=True: its new workers do not continue the random numbers "
+                "of the old ones, so a dataset that draws some gives other examples; persistent_workers=False avoids it"
+            )
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._was_last = None
@@ -217,6 +222,13 @@ def _is_limited(trainer: Any, loader: Any) -> bool:
 
 def _stateful(loaders: CombinedLoader) -> list[Any]:
     return [x for x in loaders.flattened if hasattr(x, "state_dict") and hasattr(x, "load_state_dict")]
+
+
+def _has_random_workers(trainer: Any) -> bool:
+    """Whether a loader keeps workers, with their generators, from one epoch to the next and cannot restore them."""
+    loaders = CombinedLoader(trainer.train_dataloader)
+    kept = [x for x in loaders.flattened if getattr(x, "persistent_workers", False)]
+    return any(x not in _stateful(loaders) for x in kept)
 
 
 def _validation_is_due(trainer: Any, epoch: int, total: int, batch: int, *, is_last: bool) -> bool:

@@ -5,6 +5,8 @@ import re
 import sys
 import threading
 import warnings
+from collections.abc import Generator
+from contextlib import contextmanager
 from typing import NoReturn
 
 import yaml
@@ -75,6 +77,19 @@ def fail(error: BaseException | str) -> NoReturn:
     """Print one line on stderr and exit with the error's status, or 2."""
     print(f"fgtrain: {one_line(error)}", file=sys.stderr)
     sys.exit(getattr(error, "exit_status", 2))
+
+
+@contextmanager
+def errors_as_lines(*others: type[Exception]) -> Generator[None]:
+    """A context whose errors by users, of the disk and of the types `others` end the process with one line."""
+    try:
+        yield
+    except (*USER_ERRORS, *others) as error:
+        fail(error)
+    except OSError as error:
+        if disk_error(error) is None:
+            raise
+        fail(cannot_write(error))
 
 
 def on_the_command_line(text: str) -> str:

@@ -95,6 +95,8 @@ def replay(run_dir: Path) -> tuple[EstimatorModule, int]:
 
 
 def _read_log(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        raise CheckpointError(f"there is no {path}; only a run with callbacks=replay_log writes one")
     log = read_checked(path)
     if log.get("format") != FORMAT or not log.keys() >= PARTS:
         raise CheckpointError(f"{path} is not a replay log of format {FORMAT}; callbacks=replay_log writes one")

@@ -46,7 +46,7 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 from hydra.utils import instantiate
-from lightning.pytorch.trainer.states import TrainerStatus
+from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from omegaconf import DictConfig
@@ -236,15 +236,22 @@ class _Beginning(L.Callback):
 
 
 def _train(parts: Run, cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
-    module, data, trainer, monitor = parts
+    module, data, trainer, _ = parts
     run_dir = Path(cfg.run_dir)
     checkpoint = checkpoint_to_resume(cfg.resume, run_dir)
     if checkpoint is None and (run_dir / RESULTS).exists():
         raise ConfigError(f"run_dir={run_dir} holds a finished run without a checkpoint to continue from")
     module.position.keeps_stop = checkpoint is None or stop_holds(cfg, checkpoint)
     trainer.callbacks[:0] = [FirstBatch(), _Beginning(cfg, choices)]  # ty: ignore[missing-attribute]
-    with lost_ranks_named(trainer.global_rank), _ctrl_c_named(trainer):
-        trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+    with _ctrl_c_named(trainer):
+        with lost_ranks_named(trainer.global_rank):
+            trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
+        return _results(parts, cfg, choices)
+
+
+def _results(parts: Run, cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
+    """Test, write results.json and return its content."""
+    module, data, trainer, monitor = parts
     if trainer.global_step == 0:
         raise ConfigError(
             f"nothing was trained: trainer.max_steps={trainer.max_steps}, trainer.max_epochs={trainer.max_epochs}, "
@@ -264,7 +271,7 @@ def _train(parts: Run, cfg: DictConfig, choices: Mapping[str, str]) -> dict[str,
     results |= found
     log_final(trainer, to_saved(cfg), results)
     if trainer.is_global_zero:
-        write_atomically(json.dumps(results, indent=2) + "\n", run_dir / RESULTS)
+        write_atomically(json.dumps(results, indent=2) + "\n", Path(cfg.run_dir) / RESULTS)
     return results
 
 
@@ -288,5 +295,5 @@ def _ctrl_c_named(trainer: L.Trainer) -> Generator[None]:
     except SystemExit as end:
         if trainer.state.status != TrainerStatus.INTERRUPTED:
             raise
-        step = trainer.global_step
-        raise Interrupted(f"interrupted after step {step}, which was not saved", signal.SIGINT) from end
+        fate = "which was not saved" if trainer.state.fn == TrainerFn.FITTING else "during the test"
+        raise Interrupted(f"interrupted after step {trainer.global_step}, {fate}", signal.SIGINT) from end

@@ -15,6 +15,7 @@ from fgtrain.errors import ConfigError
 from fgtrain.lightning.atomic_files import write_atomically
 from fgtrain.runs.cli import CONF
 from fgtrain.runs.config import drop_arguments_of_replaced_targets, name_targets
+from fgtrain.runs.results import RESULTS
 from fgtrain.studies.compare.target import parse_target
 from fgtrain.studies.compare.variants import Variant, variant_of
 
@@ -129,11 +130,11 @@ class Comparison:
         """Save the plan in the folder of the comparison.
 
         Raises:
-            ConfigError: the folder holds another comparison.
+            ConfigError: the folder holds finished runs of another comparison.
         """
         plan = json.dumps({k: v for k, v in asdict(self).items() if k != "out"}, indent=2) + "\n"
         path = self.folder / "plan.json"
-        if path.exists() and path.read_text() != plan:
+        if path.exists() and path.read_text() != plan and any(self.folder.rglob(RESULTS)):
             raise ConfigError(f"{self.folder} holds another comparison; give another folder with out=...")
         self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(plan, path)

@@ -16,6 +16,7 @@ from fgtrain.studies.benchmarks.peers import peers_of
 from fgtrain.studies.benchmarks.steps import make_problem, measure
 
 
+@pytest.mark.slow
 def test_rows_and_table(tmp_path, monkeypatch, capsys):
     rows_file = tmp_path / "rows.json"
     options = "--models digits_mlp --batch-sizes 8 16 --num-tangents 1 2 --rounds 2"
@@ -57,6 +58,7 @@ def test_steps_leave_the_learning_problem_intact():
     assert problem.losses(problem.model).shape == (8,)
 
 
+@pytest.mark.slow
 def test_methods_are_those_of_the_configuration():
     with pytest.raises(Exception, match="method/nosuch"):
         methods_of(["nosuch"], ["normal"], [1])

@@ -26,6 +26,7 @@ def test_a_course_ends_at_the_true_parameters(method, task):
     assert course.errors[-1] < 0.05 < course.errors[0]
 
 
+@pytest.mark.slow
 def test_equal_gradients_give_equal_courses(task):
     names = [name for name in METHODS if "Adam" in name]
     first, *others = [follow(task, name, 0.03, start=1, seconds=0.5, spread=0.1).errors[:3] for name in names]

@@ -116,6 +116,7 @@ def test_what_is_traced_is_the_derivative_or_refused(case):
         assert_derivatives(case, [(LowRank(1), 3)], derivatives_of(CompiledPass(run_as_it_is)))
 
 
+@pytest.mark.slow
 def test_a_refused_pass_leaves_checkpointing_as_it_was():
     case = next(case for case in PENALTIES if case.name == "slope by func.vjp")
     model = case.build()

@@ -163,6 +163,7 @@ def test_ranks_that_start_at_different_steps_are_stopped(tmp_path):
         assert message.startswith("the ranks start at steps [0, 3], so not from the same checkpoint")
 
 
+@pytest.mark.slow
 def test_waiting_has_an_end(tmp_path):
     message, _ = start(2, rank_jobs.stuck, tmp_path)
     assert re.match(r"rank 0 lost another rank in the middle of the run \(.*([Tt]imed out|closed)", message)

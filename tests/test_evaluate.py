@@ -39,6 +39,7 @@ def test_equals_what_the_run_found(folder, split):
     assert {"method", "task", "data", "model", "seed", "num_parameters", "checkpoint"} <= written.keys()
 
 
+@pytest.mark.slow
 def test_double_precision_is_read_whole(tmp_path):
     """By evaluation and by a resumed run: Lightning loads weights before it makes the model double."""
     options = ("method=backprop", "trainer.precision=64-true", "scheduler=constant", "logger=none")

@@ -438,6 +438,7 @@ class Workers(Small):
         return DataLoader(examples, 8, shuffle=True, num_workers=1, persistent_workers=self.persistent)
 
 
+@pytest.mark.slow
 def test_random_numbers_of_workers(monkeypatch):
     """They continue exactly, or a line says that they do not."""
     plan = Plan({"max_epochs": 2}, validate={"limit_val_batches": 0}, save_every=5, cuts=((14, True),))

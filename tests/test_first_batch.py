@@ -163,6 +163,7 @@ def test_only_outputs_behind_trained_parameters_have_derivatives(frozen, status,
     assert ("do not fit into the 0.000977 GiB of free memory" in err) is not frozen
 
 
+@pytest.mark.slow
 def test_the_points_of_a_function_are_counted_without_a_batch(tmp_path, monkeypatch):
     """Eight directions over 1024 starts have 64 KiB, and so do the derivatives of the points."""
     options = ("task=beale", "task.starts=1024", "method=fwdgrad", "method.num_tangents=8", "trainer.max_steps=1")

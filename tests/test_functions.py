@@ -184,6 +184,7 @@ def test_methods_of_one_figure_look_different():
     assert all(found[method] == look(method) for method in options("method"))
 
 
+@pytest.mark.slow
 def test_a_saved_figure_is_the_same_file_each_time(tmp_path):
     for name in ("first", "second"):
         save(

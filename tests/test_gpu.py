@@ -84,6 +84,7 @@ def test_one_seed_gives_one_estimate(device, method):
         torch.testing.assert_close(g, again[name], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.slow
 @DEVICES
 def test_memory_is_that_of_inference(device):
     """Of activations: one with its derivative, and the next one with its own, whatever the depth."""

@@ -324,6 +324,7 @@ def test_forward_mode_needs_losses_per_example():
     assert all(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_depth():
     """Backpropagation holds every block's activations, Highway those of one; parameters do not count."""
     x = torch.randn(2048, 4)

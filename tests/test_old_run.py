@@ -41,6 +41,7 @@ def test_replays(folder, monkeypatch):
         torch.testing.assert_close(value, expected[f"model.{name}"], rtol=RTOL, atol=ATOL, msg=name)
 
 
+@pytest.mark.slow
 def test_is_extended(folder):
     status, _, err = train(
         folder.parent,

@@ -158,6 +158,7 @@ def test_dispatch_mode_sees_operations():
     assert torch.ops.aten.sin.default in seen
 
 
+@pytest.mark.slow
 def test_is_compiled():
     model = nn.Linear(1, 1)
     assert not _torch.is_compiled(model)

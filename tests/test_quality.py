@@ -60,6 +60,7 @@ def test_backprop_is_perfect(tmp_path):
         assert found["quality_of_1/norm_ratio"] == 1
 
 
+@pytest.mark.slow
 def test_mean_error_is_the_closed_form(tmp_path):
     """||d v - g||^2 / ||g||^2 = (n - 2) d^2 / ||g||^2 + 1 for signs v, of deviation at most sqrt(2) (n - 2)."""
     steps, kept = 150, Kept()

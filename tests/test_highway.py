@@ -188,6 +188,73 @@ def test_a_penalty_on_weights_of_blocks():
     assert_same(Highway(iterations=len(blocks))(model, penalised), expected)
 
 
+def test_a_penalty_on_weights_of_blocks_needs_a_backward_pass():
+    model, loss, _ = built("MLP")
+    with pytest.raises(UnsupportedOperation, match="the loss uses weights of residual blocks, as a penalty does"):
+        Highway(ForwardGradient())(model, lambda m: loss(m) + m[3].branch[0].weight.square().sum())
+    Highway(ForwardGradient())(model, lambda m: loss(m) + m[0].weight.square().sum())
+
+
+class WithLoss(Pair):
+    """A block whose second output the loss uses; it depends on the block's parameters or is a constant."""
+
+    def __init__(self, learnt: bool) -> None:
+        super().__init__()
+        self.learnt = learnt
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(x, mask)[0], self.branch(x).mean() + mask if self.learnt else 2 * mask
+
+
+class Skipping(nn.Module):
+    """A model that leaves blocks out at random."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.blocks = nn.ModuleList(Residual(nn.Linear(6, 6), nn.Tanh()) for _ in range(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            if torch.rand(()) < 0.5:
+                x = block(x)
+        return self.head(x)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("seed", range(4))
+def test_models_that_leave_blocks_out(seed):
+    torch.manual_seed(seed)
+    model, x = Skipping(), torch.randn(5, 4)
+    estimates = []
+    for estimator in (Backprop(), Highway(iterations=8)):
+        torch.manual_seed(seed)
+        estimates.append(estimator(model, lambda m: m(x).square().sum(1)))
+    used = {name: g for name, g in estimates[0].grads.items() if g.any()}
+    assert used.keys() == {name for name, g in estimates[1].grads.items() if g.any()}
+    for name, g in used.items():
+        torch.testing.assert_close(estimates[1].grads[name], g, msg=name)
+
+
+@pytest.mark.parametrize("estimator", [Backprop(), ForwardGradient()], ids=["backprop", "jvp"])
+def test_another_output_of_a_block_in_the_loss(estimator):
+    x = torch.randn(5, 4)
+
+    def loss(m):
+        hidden, mask = m.stem(x), torch.ones(6)
+        for layer in m.layers:
+            hidden, mask = layer(hidden, mask)
+        return m.head(hidden).square().sum(1) + mask.sum()
+
+    model = OfPairs()
+    model.layers = nn.ModuleList(WithLoss(learnt=False) for _ in range(2))
+    Highway(estimator)(model, loss)
+    model.layers = nn.ModuleList(WithLoss(learnt=True) for _ in range(2))
+    with pytest.raises(UnsupportedOperation, match="the loss uses another output of a residual block than its hidden"):
+        Highway(estimator)(model, loss)
+
+
 class Dropped(Residual):
     """A block that leaves its branch out at random, as LayerDrop does."""
 
@@ -357,7 +424,7 @@ def test_blocks_are_looked_for_once():
     estimator(model, loss)
     first = len(calls)
     estimator(model, loss)
-    assert len(calls) - first == first - 2  # a pass that finds them, and one that tests what uses their outputs
+    assert len(calls) - first == first - 3  # a pass that finds them, and two that test what uses their outputs
     assert slots_of(model).kept(estimator, list) == ["2", "3", "4"]
 
 

@@ -12,6 +12,7 @@ from fgtrain.errors import LossError, UnsupportedOperation
 from fgtrain.estimators.backprop import Backprop
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, add_grad, average_grads, require_positive_int
 from fgtrain.estimators.exact_head import gradient_of_last_layer
+from fgtrain.estimators.highway_checks import is_chain_of_blocks, refuse_other_paths
 from fgtrain.estimators.highway_forward import (
     delta_by_forward_mode,
     estimated,
@@ -53,7 +54,7 @@ class Highway(GradientEstimator):
 
         d_l^k = delta + sum over later blocks m of J_m^T d_m^(k - 1),    d_l^0 = delta,
 
-    replaces delta, where J_m is the Jacobian of branch m. With as many iterations as blocks, the gradient is exact.
+    replaces delta, where J_m is the Jacobian of branch m. With as many iterations as calls of blocks, it is exact.
 
     Without a backward pass: if `estimator` takes none, the method takes none. Forward mode gives delta exactly, with
     one direction for every number of an example's hidden state, or of a token's if what follows treats tokens alike.
@@ -179,16 +180,16 @@ class Highway(GradientEstimator):
         block is a segment of its own.
         """
         blocks = self._blocks_of(model, loss_fn)
-        apart: dict[tuple[nn.Module, ...], bool] = slots_of(model).kept(Shell, dict)
-        repeated, key = RepeatedPass(model), tuple(blocks)
+        apart: dict[tuple[Any, ...], bool] = slots_of(model).kept(Shell, dict)
+        repeated, key = RepeatedPass(model), (self.backpropagates, *blocks)
         shell = Shell(model, blocks, apart.get(key, False))
         with shell.recording():
             losses = plain_losses(model, loss_fn)
         if key in apart:
             return shell, losses
         repeated.rewind()
-        apart[key] = not _is_complete(shell, model, loss_fn, losses)
-        repeated.rewind()
+        refuse_other_paths(shell, model, loss_fn, losses, weights_learn=self.backpropagates)
+        apart[key] = not is_chain_of_blocks(shell, model, loss_fn, losses)
         return self._recorded(model, loss_fn) if apart[key] else (shell, losses)
 
     def _blocks_of(self, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> list[nn.Module]:
@@ -228,15 +229,6 @@ class Highway(GradientEstimator):
 
     def extra_repr(self) -> str:
         return f"blocks={self.blocks}, chunk_size={self.chunk_size}, iterations={self.iterations}"
-
-
-def _is_complete(shell: Shell, model: nn.Module, loss_fn: Callable[[Any], Tensor], losses: Tensor) -> bool:
-    """Whether the losses depend on the hidden state between two blocks of a segment through the second block only."""
-    with shell.running(between=lambda x: torch.full_like(x, torch.nan)):
-        try:
-            return torch.equal(plain_losses(model, shell.counting_from_0(loss_fn)).isnan(), losses.isnan())
-        except UnsupportedOperation:  # which blocks run depends on the hidden state
-            return False
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """A model without its residual blocks, and what they add to its hidden state."""
 
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -100,6 +100,7 @@ class Shell:
         self,
         behind: Callable[[int, Tensor], Tensor] = lambda _, x: x,
         between: Callable[[Tensor], Tensor] = lambda x: x,
+        others: Sequence[Sequence[Any]] = (),
     ) -> Generator[None]:
         """A context in which blocks are identities, and the last block of a segment adds a constant.
 
@@ -108,12 +109,14 @@ class Shell:
         Args:
             behind: maps the index of a segment and its output to a replacement of the output.
             between: maps the hidden state between two blocks to a replacement, which the second block ignores.
+            others: for every segment and block, a replacement of its output without its hidden state; () for none.
 
         Raises:
             UnsupportedOperation: another argument of a block depends on trained parameters.
         """
         start = _NOTHING
-        places = [(s, k, out) for s, segment in enumerate(self.segments) for k, out in enumerate(segment.outputs)]
+        outputs = others or [segment.outputs for segment in self.segments]
+        places = [(s, k, out) for s, outs in enumerate(outputs) for k, out in enumerate(outs)]
 
         def run(*args: Any, **kwargs: Any) -> Any:
             nonlocal start

@@ -39,7 +39,7 @@ class LossError(UserError, ValueError):
 
 
 class NoTangent(LossError):
-    """The loss carries no derivative along the directions."""
+    """The loss depends on no trainable parameter, or its derivatives are lost."""
 
 
 class ModelError(UserError, ValueError):

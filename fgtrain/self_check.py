@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from fgtrain.errors import AssumptionError, UserError
 from fgtrain.estimators import Backprop, Estimate, GradientEstimator
 from fgtrain.forward_ad import directional_derivatives
+from fgtrain.forward_ad.native import LossFn
 from fgtrain.forward_ad.passes import RepeatedPass, plain_losses
 from fgtrain.network.parameters import trainable_params
 from fgtrain.random import keyed_generator
 
-LossFn = Callable[[Any], Tensor]
 _TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
 
 

@@ -459,3 +459,14 @@ def test_checkpointed_blocks_are_refused():
     for estimator in (Highway(), Highway(iterations=1)):
         with pytest.raises(UnsupportedOperation, match="switch off activation checkpointing around them"):
             estimator(model, loss)
+
+
+class Refusing(Backprop):
+    def forward(self, *_, **__):
+        raise LossError("no such loss")
+
+
+def test_a_refusal_within_a_block_is_raised():
+    model, loss, _ = built("MLP")
+    with pytest.raises(LossError, match="no such loss"):
+        Highway(Refusing())(model, loss)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fgtrain.errors import LossError
+from fgtrain.errors import NoTangent
 from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce, average_grads
 from fgtrain.forward_ad.passes import check_losses
 from fgtrain.network.parameters import trainable_params
@@ -51,7 +51,7 @@ class Backprop(GradientEstimator):
         with torch.enable_grad():
             loss = check_losses(loss_fn(model)).mean()
             if not loss.requires_grad:
-                raise LossError(
+                raise NoTangent(
                     "the loss depends on no trainable parameter; check that loss_fn uses the model it is given"
                 )
             found = torch.autograd.grad(loss, list(params.values()), allow_unused=True)

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from fgtrain._torch import eager_functions, tree_map_only
-from fgtrain.errors import LossError, UnsupportedOperation
+from fgtrain.errors import NoTangent, UnsupportedOperation
 from fgtrain.estimators.backprop import Backprop
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, add_grad, average_grads, require_positive_int
 from fgtrain.estimators.exact_head import gradient_of_last_layer
+from fgtrain.estimators.highway_backprop import Branches, by_backprop, through_branch
 from fgtrain.estimators.highway_checks import is_chain_of_blocks, refuse_other_paths
 from fgtrain.estimators.highway_forward import (
     delta_by_forward_mode,
@@ -20,9 +21,8 @@ from fgtrain.estimators.highway_forward import (
     gradients_within,
     per_example,
 )
-from fgtrain.estimators.highway_iterations import Branches, sums_through_branches, through_branch
 from fgtrain.forward_ad.native import value_of
-from fgtrain.forward_ad.passes import RepeatedPass, check_losses, plain_losses
+from fgtrain.forward_ad.passes import RepeatedPass, plain_losses
 from fgtrain.network.blocks import (
     Forward,
     find_blocks,
@@ -148,14 +148,8 @@ class Highway(GradientEstimator):
             shell, losses = self._recorded(model, loss_fn)
             loss_fn = shell.counting_from_0(loss_fn)
             repeated.rewind()
-            branches = Branches()
             if self.backpropagates:
-                for _ in range(self.iterations):
-                    branches.deltas.append(_by_backprop(model, loss_fn, shell, branches)[1])
-                    repeated.rewind()
-                    branches.sums.append(sums_through_branches(model, loss_fn, shell, branches))
-                    repeated.rewind()
-                grads, deltas = _by_backprop(model, loss_fn, shell, branches)
+                grads, branches = by_backprop(model, loss_fn, shell, self.iterations)
             else:
                 deltas = list[Tensor | None]()
                 for segment in range(len(shell.segments)):
@@ -164,9 +158,9 @@ class Highway(GradientEstimator):
                 grads = gradients_before(model, loss_fn, shell, deltas)
                 repeated.rewind()
                 grads |= self._grads_of_rest(model, loss_fn, shell, grads, generator)
+                branches = Branches([deltas])
             repeated.rewind()
             names = {id(p): name for name, p in params.items()}
-            branches.deltas.append(deltas)
             with _learning(shell, self.estimator, branches, generator) as found, torch.enable_grad():
                 loss_fn(model)
             for p, g in found:
@@ -271,7 +265,7 @@ def _learning(
                     grads = estimator(block, lambda m: per_example(delta * output(m)), generator=generator).grads
                 else:
                     grads = gradients_within(estimator, block, output, delta, generator)
-            except LossError:  # the block left its branch out in this pass, as LayerDrop does
+            except NoTangent:  # the block left its branch out in this pass, as LayerDrop does
                 grads = {}
             params = slots_of(block).params
             found.extend((params[name], g) for name, g in grads.items())
@@ -285,31 +279,3 @@ def _learning(
 
     with forwards_replaced({block: learn(block, forward) for block, forward in shell.forwards.items()}):
         yield found
-
-
-def _by_backprop(
-    model: nn.Module, loss_fn: Callable[[Any], Tensor], shell: Shell, branches: Branches
-) -> tuple[dict[str, Tensor], list[Tensor | None]]:
-    """The gradients of all parameters outside blocks, and the gradient after every segment, by a backward pass.
-
-    The gradients of the blocks' parameters are those of their other uses, such as a penalty in the loss.
-    Before a segment, the gradient through its branches is added.
-    """
-    points: dict[int, Tensor] = {}
-    through_branches: list[Tensor] = []
-    sums = branches.sums[-1] if branches.sums else [None] * len(shell.segments)
-
-    def behind(segment: int, x: Tensor) -> Tensor:
-        through = sums[segment]
-        if through is not None:
-            through_branches.append((through * x).sum())
-        points[segment] = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-        return points[segment]
-
-    with shell.running(behind), torch.enable_grad():
-        rest = slots_of(model).trainable()
-        loss = sum(through_branches, check_losses(loss_fn(model)).mean())
-        found = torch.autograd.grad(loss, [*rest.values(), *points.values()], allow_unused=True)
-    grads = {name: g for name, g in zip(rest, found, strict=False) if g is not None}
-    deltas = dict(zip(points, found[len(rest) :], strict=True))
-    return grads, [deltas.get(s) for s in range(len(shell.segments))]

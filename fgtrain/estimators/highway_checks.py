@@ -4,7 +4,7 @@ The passes here run the shell of a model, in which blocks are identities plus co
 tensor is replaced by nan, it depends on that tensor.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,12 +12,11 @@ from torch import Tensor, nn
 
 from fgtrain._torch import tree_leaves, tree_map_only
 from fgtrain.errors import UnsupportedOperation
+from fgtrain.forward_ad.native import LossFn
 from fgtrain.forward_ad.passes import RepeatedPass, plain_losses
-from fgtrain.network.blocks import Forward, forwards_replaced, with_hidden
+from fgtrain.network.blocks import Forward, with_hidden
 from fgtrain.network.parameters import slots_of
 from fgtrain.network.shell import Shell
-
-LossFn = Callable[[Any], Tensor]
 
 
 def is_chain_of_blocks(shell: Shell, model: nn.Module, loss_fn: LossFn, losses: Tensor) -> bool:
@@ -77,7 +76,7 @@ def _others_are_learnt(shell: Shell, model: nn.Module, loss_fn: LossFn) -> bool:
         return run
 
     repeated = RepeatedPass(model)
-    with torch.no_grad(), forwards_replaced({b: looked_at(forward) for b, forward in shell.forwards.items()}):
+    with torch.no_grad(), shell.replaced_by(looked_at):
         loss_fn(model)
     repeated.rewind()
     return bool(found)

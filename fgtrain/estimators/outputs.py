@@ -17,12 +17,10 @@ from fgtrain.errors import NoTangent
 from fgtrain.estimators.second_order import curvature_in_span
 from fgtrain.forward_ad import jvp
 from fgtrain.forward_ad.known_losses import KnownLoss, Noticed, carries_tangent
-from fgtrain.forward_ad.native import NO_TANGENT
+from fgtrain.forward_ad.native import NO_TANGENT, LossFn
 from fgtrain.forward_ad.passes import LightPass, RepeatedPass, TorchRandomState, check_losses
 from fgtrain.network.parameters import slots_of
 from fgtrain.tangents.directions import Tangent, dense
-
-LossFn = Callable[[Any], Tensor]
 
 
 class Linearized(NamedTuple):

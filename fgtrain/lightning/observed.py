@@ -13,11 +13,11 @@ from fgtrain._torch import is_compiled_function
 from fgtrain.distributed import Ranks, TangentsOver
 from fgtrain.errors import LossError
 from fgtrain.estimators import Estimate, GradientEstimator
+from fgtrain.forward_ad.native import LossFn
 from fgtrain.lightning._lightning import last_result, set_last_result
 from fgtrain.lightning.divergence import Divergence
 from fgtrain.lightning.kept_state import KeptState, without_tangents
 
-LossFn = Callable[[Any], Tensor]
 BACKWARD_CALLED = (
     "training_step calls backward itself; return the loss and leave its gradient to the estimator "
     "(for a backward pass of your own, call the estimator in a training_step under manual optimization)"

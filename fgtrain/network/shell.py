@@ -1,7 +1,7 @@
 """A model without its residual blocks, and what they add to its hidden state."""
 
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,10 @@ class Shell:
         """The parameters that only blocks have; one that is tied to a layer elsewhere learns there, too."""
         return self._params
 
+    def replaced_by(self, make: Callable[[Forward], Forward]) -> AbstractContextManager[None]:
+        """A context in which every block has the forward method that `make` returns for its original one."""
+        return forwards_replaced({block: make(forward) for block, forward in self.forwards.items()})
+
     @contextmanager
     def recording(self) -> Generator[None]:
         """A context in which the model runs as it is, and segments are recorded."""
@@ -83,7 +87,7 @@ class Shell:
 
             return run
 
-        with forwards_replaced({block: recorded(forward) for block, forward in self.forwards.items()}):
+        with self.replaced_by(recorded):
             yield
 
     def counting_from_0(self, run: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:

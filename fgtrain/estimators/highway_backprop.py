@@ -1,0 +1,131 @@
+"""Highway with backpropagation: the gradients outside the blocks, and what flows back through their branches."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fgtrain._torch import tree_map_only
+from fgtrain.errors import UnsupportedOperation
+from fgtrain.forward_ad.native import LossFn
+from fgtrain.forward_ad.passes import RepeatedPass, check_losses
+from fgtrain.network.blocks import Forward, entering, hidden_of
+from fgtrain.network.parameters import slots_of
+from fgtrain.network.shell import AGAIN, Shell
+
+Through = Callable[[Tensor], Tensor]
+"""d -> J^T d, where d is a gradient after a residual block and J the Jacobian of its branch."""
+
+
+class Branches:
+    """The gradients that flow back through the residual branches, at every iteration and in every segment.
+
+    Attributes:
+        deltas: for every iteration, the gradient after every segment; None for one that the loss does not depend on.
+        sums: for every iteration, the sum of J_m^T d_m over the blocks of every segment.
+    """
+
+    def __init__(self, deltas: Iterable[list[Tensor | None]] = ()) -> None:
+        self.deltas = list(deltas)
+        self.sums: list[list[Tensor | None]] = []
+
+    def after_blocks(self, shell: Shell) -> Callable[[Through | None], tuple[int, Tensor | None]]:
+        """A function that gives, for one block after the other, the segment and d_l of the last iteration.
+
+        It takes the function d -> J_l^T d, which only iterations need. The sum over later blocks is that over all
+        blocks less the terms so far, so that memory holds one sum for each segment and iteration.
+        """
+        places = iter([s for s, segment in enumerate(shell.segments) for _ in segment.outputs])
+        left = [list(sums) for sums in self.sums]
+
+        def after_next(through: Through | None) -> tuple[int, Tensor | None]:
+            s = next(places, None)
+            if s is None:
+                raise UnsupportedOperation(AGAIN)
+            after = self.deltas[0][s]
+            for later, deltas in zip(left, self.deltas[1:], strict=True):
+                delta, rest = deltas[s], later[s]
+                if through is not None and after is not None and delta is not None and rest is not None:
+                    rest = later[s] = rest - through(after)
+                    after = delta + rest
+            return s, after
+
+        return after_next
+
+
+def through_branch(forward: Forward, args: Any, kwargs: Any) -> tuple[Any, Through]:
+    """The output of a block, and the function d -> J^T d of its branch."""
+    hidden = entering(args, kwargs)
+    x = hidden.detach().requires_grad_()
+    with torch.enable_grad():
+        args, kwargs = tree_map_only(Tensor, lambda a: x.clone() if a is hidden else a.detach(), (args, kwargs))
+        out = forward(*args, **kwargs)
+
+    @torch.enable_grad()
+    def through(delta: Tensor) -> Tensor:
+        return torch.autograd.grad((delta * hidden_of(out)).sum(), x, retain_graph=True)[0] - delta
+
+    return tree_map_only(Tensor, Tensor.detach, out), through
+
+
+def _sums_through_branches(model: nn.Module, loss_fn: LossFn, shell: Shell, branches: Branches) -> list[Tensor | None]:
+    """The sum of J_l^T d_l over the blocks of every segment."""
+    sums: list[Tensor | None] = [None] * len(shell.segments)
+    after_next = branches.after_blocks(shell)
+
+    def summing(forward: Forward) -> Forward:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            out, through = through_branch(forward, args, kwargs)
+            s, after = after_next(through)
+            if after is not None:
+                term, so_far = through(after), sums[s]
+                sums[s] = term if so_far is None else so_far + term
+            return out
+
+        return run
+
+    with torch.no_grad(), shell.replaced_by(summing):
+        loss_fn(model)
+    return sums
+
+
+def by_backprop(model: nn.Module, loss_fn: LossFn, shell: Shell, iterations: int) -> tuple[dict[str, Tensor], Branches]:
+    """The gradients of all parameters outside blocks, and the gradients after the blocks, after some iterations."""
+    repeated, branches = RepeatedPass(model), Branches()
+    for _ in range(iterations):
+        branches.deltas.append(_gradients_of_rest(model, loss_fn, shell, branches)[1])
+        repeated.rewind()
+        branches.sums.append(_sums_through_branches(model, loss_fn, shell, branches))
+        repeated.rewind()
+    grads, deltas = _gradients_of_rest(model, loss_fn, shell, branches)
+    branches.deltas.append(deltas)
+    return grads, branches
+
+
+def _gradients_of_rest(
+    model: nn.Module, loss_fn: LossFn, shell: Shell, branches: Branches
+) -> tuple[dict[str, Tensor], list[Tensor | None]]:
+    """The gradients of all parameters outside blocks, and the gradient after every segment, by a backward pass.
+
+    The gradients of the blocks' parameters are those of their other uses, such as a penalty in the loss.
+    Before a segment, the gradient through its branches is added.
+    """
+    points: dict[int, Tensor] = {}
+    through_branches: list[Tensor] = []
+    sums = branches.sums[-1] if branches.sums else [None] * len(shell.segments)
+
+    def behind(segment: int, x: Tensor) -> Tensor:
+        through = sums[segment]
+        if through is not None:
+            through_branches.append((through * x).sum())
+        points[segment] = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+        return points[segment]
+
+    with shell.running(behind), torch.enable_grad():
+        rest = slots_of(model).trainable()
+        loss = sum(through_branches, check_losses(loss_fn(model)).mean())
+        found = torch.autograd.grad(loss, [*rest.values(), *points.values()], allow_unused=True)
+    grads = {name: g for name, g in zip(rest, found, strict=False) if g is not None}
+    deltas = dict(zip(points, found[len(rest) :], strict=True))
+    return grads, [deltas.get(s) for s in range(len(shell.segments))]

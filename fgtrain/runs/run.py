@@ -146,7 +146,6 @@ def build(cfg: DictConfig) -> Run:
         **world.trainer_options(),
         _convert_="all",
     )
-    trainer.precision_plugin.convert_module(module)  # Lightning does so too, after it has loaded a checkpoint
     if cfg.compile:
         compile_model(module.model, trainer.strategy.root_device)
     make_atomic(trainer.strategy)

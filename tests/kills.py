@@ -7,10 +7,12 @@ import multiprocessing
 import multiprocessing.util
 import os
 import runpy
+import shutil
 import signal
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,11 +54,15 @@ class Started:
         torchrun: Sequence[str] = (),
         disturb: Callable[[Path], None] | None = None,
     ) -> None:
-        (folder / "tmp").mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
+        self.temporary = Path(tempfile.mkdtemp())  # not in `folder`: the name of a socket has at most 107 characters
+        weakref.finalize(self, shutil.rmtree, self.temporary, ignore_errors=True)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tests.kills", "tests.rank_jobs"])
-        self.process: Any = context.Process(target=_run, args=(folder, script, arguments, torchrun, disturb))
+        self.process: Any = context.Process(
+            target=_run, args=(folder, self.temporary, script, arguments, torchrun, disturb)
+        )
         self.process.start()
         self.session = self.process.pid
 
@@ -119,13 +125,14 @@ def _processes() -> dict[int, tuple[int, int, str]]:
 
 def _run(
     folder: Path,
+    temporary: Path,
     script: str,
     arguments: Sequence[str],
     torchrun: Sequence[str],
     disturb: Callable[[Path], None] | None,
 ) -> None:
     os.setsid()
-    os.environ |= {"TMPDIR": str(folder / "tmp"), "OMP_NUM_THREADS": "1"}
+    os.environ |= {"TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)  # the fork server has read the environment before, and Lightning takes it for done
     tempfile.tempdir = None
     os.chdir(folder)
@@ -230,7 +237,7 @@ def _before_changes(folder: Path, call: Callable[[Path, int], None]) -> None:
         changes = event in _CHANGES or flags & (os.O_WRONLY | os.O_RDWR)
         if changes and isinstance(arguments[0], (str, Path)):
             path = Path(arguments[0])  # one that is not absolute may be meant in a folder that is open
-            if folder in path.parents and folder / "tmp" not in path.parents:
+            if folder in path.parents:
                 call(path, flags)
 
     sys.addaudithook(hook)
@@ -239,6 +246,12 @@ def _before_changes(folder: Path, call: Callable[[Path, int], None]) -> None:
 def wait_for_ranks(folder: Path, seconds: float) -> None:
     """Give ranks another time to end after a signal: twice as long as this from a SIGTERM on."""
     setattr(launch, "GRACE_SECONDS", seconds)
+
+
+def lengthen_temporary(folder: Path) -> None:
+    """Put temporary files into a folder whose name leaves no room for that of a socket."""
+    tempfile.tempdir = os.environ["TMPDIR"] = str(folder / ("long" * 25))
+    Path(tempfile.tempdir).mkdir()
 
 
 def close_reader(folder: Path, number: int) -> None:

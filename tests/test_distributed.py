@@ -23,7 +23,7 @@ from fgtrain.runs.starters import is_follower
 from fgtrain.runs.world import plan
 from tests import rank_jobs
 from tests.commands import ROOT, results_under, train
-from tests.kills import PATIENCE, Started, wait_for_ranks
+from tests.kills import PATIENCE, Started, lengthen_temporary, wait_for_ranks
 from tests.rank_jobs import ESTIMATORS, MOMENTUM, SHARDABLE, STEPS, Data, fit, make, start
 
 SCRIPT = str(ROOT / "scripts" / "train.py")
@@ -332,6 +332,14 @@ def test_sigterm_saves_and_resuming_is_exact(trainer, momentum, tmp_path):
     straight, resumed = weights
     for name, value in straight.items():
         assert torch.equal(value, resumed[name]), name
+
+
+@pytest.mark.slow
+def test_temporary_files_in_a_folder_whose_name_is_too_long_for_a_socket(tmp_path):
+    run = Started(
+        tmp_path, *CPUS, "trainer=ddp", "trainer.max_steps=2", "hydra.run.dir=run", disturb=lengthen_temporary
+    )
+    assert run.wait() == 0, run.err
 
 
 TORCHRUN = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "1", "RANK": "1"}

@@ -100,7 +100,7 @@ def assert_all_end(run, ended_by=(2, 143)):
     while run.processes():  # the helpers of multiprocessing end after it
         assert time.monotonic() < began + PATIENCE, "orphans"
         time.sleep(0.01)
-    assert not list((run.folder / "tmp").iterdir())
+    assert not list(run.temporary.iterdir())
     assert not [path for path in Path("/dev/shm").iterdir() if str(run.session) in path.name]
 
 

@@ -67,7 +67,7 @@ def launch(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
             (to_saved(cfg), dict(choices), world.size, find_free_network_port(), folder),
             world.size,
             join=False,
-            start_method=START_METHODS[world.strategy],
+            start_method=_start_method(world.strategy),
         )
         assert context is not None
         try:
@@ -86,6 +86,13 @@ def launch(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
                     process.kill()
                 Path(traced).unlink(missing_ok=True)
         return pickle.loads((Path(folder) / "results").read_bytes())
+
+
+def _start_method(strategy: str) -> str:
+    """How ranks are started. A fork server needs a socket, whose name has at most 103 characters on macOS."""
+    method = START_METHODS[strategy]
+    is_too_long = len(os.path.join(tempfile.gettempdir(), "pymp-12345678", "listener-12345678")) > 103
+    return "spawn" if method == "forkserver" and is_too_long else method
 
 
 class _Sigterm:

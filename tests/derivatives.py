@@ -5,12 +5,29 @@ from functools import partial
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fgtrain import Normal
 from fgtrain.forward_ad import directional_derivatives, native
-from fgtrain.tangents.directions import dense
+from fgtrain.random import keyed_generator
+from fgtrain.tangents.directions import LastTangent, dense, num_of, padded
 from tests.coverage_layers import LAYERS
 from tests.coverage_operations import OPERATIONS
 
 COVERAGE = [*LAYERS, *OPERATIONS]
+
+
+class InTurn:
+    """Directions of which each moves only a few parameters, in the order of their names or in a random one."""
+
+    def __init__(self, *, in_order: bool):
+        self.in_order = in_order
+
+    def sample(self, params, seeds):
+        order = torch.arange(len(params))
+        if not self.in_order:
+            order = order[torch.randperm(len(params), generator=keyed_generator(0))]
+        nums = (order * len(seeds) // len(params) + 1).tolist()
+        drawn = {name: dense(tangent)[0] for name, tangent in Normal().sample(params, seeds[:1]).items()}
+        return {name: LastTangent(drawn[name], num) for name, num in zip(params, nums, strict=True)}
 
 
 assert_equal = partial(torch.testing.assert_close, rtol=1e-9, atol=1e-11)
@@ -35,7 +52,9 @@ def assert_derivatives(case, directions, derivatives_of=directional_derivatives)
             tangents = law.sample(dict(model.named_parameters()), range(num_tangents))
             torch.manual_seed(3)
             found = derivatives_of(model, case.loss, tangents)
-            expected = sum((dense(tangents[name]) * g).flatten(1).sum(1) for name, g in grads.items())
+            expected = sum(
+                padded((dense(tangents[name]) * g).flatten(1).sum(1), num_of(tangents)) for name, g in grads.items()
+            )
             assert_equal(found, (losses, expected))
             assert torch.equal(torch.get_rng_state(), random_state)
             assert_equal(model.state_dict(), state)

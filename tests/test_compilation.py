@@ -23,7 +23,7 @@ from tests.cases import CASES
 from tests.commands import results_under, train
 from tests.conditions import compiles
 from tests.coverage_layers import PENALTIES, chain, named
-from tests.derivatives import COVERAGE, assert_derivatives
+from tests.derivatives import COVERAGE, InTurn, assert_derivatives
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +113,8 @@ with losses that take derivatives themselves."""
 def test_what_is_traced_is_the_derivative_or_refused(case):
     refused = case.name in UNSUITABLE or re.search(r"\b(RNN|GRU|LSTM)\b|momentum=None.*\)$", case.name) is not None
     with pytest.raises(NotIntercepted) if refused else nullcontext():
-        assert_derivatives(case, [(LowRank(1), 3)], derivatives_of(CompiledPass(run_as_it_is)))
+        directions = [(LowRank(1), 3), (InTurn(in_order=True), 2)]
+        assert_derivatives(case, directions, derivatives_of(CompiledPass(run_as_it_is)))
 
 
 @pytest.mark.slow
@@ -138,7 +139,8 @@ def compiled_cases():
 @pytest.mark.slow
 @pytest.mark.parametrize("case", list(compiled_cases()), ids=lambda case: case.name)
 def test_compiled_derivatives(case, fresh):
-    assert_derivatives(case, [(LowRank(1), 1), (Normal(), 3)], derivatives_of(CompiledPass()))
+    laws = [(LowRank(1), 1), (Normal(), 3), (InTurn(in_order=True), 2)]
+    assert_derivatives(case, laws, derivatives_of(CompiledPass()))
 
 
 @compiles

@@ -15,7 +15,7 @@ from fgtrain.forward_ad.registry import without_rules
 from fgtrain.tangents.directions import dense
 from tests.cases import Case, Custom
 from tests.coverage_layers import IMAGES, PENALTIES, ROWS, SEQUENCES, probe
-from tests.derivatives import COVERAGE, assert_derivatives, assert_equal, reference
+from tests.derivatives import COVERAGE, InTurn, assert_derivatives, assert_equal, reference
 from tests.small import Small, make, trainer
 
 SLOW = {case.name for case in PENALTIES}
@@ -26,20 +26,21 @@ SLOW = {case.name for case in PENALTIES}
 
 @pytest.mark.parametrize("case", COVERAGE, ids=lambda case: case.name)
 def test_coverage(case, caplog):
-    assert_derivatives(case, [(Normal(), 1), (Normal(), 3), (LowRank(1), 1), (LowRank(1), 3), (LowRank(2), 3)])
+    laws = [(Normal(), 1), (Normal(), 3), (LowRank(1), 1), (LowRank(1), 3), (LowRank(2), 3)]
+    assert_derivatives(case, [*laws, (InTurn(in_order=True), 3), (InTurn(in_order=False), 2)])
     assert ("slower reference engine" in caplog.text) == (case.name in SLOW), caplog.text
 
 
 @pytest.mark.parametrize("case", COVERAGE, ids=lambda case: case.name)
 def test_reference_engine(case):
-    assert_derivatives(case, [(Normal(), 3)], reference)
+    assert_derivatives(case, [(Normal(), 3), (InTurn(in_order=True), 2)], reference)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", COVERAGE, ids=lambda case: case.name)
 def test_without_rules(case):
     with without_rules():
-        assert_derivatives(case, [(LowRank(1), 3)])
+        assert_derivatives(case, [(LowRank(1), 3), (InTurn(in_order=False), 3)])
 
 
 # --- whole models -------------------------------------------------------------------------------------------------
@@ -72,7 +73,7 @@ def _vgg():
     ids=lambda case: case.name,
 )
 def test_torchvision(case, caplog):
-    assert_derivatives(case, [(Normal(), 1), (LowRank(1), 3)])
+    assert_derivatives(case, [(Normal(), 1), (LowRank(1), 3), (InTurn(in_order=True), 3)])
     assert "slower reference engine" not in caplog.text
 
 

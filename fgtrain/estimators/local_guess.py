@@ -1,6 +1,6 @@
 """Gradients of small local losses as directions, with exact directional derivatives as coefficients."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,6 +12,7 @@ from fgtrain.estimators.local_heads import LocalHeads, Part, Stage
 from fgtrain.forward_ad import jvp
 from fgtrain.forward_ad.passes import RepeatedPass, check_losses
 from fgtrain.network.parameters import trainable_params
+from fgtrain.tangents.directions import LastTangent
 
 
 class LocalGuess(LocalHeads):
@@ -28,8 +29,8 @@ class LocalGuess(LocalHeads):
     Relative squared error: 1 - ||g||^2 / ||grad f||^2. It depends on the guesses and has no closed form.
 
     Cost: a forward and a backward pass of every block and its head, with one block's activations in memory, and one
-    forward pass with L dense directions. It uses backpropagation, but only within a block. Ranks average guesses, head
-    gradients and the L derivatives, so that R processes are equivalent to one on the whole batch.
+    forward pass that has l directions in block l. It uses backpropagation, but only within a block. Ranks average
+    guesses, head gradients and the L derivatives, so that R processes are equivalent to one on the whole batch.
 
     State: the heads are created at the first call, at zero, and are saved with the estimator's state.
 
@@ -76,7 +77,9 @@ class LocalGuess(LocalHeads):
             guesses = self._guesses(blocks, loss_fn, reduce)
         repeated.rewind()
         with torch.no_grad():
-            tangents = _one_block_each([{names[id(p)]: v for p, v in guess} for guess in guesses], params)
+            tangents = {
+                names[id(p)]: LastTangent(v, num) for num, guess in enumerate(guesses, start=1) for p, v in guess
+            }
             losses, derivatives = jvp(model, loss_fn, tangents)
             derivatives = derivatives.mean(1) if losses.dim() else derivatives
             if reduce is not None:
@@ -114,13 +117,3 @@ class LocalGuess(LocalHeads):
 
     def extra_repr(self) -> str:
         return f"head_lr={self.head_lr}, head_size={self.head_size}"
-
-
-def _one_block_each(guesses: list[dict[str, Tensor]], params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """{name: (L, *p.shape)}: direction l is guess l in its block and 0 elsewhere."""
-    tangents = {}
-    for i, guess in enumerate(guesses):
-        for name, v in guess.items():
-            tangents[name] = params[name].new_zeros(len(guesses), *v.shape)
-            tangents[name][i] = v
-    return tangents

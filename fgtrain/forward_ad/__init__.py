@@ -25,7 +25,7 @@ from fgtrain.forward_ad.passes import LightPass, NotIntercepted, RepeatedPass, W
 from fgtrain.memory import is_out_of_memory
 from fgtrain.network.parameters import ParameterSlots, one_at_a_time, slots_of
 from fgtrain.network.sharding import is_sharded
-from fgtrain.tangents.directions import LowRankTangent, Tangent, num_of
+from fgtrain.tangents.directions import LastTangent, Tangent, num_of
 
 __all__ = ["directional_derivatives", "jvp"]
 
@@ -67,9 +67,11 @@ def directional_derivatives(
 
 def _refuse_other_shapes(model: nn.Module, tangents: Mapping[str, Tangent]) -> None:
     params = slots_of(model).params
-    shapes = {n: (t.num, *t.shape) if isinstance(t, LowRankTangent) else tuple(t.shape) for n, t in tangents.items()}
+    shapes = {n: tuple(t.shape) if isinstance(t, Tensor) else (t.num, *t.shape) for n, t in tangents.items()}
     num = next(iter(shapes.values()), ())[:1]
     for name, shape in shapes.items():
+        if isinstance(tangents[name], LastTangent):
+            num = shape[:1]  # parameters may differ in it
         if name in params and (not num or shape != (*num, *params[name].shape)):
             raise ValueError(
                 f"the tangents of {name} have the shape {shape}; give (K, *p.shape), where K is the same for all "

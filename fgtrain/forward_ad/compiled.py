@@ -28,7 +28,7 @@ from fgtrain.forward_ad.passes import NotIntercepted, TracedDraws, check_losses
 from fgtrain.forward_ad.running import running_pass
 from fgtrain.network.compilation import OPTIONS
 from fgtrain.network.parameters import slots_of
-from fgtrain.tangents.directions import LowRankTangent, Tangent
+from fgtrain.tangents.directions import LastTangent, LowRankTangent, Tangent, num_of, num_of_last, padded
 
 
 def inductor(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
@@ -130,7 +130,7 @@ class CompiledPass:
         derivatives = next((tangent for value, tangent in computed if value is losses), None)
         if derivatives is None:
             raise NoTangent(NO_TANGENT)
-        return losses, derivatives
+        return losses, padded(derivatives, num_of(tangents))
 
 
 def _loss(loss_fn: Callable[[Any], Tensor], model: nn.Module) -> Tensor:
@@ -159,6 +159,9 @@ def _form_of(tangent: Any) -> _Form:
         rank, shape = tangent.rank, tangent.shape
         parts = (tangent.left, tangent.right)
         return _Form(parts, (*map(_layout, parts), rank), lambda left, right: LowRankTangent(left, right, rank, shape))
+    if isinstance(tangent, LastTangent):
+        num = tangent.num
+        return _Form((tangent.last,), (_layout(tangent.last), num), lambda last: LastTangent(last, num))
     if not isinstance(tangent, Tensor):
         raise NotIntercepted(f"{type(tangent).__name__} is not a tensor")
     return _Form((tangent,), _layout(tangent), lambda t: t)
@@ -181,9 +184,11 @@ def _derived(
     def along(*tensors: Any) -> list[Tensor | None]:
         values, parts = list(tensors[: len(inputs)]), iter(tensors[len(inputs) :])
         draws = TracedDraws()
-        with running_pass(draws=draws):
-            for i, form in zip(moving, forms, strict=True):
-                values[i] = Dual(values[i], form.remake(*(next(parts) for _ in form.parts)))
+        tangents = {i: form.remake(*(next(parts) for _ in form.parts)) for i, form in zip(moving, forms, strict=True)}
+        with running_pass(draws=draws) as running:
+            running.width = num_of_last(tangents)
+            for i, tangent in tangents.items():
+                values[i] = Dual(values[i], tangent)
             with torch.enable_grad(), draws:
                 outputs = graph.forward(*values)
             with plain_tensors():

@@ -32,14 +32,16 @@ from fgtrain.forward_ad.passes import NotIntercepted, WritesIntoPlain
 from fgtrain.forward_ad.registry import FALLBACKS, Rule
 from fgtrain.forward_ad.rules.written_out import IN_OTHERS
 from fgtrain.forward_ad.running import current, running_pass
-from fgtrain.tangents.directions import LowRankTangent, Tangent
+from fgtrain.tangents.directions import LastTangent, LowRankTangent, Tangent, padded
 
 
-def _widened(args: Any, kwargs: Any, width: int) -> None:
-    for x in duals_in((args, kwargs)):
-        if isinstance(x.tangent, (Tensor, LowRankTangent)) and num_directions(x) < width:
-            tangent = tangent_of(x)
-            x.tangent = torch.cat([tangent, tangent.new_zeros(width - len(tangent), *tangent.shape[1:])])
+def _widen_together(args: Any, kwargs: Any) -> None:
+    """Give all duals among the arguments as many directions as the one that has most."""
+    found = [x for x in duals_in((args, kwargs)) if isinstance(x.tangent, (Tensor, LowRankTangent, LastTangent))]
+    nums = [num_directions(x) for x in found]
+    for x, num in zip(found, nums, strict=True):
+        if num < max(nums) or isinstance(x.tangent, LastTangent):
+            x.tangent = padded(tangent_of(x), max(nums))
 
 
 class Dual(Tensor):
@@ -109,12 +111,14 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _call(running: running_pass, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func not in running.rules and func not in IN_OTHERS and FALLBACKS[func].reads and "out" not in kwargs:
         return _on_values(FALLBACKS[func].rule, args, kwargs)  # of a shape, a comparison
-    if running.width is None:
-        small = running.small.get(func)
-        if small is not None and (result := small(running, args, kwargs)) is not NotImplemented:
+    if running.width is not None:
+        widening = running.widening.get(func)
+        if widening is not None and (result := _on_values(widening, args, kwargs)) is not NotImplemented:
             return result
-    else:
-        _on_values(_widened, (args, kwargs, running.width), {})
+        _on_values(_widen_together, (args, kwargs), {})
+    small = running.small.get(func)
+    if small is not None and (result := small(running, args, kwargs)) is not NotImplemented:
+        return result
     result = _on_values(running.rules[func], args, kwargs) if func in running.rules else NotImplemented
     if result is NotImplemented and func in IN_OTHERS:
         result = _as_user_code(IN_OTHERS[func], args, kwargs)

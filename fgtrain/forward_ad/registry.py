@@ -16,6 +16,10 @@ SMALL: dict[Any, Rule] = {}
 """Short rules, called with the pass, the positional and the keyword arguments; they are tried first."""
 
 
+WIDENING: dict[Any, Rule] = {}
+"""Rules for duals that differ in their number of directions; they are tried before the duals get as many."""
+
+
 class Fallback(NamedTuple):
     """The treatment of a function without a rule.
 
@@ -48,6 +52,7 @@ class _Tables(threading.local):
 
     rules: Mapping[Any, Rule] = RULES
     small: Mapping[Any, Rule] = SMALL
+    widening: Mapping[Any, Rule] = WIDENING
 
 
 tables = _Tables()
@@ -59,19 +64,19 @@ def without_rules() -> Generator[None]:
 
     Passes of other threads keep their rules.
     """
-    before = tables.rules, tables.small
-    tables.rules, tables.small = {}, {}
+    before = tables.rules, tables.small, tables.widening
+    tables.rules, tables.small, tables.widening = {}, {}, {}
     try:
         yield
     finally:
-        tables.rules, tables.small = before
+        tables.rules, tables.small, tables.widening = before
 
 
-def register(names: str) -> Callable[[Rule], Rule]:
+def register(names: str, table: dict[Any, Rule] = RULES) -> Callable[[Rule], Rule]:
     """Make the decorated function the rule of every function of PyTorch with one of these names."""
 
     def decorate(rule: Rule) -> Rule:
-        RULES.update(dict.fromkeys(functions_named(names), rule))
+        table.update(dict.fromkeys(functions_named(names), rule))
         return rule
 
     return decorate

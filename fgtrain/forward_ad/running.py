@@ -19,7 +19,8 @@ class running_pass:  # noqa: N801 - a context manager used like a function
     Attributes:
         rules: the rules that the pass uses: `RULES`, or none inside `without_rules`.
         small: its short rules, likewise.
-        width: the number of directions if some earlier duals have fewer: see `widen`.
+        widening: its rules for duals of different numbers of directions, likewise.
+        width: the number of directions of the loss, if duals may have fewer; else None.
         watched: functions after whose calls `saw` is called: see `watch`.
     """
 
@@ -27,7 +28,7 @@ class running_pass:  # noqa: N801 - a context manager used like a function
         self.follows = follows
         self.adopting = adopting
         self.draws = draws
-        self.rules, self.small = tables.rules, tables.small
+        self.rules, self.small, self.widening = tables.rules, tables.small, tables.widening
         self.width: int | None = None
         self.watched: Container[Any] = ()
         self.saw: Callable[..., None]
@@ -51,7 +52,7 @@ current = _Current()
 
 
 def widen(num: int) -> None:
-    """Use `num` directions from now on; a dual of the pass with fewer directions gets zeros for the others."""
+    """Allow duals with fewer than `num` directions; combined with a dual of more, they get zeros for the others."""
     assert current.one is not None
     current.one.width = num
 

@@ -28,7 +28,7 @@ from fgtrain.forward_ad.native import NO_TANGENT
 from fgtrain.forward_ad.passes import WritesIntoPlain, check_losses
 from fgtrain.forward_ad.running import running_pass
 from fgtrain.network.parameters import ParameterSlots, slots_of
-from fgtrain.tangents.directions import Tangent
+from fgtrain.tangents.directions import Tangent, num_of_last, padded
 
 
 @dataclass
@@ -73,6 +73,7 @@ def evaluate(
     adopting = Adopting() if known.writes_into_plain else None
     with running_pass(follows=follows, adopting=adopting) as running:
         duals = _parameter_duals(slots, known.duals, tangents)
+        running.width = num_of_last(tangents)
         references = sys.getrefcount(running)
         try:
             with (
@@ -86,6 +87,8 @@ def evaluate(
             found = found if adopting is None else adopting.dual_of(found)
             with plain_tensors():
                 losses, derivatives = check_losses(primal_of(found)), tangent_of(found)
+            if derivatives is not None and running.width is not None:
+                derivatives = padded(derivatives, running.width)
             del found
         except WritesIntoPlain:
             known.writes_into_plain = True

@@ -1,11 +1,12 @@
 """K directions over all parameters of a model, and their weighted sum.
 
-K directions of one parameter are a *tangent*: a tensor (K, *p.shape), or a `LowRankTangent` that represents one.
+K directions of one parameter are a *tangent*: a tensor (K, *p.shape), or a `LowRankTangent` or `LastTangent` that
+represents one.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,7 +47,33 @@ class LowRankTangent:
         return (left.mT @ right).reshape(self.num, *self.shape)
 
 
-Tangent = Tensor | LowRankTangent
+@dataclass(frozen=True, slots=True)
+class LastTangent:
+    """K directions of which only the last one moves the parameter.
+
+    Parameters may differ in K: those of the k-th block of a network have k, so that a pass has no more directions in a
+    block than move it or an earlier one. In all directions after its last, a parameter does not move.
+
+    Args:
+        last: the direction, shaped like the parameter.
+        num: K.
+    """
+
+    last: Tensor
+    num: int
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape of the parameter."""
+        return self.last.shape
+
+    def dense(self) -> Tensor:
+        """The directions as one dense tensor (K, *shape)."""
+        return padded(self.last.unsqueeze(0), self.num, at_start=True)
+
+
+Drawn = Tensor | LowRankTangent
+Tangent = Drawn | LastTangent
 
 
 def dense(tangent: Tangent) -> Tensor:
@@ -54,10 +81,22 @@ def dense(tangent: Tangent) -> Tensor:
     return tangent if isinstance(tangent, Tensor) else tangent.dense()
 
 
-def num_of(tangents: Mapping[str, Tangent]) -> int:
+def padded(tangent: Tensor, num: int, *, at_start: bool = False) -> Tensor:
+    """The tangent (K, *shape) with directions of zeros at its end, or at its start, as (num, *shape)."""
+    if len(tangent) == num:
+        return tangent
+    zeros = tangent.new_zeros(num - len(tangent), *tangent.shape[1:])
+    return torch.cat([zeros, tangent] if at_start else [tangent, zeros])
+
+
+def num_of(tangents: Mapping[Any, Tangent]) -> int:
     """K, the number of directions; 0 if there are no tangents."""
-    first = next(iter(tangents.values()), None)
-    return 0 if first is None else len(first) if isinstance(first, Tensor) else first.num
+    return max((len(t) if isinstance(t, Tensor) else t.num for t in tangents.values()), default=0)
+
+
+def num_of_last(tangents: Mapping[Any, Any]) -> int | None:
+    """The number of directions if the tangents may differ in it, since they are `LastTangent`s; else None."""
+    return num_of(tangents) if isinstance(next(iter(tangents.values()), None), LastTangent) else None
 
 
 class Piece(NamedTuple):
@@ -76,7 +115,7 @@ class Piece(NamedTuple):
     part: int = 0
 
 
-class Directions(Mapping[str, Tangent]):
+class Directions(Mapping[str, Drawn]):
     """K directions, {parameter name: tangent}, stored in one buffer.
 
     Args:
@@ -99,7 +138,7 @@ class Directions(Mapping[str, Tangent]):
         blocks = buffer.split(self._sizes, dim=-1)
         self._tangents = {name: self._tangent(name, [blocks[i] for i in at]) for name, at in self._places.items()}
 
-    def _tangent(self, name: str, blocks: list[Tensor]) -> Tangent:
+    def _tangent(self, name: str, blocks: list[Tensor]) -> Drawn:
         like = self._likes[name]
         if like.dtype != self.buffer.dtype:
             blocks = [block.to(like.dtype) for block in blocks]
@@ -111,7 +150,7 @@ class Directions(Mapping[str, Tangent]):
         left, right = (block.reshape(len(block) * self.rank, block.shape[1] // self.rank) for block in blocks)
         return LowRankTangent(left, right / self.rank**0.5, self.rank, like.shape)
 
-    def __getitem__(self, name: str) -> Tangent:
+    def __getitem__(self, name: str) -> Drawn:
         return self._tangents[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -184,7 +223,7 @@ def unit_directions(params: Mapping[str, Tensor]) -> Directions:
     return Directions(torch.eye(sum(piece.size for piece in pieces), dtype=like.dtype, device=like.device), pieces)
 
 
-def _own_part(tangent: Tangent, weights: Tensor, rows: slice) -> Tensor:
+def _own_part(tangent: Drawn, weights: Tensor, rows: slice) -> Tensor:
     """The `rows` of sum_k weights[k] v_k, without the others."""
     if isinstance(tangent, Tensor):
         return torch.einsum("k,k...->...", weights.to(tangent.dtype), tangent[:, rows])

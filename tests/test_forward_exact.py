@@ -9,7 +9,7 @@ from torch import nn
 from fgtrain import Backprop, ForwardExact
 from fgtrain.errors import LossError
 from fgtrain.estimators import forward_exact
-from fgtrain.tangents.directions import LowRankTangent
+from fgtrain.tangents.directions import LowRankTangent, dense, num_of
 from tests import properties
 from tests.cases import CASES, INPUTS, LABELS, Case
 from tests.properties import estimated_grads, exact_grads
@@ -21,21 +21,36 @@ def test_exact_in_any_chunks(case, chunk_size):
     properties.assert_is(estimated_grads(ForwardExact(chunk_size), case), exact_grads(case))
 
 
-def test_a_unit_matrix_is_two_unit_vectors(monkeypatch):
-    """So a chunk of c directions of an m x n matrix holds c (m + n) numbers, not c m n."""
+def passes_of(estimator, model, loss, monkeypatch):
+    """The directions of each pass."""
     seen = []
 
     def jvp(model, loss_fn, tangents):
-        seen.extend(tangents.values())
+        seen.append(tangents)
         return forward_exact_jvp(model, loss_fn, tangents)
 
     forward_exact_jvp = forward_exact.jvp
     monkeypatch.setattr(forward_exact, "jvp", jvp)
-    ForwardExact(5)(CASES[2].build(), CASES[2].loss)
-    for tangent in seen:
-        assert isinstance(tangent, LowRankTangent) or tangent[0].dim() == 1
-        assert (tangent if isinstance(tangent, torch.Tensor) else tangent.dense()).flatten(1).sum(1).eq(1).all()
-    assert sum(len(t) if isinstance(t, torch.Tensor) else t.num for t in seen) == 54 + 3 + 36 + 3
+    estimator(model, loss)
+    return seen
+
+
+def test_a_unit_matrix_is_two_unit_vectors(monkeypatch):
+    """So a chunk of c directions of an m x n matrix holds c (m + n) numbers, not c m n."""
+    seen = passes_of(ForwardExact(5), CASES[2].build(), CASES[2].loss, monkeypatch)
+    for tangents in seen:
+        for tangent in tangents.values():
+            assert isinstance(tangent, LowRankTangent) or tangent[0].dim() == 1
+        entries = torch.cat([dense(tangent).flatten(1) for tangent in tangents.values()], dim=1)
+        assert torch.equal(entries.square().sum(1), torch.ones(len(entries), dtype=entries.dtype))
+        assert torch.equal(entries.sum(1), torch.ones(len(entries), dtype=entries.dtype))
+    assert [num_of(tangents) for tangents in seen] == [5] * 19 + [1]  # 54 + 3 + 36 + 3 = 96 numbers
+
+
+def test_parameters_of_a_few_numbers_share_a_pass(monkeypatch):
+    model = nn.ParameterDict({name: torch.randn(()) for name in "abcd"})
+    loss = lambda m: (m["a"] * m["b"] + m["c"].sin()) ** 2 + m["d"].exp()
+    assert [set(tangents) for tangents in passes_of(ForwardExact(), model, loss, monkeypatch)] == [set("abcd")]
 
 
 def test_a_parameter_the_loss_does_not_reach_has_the_gradient_zero(caplog):

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -29,12 +30,12 @@ class ForwardExact(GradientEstimator):
 
     Bias: exact, with no bias, no variance and no random number.
 
-    Cost: n / c passes in the memory of c directions of one parameter, so the arithmetic of n forward passes. Ranks
-    exchange n floats. A unit matrix is kept as the product of two unit vectors. A pass carries derivatives from the
-    layer of its parameter on. A warning says so if the model has more than 10,000 parameters.
+    Cost: n / c passes in the memory of c directions, so the arithmetic of n forward passes. Ranks exchange n floats. A
+    unit matrix is kept as the product of two unit vectors. A pass carries derivatives from the first layer that it
+    moves. A warning says so if the model has more than 10,000 parameters.
 
     Args:
-        chunk_size: c, the largest number of directions in one pass; None for all of a parameter.
+        chunk_size: c, the largest number of directions in one pass; None for all n.
 
     Raises:
         ValueError: `chunk_size` is below 1.
@@ -74,12 +75,12 @@ class ForwardExact(GradientEstimator):
         self._warn(sum(p.numel() for p in params.values()))
         repeated = RepeatedPass(model)
         losses, reason, found = None, NoTangent(NO_TANGENT), []
-        for name, units in self._chunks(params):
+        for units in self._chunks(params):
             repeated.rewind()
             try:
-                losses, derivatives = jvp(model, loss_fn, {name: units})
-            except NoTangent as error:  # the loss does not depend on this parameter
-                reason, derivatives = error, torch.zeros(num_of({name: units}), device=params[name].device)
+                losses, derivatives = jvp(model, loss_fn, units)
+            except NoTangent as error:  # the loss does not depend on these parameters
+                reason, derivatives = error, torch.zeros(num_of(units), device=params[next(iter(units))].device)
             found.append(derivatives.mean(1) if derivatives.dim() == 2 else derivatives)
         if losses is None:
             raise reason
@@ -92,13 +93,19 @@ class ForwardExact(GradientEstimator):
         return _unflattened(derivatives, trainable_params(model))
 
     def direction_bytes(self, params: Mapping[str, Tensor]) -> int:
-        return max(sum(_factor_sizes(p)) * p.element_size() for p in params.values())
+        return sum(sum(_factor_sizes(p)) * p.element_size() for p in params.values())
 
-    def _chunks(self, params: Mapping[str, Tensor]) -> Iterator[tuple[str, Tangent]]:
-        for name, p in params.items():
-            size = self.chunk_size or p.numel()
-            for first in range(0, p.numel(), size):
-                yield name, _units(p, torch.arange(first, min(first + size, p.numel()), device=p.device))
+    def _chunks(self, params: Mapping[str, Tensor]) -> Iterator[dict[str, Tangent]]:
+        """The unit directions of all numbers, a chunk at a time, for the parameters that the chunk moves."""
+        ends = list(accumulate(p.numel() for p in params.values()))
+        size = self.chunk_size or ends[-1]
+        for first in range(0, ends[-1], size):
+            last = min(first + size, ends[-1])
+            yield {
+                name: _units(p, torch.arange(first, last, device=p.device) - (end - p.numel()))
+                for (name, p), end in zip(params.items(), ends, strict=True)
+                if end - p.numel() < last and first < end
+            }
 
     def _warn(self, num_params: int) -> None:
         if num_params > MANY and not self._warned:
@@ -115,11 +122,13 @@ def _factor_sizes(p: Tensor) -> tuple[int, ...]:
 
 
 def _units(p: Tensor, places: Tensor) -> Tangent:
-    """The unit directions of the numbers of p at these places, (K,), in the order of memory."""
+    """The unit directions of the numbers of p at these places, (K,), in the order of memory; 0 for other places."""
+    inside = ((places >= 0) & (places < p.numel())).unsqueeze(1)
+    places = places.clamp(0, p.numel() - 1)
     if p.dim() < 2:
-        return F.one_hot(places, p.numel()).to(p.dtype).view(-1, *p.shape)
+        return (F.one_hot(places, p.numel()) * inside).to(p.dtype).view(-1, *p.shape)
     rows, columns = _factor_sizes(p)
-    left, right = F.one_hot(places // columns, rows), F.one_hot(places % columns, columns)
+    left, right = F.one_hot(places // columns, rows) * inside, F.one_hot(places % columns, columns)
     return LowRankTangent(left.to(p.dtype), right.to(p.dtype), 1, p.shape)
 
 

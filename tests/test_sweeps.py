@@ -130,8 +130,9 @@ def test_optuna(tmp_path):
 
 def test_mean_and_spread_over_seeds_are_curves(tmp_path):
     command = ["-m", "method=backprop", "data.batch_size=64,128", "seed=0,1,2", "quiet=true", "self_check=false"]
-    status, _, err = train(tmp_path, *command, "trainer.max_steps=6", "trainer.val_check_interval=3")
+    status, out, err = train(tmp_path, *command, "trainer.max_steps=6", "trainer.val_check_interval=3")
     assert status == 0, err
+    assert "Directory watcher" not in out + err  # TensorBoard's reader of events reports its progress
     (folder,) = (path.parent for path in tmp_path.rglob("sweep.csv"))
     runs = {path.parent for path in folder.rglob("seeds/*/*/events*")}
     assert len(runs) == 2 * 3

@@ -1,6 +1,7 @@
 """Messages to the user: one line for a mistake, and no warnings that libraries address to each other."""
 
 import argparse
+import logging
 import re
 import sys
 import threading
@@ -42,9 +43,10 @@ _CHATTER = (
 
 
 def silence_libraries() -> None:
-    """Ignore warnings that do not concern the user, and errors that the main thread reports as well."""
+    """Ignore what does not concern the user, and errors that the main thread reports as well."""
     for message in _CHATTER:
         warnings.filterwarnings("ignore", message)
+    logging.getLogger("tensorboard").setLevel(logging.WARNING)  # it names every file of events that it reads
     threading.excepthook = _print_unless_of_the_disk
 
 

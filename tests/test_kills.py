@@ -116,8 +116,8 @@ def ended_soon(folder):
 
 def test_killed_ranks(tmp_path):
     moments, folder = random.Random(0), tmp_path / "killed"
-    for k in range(12):
-        forked = k < 10
+    for k in range(8):
+        forked = k < 6
         run = Started(folder, *ENDLESS, *() if forked else ("trainer=ddp",))
         rank = run.ranks(depth=1 if forked else 2)[k % 2]
         time.sleep((k > 1) * moments.random() * 1.5)  # the first before they have met

@@ -37,7 +37,7 @@ def assert_replays(folder):
 def test_replay_rebuilds_the_weights(method, tmp_path):
     if not make_estimator(method).scalar_reducible:
         pytest.skip("needs the data: test_methods_that_need_the_data_are_refused")
-    # forward_exact takes a pass per parameter
+    # forward_exact takes a derivative per number
     smaller = ["model.hidden=[2]", "trainer.max_steps=5", "trainer.val_check_interval=2"] * (method == "forward_exact")
     assert train(tmp_path, f"method={method}", *LOGGED, *smaller)[0] == 0
     assert_replays(tmp_path)

@@ -17,7 +17,7 @@ from fgtrain.estimators import write_grads
 from fgtrain.estimators.base import BackwardPass
 from fgtrain.memory import peak_mib
 from fgtrain.random import keyed_generator
-from fgtrain.runs.run import build
+from fgtrain.runs.build import build
 from fgtrain.studies.timing import synchronize
 
 LONG_ENOUGH = 0.1  # seconds; faster steps are timed several at a time

@@ -12,7 +12,8 @@ from omegaconf import DictConfig
 
 from fgtrain.errors import ConfigError, DivergenceError, UnsupportedOperation
 from fgtrain.lightning.atomic_files import write_atomically
-from fgtrain.runs.run import build, run
+from fgtrain.runs.build import build
+from fgtrain.runs.run import run
 from fgtrain.studies.compare.cost import StepCost, refusal, step_costs
 from fgtrain.studies.compare.finished import Finished, read
 from fgtrain.studies.compare.plan import SEARCH_SEED, Comparison, compose_run

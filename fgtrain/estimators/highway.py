@@ -61,10 +61,10 @@ class Highway(GradientEstimator):
     Where only element-wise functions lead from the output z of a layer to the hidden state h (a sum, a dropout mask, an
     activation function), dh / dz has a diagonal D, the derivative of h along a direction of ones. The layer's gradient
     is then that for the output gradient D delta, in closed form. This holds for the last layer of a branch and for the
-    embeddings or the layer before the first block. The last layer of the model is as with exact_head of
-    `ActivityPerturbation`. `estimator` gives the gradients of every other layer of a block, one layer at a time, so
-    that the noise on one layer does not disturb another. A layer that treats tokens one by one gets a loss for every
-    token, delta . h of that token; any other layer, such as one before attention, gets one for every example.
+    embeddings or the layer before the first block. The last layer of the model has its exact gradient, as with
+    exact_head of `ActivityPerturbation`. `estimator` gives the gradients of every other layer of a block, one layer at
+    a time, so that the noise on one layer does not disturb another. A layer that treats tokens one by one gets a loss
+    for every token, delta . h of that token; any other layer, such as one before attention, gets one for every example.
 
     Bias: biased, because the gradient that passes back through more than k residual branches is left out. Only the last
     k + 1 blocks and what follows them have the exact gradient. The bias and the variance of `estimator` come on top,
@@ -229,7 +229,7 @@ class Highway(GradientEstimator):
 def _learning(
     blocks: ResidualBlocks, estimator: GradientEstimator, branches: Branches, generator: torch.Generator
 ) -> Generator[list[tuple[nn.Parameter, Tensor]]]:
-    """A context in which the blocks' gradients are estimated when they are called.
+    """A context in which a call of a block also estimates its gradients, and appends them to the yielded list.
 
     Args:
         blocks: the residual blocks of the model.

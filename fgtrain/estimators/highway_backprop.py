@@ -31,10 +31,11 @@ class Branches:
         self.sums: list[list[Tensor | None]] = []
 
     def after_blocks(self, blocks: ResidualBlocks) -> Callable[[Through | None], tuple[int, Tensor | None]]:
-        """A function that gives, for one block after the other, the segment and d_l of the last iteration.
+        """A function to call once for each block, in their order; it returns the block's segment and its d_l.
 
-        It takes the function d -> J_l^T d, which only iterations need. The sum over later blocks is that over all
-        blocks less the terms so far, so that memory holds one sum for each segment and iteration.
+        Its argument is d -> J_l^T d of the block, which is needed only after an iteration; else None. The sum over
+        later blocks is the sum over all blocks minus the terms so far, so memory holds one sum for each segment and
+        iteration.
         """
         places = iter([s for s, segment in enumerate(blocks.segments) for _ in segment.outputs])
         left = [list(sums) for sums in self.sums]

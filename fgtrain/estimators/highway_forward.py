@@ -104,7 +104,10 @@ def gradients_before(
 def _hidden_and_rest(
     model: nn.Module, loss_fn: Callable[[Any], Tensor], blocks: ResidualBlocks, segment: int
 ) -> Tensor:
-    """The hidden state of a segment, then what a layer must not change on another path: earlier ones and the losses."""
+    """One vector: the hidden state after a segment, then the losses and the hidden states after earlier segments.
+
+    A layer has a closed form only if it changes nothing but the first part: the other parts are its other paths.
+    """
     hidden: list[Tensor] = []
 
     def after_segment(s: int, x: Tensor) -> Tensor:

@@ -279,7 +279,7 @@ class LayerNoise(OutputTangent):
         owner: the pass.
     """
 
-    def __init__(self, name: str, owner: "Owner") -> None:
+    def __init__(self, name: str, owner: Owner) -> None:
         self.name = name
         self.owner = owner
 

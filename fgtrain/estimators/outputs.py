@@ -16,7 +16,7 @@ from fgtrain.agreement import agree
 from fgtrain.errors import NoTangent
 from fgtrain.estimators.second_order import curvature_in_span
 from fgtrain.forward_ad import jvp
-from fgtrain.forward_ad.known_losses import KnownLoss, Noticed, carries_tangent
+from fgtrain.forward_ad.known_losses import KnownLoss, RecordedLosses, carries_tangent
 from fgtrain.forward_ad.native import NO_TANGENT, LossFn
 from fgtrain.forward_ad.passes import LightPass, RepeatedPass, TorchRandomState, check_losses
 from fgtrain.network.parameters import slots_of
@@ -107,19 +107,19 @@ class _SeenLoss:
 
     def __call__(self, model: nn.Module) -> Tensor:
         outputs: list[Tensor] = []
-        with self._kept(outputs), Noticed() as noticed:
+        with self._kept(outputs), RecordedLosses() as recorded:
             losses = self._loss_fn(model)
         check_losses(losses)
         parts = [losses.flatten()]
         if not carries_tangent(parts[0]):
             raise NoTangent(NO_TANGENT)
-        found = noticed.only()
+        found = recorded.only()
         if found is None:
             self.known, parts = None, [*outputs, *parts]
         else:
-            self.known, taken, each = found
-            self.known_is_all = each is losses
-            parts = [taken, *parts] if self.known_is_all else [*outputs, taken, each, *parts]
+            self.known, z, result = found
+            self.known_is_all = result is losses
+            parts = [z, *parts] if self.known_is_all else [*outputs, z, result, *parts]
         self._shapes = [x.shape for x in outputs]
         self.sizes = [part.numel() for part in parts]
         return torch.cat([part.flatten() for part in parts])

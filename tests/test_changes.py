@@ -82,7 +82,7 @@ def test_finished_run_is_extended(begun):
 
 def test_extension_that_is_cut_goes_on(begun, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr("fgtrain.runs.run.StepProgress", lambda: KillLast(10))
+        patch.setattr("fgtrain.runs.build.StepProgress", lambda: KillLast(10))
         with pytest.raises(Killed):
             train(begun, *CONSTANT, "trainer.max_steps=80", "resume=auto")
     assert train(begun, *CONSTANT, "trainer.max_steps=80", "resume=auto")[0] == 0

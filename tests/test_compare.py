@@ -13,8 +13,8 @@ from rich.console import Console
 
 from fgtrain.commands.compare import run as run_command
 from fgtrain.errors import ConfigError
+from fgtrain.runs.build import build
 from fgtrain.runs.messages import USER_ERRORS
-from fgtrain.runs.run import build
 from fgtrain.studies.compare import compare, parse, write_report
 from fgtrain.studies.compare.finished import read
 from fgtrain.studies.compare.plan import compose_run

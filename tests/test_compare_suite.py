@@ -5,8 +5,8 @@ import json
 import pytest
 
 from fgtrain.errors import DataError
+from fgtrain.runs.build import build
 from fgtrain.runs.messages import USER_ERRORS
-from fgtrain.runs.run import build
 from fgtrain.studies.compare import parse
 from fgtrain.studies.compare.plan import compose_run
 from fgtrain.studies.compare.suite import SUITES, read_suite

@@ -403,7 +403,7 @@ def test_results_of_a_run_cut_twice(tmp_path, monkeypatch):
         (tmp_path / folder).mkdir()
         for event in [*cuts, 0]:
             with monkeypatch.context() as patch:
-                patch.setattr("fgtrain.runs.run.StepProgress", lambda event=event: KillFirst(event))
+                patch.setattr("fgtrain.runs.build.StepProgress", lambda event=event: KillFirst(event))
                 if event:
                     with pytest.raises(Killed):
                         train(tmp_path / folder, *options)

@@ -64,7 +64,7 @@ def test_run_that_was_cut(tmp_path, monkeypatch):
     """The checkpoint holds the log of the step after which it is written, wherever its callback stands."""
     options = (*LOGGED, "callbacks.recovery.every_n_steps=7")
     with monkeypatch.context() as patch:
-        patch.setattr("fgtrain.runs.run.StepProgress", lambda: SignalAt(16))
+        patch.setattr("fgtrain.runs.build.StepProgress", lambda: SignalAt(16))
         assert train(tmp_path, *options)[0] == 143
     assert_replays(tmp_path)
     assert train(tmp_path, *options, "resume=auto")[0] == 0

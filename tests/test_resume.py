@@ -275,7 +275,7 @@ class SignalInTest(L.Callback):
     [(SignalAt(16, signal.SIGINT), "16, which was not saved"), (SignalInTest(), "60, during the test")],
 )
 def test_ctrl_c_without_checkpoints_is_one_line(callback, where, tmp_path, monkeypatch):
-    monkeypatch.setattr("fgtrain.runs.run.StepProgress", lambda: callback)
+    monkeypatch.setattr("fgtrain.runs.build.StepProgress", lambda: callback)
     handler = signal.getsignal(signal.SIGINT)
     try:
         status, _, err = train(tmp_path, *STEPS, "callbacks=none")
@@ -291,7 +291,7 @@ def test_ctrl_c_without_checkpoints_is_one_line(callback, where, tmp_path, monke
 def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     fills = tmp_path / "run" / f"results.json.{os.getpid()}.tmp"
     with monkeypatch.context() as patch:
-        patch.setattr("fgtrain.runs.run.StepProgress", lambda: Full(fills))
+        patch.setattr("fgtrain.runs.build.StepProgress", lambda: Full(fills))
         status, _, err = train(tmp_path, *STEPS)
     assert status == 2
     assert "results.json: No space left on device" in err.splitlines()[-1]
@@ -334,7 +334,7 @@ class Full(L.Callback):
 
 def test_disk_that_fills_up_is_one_line(tmp_path, monkeypatch):
     name = f"next.{os.getpid()}.ckpt.tmp.{os.getpid()}.tmp"
-    monkeypatch.setattr("fgtrain.runs.run.StepProgress", lambda: Full(tmp_path / "run" / "checkpoints" / name))
+    monkeypatch.setattr("fgtrain.runs.build.StepProgress", lambda: Full(tmp_path / "run" / "checkpoints" / name))
     status, _, err = train(tmp_path, *STEPS)
     assert status == 2
     assert re.search(r"cannot write .*run/checkpoints/next.*: No space left on device", err.splitlines()[-1])

@@ -11,7 +11,7 @@ import torch
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fgtrain.runs.run import build
+from fgtrain.runs.build import build
 from tests.commands import CONF, ROOT, composed, options, results_under, train
 
 

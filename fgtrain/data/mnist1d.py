@@ -29,6 +29,7 @@ CORRELATED, BLUR = 0.25, 2  # standard deviations of the noise around the signal
 INDEPENDENT = 0.02  # standard deviation of the noise on every point
 SHEAR = 0.75  # a line is subtracted that falls or rises by up to half of it
 LENGTH = 40  # points of an example
+EXAMPLES_PER_CLASS = 500
 
 
 class Mnist1D(InMemoryDataModule):
@@ -67,10 +68,10 @@ class Mnist1D(InMemoryDataModule):
         return splits, standardize(splits["train"][0])
 
 
-def mnist1d_signals(seed: int, per_class: int = 500) -> tuple[np.ndarray, Tensor]:
+def mnist1d_signals(seed: int) -> tuple[np.ndarray, Tensor]:
     """Signals (N, 40) with mean 0 and variance 1 over all their numbers, and labels (N,), in random order."""
     rng = np.random.RandomState(seed)  # NumPy promises that its stream never changes
-    labels = np.arange(len(TEMPLATES)).repeat(per_class)
+    labels = np.arange(len(TEMPLATES)).repeat(EXAMPLES_PER_CLASS)
     padding, scale, shift, around, on, slope = map(np.array, zip(*(_draws(rng) for _ in labels), strict=True))
     order = rng.permutation(len(labels))
 

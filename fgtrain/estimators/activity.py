@@ -35,9 +35,8 @@ class ActivityPerturbation(GradientEstimator):
     Losses: return per-example losses (B,), reduction="none". A scalar that is the mean of one `F.cross_entropy` or
     `F.mse_loss` with a row per example works equally well, because the loss of each row is known. Any other scalar loss
     gives one derivative for all examples. The estimate is then still unbiased, but it has the variance of the noise on
-    all examples; a warning says so once.
-    The first call finds the rows of each layer's output that belong to each example. If it cannot, all rows of the
-    layer use the derivative of the mean loss.
+    all examples; a warning says so once. The first call finds the rows of each layer's output that belong to each
+    example. If it cannot, all rows of the layer use the derivative of the mean loss.
 
     Bias: unbiased if neither layers nor losses mix examples, or with examples="mixed". If BatchNorm in training mode, a
     graph whose nodes are the examples, or a contrastive loss mixes them, examples="independent" ignores the effect of
@@ -207,6 +206,15 @@ class ActivityPerturbation(GradientEstimator):
 
 class _Collected:
     """Gradients of the layers' parameters, from the derivatives of a pass and its calls.
+
+    Args:
+        losses: the losses of the pass, (B,) or ().
+        found: their derivatives, (K, B) or (K,).
+        of_head: the exact gradient of the last layer's output; None if this layer has noise too.
+        rows: {name of a layer's weight: the rows of its output that belong to each example}.
+        biases: {name of a layer's weight: name of its bias or None}.
+        params: {name: parameter}.
+        variance: the relative variance for one example, for shrinkage; 0 without it.
 
     Attributes:
         derivatives: derivatives of the mean loss, (K,).

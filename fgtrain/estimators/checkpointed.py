@@ -57,8 +57,8 @@ class CheckpointedBackprop(Backprop):
         generator: torch.Generator,
         reduce: Reduce | None,
     ) -> Estimate:
+        # Functions are eager because compiled code would ignore replaced forwards.
         with eager_functions(), checkpointed() as repeated, _in_segments(model) as containers:
-            # compiled code would ignore replaced forwards
             try:
                 estimate = super().forward(model, loss_fn, generator=generator, reduce=reduce)
             except CheckpointError as error:
@@ -66,9 +66,9 @@ class CheckpointedBackprop(Backprop):
                     f"a block or a step of {type(model).__name__} computes something else when it runs again, for "
                     "example because it keeps a cache or has its own random generator; train with Backprop"
                 ) from error
-        told = slots_of(model).kept(_in_segments, set)
-        if not (containers or repeated or told):
-            told.add(model.__class__)
+        warned = slots_of(model).kept(_in_segments, set)
+        if not (containers or repeated or warned):
+            warned.add(True)
             _log.warning(
                 "%s has no nn.Sequential or nn.ModuleList to checkpoint: memory is that of Backprop",
                 type(model).__name__,
@@ -102,9 +102,10 @@ def _containers(module: nn.Module) -> Iterator[nn.Sequential | nn.ModuleList]:
 
 
 def _segments(chain: nn.Sequential) -> tuple[list[nn.Module], list[list[nn.Module]]]:
-    """The chain split into segments of equal length that minimises (segments + layers in the longest).
+    """The modules that run before all segments, and the segments.
 
-    Modules that change the chain's input in place cannot be run again from it, so they run before the segments.
+    Modules that change the chain's input in place cannot be run again from it, so they run first. Segments have the
+    length that minimises the number of segments plus the layers in the longest one.
     """
     first, *others = links(chain) or [[]]
     ahead = list(takewhile(lambda module: getattr(module, "inplace", False), first))

@@ -33,7 +33,7 @@ from fgtrain.network.blocks import (
     list_of_names,
 )
 from fgtrain.network.parameters import slots_of, trainable_params
-from fgtrain.network.shell import Shell
+from fgtrain.network.residual_blocks import ResidualBlocks
 
 _NO_SKIP = "it does not return its input where its parameters are 0"
 
@@ -61,10 +61,10 @@ class Highway(GradientEstimator):
     Where only element-wise functions lead from the output z of a layer to the hidden state h (a sum, a dropout mask, an
     activation function), dh / dz has a diagonal D, the derivative of h along a direction of ones. The layer's gradient
     is then that for the output gradient D delta, in closed form. This holds for the last layer of a branch and for the
-    embeddings or the layer before the first block. The last layer of the model is as with exact_head of
-    `ActivityPerturbation`. `estimator` gives the gradients of every other layer of a block, one layer at a time, so
-    that the noise on one layer does not disturb another. A layer that treats tokens one by one gets a loss for every
-    token, delta . h of that token; any other layer, such as one before attention, gets one for every example.
+    embeddings or the layer before the first block. The last layer of the model has its exact gradient, as with
+    exact_head of `ActivityPerturbation`. `estimator` gives the gradients of every other layer of a block, one layer at
+    a time, so that the noise on one layer does not disturb another. A layer that treats tokens one by one gets a loss
+    for every token, delta . h of that token; any other layer, such as one before attention, gets one for every example.
 
     Bias: biased, because the gradient that passes back through more than k residual branches is left out. Only the last
     k + 1 blocks and what follows them have the exact gradient. The bias and the variance of `estimator` come on top,
@@ -145,46 +145,46 @@ class Highway(GradientEstimator):
         params = trainable_params(model)
         repeated = RepeatedPass(model)
         with eager_functions():  # compiled code would ignore replaced forwards
-            shell, losses = self._recorded(model, loss_fn)
-            loss_fn = shell.counting_from_0(loss_fn)
+            blocks, losses = self._recorded(model, loss_fn)
+            loss_fn = blocks.from_first(loss_fn)
             repeated.rewind()
             if self.backpropagates:
-                grads, branches = by_backprop(model, loss_fn, shell, self.iterations)
+                grads, branches = by_backprop(model, loss_fn, blocks, self.iterations)
             else:
                 deltas = list[Tensor | None]()
-                for segment in range(len(shell.segments)):
-                    deltas.append(delta_by_forward_mode(model, loss_fn, shell, segment, self.chunk_size))
+                for segment in range(len(blocks.segments)):
+                    deltas.append(delta_by_forward_mode(model, loss_fn, blocks, segment, self.chunk_size))
                     repeated.rewind()
-                grads = gradients_before(model, loss_fn, shell, deltas)
+                grads = gradients_before(model, loss_fn, blocks, deltas)
                 repeated.rewind()
-                grads |= self._grads_of_rest(model, loss_fn, shell, grads, generator)
+                grads |= self._grads_of_rest(model, loss_fn, blocks, grads, generator)
                 branches = Branches([deltas])
             repeated.rewind()
             names = {id(p): name for name, p in params.items()}
-            with _learning(shell, self.estimator, branches, generator) as found, torch.enable_grad():
+            with _learning(blocks, self.estimator, branches, generator) as found, torch.enable_grad():
                 loss_fn(model)
             for p, g in found:
                 add_grad(grads, names[id(p)], g)
         return Estimate(losses.mean(), average_grads({name: grads[name] for name in params if name in grads}, reduce))
 
-    def _recorded(self, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> tuple[Shell, Tensor]:
-        """The recorded shell of the model, and its losses.
+    def _recorded(self, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> tuple[ResidualBlocks, Tensor]:
+        """The residual blocks of the model, with a recorded pass, and the losses of this pass.
 
         The first call finds out whether something else than the next block uses the output of a block. If so, every
         block is a segment of its own.
         """
-        blocks = self._blocks_of(model, loss_fn)
-        apart: dict[tuple[Any, ...], bool] = slots_of(model).kept(Shell, dict)
-        repeated, key = RepeatedPass(model), (self.backpropagates, *blocks)
-        shell = Shell(model, blocks, apart.get(key, False))
-        with shell.recording():
+        modules = self._blocks_of(model, loss_fn)
+        separate: dict[tuple[Any, ...], bool] = slots_of(model).kept(ResidualBlocks, dict)
+        repeated, key = RepeatedPass(model), (self.backpropagates, *modules)
+        blocks = ResidualBlocks(model, modules, separate.get(key, False))
+        with blocks.recording():
             losses = plain_losses(model, loss_fn)
-        if key in apart:
-            return shell, losses
+        if key in separate:
+            return blocks, losses
         repeated.rewind()
-        refuse_other_paths(shell, model, loss_fn, losses, weights_learn=self.backpropagates)
-        apart[key] = not is_chain_of_blocks(shell, model, loss_fn, losses)
-        return self._recorded(model, loss_fn) if apart[key] else (shell, losses)
+        refuse_other_paths(blocks, model, loss_fn, losses, weights_learn=self.backpropagates)
+        separate[key] = not is_chain_of_blocks(blocks, model, loss_fn, losses)
+        return self._recorded(model, loss_fn) if separate[key] else (blocks, losses)
 
     def _blocks_of(self, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> list[nn.Module]:
         """The residual blocks, found at the first call by a pass whose effects are undone."""
@@ -206,13 +206,13 @@ class Highway(GradientEstimator):
         self,
         model: nn.Module,
         loss_fn: Callable[[Any], Tensor],
-        shell: Shell,
+        blocks: ResidualBlocks,
         known: Iterable[str],
         generator: torch.Generator,
     ) -> dict[str, Tensor]:
         """The gradients of the parameters outside blocks, except the known ones: exact for the last layer."""
         params = slots_of(model).params
-        with frozen([*shell.params(), *(params[name] for name in known)]), shell.running():
+        with frozen([*blocks.params, *(params[name] for name in known)]), blocks.as_skips():
             repeated = RepeatedPass(model)
             grads = gradient_of_last_layer(model, loss_fn)
             with frozen([params[name] for name in grads]):
@@ -227,18 +227,18 @@ class Highway(GradientEstimator):
 
 @contextmanager
 def _learning(
-    shell: Shell, estimator: GradientEstimator, branches: Branches, generator: torch.Generator
+    blocks: ResidualBlocks, estimator: GradientEstimator, branches: Branches, generator: torch.Generator
 ) -> Generator[list[tuple[nn.Parameter, Tensor]]]:
-    """A context in which the blocks' gradients are estimated when they are called.
+    """A context in which a call of a block also estimates its gradients, and appends them to the yielded list.
 
     Args:
-        shell: the shell of the model.
+        blocks: the residual blocks of the model.
         estimator: estimates the gradients.
         branches: the gradients after the blocks.
         generator: source of the directions.
     """
     found: list[tuple[nn.Parameter, Tensor]] = []
-    after_next = branches.after_blocks(shell)
+    after_next = branches.after_blocks(blocks)
 
     def learn(block: nn.Module, forward: Forward) -> Forward:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -277,5 +277,5 @@ def _learning(
 
         return run
 
-    with forwards_replaced({block: learn(block, forward) for block, forward in shell.forwards.items()}):
+    with forwards_replaced({block: learn(block, forward) for block, forward in blocks.forwards.items()}):
         yield found

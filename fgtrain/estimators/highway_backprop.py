@@ -12,7 +12,7 @@ from fgtrain.forward_ad.native import LossFn
 from fgtrain.forward_ad.passes import RepeatedPass, check_losses
 from fgtrain.network.blocks import Forward, entering, hidden_of
 from fgtrain.network.parameters import slots_of
-from fgtrain.network.shell import AGAIN, Shell
+from fgtrain.network.residual_blocks import BLOCKS_RUN_AGAIN, ResidualBlocks
 
 Through = Callable[[Tensor], Tensor]
 """d -> J^T d, where d is a gradient after a residual block and J the Jacobian of its branch."""
@@ -30,19 +30,20 @@ class Branches:
         self.deltas = list(deltas)
         self.sums: list[list[Tensor | None]] = []
 
-    def after_blocks(self, shell: Shell) -> Callable[[Through | None], tuple[int, Tensor | None]]:
-        """A function that gives, for one block after the other, the segment and d_l of the last iteration.
+    def after_blocks(self, blocks: ResidualBlocks) -> Callable[[Through | None], tuple[int, Tensor | None]]:
+        """A function to call once for each block, in their order; it returns the block's segment and its d_l.
 
-        It takes the function d -> J_l^T d, which only iterations need. The sum over later blocks is that over all
-        blocks less the terms so far, so that memory holds one sum for each segment and iteration.
+        Its argument is d -> J_l^T d of the block, which is needed only after an iteration; else None. The sum over
+        later blocks is the sum over all blocks minus the terms so far, so memory holds one sum for each segment and
+        iteration.
         """
-        places = iter([s for s, segment in enumerate(shell.segments) for _ in segment.outputs])
+        places = iter([s for s, segment in enumerate(blocks.segments) for _ in segment.outputs])
         left = [list(sums) for sums in self.sums]
 
         def after_next(through: Through | None) -> tuple[int, Tensor | None]:
             s = next(places, None)
             if s is None:
-                raise UnsupportedOperation(AGAIN)
+                raise UnsupportedOperation(BLOCKS_RUN_AGAIN)
             after = self.deltas[0][s]
             for later, deltas in zip(left, self.deltas[1:], strict=True):
                 delta, rest = deltas[s], later[s]
@@ -69,10 +70,12 @@ def through_branch(forward: Forward, args: Any, kwargs: Any) -> tuple[Any, Throu
     return tree_map_only(Tensor, Tensor.detach, out), through
 
 
-def _sums_through_branches(model: nn.Module, loss_fn: LossFn, shell: Shell, branches: Branches) -> list[Tensor | None]:
+def _sums_through_branches(
+    model: nn.Module, loss_fn: LossFn, blocks: ResidualBlocks, branches: Branches
+) -> list[Tensor | None]:
     """The sum of J_l^T d_l over the blocks of every segment."""
-    sums: list[Tensor | None] = [None] * len(shell.segments)
-    after_next = branches.after_blocks(shell)
+    sums: list[Tensor | None] = [None] * len(blocks.segments)
+    after_next = branches.after_blocks(blocks)
 
     def summing(forward: Forward) -> Forward:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -85,26 +88,28 @@ def _sums_through_branches(model: nn.Module, loss_fn: LossFn, shell: Shell, bran
 
         return run
 
-    with torch.no_grad(), shell.replaced_by(summing):
+    with torch.no_grad(), blocks.replaced_by(summing):
         loss_fn(model)
     return sums
 
 
-def by_backprop(model: nn.Module, loss_fn: LossFn, shell: Shell, iterations: int) -> tuple[dict[str, Tensor], Branches]:
+def by_backprop(
+    model: nn.Module, loss_fn: LossFn, blocks: ResidualBlocks, iterations: int
+) -> tuple[dict[str, Tensor], Branches]:
     """The gradients of all parameters outside blocks, and the gradients after the blocks, after some iterations."""
     repeated, branches = RepeatedPass(model), Branches()
     for _ in range(iterations):
-        branches.deltas.append(_gradients_of_rest(model, loss_fn, shell, branches)[1])
+        branches.deltas.append(_gradients_of_rest(model, loss_fn, blocks, branches)[1])
         repeated.rewind()
-        branches.sums.append(_sums_through_branches(model, loss_fn, shell, branches))
+        branches.sums.append(_sums_through_branches(model, loss_fn, blocks, branches))
         repeated.rewind()
-    grads, deltas = _gradients_of_rest(model, loss_fn, shell, branches)
+    grads, deltas = _gradients_of_rest(model, loss_fn, blocks, branches)
     branches.deltas.append(deltas)
     return grads, branches
 
 
 def _gradients_of_rest(
-    model: nn.Module, loss_fn: LossFn, shell: Shell, branches: Branches
+    model: nn.Module, loss_fn: LossFn, blocks: ResidualBlocks, branches: Branches
 ) -> tuple[dict[str, Tensor], list[Tensor | None]]:
     """The gradients of all parameters outside blocks, and the gradient after every segment, by a backward pass.
 
@@ -113,19 +118,19 @@ def _gradients_of_rest(
     """
     points: dict[int, Tensor] = {}
     through_branches: list[Tensor] = []
-    sums = branches.sums[-1] if branches.sums else [None] * len(shell.segments)
+    sums = branches.sums[-1] if branches.sums else [None] * len(blocks.segments)
 
-    def behind(segment: int, x: Tensor) -> Tensor:
+    def after_segment(segment: int, x: Tensor) -> Tensor:
         through = sums[segment]
         if through is not None:
             through_branches.append((through * x).sum())
         points[segment] = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
         return points[segment]
 
-    with shell.running(behind), torch.enable_grad():
+    with blocks.as_skips(after_segment), torch.enable_grad():
         rest = slots_of(model).trainable()
         loss = sum(through_branches, check_losses(loss_fn(model)).mean())
         found = torch.autograd.grad(loss, [*rest.values(), *points.values()], allow_unused=True)
     grads = {name: g for name, g in zip(rest, found, strict=False) if g is not None}
     deltas = dict(zip(points, found[len(rest) :], strict=True))
-    return grads, [deltas.get(s) for s in range(len(shell.segments))]
+    return grads, [deltas.get(s) for s in range(len(blocks.segments))]

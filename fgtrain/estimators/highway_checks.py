@@ -1,7 +1,7 @@
 """What Highway finds out about a model at its first call: by which paths the loss depends on the residual blocks.
 
-The passes here run the shell of a model, in which blocks are identities plus constants. If a loss becomes nan when a
-tensor is replaced by nan, it depends on that tensor.
+The passes here run a model whose blocks are identities plus constants. If a loss becomes nan when a tensor is replaced
+by nan, it depends on that tensor.
 """
 
 from collections.abc import Mapping
@@ -16,23 +16,25 @@ from fgtrain.forward_ad.native import LossFn
 from fgtrain.forward_ad.passes import RepeatedPass, plain_losses
 from fgtrain.network.blocks import Forward, with_hidden
 from fgtrain.network.parameters import slots_of
-from fgtrain.network.shell import Shell
+from fgtrain.network.residual_blocks import ResidualBlocks
 
 
-def is_chain_of_blocks(shell: Shell, model: nn.Module, loss_fn: LossFn, losses: Tensor) -> bool:
+def is_chain_of_blocks(blocks: ResidualBlocks, model: nn.Module, loss_fn: LossFn, losses: Tensor) -> bool:
     """Whether the losses depend on the hidden state between two blocks of a segment through the second block only."""
-    with shell.running(between=_nan):
+    with blocks.as_skips(between_blocks=_nan):
         try:
-            return _are(losses, model, shell.counting_from_0(loss_fn))
+            return _are(losses, model, blocks.from_first(loss_fn))
         except UnsupportedOperation:  # which blocks run depends on the hidden state
             return False
 
 
-def refuse_other_paths(shell: Shell, model: nn.Module, loss_fn: LossFn, losses: Tensor, *, weights_learn: bool) -> None:
+def refuse_other_paths(
+    blocks: ResidualBlocks, model: nn.Module, loss_fn: LossFn, losses: Tensor, *, weights_learn: bool
+) -> None:
     """Refuse a loss that depends on a block by a path that Highway leaves out.
 
     Args:
-        shell: the recorded shell of the model.
+        blocks: the recorded residual blocks of the model.
         model: the model.
         loss_fn: maps the model to its losses.
         losses: the losses of the recorded pass.
@@ -42,18 +44,18 @@ def refuse_other_paths(shell: Shell, model: nn.Module, loss_fn: LossFn, losses: 
         UnsupportedOperation: the losses use another output of a block that depends on its parameters; or they use
             weights of blocks directly, and `weights_learn` is false.
     """
-    run = shell.counting_from_0(loss_fn)
-    others_nan = tree_map_only(Tensor, _nan, [segment.outputs for segment in shell.segments])
-    with shell.running(others=others_nan):
+    run = blocks.from_first(loss_fn)
+    others_nan = tree_map_only(Tensor, _nan, [segment.outputs for segment in blocks.segments])
+    with blocks.as_skips(other_outputs=others_nan):
         uses_others = not _are(losses, model, run)
-    if uses_others and _others_are_learnt(shell, model, loss_fn):
+    if uses_others and _others_are_learnt(blocks, model, loss_fn):
         raise UnsupportedOperation(
             "the loss uses another output of a residual block than its hidden state, such as an auxiliary loss, and "
             "the block would not learn from it; leave it out, or train with another method"
         )
-    inside = {id(p) for p in shell.params()}
+    inside = {id(p) for p in blocks.params}
     weights_nan = {name: _nan(p) for name, p in slots_of(model).params.items() if id(p) in inside}
-    with shell.running():
+    with blocks.as_skips():
         if not weights_learn and not _are(losses, model, run, weights_nan):
             raise UnsupportedOperation(
                 "the loss uses weights of residual blocks, as a penalty does, and they would not learn from it without "
@@ -61,7 +63,7 @@ def refuse_other_paths(shell: Shell, model: nn.Module, loss_fn: LossFn, losses: 
             )
 
 
-def _others_are_learnt(shell: Shell, model: nn.Module, loss_fn: LossFn) -> bool:
+def _others_are_learnt(blocks: ResidualBlocks, model: nn.Module, loss_fn: LossFn) -> bool:
     """Whether another output of a block than its hidden state depends on its parameters."""
     found = []
 
@@ -76,7 +78,7 @@ def _others_are_learnt(shell: Shell, model: nn.Module, loss_fn: LossFn) -> bool:
         return run
 
     repeated = RepeatedPass(model)
-    with torch.no_grad(), shell.replaced_by(looked_at):
+    with torch.no_grad(), blocks.replaced_by(looked_at):
         loss_fn(model)
     repeated.rewind()
     return bool(found)

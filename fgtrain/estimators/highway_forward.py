@@ -21,7 +21,7 @@ from fgtrain.layer_noise.closed_forms import closed_forms
 from fgtrain.layer_noise.layers import candidates
 from fgtrain.network.blocks import frozen
 from fgtrain.network.parameters import slots_of
-from fgtrain.network.shell import Shell
+from fgtrain.network.residual_blocks import ResidualBlocks
 
 
 def gradients_within(
@@ -80,14 +80,14 @@ def per_example(each: Tensor) -> Tensor:
 
 
 def gradients_before(
-    model: nn.Module, loss_fn: Callable[[Any], Tensor], shell: Shell, deltas: Sequence[Tensor | None]
+    model: nn.Module, loss_fn: Callable[[Any], Tensor], blocks: ResidualBlocks, deltas: Sequence[Tensor | None]
 ) -> dict[str, Tensor]:
     """The gradients of the layers outside blocks that have a closed form, because they are just before a segment.
 
     Args:
         model: a model with residual blocks.
         loss_fn: maps the model to its losses.
-        shell: the recorded shell of the model.
+        blocks: the recorded residual blocks of the model.
         deltas: the gradient of every segment's hidden state; None if the loss does not depend on it.
     """
     grads: dict[str, Tensor] = {}
@@ -95,23 +95,28 @@ def gradients_before(
     for segment, delta in enumerate(deltas):
         if delta is not None:
             repeated.rewind()
-            run = partial(_hidden_and_rest, loss_fn=loss_fn, shell=shell, segment=segment)
-            with frozen(shell.params()):
+            run = partial(_hidden_and_rest, loss_fn=loss_fn, blocks=blocks, segment=segment)
+            with frozen(blocks.params):
                 grads |= closed_forms(model, run, delta, segment)[0]
     return grads
 
 
-def _hidden_and_rest(model: nn.Module, loss_fn: Callable[[Any], Tensor], shell: Shell, segment: int) -> Tensor:
-    """The hidden state of a segment, then what a layer must not change on another path: earlier ones and the losses."""
+def _hidden_and_rest(
+    model: nn.Module, loss_fn: Callable[[Any], Tensor], blocks: ResidualBlocks, segment: int
+) -> Tensor:
+    """One vector: the hidden state after a segment, then the losses and the hidden states after earlier segments.
+
+    A layer has a closed form only if it changes nothing but the first part: the other parts are its other paths.
+    """
     hidden: list[Tensor] = []
 
-    def behind(s: int, x: Tensor) -> Tensor:
+    def after_segment(s: int, x: Tensor) -> Tensor:
         if s > segment:
             return x
         hidden.append(x.flatten())
         return value_of(x).detach()
 
-    with shell.running(behind):
+    with blocks.as_skips(after_segment):
         losses = loss_fn(model).flatten()
     return torch.cat([hidden[segment], losses, *hidden[:segment]])
 
@@ -126,24 +131,24 @@ class _Probed(nn.Module):
 
 
 def delta_by_forward_mode(
-    model: nn.Module, loss_fn: Callable[[Any], Tensor], shell: Shell, segment: int, chunk_size: int | None
+    model: nn.Module, loss_fn: Callable[[Any], Tensor], blocks: ResidualBlocks, segment: int, chunk_size: int | None
 ) -> Tensor:
     """The gradient after a segment, from the derivatives along unit directions of its hidden state.
 
     The directions are those of a row (C,) if there is a loss for each row, as for the tokens of a language model. Else
     they are those of an example.
     """
-    like = shell.segments[segment].end
+    like = blocks.segments[segment].end
     probed = _Probed(model, like)
     repeated = RepeatedPass(probed)
     with_rows = WithRows(lambda _: loss_fn(model))
 
-    def behind(s: int, x: Tensor) -> Tensor:
+    def after_segment(s: int, x: Tensor) -> Tensor:
         return x + probed.probe if s == segment else x
 
     def run(direction: Tensor) -> tuple[Evaluated, Evaluated | None]:
         repeated.rewind()
-        with shell.running(behind):
+        with blocks.as_skips(after_segment):
             return with_rows.split(*jvp(probed, with_rows, {"probe": direction.view(-1, *like.shape)}))
 
     choices = {"rows": like.flatten(0, -2), "examples": like.flatten(1)}

@@ -16,7 +16,7 @@ from fgtrain.agreement import agree
 from fgtrain.errors import NoTangent
 from fgtrain.estimators.second_order import curvature_in_span
 from fgtrain.forward_ad import jvp
-from fgtrain.forward_ad.known_losses import KnownLoss, Noticed, carries_tangent
+from fgtrain.forward_ad.known_losses import KnownLoss, RecordedLosses, carries_tangent
 from fgtrain.forward_ad.native import NO_TANGENT, LossFn
 from fgtrain.forward_ad.passes import LightPass, RepeatedPass, TorchRandomState, check_losses
 from fgtrain.network.parameters import slots_of
@@ -48,19 +48,19 @@ def linearized(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent
     """
     before, seen = LightPass(slots_of(model)), _SeenLoss(model, loss_fn)
     found, derivatives = jvp(model, seen, tangents)
-    *taken, losses = found.split(seen.sizes)
-    *moved, slopes = derivatives.split(seen.sizes, 1)
+    *outputs, losses = found.split(seen.sizes)
+    *output_slopes, slopes = derivatives.split(seen.sizes, 1)
     loss, slopes = losses.mean(), slopes.mean(1)
     if seen.known is not None:
-        mean, mean_slopes = (loss, slopes) if seen.is_all else (taken.pop().mean(), moved.pop().mean(1))
+        mean, mean_slopes = (loss, slopes) if seen.known_is_all else (outputs.pop().mean(), output_slopes.pop().mean(1))
         if agree(mean, loss) and agree(mean_slopes, slopes):
-            return Linearized(loss, slopes, seen.known.curvature(taken[-1], moved[-1]))
-        del taken[-1], moved[-1]
-    if not taken:
+            return Linearized(loss, slopes, seen.known.curvature(outputs[-1], output_slopes[-1]))
+        del outputs[-1], output_slopes[-1]  # the loss is not the mean of the known one
+    if not outputs:
         before.rewind()
         everything = {name: dense(tangent) for name, tangent in tangents.items()}
         return Linearized(loss, slopes, curvature_in_span(model, loss_fn, everything)[2])
-    return Linearized(loss, slopes, seen.curvature(taken, moved))
+    return Linearized(loss, slopes, seen.curvature(outputs, output_slopes))
 
 
 class _Call(NamedTuple):
@@ -80,8 +80,9 @@ class _Call(NamedTuple):
 class _SeenLoss:
     """A loss function that returns the outputs and losses of a pass as one vector.
 
-    The parts of the vector are the outputs, the input and the result of the loss with a closed form, and the losses. If
-    that result is the losses, the parts are its input and the losses.
+    The parts of the vector are the outputs of modules and the losses. If the loss function calls one loss with a closed
+    form, such as F.cross_entropy, the parts are the outputs of modules, the input of this known loss, its result and
+    the losses; or, if its result is the losses themselves, its input and the losses.
 
     Args:
         model: the model that the loss function is called with.
@@ -90,7 +91,7 @@ class _SeenLoss:
     Attributes:
         sizes: the sizes of the parts.
         known: the loss with a closed form; None if there is none.
-        is_all: whether its result is the losses.
+        known_is_all: whether its result is the losses.
     """
 
     def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
@@ -102,23 +103,23 @@ class _SeenLoss:
         self._calls: list[_Call] = []
         self.sizes: list[int] = []
         self.known: KnownLoss | None = None
-        self.is_all = False
+        self.known_is_all = False
 
     def __call__(self, model: nn.Module) -> Tensor:
         outputs: list[Tensor] = []
-        with self._kept(outputs), Noticed() as noticed:
+        with self._kept(outputs), RecordedLosses() as recorded:
             losses = self._loss_fn(model)
         check_losses(losses)
         parts = [losses.flatten()]
         if not carries_tangent(parts[0]):
             raise NoTangent(NO_TANGENT)
-        found = noticed.only()
+        found = recorded.only()
         if found is None:
             self.known, parts = None, [*outputs, *parts]
         else:
-            self.known, taken, each = found
-            self.is_all = each is losses
-            parts = [taken, *parts] if self.is_all else [*outputs, taken, each, *parts]
+            self.known, z, result = found
+            self.known_is_all = result is losses
+            parts = [z, *parts] if self.known_is_all else [*outputs, z, result, *parts]
         self._shapes = [x.shape for x in outputs]
         self.sizes = [part.numel() for part in parts]
         return torch.cat([part.flatten() for part in parts])
@@ -147,24 +148,24 @@ class _SeenLoss:
 
         return calls_replaced({module: kept(call) for module, call in self._modules.items()})
 
-    def curvature(self, taken: list[Tensor], moved: list[Tensor]) -> Tensor:
+    def curvature(self, outputs: list[Tensor], slopes: list[Tensor]) -> Tensor:
         """T_j . H T_k, (K, K), for a loss without a closed form; the effects of the last pass are kept.
 
         Args:
-            taken: the outputs, as vectors (N,).
-            moved: their derivatives, (K, N).
+            outputs: the outputs, as vectors (N,).
+            slopes: their derivatives, (K, N).
         """
         after = RepeatedPass(self._model)
         self._calls[-1].random_state.restore()
-        given = nn.ParameterList([x.view(shape) for x, shape in zip(taken, self._shapes, strict=True)])
-        along = {str(i): t.view(-1, *shape) for i, (t, shape) in enumerate(zip(moved, self._shapes, strict=True))}
+        given = nn.ParameterList([x.view(shape) for x, shape in zip(outputs, self._shapes, strict=True)])
+        along = {str(i): t.view(-1, *shape) for i, (t, shape) in enumerate(zip(slopes, self._shapes, strict=True))}
         with slots_of(self._model).exchanged({}):
             _, _, curvature = curvature_in_span(given, self._of_outputs, along)
         after.rewind()
         return curvature
 
     def _of_outputs(self, given: Any) -> Tensor:
-        """The losses, of outputs in the order in which they were returned."""
+        """The losses as a function of the outputs, which are given in the order in which modules returned them."""
         outputs = iter(given)
         results = [
             tree_unflatten([next(outputs).clone() if leaf is None else leaf for leaf in call.leaves], call.spec)

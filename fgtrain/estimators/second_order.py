@@ -11,7 +11,7 @@ from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce, 
 from fgtrain.forward_ad.named_errors import named_errors
 from fgtrain.forward_ad.native import no_fast_paths
 from fgtrain.forward_ad.passes import RepeatedPass, check_losses
-from fgtrain.forward_ad.second_derivatives import WrittenOut
+from fgtrain.forward_ad.second_derivatives import CorrectSecondDerivatives
 from fgtrain.network.parameters import slots_of, trainable_params
 from fgtrain.random import draw_seeds
 from fgtrain.tangents import Normal, Tangents, law_or
@@ -132,7 +132,7 @@ def curvature_in_span(
 
     repeated.rewind()
     # Gradients are enabled because PyTorch then chooses rules that can be differentiated again; no graph is recorded.
-    with no_fast_paths(), WrittenOut(), named_errors(model, second=True), torch.enable_grad():
+    with no_fast_paths(), CorrectSecondDerivatives(), named_errors(model, second=True), torch.enable_grad():
         rows = vmap(row, randomness="same", out_dims=(None, None, 0))
         loss, first, second = rows(stacked)
     if any(True for _ in model.buffers()):

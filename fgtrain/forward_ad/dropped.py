@@ -38,7 +38,7 @@ def refuse_if_lost(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     result: Any,
-    moves: Callable[[Tensor], bool],
+    has_tangent: Callable[[Tensor], bool],
     value_of: Callable[[Tensor], Tensor],
 ) -> None:
     """Check the result of a call whose arguments carry tangents.
@@ -48,7 +48,7 @@ def refuse_if_lost(
         args: its positional arguments.
         kwargs: its keyword arguments.
         result: its return value.
-        moves: tells whether a tensor carries a tangent.
+        has_tangent: tells whether a tensor carries a tangent.
         value_of: returns a tensor without its tangent.
 
     Raises:
@@ -58,19 +58,21 @@ def refuse_if_lost(
         return
     outputs = [out for out in tree_leaves(result) if isinstance(out, Tensor)]
     lost = [
-        i for i, out in enumerate(outputs) if is_differentiable(out) and not is_inside_transform(out) and not moves(out)
+        i
+        for i, out in enumerate(outputs)
+        if is_differentiable(out) and not is_inside_transform(out) and not has_tangent(out)
     ]
     if not lost:
         return
     leaves, spec = tree_flatten((args, kwargs))
-    moving = [isinstance(x, Tensor) and moves(x) for x in leaves]
-    if not any(moving):
+    differentiated = [isinstance(x, Tensor) and has_tangent(x) for x in leaves]
+    if not any(differentiated):
         return
     random_state = TorchRandomState({x.device for x in leaves if isinstance(x, Tensor)})
     with torch.enable_grad():
         copies = [
-            value_of(x).detach().clone().requires_grad_(move).clone() if is_differentiable(x) else x
-            for x, move in zip(leaves, moving, strict=True)
+            value_of(x).detach().clone().requires_grad_(needed).clone() if is_differentiable(x) else x
+            for x, needed in zip(leaves, differentiated, strict=True)
         ]
         positional, keywords = tree_unflatten(copies, spec)
         try:

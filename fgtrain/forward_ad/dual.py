@@ -30,7 +30,7 @@ from fgtrain.forward_ad.dropped import is_differentiable, refuse_if_lost
 from fgtrain.forward_ad.kept import of_earlier_pass
 from fgtrain.forward_ad.passes import NotIntercepted, WritesIntoPlain
 from fgtrain.forward_ad.registry import FALLBACKS, Rule
-from fgtrain.forward_ad.rules.written_out import IN_OTHERS
+from fgtrain.forward_ad.rules.compositions import COMPOSITIONS
 from fgtrain.forward_ad.running import current, running_pass
 from fgtrain.tangents.directions import LastTangent, LowRankTangent, Tangent, padded
 
@@ -109,7 +109,7 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _call(running: running_pass, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if func not in running.rules and func not in IN_OTHERS and FALLBACKS[func].reads and "out" not in kwargs:
+    if func not in running.rules and func not in COMPOSITIONS and FALLBACKS[func].reads and "out" not in kwargs:
         return _on_values(FALLBACKS[func].rule, args, kwargs)  # of a shape, a comparison
     if running.width is not None:
         widening = running.widening.get(func)
@@ -120,8 +120,8 @@ def _call(running: running_pass, func: Any, args: tuple[Any, ...], kwargs: dict[
     if small is not None and (result := small(running, args, kwargs)) is not NotImplemented:
         return result
     result = _on_values(running.rules[func], args, kwargs) if func in running.rules else NotImplemented
-    if result is NotImplemented and func in IN_OTHERS:
-        result = _as_user_code(IN_OTHERS[func], args, kwargs)
+    if result is NotImplemented and func in COMPOSITIONS:
+        result = _as_user_code(COMPOSITIONS[func], args, kwargs)
         if result is not NotImplemented:
             return result
     if result is NotImplemented:

@@ -36,14 +36,14 @@ class KnownLoss(NamedTuple):
     options: dict[str, Any]
     autocast: torch.dtype | None
 
-    def curvature(self, taken: Tensor, moved: Tensor) -> Tensor:
+    def curvature(self, z: Tensor, tangents: Tensor) -> Tensor:
         """T_j . H T_k, (K, K), where H is the Hessian of the mean of the result.
 
         Args:
-            taken: the input, as a vector (N,).
-            moved: its derivatives T, (K, N).
+            z: the input, as a vector (N,).
+            tangents: its derivatives T, (K, N).
         """
-        factors, diagonal = CLOSED_FORMS[self.func](self, taken.view(self.shape), moved.view(-1, *self.shape))
+        factors, diagonal = CLOSED_FORMS[self.func](self, z.view(self.shape), tangents.view(-1, *self.shape))
         rows = factors.reshape(len(factors), -1)
         return (factors * diagonal).reshape(rows.shape) @ rows.mT
 
@@ -58,17 +58,17 @@ class KnownLoss(NamedTuple):
         each = self._unreduced(unit)
         return each * self._share(unit, each)
 
-    def rows(self, taken: Tensor, result: Tensor) -> Tensor:
+    def rows(self, z: Tensor, result: Tensor) -> Tensor:
         """One loss for every row (.., C) of the input; their mean is the mean of the result.
 
         Args:
-            taken: the input.
+            z: the input.
             result: of the call.
         """
         if result.dim():
             each = result
         else:
-            each, unit = self._unreduced(taken), torch.zeros_like(value_of(taken))
+            each, unit = self._unreduced(z), torch.zeros_like(value_of(z))
             unit = self.target + 1 if self.func is F.mse_loss else unit
             of_unit = self._unreduced(unit)
             each = each * (of_unit.numel() * self._share(unit, of_unit))
@@ -87,17 +87,17 @@ class KnownLoss(NamedTuple):
             return self.func(z, self.target, **self.options | changes)
 
 
-def _cross_entropy(loss: KnownLoss, z: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
+def _cross_entropy(loss: KnownLoss, z: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
     """H = c (diag(p) - p p^T), whatever the target is; the loss of equal logits is c log C."""
     dim = 1 if z.dim() > 1 else 0
     weights = loss.weights(torch.zeros_like(z)) / math.log(z.shape[dim])
     p = z.softmax(dim)
-    return moved - (p * moved).sum(dim + 1, keepdim=True), p * weights.unsqueeze(dim)
+    return tangents - (p * tangents).sum(dim + 1, keepdim=True), p * weights.unsqueeze(dim)
 
 
-def _mse_loss(loss: KnownLoss, z: Tensor, moved: Tensor) -> tuple[Tensor, Tensor]:
+def _mse_loss(loss: KnownLoss, z: Tensor, tangents: Tensor) -> tuple[Tensor, Tensor]:
     """H = 2 c; the loss of an error of 1 is c."""
-    return moved, 2 * loss.weights(loss.target + 1)
+    return tangents, 2 * loss.weights(loss.target + 1)
 
 
 CLOSED_FORMS: dict[Any, Callable[[KnownLoss, Tensor, Tensor], tuple[Tensor, Tensor]]] = {
@@ -110,7 +110,7 @@ It returns A, shaped like T, and the diagonal D, shaped like z: A D A^T = T H T^
 """
 
 
-class Noticed:
+class RecordedLosses:
     """A context that records the calls of losses with a closed form.
 
     A pass of stacked duals reports such calls. In other passes, a function mode sees every call, which takes longer.
@@ -119,17 +119,16 @@ class Noticed:
     def __init__(self) -> None:
         self._calls: list[tuple[Any, ...]] = []
 
-    def __enter__(self) -> "Noticed":
-        self._seeing: AbstractContextManager[Any] = (
-            nullcontext() if watch(CLOSED_FORMS, self._saw) else _Seeing(self._saw)
-        )
-        self._seeing.__enter__()
+    def __enter__(self) -> "RecordedLosses":
+        is_watched = watch(CLOSED_FORMS, self._record)
+        self._mode: AbstractContextManager[Any] = nullcontext() if is_watched else _RecordingMode(self._record)
+        self._mode.__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._seeing.__exit__(*error)
+        self._mode.__exit__(*error)
 
-    def _saw(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
+    def _record(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
         if len(args) == 2 and carries_tangent(args[0]):
             device = value_of(args[0]).device.type
             autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
@@ -139,28 +138,28 @@ class Noticed:
         """The call, its input and its result; None unless there is one call, whose input alone carries a derivative."""
         if len(self._calls) != 1:
             return None
-        func, taken, target, options, autocast, result = self._calls[0]
-        shape = value_of(taken).shape
+        func, z, target, options, autocast, result = self._calls[0]
+        shape = value_of(z).shape
         if any(map(carries_tangent, (target, *options.values()))):
             return None
         if func is F.mse_loss and shape != target.shape:
             return None
         if func is F.cross_entropy and shape[len(shape) > 1] == 1:  # one class: the loss of equal logits is 0
             return None
-        return KnownLoss(func, shape, target, options, autocast), taken, result
+        return KnownLoss(func, shape, target, options, autocast), z, result
 
 
-class _Seeing(TorchFunctionMode):
-    """Calls saw(func, args, kwargs, result) after every call of a loss with a closed form."""
+class _RecordingMode(TorchFunctionMode):
+    """Calls record(func, args, kwargs, result) after every call of a loss with a closed form."""
 
-    def __init__(self, saw: Callable[..., None]) -> None:
+    def __init__(self, record: Callable[..., None]) -> None:
         super().__init__()
-        self._saw = saw
+        self._record = record
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **kwargs or {})
         if func in CLOSED_FORMS:
-            self._saw(func, args, kwargs or {}, result)
+            self._record(func, args, kwargs or {}, result)
         return result
 
 

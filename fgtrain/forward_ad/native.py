@@ -27,8 +27,8 @@ from fgtrain.forward_ad.dual import Dual
 from fgtrain.forward_ad.kept import is_kept, marked, of_earlier_pass, release
 from fgtrain.forward_ad.named_errors import named_errors
 from fgtrain.forward_ad.passes import RepeatedPass, check_losses
+from fgtrain.forward_ad.rules.compositions import COMPOSITIONS, no_backward
 from fgtrain.forward_ad.rules.opened import opened
-from fgtrain.forward_ad.rules.written_out import IN_OTHERS, no_backward
 from fgtrain.network.parameters import slots_of
 from fgtrain.tangents.directions import Tangent, dense, num_of, padded
 
@@ -124,9 +124,9 @@ class _CheckedCalls(TorchFunctionMode):
         if func in (Tensor.register_hook, Tensor.retain_grad):
             return no_backward()
         args, kwargs = tree_map_only(Tensor, self.checked, (args, kwargs))
-        if func in IN_OTHERS and any(isinstance(x, Tensor) and has_tangent(x) for x in tree_leaves((args, kwargs))):
+        if func in COMPOSITIONS and any(isinstance(x, Tensor) and has_tangent(x) for x in tree_leaves((args, kwargs))):
             with self:
-                result = IN_OTHERS[func](*args, **kwargs)
+                result = COMPOSITIONS[func](*args, **kwargs)
             if result is not NotImplemented:
                 return result
         body = opened(func)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from fgtrain.forward_ad.rules.written_out import functions_named
+from fgtrain.forward_ad.rules.compositions import functions_named
 
 Rule = Callable[..., Any]
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fgtrain.agreement import agree
 from fgtrain.forward_ad.dual import primal_of
-from fgtrain.forward_ad.known_losses import Noticed
+from fgtrain.forward_ad.known_losses import RecordedLosses
 from fgtrain.forward_ad.passes import check_losses
 
 
@@ -55,13 +55,13 @@ class WithRows:
         self._shape = torch.Size()
 
     def __call__(self, model: Any) -> Tensor:
-        with Noticed() as noticed:
+        with RecordedLosses() as recorded:
             losses = self._loss_fn(model)
-        self._shape, found = check_losses(primal_of(losses)).shape, noticed.only()
+        self._shape, found = check_losses(primal_of(losses)).shape, recorded.only()
         if found is None or (found[2] is losses and self._shape):  # they are the losses of the rows
             return losses
-        known, taken, result = found
-        rows = known.rows(taken, result)
+        known, z, result = found
+        rows = known.rows(z, result)
         return losses if rows.numel() == losses.numel() else torch.cat([losses.flatten(), rows.flatten()])
 
     def split(self, values: Tensor, derivatives: Tensor) -> tuple[Evaluated, Evaluated | None]:

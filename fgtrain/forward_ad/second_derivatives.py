@@ -1,4 +1,4 @@
-"""Functions written as elementary operations for forward mode over forward mode.
+"""Compositions of elementary operations, for forward mode over forward mode.
 
 Nested in itself, PyTorch's forward mode silently returns wrong second derivatives of batch, layer and instance norms:
 its rules treat the statistics that the kernel saved as constants. As elementary operations they are right.
@@ -14,31 +14,31 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 import fgtrain.forward_ad.rules.sampling
-import fgtrain.forward_ad.rules.sequence  # noqa: F401 - these two register their bodies
+import fgtrain.forward_ad.rules.sequence  # noqa: F401 - these two register compositions
 from fgtrain._torch import standard_gamma, tree_map_only
+from fgtrain.forward_ad.rules.compositions import COMPOSITIONS
 from fgtrain.forward_ad.rules.opened import opened
-from fgtrain.forward_ad.rules.written_out import IN_OTHERS
 
 
-class WrittenOut(TorchFunctionMode):
-    """A context in which functions without a correct second derivative run as elementary operations.
+class CorrectSecondDerivatives(TorchFunctionMode):
+    """A context in which functions without a correct second derivative run as compositions of others.
 
-    Under the model's no_grad results are constants, which PyTorch's forward mode alone does not know.
+    Under the model's no_grad, results are constants, which PyTorch's forward mode alone does not know.
     Running statistics are not updated.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self._running: list[Any] = []  # functions whose bodies run; in its own body a function is called as it is
+        self._running: list[Any] = []  # functions whose compositions run; in its own, a function is called as it is
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if not torch.is_grad_enabled():  # the model's no_grad: constants, as for backpropagation
             return func(*tree_map_only(Tensor, Tensor.detach, args), **tree_map_only(Tensor, Tensor.detach, kwargs))
-        if func in _FIRST_ORDER:
+        if func in _ONLY_FIRST_DERIVATIVES:
             raise NotImplementedError(f"forward AD with {func.__name__} that is correct only for first derivatives")
-        bodies = () if func in self._running else (_WRITTEN_OUT.get(func), IN_OTHERS.get(func), opened(func))
-        for body in bodies:
+        bodies = (_FOR_SECOND_DERIVATIVES.get(func), COMPOSITIONS.get(func), opened(func))
+        for body in () if func in self._running else bodies:
             if body is not None:
                 self._running.append(func)
                 try:
@@ -142,9 +142,9 @@ def _binary_cross_entropy_with_logits(
     return _reduced(each if weight is None else each * weight, reduction)
 
 
-_FIRST_ORDER = {torch.scatter_reduce, torch.Tensor.scatter_reduce, standard_gamma, torch.ctc_loss}
+_ONLY_FIRST_DERIVATIVES = {torch.scatter_reduce, torch.Tensor.scatter_reduce, standard_gamma, torch.ctc_loss}
 
-_WRITTEN_OUT = {
+_FOR_SECOND_DERIVATIVES = {
     F.layer_norm: _layer_norm,
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,

@@ -57,6 +57,9 @@ class LayerCall:
         shape: shape of the output.
         inputs: the layer's input, and its version at the time of the call.
         tangent: tangent (K, B, C) of the head's output, without the unit directions.
+        active: `passing` of the output, if a ReLU follows; else None.
+        used_otherwise: whether something else than a ReLU uses the output.
+        settled: whether a ReLU has changed the output in place, so that later uses are of the ReLU's output.
     """
 
     name: str
@@ -67,7 +70,7 @@ class LayerCall:
     shape: torch.Size
     inputs: tuple[Tensor, int] | None
     tangent: Tensor | None = None
-    active: Tensor | None = None  # `passing` of the output, if a ReLU follows
+    active: Tensor | None = None
     used_otherwise: bool = False
     settled: bool = False
 
@@ -82,7 +85,7 @@ class LayerCall:
             return
         if func in _RELU:
             self.active = passing(primal_of(result))
-            self.settled = result is output  # in place: later uses are of the ReLU's output
+            self.settled = result is output
         else:
             self.used_otherwise = True
 
@@ -279,7 +282,7 @@ class LayerNoise(OutputTangent):
         owner: the pass.
     """
 
-    def __init__(self, name: str, owner: "Owner") -> None:
+    def __init__(self, name: str, owner: Owner) -> None:
         self.name = name
         self.owner = owner
 

@@ -163,10 +163,10 @@ def _overrides() -> list[str]:
 def _hydra_main(task: Callable[[DictConfig], Any], config_name: str, description: str) -> None:
     def job(cfg: DictConfig) -> Any:
         refuse_ignored_tangents(cfg, _overrides())
-        lent = drop_arguments_of_replaced_targets(cfg, _overrides())
-        if lent and not is_follower():
+        kept = drop_arguments_of_replaced_targets(cfg, _overrides())
+        if kept and not is_follower():
             reason = "kept from the chosen file, since the new _target_ has no default"
-            print(f"fgtrain: {reason}: {', '.join(lent)}", file=sys.stderr)
+            print(f"fgtrain: {reason}: {', '.join(kept)}", file=sys.stderr)
         return task(cfg)
 
     main = hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")(job)

@@ -30,7 +30,7 @@ class DistributedConfig:
     """Settings for several processes, see `fgtrain.distributed`; a single process ignores them.
 
     Args:
-        tangents: "shared" or "per_rank" directions.
+        tangents: "shared" for the same directions on all ranks, "per_rank" for directions of its own on each.
         check_every_n_steps: optimizer steps between two checks that all ranks have the same parameters; 0 for none.
         timeout_seconds: how long a rank waits for the others within a step before it gives up.
         gradients: what ranks send of exact gradients, see `fgtrain.lightning.exchange`.
@@ -179,7 +179,7 @@ def drop_arguments_of_replaced_targets(cfg: DictConfig, overrides: Sequence[str]
         ConfigError: a method of the user's own would be trained with the learning rate of the chosen file.
     """
     given = {override.lstrip("+").partition("=")[0] for override in overrides}
-    lent = []
+    kept = []
     for path in sorted(key.removesuffix("._target_") for key in given if key.endswith("._target_")):
         node = OmegaConf.select(cfg, path)
         try:
@@ -202,8 +202,8 @@ def drop_arguments_of_replaced_targets(cfg: DictConfig, overrides: Sequence[str]
                 if name not in takes or (is_own and takes[name].default is not inspect.Parameter.empty):
                     del node[name]
                 elif is_own:
-                    lent.append(f"{path}.{name}={node[name]}")
-    return lent
+                    kept.append(f"{path}.{name}={node[name]}")
+    return kept
 
 
 def refuse_ignored_tangents(cfg: DictConfig, overrides: Sequence[str]) -> None:

@@ -11,10 +11,10 @@ from fgtrain.data import Steps
 from fgtrain.errors import ConfigError
 from fgtrain.lightning.atomic_files import write_atomically
 from fgtrain.lightning.checkpoints import NAMES, first_good, list_checkpoints, read_checked
+from fgtrain.runs.build import build
 from fgtrain.runs.library_errors import library_errors_named
 from fgtrain.runs.provenance import load_config
 from fgtrain.runs.results import read_results
-from fgtrain.runs.run import build
 
 SPLITS = ("train", "val", "test")
 

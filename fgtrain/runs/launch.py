@@ -75,7 +75,7 @@ def launch(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
             while not context.join(grace_period=GRACE_SECONDS):
                 pass
         except (mp.ProcessExitedException, mp.ProcessRaisedException) as error:
-            raise _cause(context, Path(folder), sigterm.ended) from error
+            raise _cause(context, Path(folder), sigterm.killed) from error
         except KeyboardInterrupt:  # the ranks receive it too and save their state
             for process in context.processes:
                 process.join(6 * GRACE_SECONDS)
@@ -101,11 +101,11 @@ class _Sigterm:
     Ranks that still run 20 seconds later are killed: they are suspended, or wait for a rank that is.
 
     Attributes:
-        ended: the ranks that were killed.
+        killed: the ranks that were killed.
     """
 
     def __init__(self) -> None:
-        self.ended: list[int] = []
+        self.killed: list[int] = []
         self._processes: list[Any] = []
         self._timer: threading.Timer | None = None
 
@@ -129,16 +129,16 @@ class _Sigterm:
 
     def _pass_on(self, *_: Any) -> None:
         if self._timer is None:
-            self._timer = threading.Timer(2 * GRACE_SECONDS, self._end_the_deaf)
+            self._timer = threading.Timer(2 * GRACE_SECONDS, self._kill_unresponsive)
             self._timer.daemon = True
             self._timer.start()
         for process in self._processes:
             if process.is_alive():
                 process.terminate()
 
-    def _end_the_deaf(self) -> None:
-        self.ended = [rank for rank, process in enumerate(self._processes) if process.is_alive()]
-        for rank in self.ended:
+    def _kill_unresponsive(self) -> None:
+        self.killed = [rank for rank, process in enumerate(self._processes) if process.is_alive()]
+        for rank in self.killed:
             self._processes[rank].kill()
 
 
@@ -154,8 +154,8 @@ def _worker(rank: int, plain: dict[str, Any], choices: dict[str, str], size: int
     except (*USER_ERRORS, OSError) as error:
         if isinstance(error, OSError) and disk_error(error) is None:
             raise
-        told = cannot_write(error) if isinstance(error, OSError) else error
-        (Path(folder) / f"error_{rank}").write_text(one_line(told))
+        reported = cannot_write(error) if isinstance(error, OSError) else error
+        (Path(folder) / f"error_{rank}").write_text(one_line(reported))
         sys.exit(getattr(error, "exit_status", 2))
     if rank == 0:
         (Path(folder) / "results").write_bytes(pickle.dumps(results))
@@ -173,16 +173,16 @@ def _end_without_leader() -> None:
         os.kill(os.getpid(), signal.SIGINT)
 
 
-def _cause(context: Any, folder: Path, ended: list[int]) -> Exception:
+def _cause(context: Any, folder: Path, killed: list[int]) -> Exception:
     """The first failure: a signal from outside, else the earliest error.
 
     Args:
         context: the ranks' process context.
         folder: the folder into which they write their errors.
-        ended: the ranks that were killed because they did not react to a SIGTERM.
+        killed: the ranks that were killed because they did not react to a SIGTERM.
     """
-    if ended:
-        text = f"stopped by SIGTERM, to which ranks {ended} did not react; resume=.../checkpoints/last.ckpt continues"
+    if killed:
+        text = f"stopped by SIGTERM, to which ranks {killed} did not react; resume=.../checkpoints/last.ckpt continues"
         return Interrupted(f"{text} from the last checkpoint", signal.SIGTERM)
     for rank, process in enumerate(context.processes):
         if process.exitcode is not None and process.exitcode < 0 and -process.exitcode != signal.SIGTERM:
@@ -192,15 +192,17 @@ def _cause(context: Any, folder: Path, ended: list[int]) -> Exception:
                 "resume=.../checkpoints/last.ckpt continues the run"
             )
     codes = [process.exitcode for process in context.processes]
-    told: list[tuple[float, Exception]] = []
+    errors: list[tuple[float, Exception]] = []
     for rank, (code, traced) in enumerate(zip(codes, map(Path, context.error_files), strict=True)):
         if (line := folder / f"error_{rank}").is_file():
             text = line.read_text()
             error = Interrupted(text, code - 128) if code is not None and code > 128 else UserError(text)
-            told.append((line.stat().st_mtime, error))
+            errors.append((line.stat().st_mtime, error))
         elif traced.is_file():
             trace = pickle.loads(traced.read_bytes())
-            told.append((traced.stat().st_mtime, RuntimeError(f"rank {rank} ended with\n{trace}")))
-    if not told and -signal.SIGTERM in codes:
+            errors.append((traced.stat().st_mtime, RuntimeError(f"rank {rank} ended with\n{trace}")))
+    if not errors and -signal.SIGTERM in codes:
         return Interrupted("stopped by SIGTERM before anything was trained", signal.SIGTERM)
-    return min(told, key=lambda entry: entry[0])[1] if told else RankFailed(f"the ranks ended with statuses {codes}")
+    return (
+        min(errors, key=lambda entry: entry[0])[1] if errors else RankFailed(f"the ranks ended with statuses {codes}")
+    )

@@ -1,4 +1,4 @@
-"""Errors of libraries during a run that are the user's to mend, as one-line errors."""
+"""Errors of libraries that the user can mend, raised again as errors of one line."""
 
 import traceback
 from collections.abc import Generator

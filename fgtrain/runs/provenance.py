@@ -58,7 +58,7 @@ def provenance(cfg: DictConfig) -> dict[str, Any]:
 
 
 def load_config(run_dir: Path) -> DictConfig:
-    """The configuration of a run, for `fgtrain.runs.run.build`.
+    """The configuration of a run, for `fgtrain.runs.build.build`.
 
     Raises:
         ConfigError: the folder contains none, or it is malformed.

@@ -15,8 +15,8 @@ from fgtrain.estimators.base import Reduce
 from fgtrain.lightning.callbacks.replay_log import FORMAT, PARTS, digest
 from fgtrain.lightning.checkpoints import read_checked
 from fgtrain.lightning.module import EstimatorModule
+from fgtrain.runs.build import build
 from fgtrain.runs.provenance import load_config
-from fgtrain.runs.run import build
 
 
 class Replayed(GradientEstimator):

@@ -34,18 +34,15 @@ somebody else's configuration before you run it.
 """
 
 import json
-import logging
 import signal
 import sys
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext
-from inspect import Parameter, signature
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
 import torch
-from hydra.utils import instantiate
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -54,138 +51,19 @@ from omegaconf import DictConfig
 from fgtrain.distributed import lost_ranks_named
 from fgtrain.errors import ConfigError, Interrupted
 from fgtrain.lightning.atomic_files import write_atomically
-from fgtrain.lightning.callbacks import (
-    Dashboard,
-    FirstBatch,
-    Monitor,
-    RandomState,
-    RankCheck,
-    SelfCheck,
-    StepProgress,
-    Summary,
-    Trajectory,
-)
+from fgtrain.lightning.callbacks import FirstBatch, Trajectory
 from fgtrain.lightning.callbacks.dashboard import log_final
-from fgtrain.lightning.checkpoints import make_atomic
-from fgtrain.lightning.divergence import Divergence
 from fgtrain.lightning.module import EstimatorModule
 from fgtrain.memory import keep_freed_memory
-from fgtrain.network.compilation import compile_model
+from fgtrain.runs.build import Run, build
 from fgtrain.runs.changes import is_extended, stop_holds
-from fgtrain.runs.config import signature_of, to_plain, to_saved
-from fgtrain.runs.config_check import check
+from fgtrain.runs.config import to_saved
 from fgtrain.runs.library_errors import library_errors_named
-from fgtrain.runs.loggers import loggers_of
 from fgtrain.runs.owner import owned
 from fgtrain.runs.provenance import save_provenance
 from fgtrain.runs.results import RESULTS, read_results
 from fgtrain.runs.resume import checkpoint_to_resume
 from fgtrain.runs.starters import is_follower
-from fgtrain.runs.world import plan
-
-DATA_FACTS = ("input_shape", "num_classes", "vocab_size", "context")
-"""Attributes of the data that are passed to the model's constructor if it takes them."""
-
-
-class Run(NamedTuple):
-    """The parts of a run, ready to train."""
-
-    module: EstimatorModule
-    data: L.LightningDataModule
-    trainer: L.Trainer
-    monitor: Monitor
-
-
-def build(cfg: DictConfig) -> Run:
-    """Check the configuration and build its parts; nothing is trained or written yet.
-
-    Raises:
-        ConfigError: the configuration has a mistake.
-    """
-    check(cfg)
-    L.seed_everything(cfg.seed, verbose=False)
-    task = instantiate(cfg.task)
-    data = instantiate(cfg.data, _convert_="all")
-    if not isinstance(data, L.LightningDataModule):
-        raise ConfigError(f"data must be a LightningDataModule, got {type(data).__name__}")
-    known = {name: getattr(data, name) for name in DATA_FACTS if hasattr(data, name)}
-    optimizer, scheduler = instantiate(cfg.optimizer, _convert_="all"), instantiate(cfg.scheduler)
-    _try_out(optimizer, scheduler)
-    module = EstimatorModule(
-        _model(cfg.model, known | {"task": task}),
-        task,
-        instantiate(cfg.method),
-        optimizer,
-        scheduler,
-        seed=cfg.seed,
-        accumulate_grad_batches=cfg.accumulate_grad_batches,
-        clip_grad_norm=cfg.clip_grad_norm,
-        divergence=Divergence(cfg.max_skipped_steps, cfg.detect_divergence, cfg.max_skipped_share, task.advice),
-        distributed_tangents=cfg.distributed.tangents,
-        distributed_timeout=cfg.distributed.timeout_seconds,
-        distributed_gradients=cfg.distributed.gradients,
-        local_steps=cfg.distributed.local_steps,
-    )
-    monitor = Monitor(cfg.trainer.log_every_n_steps)
-    world = plan(to_plain(cfg)["trainer"])
-    every = 0 if cfg.distributed.gradients == "local" else cfg.distributed.check_every_n_steps
-    several = [RankCheck(every, cfg.trainer.log_every_n_steps)] if world.size > 1 else []
-    checks = [SelfCheck()] if cfg.self_check else []
-    chosen = [instantiate(node) for node in (cfg.callbacks or {}).values()]
-    console = [] if cfg.quiet else [Summary(), StepProgress()]  # the training time excludes the summary
-    callbacks = [*console, monitor, *several, RandomState(), *checks, Dashboard(to_saved(cfg)), *chosen]
-    for library in ("lightning.pytorch", "lightning.fabric"):  # hides lists of devices and tips
-        logging.getLogger(library).setLevel(logging.WARNING)
-    trainer = instantiate(
-        cfg.trainer,
-        callbacks=callbacks,
-        logger=loggers_of(cfg),
-        default_root_dir=cfg.run_dir,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        **world.trainer_options(),
-        _convert_="all",
-    )
-    if cfg.compile:
-        compile_model(module.model, trainer.strategy.root_device)
-    make_atomic(trainer.strategy)
-    return Run(module, data, trainer, monitor)
-
-
-def _try_out(optimizer: Callable[..., Any], scheduler: Callable[..., Any] | None) -> None:
-    """Raise a ConfigError for arguments that the optimizer or the scheduler refuses, before a run needs them."""
-    part = "optimizer"
-    try:
-        trial = optimizer([torch.nn.Parameter(torch.zeros(1))])
-        part = "scheduler"
-        if scheduler is not None:
-            scheduler(trial, **({"total_steps": 10**9} if "total_steps" in signature(scheduler).parameters else {}))
-    except (TypeError, ValueError, IndexError) as error:  # an IndexError for too short a list
-        raise ConfigError(f"{part}: {error}") from error
-
-
-def _model(node: DictConfig, known: Mapping[str, Any]) -> torch.nn.Module:
-    model = _instantiate_with(node, known)
-    if isinstance(model, L.LightningModule):
-        raise ConfigError(
-            f"model is a LightningModule ({type(model).__name__}), which has its own training_step; in your own "
-            "script, pass it to fgtrain.lightning.convert"
-        )
-    if not isinstance(model, torch.nn.Module):
-        raise ConfigError(f"model must be an nn.Module, got {type(model).__name__}")
-    return model
-
-
-def _instantiate_with(node: DictConfig, known: Mapping[str, Any]) -> Any:
-    """Instantiate `node` with those `known` arguments that it takes and does not set."""
-    takes = signature_of(node._target_)
-    for name in DATA_FACTS:
-        if name in takes and takes[name].default is Parameter.empty and name not in known and name not in node:
-            raise ConfigError(
-                f"model: {node._target_} needs {name}, which the data lacks; give the datamodule an attribute of "
-                f"that name, or set +model.{name}=..."
-            )
-    return instantiate(node, **{k: v for k, v in known.items() if k in takes and k not in node}, _convert_="all")
 
 
 @library_errors_named()

@@ -152,10 +152,9 @@ def draw(found: Sequence[Solved], evaluations: int) -> Figure:
     return figure
 
 
-def speed_of_batching(
-    make: Callable[[int], Function], estimator: GradientEstimator, rows: int, iterations: int = 20
-) -> float:
+def speed_of_batching(make: Callable[[int], Function], estimator: GradientEstimator, rows: int) -> float:
     """The factor by which one batched iteration of `rows` rows is faster than `rows` iterations of one row each."""
+    iterations = 20
 
     def seconds(count: int) -> float:
         function = make(count)

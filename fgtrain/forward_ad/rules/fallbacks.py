@@ -10,9 +10,9 @@ from fgtrain.forward_ad.dropped import is_differentiable, only_reads
 from fgtrain.forward_ad.dual import Dual, adopted, call, num_directions, primal_of, tangent_of, values
 from fgtrain.forward_ad.passes import NotIntercepted
 from fgtrain.forward_ad.registry import FALLBACKS, Fallback, Rule
+from fgtrain.forward_ad.rules.compositions import no_backward
 from fgtrain.forward_ad.rules.opened import opened
 from fgtrain.forward_ad.rules.per_direction import per_direction
-from fgtrain.forward_ad.rules.written_out import no_backward
 
 
 def find_fallback(func: Any) -> Fallback:

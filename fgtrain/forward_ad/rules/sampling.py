@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from fgtrain.forward_ad.rules.written_out import written_out
+from fgtrain.forward_ad.rules.compositions import composition_of
 
 _BILINEAR, _NEAREST = 0, 1  # and bicubic
 _ZEROS, _BORDER = 0, 1  # and reflection
 
 
-@written_out("grid_sampler grid_sampler_2d grid_sampler_3d")
+@composition_of("grid_sampler grid_sampler_2d grid_sampler_3d")
 def _grid_sampler(x: Any, grid: Any, mode: int, padding: int, align_corners: bool) -> Any:
     """The image x at the positions in `grid`, which are in [-1, 1] inside the image, with the last dimension first."""
     sizes = x.shape[2:]

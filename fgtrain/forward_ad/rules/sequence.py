@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fgtrain._torch import pack_padded_sequence, pad_packed_sequence, safe_softmax
-from fgtrain.forward_ad.rules.written_out import IN_OTHERS, written_out
+from fgtrain.forward_ad.rules.compositions import COMPOSITIONS, composition_of
 
 
-@written_out("scaled_dot_product_attention")
+@composition_of("scaled_dot_product_attention")
 def _attention(
     query: Any,
     key: Any,
@@ -45,7 +45,7 @@ def _attention(
     return weights @ value
 
 
-@written_out("_safe_softmax")
+@composition_of("_safe_softmax")
 def _safe_softmax(scores: Any, dim: int, dtype: Any = None) -> Any:
     """Softmax; a fully masked row gives 0."""
     masked = (scores == -torch.inf).all(dim, keepdim=True)
@@ -166,23 +166,23 @@ def _steps(
     return outputs[::-1] if reverse else outputs, state
 
 
-IN_OTHERS[torch.lstm] = _recurrent(_lstm_cell, 2)
-IN_OTHERS[torch.gru] = _recurrent(_gru_cell, 1)
-IN_OTHERS[torch.rnn_tanh] = _recurrent(_simple_cell(torch.tanh), 1)
-IN_OTHERS[torch.rnn_relu] = _recurrent(_simple_cell(torch.relu), 1)
+COMPOSITIONS[torch.lstm] = _recurrent(_lstm_cell, 2)
+COMPOSITIONS[torch.gru] = _recurrent(_gru_cell, 1)
+COMPOSITIONS[torch.rnn_tanh] = _recurrent(_simple_cell(torch.tanh), 1)
+COMPOSITIONS[torch.rnn_relu] = _recurrent(_simple_cell(torch.relu), 1)
 
 
 # --- packed sequences: packing the row indices gives the source of each row ------------------------------------------
 
 
-@written_out("_pack_padded_sequence")
+@composition_of("_pack_padded_sequence")
 def _pack_padded_sequence(x: Any, lengths: Tensor, batch_first: bool) -> Any:
     numbers = torch.arange(x.shape[0] * x.shape[1], device=x.device).view(*x.shape[:2])
     rows, sizes = pack_padded_sequence(numbers, lengths, batch_first)
     return x.flatten(0, 1)[rows], sizes
 
 
-@written_out("_pad_packed_sequence")
+@composition_of("_pad_packed_sequence")
 def _pad_packed_sequence(data: Any, sizes: Tensor, batch_first: bool, value: float, total_length: int) -> Any:
     numbers = torch.arange(len(data), device=data.device)
     rows, lengths = pad_packed_sequence(numbers, sizes, batch_first, -1, total_length)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fgtrain.forward_ad.dual import Dual
 from fgtrain.forward_ad.registry import SMALL
 from fgtrain.forward_ad.rules.arithmetic import aligned
-from fgtrain.forward_ad.rules.written_out import functions_named
+from fgtrain.forward_ad.rules.compositions import functions_named
 
 Part = tuple[Any, Any]
 """A value, and its tangents (K, *shape) or None."""

@@ -54,7 +54,7 @@ class FirstBatch(L.Callback):
                     what = "missing (no val_dataloader)" if is_missing else "empty"
                     print(f"fgtrain: the validation split of {type(data).__name__} is {what}", file=sys.stderr)
             if isinstance(pl_module.task, Classification):
-                look_at_examples(batch, getattr(data, "num_classes", None), getattr(data, "input_shape", None))
+                refuse_unclassifiable(batch, getattr(data, "num_classes", None), getattr(data, "input_shape", None))
             if type(trainer.precision_plugin) is Precision:
                 _refuse_other_precision(batch, model)
             bad = [
@@ -97,7 +97,7 @@ class FirstBatch(L.Callback):
             before.rewind()
 
 
-def look_at_examples(batch: Any, num_classes: int | None, input_shape: Any) -> None:
+def refuse_unclassifiable(batch: Any, num_classes: int | None, input_shape: Any) -> None:
     """Refuse a batch of classification that is not (inputs, labels) of the right types, shapes and classes.
 
     Raises:

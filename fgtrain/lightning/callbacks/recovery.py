@@ -89,8 +89,8 @@ class Recovery(Checkpoint):
         if self._unasked < self._ask_every:
             return False
         waited = time.monotonic() - self._asked_at
-        told = torch.tensor([float(self._signal is not None), waited], device=trainer.strategy.root_device)
-        signalled, waited = trainer.strategy.reduce(told, reduce_op="max").tolist()
+        state = torch.tensor([float(self._signal is not None), waited], device=trainer.strategy.root_device)
+        signalled, waited = trainer.strategy.reduce(state, reduce_op="max").tolist()
         self._ask_every = min(10, max(1, int(self._unasked / max(waited, 1e-3))))
         self._unasked, self._asked_at = 0, time.monotonic()
         return bool(signalled)

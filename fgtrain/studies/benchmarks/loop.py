@@ -20,8 +20,8 @@ from fgtrain.estimators import write_grads
 from fgtrain.lightning.callbacks import StepProgress, Summary
 from fgtrain.lightning.module import EstimatorModule
 from fgtrain.random import keyed_generator
+from fgtrain.runs.build import Run, build
 from fgtrain.runs.cli import CONF
-from fgtrain.runs.run import Run, build
 
 
 def loop_overhead(method: str = "backprop", num_steps: int = 2000, repeats: int = 5) -> dict[str, float]:

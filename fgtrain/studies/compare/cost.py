@@ -17,9 +17,10 @@ from fgtrain.estimators import write_grads
 from fgtrain.estimators.base import BackwardPass
 from fgtrain.memory import peak_mib
 from fgtrain.random import keyed_generator
-from fgtrain.runs.run import build
+from fgtrain.runs.build import build
 from fgtrain.studies.timing import synchronize
 
+ROUNDS = 15  # measurements of a step; their median counts
 LONG_ENOUGH = 0.1  # seconds; faster steps are timed several at a time
 
 
@@ -41,12 +42,11 @@ class StepCost(NamedTuple):
     backward_pass: BackwardPass
 
 
-def step_costs(configs: Mapping[str, DictConfig], rounds: int = 15) -> dict[str, StepCost]:
+def step_costs(configs: Mapping[str, DictConfig]) -> dict[str, StepCost]:
     """The cost of one gradient and one optimizer step on the first batch of every configuration, measured in turns.
 
     Args:
         configs: {name: configuration of a run}.
-        rounds: measurements per configuration; their median is returned.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     steps = {name: _step(cfg, device) for name, cfg in configs.items()}
@@ -56,7 +56,7 @@ def step_costs(configs: Mapping[str, DictConfig], rounds: int = 15) -> dict[str,
         peaks[name] = peak_mib(step.run, device)
     repeats = {name: 1 + int(min(19, LONG_ENOUGH / _seconds(step.run, device, 1))) for name, step in steps.items()}
     times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         for name, step in steps.items():
             times[name].append(_seconds(step.run, device, repeats[name]))
     return {

@@ -12,7 +12,8 @@ from omegaconf import DictConfig
 
 from fgtrain.errors import ConfigError, DivergenceError, UnsupportedOperation
 from fgtrain.lightning.atomic_files import write_atomically
-from fgtrain.runs.run import build, run
+from fgtrain.runs.build import build
+from fgtrain.runs.run import run
 from fgtrain.studies.compare.cost import StepCost, refusal, step_costs
 from fgtrain.studies.compare.finished import Finished, read
 from fgtrain.studies.compare.plan import SEARCH_SEED, Comparison, compose_run
@@ -23,6 +24,7 @@ TRIAL_STEPS = 200
 VALIDATIONS = 100  # of a run
 COSINES = 20  # comparisons of a run with the exact gradient
 Tell = Callable[[str, int, int], None]
+"""Called before every run with (description, runs done, runs in total)."""
 
 
 class Outcome(NamedTuple):
@@ -68,7 +70,7 @@ def compare(plan: Comparison, tell: Tell) -> Outcome:
 
     Args:
         plan: the comparison.
-        tell: called before every run with (description, runs done, runs in total).
+        tell: see `Tell`.
     """
     plan.remember()
     configs = {v.label: _compose(plan, v)[0] for v in plan.variants}
@@ -155,8 +157,9 @@ def _finish(plan: Comparison, variant: Variant, seed: int, lr: float | None, ste
             own += [f"trainer.val_check_interval={every}"]
         own += ["+callbacks.quality._target_=fgtrain.lightning.callbacks.GradientQuality"]
         own += [f"+callbacks.quality.every_n_steps={max(1, steps // COSINES)}"]
-        own += ["+callbacks.clock._target_=fgtrain.studies.compare.clock.TrainingClock"]  # after quality, whose time
-        own += [f"+callbacks.clock.every_n_steps={every}"]  # does not count then
+        # The clock stands after the comparisons with the gradient, so that their time does not count.
+        own += ["+callbacks.clock._target_=fgtrain.studies.compare.clock.TrainingClock"]
+        own += [f"+callbacks.clock.every_n_steps={every}"]
         own += ["+callbacks.trajectory._target_=fgtrain.lightning.callbacks.Trajectory"]  # for test functions
         own += [f"+callbacks.trajectory.run_dir='{folder}'"]
         for events in folder.glob("events.*"):  # left by an interrupted run

@@ -1,4 +1,4 @@
-"""A model without its residual blocks, and what they add to its hidden state."""
+"""The residual blocks of a model, which can be run as their skips plus constants."""
 
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -14,7 +14,7 @@ from fgtrain.network.blocks import Forward, entering, forwards_replaced, hidden_
 
 _NOTHING = torch.empty(0)
 
-AGAIN = (
+BLOCKS_RUN_AGAIN = (
     "residual blocks run more often than in the first pass of the step; switch off activation checkpointing around "
     "them, since memory holds the activations of one block anyway, or train with another method"
 )
@@ -37,33 +37,41 @@ class Segment:
     outputs: list[Any]
 
 
-class Shell:
-    """A model whose residual blocks add constants to the hidden state.
+class ResidualBlocks:
+    """The residual blocks of a model: h + f(h), where f is the branch of a block.
+
+    A recorded pass finds what the branches add to the hidden state. In `as_skips` they add it as a constant, so that
+    derivatives flow along the skips only, and the branches are not computed. The losses stay the same:
+
+    >>> from fgtrain.models import Residual
+    >>> model = nn.Sequential(nn.Linear(3, 4), Residual(nn.Linear(4, 4)), nn.Linear(4, 1))
+    >>> blocks, loss = ResidualBlocks(model, [model[1]]), lambda net: net(torch.ones(2, 3)).mean()
+    >>> with blocks.recording():
+    ...     recorded = loss(model)
+    >>> with blocks.as_skips():
+    ...     torch.allclose(blocks.from_first(loss)(model), recorded)
+    True
 
     Args:
         model: the model.
-        blocks: its residual blocks.
-        apart: whether every block is a segment of its own. That is right for every model, but holds the hidden state
+        modules: its residual blocks.
+        separate: whether every block is a segment of its own. That is right for every model, but holds the hidden state
             after every block.
 
     Attributes:
         segments: the segments of the recorded pass.
         forwards: {block: its original forward method}.
+        params: the parameters that only blocks have; one that is tied to a layer elsewhere learns there, too.
     """
 
-    def __init__(self, model: nn.Module, blocks: Iterable[nn.Module], apart: bool = False) -> None:
-        self.blocks = list(blocks)
-        self.apart = apart
+    def __init__(self, model: nn.Module, modules: Iterable[nn.Module], separate: bool = False) -> None:
+        self.separate = separate
         self._calls = 0
         self.segments: list[Segment] = []
-        self.forwards: dict[nn.Module, Forward] = {block: block.forward for block in self.blocks}
-        inside = {module for block in self.blocks for module in block.modules()}
+        self.forwards: dict[nn.Module, Forward] = {block: block.forward for block in modules}
+        inside = {module for block in self.forwards for module in block.modules()}
         others = {p for module in model.modules() if module not in inside for p in module.parameters(recurse=False)}
-        self._params = [p for block in self.blocks for p in block.parameters() if p not in others]
-
-    def params(self) -> Iterable[nn.Parameter]:
-        """The parameters that only blocks have; one that is tied to a layer elsewhere learns there, too."""
-        return self._params
+        self.params = [p for block in self.forwards for p in block.parameters() if p not in others]
 
     def replaced_by(self, make: Callable[[Forward], Forward]) -> AbstractContextManager[None]:
         """A context in which every block has the forward method that `make` returns for its original one."""
@@ -76,7 +84,7 @@ class Shell:
         def recorded(forward: Forward) -> Forward:
             def run(*args: Any, **kwargs: Any) -> Any:
                 x, segment = entering(args, kwargs), self.segments[-1] if self.segments else None
-                if self.apart or segment is None or segment.end is not x or segment.version != x._version:
+                if self.separate or segment is None or segment.end is not x or segment.version != x._version:
                     segment = Segment(x.clone(), x, x._version, [])  # a copy, because the block may work in place
                     self.segments.append(segment)
                 out = forward(*args, **kwargs)
@@ -90,42 +98,43 @@ class Shell:
         with self.replaced_by(recorded):
             yield
 
-    def counting_from_0(self, run: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
-        """The function `run`, each call of which is a new pass, whether or not the last pass came to its end."""
+    def from_first(self, loss_fn: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+        """`loss_fn` for `as_skips`: each call starts with the first block, even if an error ended the last one."""
 
         def started(model: Any) -> Tensor:
             self._calls = 0
-            return run(model)
+            return loss_fn(model)
 
         return started
 
     @contextmanager
-    def running(
+    def as_skips(
         self,
-        behind: Callable[[int, Tensor], Tensor] = lambda _, x: x,
-        between: Callable[[Tensor], Tensor] = lambda x: x,
-        others: Sequence[Sequence[Any]] = (),
+        after_segment: Callable[[int, Tensor], Tensor] = lambda _, h: h,
+        between_blocks: Callable[[Tensor], Tensor] = lambda h: h,
+        other_outputs: Sequence[Sequence[Any]] = (),
     ) -> Generator[None]:
-        """A context in which blocks are identities, and the last block of a segment adds a constant.
+        """A context in which blocks are identities, and the last block of a segment adds what its branches added.
 
-        The model must run by a function of `counting_from_0`.
+        The model must run by a function of `from_first`.
 
         Args:
-            behind: maps the index of a segment and its output to a replacement of the output.
-            between: maps the hidden state between two blocks to a replacement, which the second block ignores.
-            others: for every segment and block, a replacement of its output without its hidden state; () for none.
+            after_segment: maps the index of a segment and the hidden state after it to a replacement of that state.
+            between_blocks: maps the hidden state between two blocks to a replacement, which the second block ignores.
+            other_outputs: for every segment and block, a replacement of its output without its hidden state; () for
+                none.
 
         Raises:
             UnsupportedOperation: another argument of a block depends on trained parameters.
         """
         start = _NOTHING
-        outputs = others or [segment.outputs for segment in self.segments]
+        outputs = other_outputs or [segment.outputs for segment in self.segments]
         places = [(s, k, out) for s, outs in enumerate(outputs) for k, out in enumerate(outs)]
 
         def run(*args: Any, **kwargs: Any) -> Any:
             nonlocal start
             if self._calls == len(places):
-                raise UnsupportedOperation(AGAIN)
+                raise UnsupportedOperation(BLOCKS_RUN_AGAIN)
             s, k, out = places[self._calls]
             self._calls += 1
             segment, hidden = self.segments[s], entering(args, kwargs)
@@ -136,9 +145,9 @@ class Shell:
                 )
             if k == 0:
                 start = hidden
-            last = k == len(segment.outputs) - 1
-            x = behind(s, start + (segment.end - segment.start)) if last else between(start)
-            return with_hidden(out, x)
+            is_last = k == len(segment.outputs) - 1
+            hidden = after_segment(s, start + (segment.end - segment.start)) if is_last else between_blocks(start)
+            return with_hidden(out, hidden)
 
-        with forwards_replaced(dict.fromkeys(self.blocks, run)):
+        with forwards_replaced(dict.fromkeys(self.forwards, run)):
             yield

@@ -1,7 +1,7 @@
-"""Functions as compositions of others, if PyTorch's own have no forward-mode derivative or a wrong one.
+"""Compositions: functions of PyTorch written with others, since their own forward-mode derivative is missing or wrong.
 
-Both engines run these bodies instead of the functions, because the calls in them have derivatives. A body may return
-NotImplemented if the function itself can be used.
+All engines run a composition instead of its function, because the calls in it have derivatives. A composition may
+return NotImplemented if the function itself can be used.
 """
 
 from collections.abc import Callable
@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from fgtrain._torch import FUNCTION_OWNERS, standard_gamma, standard_gamma_grad
 from fgtrain.forward_ad.rules.opened import opened
 
-IN_OTHERS: dict[Any, Callable[..., Any]] = {}
-"""{function of PyTorch: its composition of other functions}."""
+COMPOSITIONS: dict[Any, Callable[..., Any]] = {}
+"""{function of PyTorch: its composition}."""
 
 
 def functions_named(names: str) -> list[Any]:
@@ -23,12 +23,12 @@ def functions_named(names: str) -> list[Any]:
     return [getattr(owner, name) for name in names.split() for owner in FUNCTION_OWNERS if hasattr(owner, name)]
 
 
-def written_out(names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make the decorated function replace every function of PyTorch with one of these names."""
+def composition_of(names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Make the decorated function the composition of every function of PyTorch with one of these names."""
 
-    def decorate(body: Callable[..., Any]) -> Callable[..., Any]:
-        IN_OTHERS.update(dict.fromkeys(functions_named(names), body))
-        return body
+    def decorate(composition: Callable[..., Any]) -> Callable[..., Any]:
+        COMPOSITIONS.update(dict.fromkeys(functions_named(names), composition))
+        return composition
 
     return decorate
 
@@ -41,14 +41,14 @@ def no_backward(*_: Any, **__: Any) -> Any:
 # --- weights ------------------------------------------------------------------------------------------------------
 
 
-@written_out("_weight_norm")
+@composition_of("_weight_norm")
 def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """v with its norms over all dimensions but `dim` replaced by g."""
     others = [d for d in range(v.dim()) if d != dim] if dim != -1 else list(range(v.dim()))
     return v * (g / torch.linalg.vector_norm(v, dim=others, keepdim=dim != -1))
 
 
-@written_out("embedding")
+@composition_of("embedding")
 def _embedding(
     weight: Tensor, indices: Tensor, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False
 ) -> Any:
@@ -59,7 +59,7 @@ def _embedding(
     return torch.where((indices == padding_idx).unsqueeze(-1), out.detach(), out)
 
 
-@written_out("embedding_bag")
+@composition_of("embedding_bag")
 def _embedding_bag(
     weight: Tensor,
     indices: Tensor,
@@ -102,7 +102,7 @@ def _embedding_bag(
     return sums, *plain[1:]
 
 
-@written_out("broadcast_tensors")
+@composition_of("broadcast_tensors")
 def _broadcast_tensors(*tensors: Any) -> list[Any]:
     """The tensors as views of one shape."""
     tensors = tensors[0] if len(tensors) == 1 and not isinstance(tensors[0], Tensor) else tensors
@@ -113,7 +113,7 @@ def _broadcast_tensors(*tensors: Any) -> list[Any]:
 # --- random numbers -----------------------------------------------------------------------------------------------
 
 
-@written_out("normal")
+@composition_of("normal")
 def _normal(mean: Any, std: Any, *args: Any, **kwargs: Any) -> Any:
     """A constant, as for backpropagation; PyTorch's forward mode fails if one of the two is expanded."""
     values = [x.detach() if isinstance(x, Tensor) else x for x in (mean, std)]
@@ -121,7 +121,7 @@ def _normal(mean: Any, std: Any, *args: Any, **kwargs: Any) -> Any:
     return sample + sum((x - x.detach()) * 0 for x in (mean, std) if isinstance(x, Tensor))
 
 
-@written_out("_standard_gamma")
+@composition_of("_standard_gamma")
 def _standard_gamma(concentration: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """A sample and its derivative at a fixed value of the distribution function, as in backpropagation."""
     at = concentration.detach()
@@ -132,13 +132,13 @@ def _standard_gamma(concentration: Tensor, generator: torch.Generator | None = N
 # --- distances ----------------------------------------------------------------------------------------------------
 
 
-@written_out("cdist")
+@composition_of("cdist")
 def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: Any = None) -> Tensor:
     """||x_i - y_j||_p, with the gradient 0 where it is 0."""
     return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, -1)
 
 
-@written_out("pdist")
+@composition_of("pdist")
 def _pdist(x: Tensor, p: float = 2.0) -> Tensor:
     """||x_i - x_j||_p for i < j."""
     left, right = torch.triu_indices(len(x), len(x), 1, device=x.device)
@@ -172,10 +172,10 @@ def _times(func: Any) -> Callable[..., Any]:
 
 
 for _func in (torch.sparse.mm, torch.mm, torch.matmul, torch.Tensor.mm, torch.Tensor.matmul, torch.Tensor.__matmul__):
-    IN_OTHERS[_func] = _times(_func)
+    COMPOSITIONS[_func] = _times(_func)
 
 
-@written_out("cholesky_inverse")
+@composition_of("cholesky_inverse")
 def _cholesky_inverse(factor: Tensor, upper: bool = False) -> Tensor:
     """(L L^T)^-1, or (U^T U)^-1; the derivative of PyTorch's forward mode differs from backpropagation's."""
     unit = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device).expand(factor.shape)
@@ -183,7 +183,7 @@ def _cholesky_inverse(factor: Tensor, upper: bool = False) -> Tensor:
     return inverse @ inverse.mH if upper else inverse.mH @ inverse
 
 
-@written_out("logcumsumexp")
+@composition_of("logcumsumexp")
 def _logcumsumexp(x: Tensor, dim: int) -> Tensor:
     """PyTorch's forward mode adds 1e-13 to each sum, more than the value of sums far below the greatest term."""
     if x.dim() == 0:
@@ -200,7 +200,7 @@ def _reduced(losses: Tensor, reduction: int) -> Tensor:
     return (losses, losses.mean(), losses.sum())[reduction]  # torch.nn._reduction
 
 
-@written_out("multi_margin_loss")
+@composition_of("multi_margin_loss")
 def _multi_margin_loss(
     x: Tensor, target: Tensor, p: float = 1, margin: float = 1, weight: Tensor | None = None, reduction: int = 1
 ) -> Tensor:
@@ -216,7 +216,7 @@ def _multi_margin_loss(
     return _reduced(losses if x.dim() == 2 or reduction else losses.reshape(()), reduction)
 
 
-@written_out("multilabel_margin_loss")
+@composition_of("multilabel_margin_loss")
 def _multilabel_margin_loss(x: Tensor, target: Tensor, reduction: int = 1) -> Tensor:
     """(1/C) sum over labels y and others i of max(0, 1 - x_y + x_i); the labels of a row end with the first -1."""
     rows, labels = (x, target) if x.dim() == 2 else (x.reshape(1, -1), target.reshape(1, -1))
@@ -236,10 +236,10 @@ def _linear_cross_entropy(*args: Any, options: Any = None, **kwargs: Any) -> Any
 
 
 if hasattr(F, "linear_cross_entropy"):  # torch 2.13
-    IN_OTHERS[F.linear_cross_entropy] = _linear_cross_entropy
+    COMPOSITIONS[F.linear_cross_entropy] = _linear_cross_entropy
 
 
-@written_out("ctc_loss")
+@composition_of("ctc_loss")
 def _ctc_loss(
     log_probs: Tensor,
     targets: Tensor,
@@ -265,7 +265,7 @@ def _ctc_loss(
 # --- scatter ------------------------------------------------------------------------------------------------------
 
 
-@written_out("scatter_reduce")
+@composition_of("scatter_reduce")
 def _scatter_reduce(x: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str, *, include_self: bool = True) -> Any:
     """The mean, product, maximum or minimum of the values scattered to each position."""
     if reduce not in ("mean", "prod", "amax", "amin"):
@@ -302,7 +302,7 @@ def _products_of_others(x: Tensor, dim: int, index: Tensor, src: Tensor, counts:
     return of_others(factors, rest, zeros) * counts, of_others(src, rest.gather(dim, index), zeros.gather(dim, index))
 
 
-@written_out("index_reduce")
+@composition_of("index_reduce")
 def _index_reduce(x: Tensor, dim: int, index: Tensor, source: Tensor, reduce: str, *, include_self: bool = True) -> Any:
     """As scatter_reduce, with one index per slice."""
     if x.dim() == 0:

@@ -52,7 +52,11 @@ class Position(L.Callback):
         self._random: dict[str, Any] | None = None  # from before the loaders were made
         self._generators: list[Tensor] = []  # the states of the loaders' own generators
         self._intervals: tuple[Any, Any] | None = None  # of validation, while they are overridden
-        self._reads = self._is_complete = self._validates = self._leaves = self._loses_place = False
+        self._reads = False  # a checkpoint has been read, and training has not begun since
+        self._validates = False  # its validation is pending
+        self._leaves = False  # its last step was the last of an epoch
+        self._is_complete = False  # it leaves nothing to do
+        self._loses_place = False  # a training loader cannot restore its position
 
     def limits(self, trainer: Any) -> tuple[int, int]:
         """`max_steps` and `max_epochs` of the run."""

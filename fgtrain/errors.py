@@ -10,6 +10,7 @@ _DISK_ERRORS = {  # of the disk, of a network file system, or of a pipe
     errno.ENOSPC,
     errno.EDQUOT,
     errno.EROFS,
+    errno.EBUSY,
     errno.EACCES,
     errno.EPERM,
     errno.EFBIG,

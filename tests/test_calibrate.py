@@ -63,6 +63,15 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("option", ["--memory-steps=0", "--memory-limit=nan", "--seconds=inf", "--starts=0"])
+def test_bad_numbers_are_told_before_anything_runs(option, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["calibrate", option, "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit):
+        run_command()
+    assert capsys.readouterr().err.startswith("fgtrain: --")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.slow
 def test_only_backpropagation_grows_with_the_steps():
     measured = costs(Calibration("pendulum", trajectories=1000), [10, 40, 160], limit=2.5)

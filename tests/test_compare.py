@@ -11,8 +11,9 @@ import pytest
 import torch
 from rich.console import Console
 
+from fgtrain.commands.compare import main
 from fgtrain.commands.compare import run as run_command
-from fgtrain.errors import ConfigError
+from fgtrain.errors import ConfigError, Interrupted
 from fgtrain.runs.build import build
 from fgtrain.runs.messages import USER_ERRORS
 from fgtrain.studies.compare import compare, parse, write_report
@@ -220,6 +221,11 @@ BAD = [
     ("methods=[backprop] --confg-dir conf", "unrecognized arguments: --confg-dir"),
     ("methods=[backprop] modle=cnn", "modle"),
     ("methods=[backprop] data=nope", "Could not find 'data/nope'"),
+    ("methods=[backprop] seed=3", "compare sets seed of its runs itself; leave seed=... out; seeds=... is the number"),
+    ("methods=[backprop] +trainer.max_steps=3", "leave trainer.max_steps=... out; budget=...steps"),
+    ("methods=[backprop] target=nan", "target must be a number"),
+    ("methods=[backprop:]", "is not a method's file"),
+    ("methods=[,]", r"methods=\[,\] cannot be read"),
 ]
 
 
@@ -274,3 +280,17 @@ def test_a_method_that_cannot_train_the_model_is_a_row(tmp_path):
     assert refused.count("|") == trained.count("|")
     with pytest.raises(USER_ERRORS, match="highway: MLP has no residual block"):
         run_compare(tmp_path, "methods=[highway]", "seeds=1", "budget=4steps", "out=there")
+
+
+@pytest.mark.parametrize(
+    ("raised", "status"), [(KeyboardInterrupt(), 130), (Interrupted("stopped by SIGTERM", 15), 143)]
+)
+def test_a_signal_is_the_exit_status(raised, status, monkeypatch, capsys):
+    def stopped(_):
+        raise raised
+
+    monkeypatch.setattr("fgtrain.commands.compare.run", stopped)
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == status
+    assert capsys.readouterr().err == "fgtrain: stopped; the same command continues the interrupted run\n"

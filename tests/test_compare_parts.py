@@ -73,7 +73,7 @@ def test_exactly_computed_layers_are_no_merit():
 @pytest.mark.parametrize("argument", ["logger=csv", "logger.tensorboard.version=1"])
 def test_the_loggers_of_a_comparison_are_its_own(argument):
     with pytest.raises(ConfigError, match=r"leave logger=\.\.\. out"):
-        parse([argument])
+        parse(["methods=[backprop]", argument])
 
 
 def test_a_list_without_brackets_is_told():

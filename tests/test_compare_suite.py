@@ -81,6 +81,22 @@ BAD = [
     ("suite=mine.yaml", "methods: [backprop]", "mine.yaml must be a list of rungs, each with a name"),
     ("suite=mine.yaml", "- {name: a, methods: [nope]}", "methods: there is no nope"),
     ("suite=mine.yaml", "- {name: a, methods: [backprop], data: mnist}", "the rung a has data; arguments of train.py"),
+    ("suite=mine.yaml", "", "must be a list of rungs"),
+    ("suite=mine.yaml", "[]", "must be a list of rungs"),
+    ("suite=mine.yaml", "- {name: null, methods: [backprop]}", "must be a list of rungs, each with a name"),
+    ("suite=mine.yaml", "- name: [a", "mine.yaml cannot be read: while parsing"),
+    ("suite=mine.yaml", "- {name: a, 1: b}", "the rung a has 1;"),
+    ("suite=mine.yaml", "- {name: a, out: b, methods: [backprop]}", "the rung a has out;"),
+    (
+        "suite=mine.yaml",
+        "- {name: a, methods: backprop}",
+        "methods of the rung a must be a list of words, got backprop",
+    ),
+    ("suite=mine.yaml", "- {name: a, methods: [backprop], overrides: null}", "overrides of the rung a must be a list"),
+    ("suite=mine.yaml", "- {name: a, methods: [backprop], seeds: x}", "the rung a: seeds must be an integer, got 'x'"),
+    ("suite=mine.yaml", "- {name: A b, methods: [mezo]}\n- {name: a-b, methods: [mezo]}", "A b and a-b would share"),
+    ("suite=mine.yaml", "- {name: 1, methods: [mezo], overrides: [logger=csv]}", "the rung 1: .*; leave logger="),
+    ("suite=mine.yaml methods=mezo", SUITE, r"methods takes a list in brackets: methods=\[mezo\]"),
     ("suite=mine.yaml seeds=0", SUITE, "seeds must be at least 1, got 0"),
 ]
 

@@ -285,3 +285,25 @@ def test_a_silent_token_leaves_the_states_to_decay():
 def test_a_silent_token_that_does_not_exist_is_an_error():
     with pytest.raises(ValueError, match="silent must be a token below vocab_size=5 or None, got 5"):
         DiagonalRNN(5, silent=5)
+
+
+@pytest.mark.parametrize("estimator", [ForwardInTime(), Backprop()], ids=["online", "backprop"])
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (torch.zeros(2, 3), r"tokens must be integers .* got float32 of shape \(2, 3\)"),
+        (torch.zeros(3, dtype=torch.long), r"tokens must be integers .* got int64 of shape \(3,\)"),
+        (torch.full((2, 3), 5), "tokens run from 5 to 5; they must be from 0 to 4, for vocab_size=5"),
+        (torch.full((2, 3), -1), "tokens run from -1 to -1; they must be from 0 to 4, for vocab_size=5"),
+        (torch.zeros(2, 0, dtype=torch.long), "one time step or more"),
+    ],
+)
+def test_tokens_that_are_none_are_one_line(estimator, tokens, message):
+    with pytest.raises(DataError, match=message):
+        estimator(DiagonalRNN(5, width=3), lambda m: m(tokens).square().sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8])
+def test_tokens_may_be_integers_of_any_size(dtype):
+    model, tokens = DiagonalRNN(5, width=3), torch.tensor([[0, 4, 1]])
+    assert torch.equal(model(tokens.to(dtype)), model(tokens))

@@ -80,8 +80,9 @@ def test_the_command_writes_a_table_and_figures(tmp_path, monkeypatch, capsys):
     assert len(found["costs"]) == 2 * len(WAYS)
 
 
-def test_a_bad_number_is_one_line(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["online", "--lags", "0"])
+@pytest.mark.parametrize("option", ["--lags", "--lengths", "--updates"])
+def test_a_bad_number_is_one_line(option, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["online", option, "0"])
     with pytest.raises(SystemExit) as end:
         run_command()
     err = capsys.readouterr().err

@@ -72,11 +72,17 @@ def test_images(tmp_path):
         ("a,b\n", None, DataError, "needs rows"),
         ("", None, DataError, "is empty"),
         ("\n\n", None, DataError, "not a CSV file with a header"),
-        ("a,b\nq,x\n", None, DataError, "all columns but b must hold numbers"),
+        ("a,b\nq,x\n", None, DataError, "row 1 has 'q' in the column 'a'; all columns but 'b' must hold"),
         ("a;b\n1;x\n", None, DataError, "with commas between them"),
-        ("a,b\n1,x\n2, \n", None, DataError, "row 2 has no b; give it a class"),
-        ("a,b,c\n1,x,2\n3,y,nan\n", "b", DataError, "row 2 has c=nan; remove or replace such numbers"),
-        ("a,b\n1e39,x\n", None, DataError, "row 1 has a=1e39"),
+        ("a,b\n1,x\n2, \n", None, DataError, "row 2 has nothing in the column 'b', .*; give it a class"),
+        (
+            "a,b,c\n1,x,2\n3,y,nan\n",
+            "b",
+            DataError,
+            "row 2 has 'nan' in the column 'c'; all columns but 'b' must hold finite numbers",
+        ),
+        ("a,b\n1e39,x\n", None, DataError, "row 1 has '1e39' in the column 'a'"),
+        ("a,b\n1,0\n2,1\n3,nan\n", None, DataError, "row 3 has b=nan; give it a class"),
         ("a,b\n1,x\n2, x\n", None, DataError, "one class only, x;"),
         (
             "a,b\n" + "1,x\n" * 30 + "1,y\n",
@@ -92,6 +98,33 @@ def test_bad_tables(text, label, error, message, tmp_path):
         CsvTable(str(tmp_path / "table.csv"), 8, label=label).load()
 
 
+def test_classes_that_are_numbers_are_the_same_if_their_values_are(tmp_path):
+    """Long numbers count in all digits; a word among them makes all of them words."""
+
+    def classes_of(*labels):
+        (tmp_path / "table.csv").write_text("a,b\n" + "".join(f"{i},{label}\n" for i, label in enumerate(labels)))
+        return CsvTable(str(tmp_path / "table.csv"), 8)._labels.tolist()
+
+    assert classes_of("10", "1", "1.0", "2", "1e1") == [2, 0, 0, 1, 2]
+    assert classes_of(str(10**20), str(10**20 + 1)) == [0, 1]
+    assert classes_of("1", "1.0", "no") == [0, 1, 2]
+
+
+def test_columns_of_any_size_keep_their_differences(tmp_path):
+    """Seconds since 1970, which single precision rounds to two minutes; farads; one that is constant in training."""
+    seconds = 1_700_000_000 + np.arange(200)
+    rows = "".join(f"{t},{1e-12 * (t % 7)},{int(t == seconds[-1])},{t % 2}\n" for t in seconds)
+    (tmp_path / "table.csv").write_text(f"time,capacity,rare,class\n{rows}")
+    data = CsvTable(str(tmp_path / "table.csv"), 200)
+    data.setup("fit")
+    batches = [batch for split in ("train", "val", "test") for batch in getattr(data, f"{split}_dataloader")()]
+    (train, _), inputs = batches[0], torch.cat([inputs for inputs, _ in batches])
+    torch.testing.assert_close(train[:, :2].std(0), torch.ones(2))
+    assert inputs.dtype == torch.float32
+    assert len(inputs[:, 0].unique()) == 200
+    assert inputs.abs().max() < 15
+
+
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
 def test_pixels_of_more_than_eight_bits_are_refused(mode, tmp_path):
     """Pillow cuts them off: all but the darkest would be white."""
@@ -102,12 +135,33 @@ def test_pixels_of_more_than_eight_bits_are_refused(mode, tmp_path):
         ImagesOfFolders(str(tmp_path), 8).load()
 
 
+def test_hidden_files_and_folders_are_no_data(tmp_path):
+    for name in ("a", "b", ".ipynb_checkpoints"):
+        (tmp_path / name).mkdir()
+        for i in range(10):
+            Image.new("RGB", (8, 8)).save(tmp_path / name / f"{i}.png")
+        (tmp_path / name / "._1.png").write_text("written beside images on a Mac")
+    data = ImagesOfFolders(str(tmp_path), 4)
+    data.setup("fit")
+    assert (data.num_classes, sum(len(labels) for _, labels in data._splits.values())) == (2, 20)
+
+
+@pytest.mark.parametrize("content", [b"P6 4 x 255\n", b"P6 60000 60000 255\n", b"P6", b""])
+def test_damaged_images_are_named(content, tmp_path):
+    """Pillow raises ValueError for the first and DecompressionBombError for the second."""
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.ppm").write_bytes(content)
+    with pytest.raises(DataError, match=r"a/1.ppm cannot be read as an image"):
+        ImagesOfFolders(str(tmp_path), 8).load()
+
+
 @pytest.mark.slow
 def test_bad_paths(tmp_path):
     for data in ("csv", "image_folder"):
         assert train(tmp_path, f"data={data}", *SHORT)[2].startswith("fgtrain: data: data.path is not set")
         assert "does not exist" in train(tmp_path, f"data={data}", "data.path=nowhere", *SHORT)[2]
-    with pytest.raises(DataError, match="must hold a folder of images for every class"):
+    with pytest.raises(DataError, match=r"must hold a folder of images \(\.jpg, .*\) for every class"):
         ImagesOfFolders(str(tmp_path), 8)
     (tmp_path / "photos" / "cats").mkdir(parents=True)
     (tmp_path / "photos" / "cats" / "1.png").write_text("no image")

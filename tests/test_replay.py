@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from fgtrain.commands.replay import main as run_command
-from fgtrain.errors import CheckpointError, ConfigError
+from fgtrain.errors import CheckpointError, ConfigError, StorageError
 from fgtrain.lightning.atomic_files import save_atomically
 from fgtrain.lightning.checkpoints import read_checked
+from fgtrain.runs.messages import USER_ERRORS
 from fgtrain.runs.replay import replay
 from tests.commands import results_under, train
 from tests.every_method import EVERY_METHOD
@@ -157,6 +158,12 @@ def test_saved_configuration_runs_again(tmp_path):
         ("derivatives", torch.zeros(30, 0)),
         ("derivatives", torch.zeros(30, 1, dtype=torch.complex64)),
         ("derivatives", torch.zeros(30)),
+        pytest.param(
+            "derivatives",
+            torch.ones(30, 1).to_sparse(),
+            marks=pytest.mark.filterwarnings("ignore:Validating sparse"),
+            id="sparse",
+        ),
         ("steps", "30"),
         ("steps", -1),
         ("batches_per_epoch", 0),
@@ -171,6 +178,21 @@ def test_log_of_a_stranger_is_one_line(part, value, tmp_path):
     save_atomically(log | {"derivatives": torch.zeros(30, 1), part: value}, tmp_path / "replay.pt")
     with pytest.raises(CheckpointError, match=rf"replay.pt is damaged: {part} cannot come from a run"):
         replay(tmp_path)
+
+
+@pytest.mark.parametrize(("text", "message"), [("", "lr is not set"), ("nonsense: 1", "config.yaml is not the config")])
+def test_a_configuration_of_a_stranger_is_one_line(text, message, tmp_path):
+    log = {"format": 1, "initial": "a", "final": "b", "steps": 30, "batches_per_epoch": 5}
+    save_atomically(log | {"derivatives": torch.zeros(30, 1)}, tmp_path / "replay.pt")
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(USER_ERRORS, match=message):
+        replay(tmp_path)
+
+
+def test_a_file_without_a_name_is_one_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(StorageError, match="cannot write"):
+        save_atomically({}, Path())
 
 
 def test_a_folder_without_a_log(tmp_path):

@@ -7,6 +7,7 @@ minute of the three. --memory-steps 100 1000 10000 measures longer simulations.
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -57,8 +58,13 @@ def calibrate(args: argparse.Namespace) -> None:
     silence_libraries()
     torch.set_num_threads(1)
     keep_freed_memory()
-    if args.starts < 1 or not args.seconds > 0:
+    if args.starts < 1 or not 0 < args.seconds < math.inf:
         raise ValueError(f"--starts must be at least 1 and --seconds positive, got {args.starts} and {args.seconds}")
+    if min(args.memory_steps, default=1) < 1 or math.isnan(args.memory_limit):
+        raise ValueError(
+            f"--memory-steps must be at least 1 and --memory-limit a number, got {args.memory_steps} and "
+            f"{args.memory_limit}"
+        )
     task, console = _task(args), Console(stderr=True)
     make_folder(args.out)
     with console.status("compiling"):

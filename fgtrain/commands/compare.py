@@ -45,8 +45,9 @@ def main() -> None:
     """Do the missing runs, then write and print the report."""
     try:
         run(sys.argv[1:])
-    except (KeyboardInterrupt, Interrupted):
-        fail(Interrupted("stopped; the same command continues the interrupted run", signal.SIGINT))
+    except (KeyboardInterrupt, Interrupted) as stopped:
+        number = stopped.exit_status - 128 if isinstance(stopped, Interrupted) else signal.SIGINT
+        fail(Interrupted("stopped; the same command continues the interrupted run", number))
     except USER_ERRORS as error:
         fail(error)
 

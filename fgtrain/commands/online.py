@@ -53,7 +53,7 @@ def study(args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     lags = args.lags or ([20] if args.quick else [50, 100, 200, 500, 1000])
     lengths = args.lengths or ([100, 1000] if args.quick else [100, 1000, 10_000])
-    if min(*lags, *lengths, args.updates or 2) < 2:
+    if min(*lags, *lengths, *([] if args.updates is None else [args.updates])) < 2:
         raise ConfigError("--lags, --lengths and --updates must be at least 2")
     make_folder(args.out)
     console = Console(stderr=True)

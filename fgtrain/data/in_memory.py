@@ -145,12 +145,17 @@ class InMemoryDataModule(L.LightningDataModule):
 
 
 def standardize(train_inputs: Tensor) -> Transform:
-    """The map x -> (x - mean) / std per channel, with the statistics of the training inputs (N, C, ...)."""
-    values = train_inputs.float()
+    """The map x -> (x - mean) / std per channel, with the statistics of the training inputs (N, C, ...).
+
+    A channel that is constant in training is only shifted: its std is taken as 1.
+    """
+    values = train_inputs if train_inputs.is_floating_point() else train_inputs.float()
     others = (0, *range(2, values.dim()))
     mean = values.mean(others, keepdim=True)
-    std = values.std(others, keepdim=True).clamp_min(1e-6)
-    return lambda inputs: (inputs.float() - mean) / std
+    std = values.std(others, keepdim=True)
+    rounding = 8 * torch.finfo(values.dtype).eps * mean.abs()
+    std = torch.where(std > rounding, std, 1.0)
+    return lambda inputs: ((inputs.to(values.dtype) - mean) / std).float()
 
 
 def refuse_other_examples(

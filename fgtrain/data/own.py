@@ -1,13 +1,17 @@
 """Your own data, from a CSV file or a folder of images, held in memory and split 70 / 10 / 20 %."""
 
 import csv
+import math
 from collections.abc import Sequence
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
 from torchvision.transforms.functional import pil_to_tensor
 
 from fgtrain.data.files import refuse_unreadable
@@ -20,6 +24,8 @@ Splits = tuple[dict[str, tuple[Tensor, Tensor]], Transform]
 
 class CsvTable(InMemoryDataModule):
     """A table with a header: one column holds the class, all others hold numbers.
+
+    If all classes are numbers, their values count: 1 and 1.0 are one class.
 
     Args:
         path: the CSV file.
@@ -41,23 +47,43 @@ class CsvTable(InMemoryDataModule):
         column = len(header) - 1 if label is None else header.index(label)
         labels = [row.pop(column).strip() for row in rows]
         if "" in labels:
+            empty = f"row {labels.index('') + 1} has nothing in the column {header[column]!r}, which names the class"
+            raise DataError(f"{path}: {empty}; give it a class, remove it, or choose another column by data.label=...")
+        values = _values(labels)
+        if odd := [i for i, value in enumerate(values) if isinstance(value, Decimal) and not value.is_finite()]:
             raise DataError(
-                f"{path}: row {labels.index('') + 1} has no {header[column]}; give it a class, or remove it"
+                f"{path}: row {odd[0] + 1} has {header[column]}={labels[odd[0]]}; give it a class, or remove it"
             )
-        classes, self._labels = np.unique(labels, return_inverse=True)
-        self._classes = classes.tolist()
-        try:
-            with np.errstate(over="ignore"):
-                self._inputs = np.array(rows, dtype=np.float32)
-        except ValueError as error:
-            raise DataError(f"{path}: all columns but {header[column]} must hold numbers; {error}") from error
-        for row, place in np.argwhere(~np.isfinite(self._inputs)):
-            name = [*header[:column], *header[column + 1 :]][place]
-            raise DataError(f"{path}: row {row + 1} has {name}={rows[row][place]}; remove or replace such numbers")
+        classes, self._labels = np.unique(np.array(values, dtype=object), return_inverse=True)
+        self._classes = [str(name) for name in classes]
+        names = [*header[:column], *header[column + 1 :]]
+        self._inputs = np.fromiter((_number(cell) for row in rows for cell in row), float).reshape(len(rows), -1)
+        with np.errstate(over="ignore"):
+            unusable = ~np.isfinite(self._inputs.astype(np.float32))
+        for row, place in np.argwhere(unusable):
+            raise DataError(
+                f"{path}: row {row + 1} has {rows[row][place]!r} in the column {names[place]!r}; all columns but "
+                f"{header[column]!r} must hold finite numbers, below 3e38"
+            )
         self.num_classes, self.input_shape = len(classes), self._inputs.shape[1:]
 
     def load(self) -> Splits:
         return _split(self._inputs, self._labels, self._classes)
+
+
+def _number(cell: str) -> float:
+    try:
+        return float(cell)
+    except ValueError:
+        return math.nan
+
+
+def _values(labels: list[str]) -> list[Any]:
+    """The labels as exact numbers, if all are; else as they are."""
+    try:
+        return [Decimal(label) for label in labels]
+    except InvalidOperation:
+        return labels
 
 
 class ImagesOfFolders(InMemoryDataModule):
@@ -79,9 +105,10 @@ class ImagesOfFolders(InMemoryDataModule):
         if image_size < 1:
             raise ValueError(f"image_size must be at least 1, got {image_size}")
         try:
-            self._folder = ImageFolder(str(_existing(path)), loader=_eight_bits)
+            self._folder = _Folders(str(_existing(path)), loader=_eight_bits, is_valid_file=_is_image)
         except OSError as error:
-            raise DataError(f"{path} must hold a folder of images for every class; {error}") from error
+            kinds = ", ".join(IMG_EXTENSIONS)
+            raise DataError(f"{path} must hold a folder of images ({kinds}) for every class; {error}") from error
         self.image_size = image_size
         self.num_classes, self.input_shape = len(self._folder.classes), (3, image_size, image_size)
 
@@ -90,13 +117,27 @@ class ImagesOfFolders(InMemoryDataModule):
         for path, _ in self._folder.samples:
             try:
                 image = self._folder.loader(path)
-            except (UnidentifiedImageError, OSError) as error:
+            except DataError:
+                raise
+            except Exception as error:  # Pillow raises errors of all kinds for damaged files
                 raise DataError(f"{path} cannot be read as an image; {error}") from error
             side = min(image.size)
             left, top = (image.width - side) // 2, (image.height - side) // 2
             square = image.resize((self.image_size,) * 2, box=(left, top, left + side, top + side))
             images.append(pil_to_tensor(square).numpy())
         return _split(np.stack(images), np.array(self._folder.targets), self._folder.classes)
+
+
+class _Folders(ImageFolder):
+    """Without hidden folders and files, which tools leave beside the user's: `.ipynb_checkpoints`, `._1.png`."""
+
+    def find_classes(self, directory: str | Path) -> tuple[list[str], dict[str, int]]:
+        classes = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
+        return classes, {name: i for i, name in enumerate(classes)}
+
+
+def _is_image(path: str) -> bool:
+    return is_image_file(path) and not Path(path).name.startswith(".")
 
 
 def _eight_bits(path: str) -> Image.Image:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fgtrain.errors import DataError, UnsupportedOperation
 from fgtrain.estimators.backprop import Backprop
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, buffers_in
-from fgtrain.models.diagonal import DiagonalRecurrence, as_rows, as_units, scan, scan_gradients
+from fgtrain.models.diagonal import DiagonalRecurrence, as_rows, as_units, refuse_no_sequences, scan, scan_gradients
 from fgtrain.network.blocks import forwards_replaced
 
 PARTS = ("state", "by_factor", "by_weight")
@@ -44,7 +44,7 @@ class ForwardInTime(GradientEstimator):
     Raises:
         UnsupportedOperation: the model has no `DiagonalRecurrence`, it is called twice in one pass or from a state
             that the model gives, or there are several processes.
-        DataError: a chunk has another number of sequences than the one before.
+        DataError: a chunk has no time step, or another number of sequences than the one before.
 
     Source: Zucchet, Meier, Schug, Mujika, Sacramento 2023, arXiv:2305.15947; one layer: Mozer 1989.
 
@@ -113,6 +113,7 @@ class ForwardInTime(GradientEstimator):
                 f"the model or its loss calls {name or 'the recurrence'} twice, so that it has no single state to "
                 "carry forwards; call it once, or train with another method"
             )
+        refuse_no_sequences(x)
         a = layer.factors()
         before = self._start(name, x, a)
         states, *after = _Chunk.apply(x, layer.input_weight(), a, *before)

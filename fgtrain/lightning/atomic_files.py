@@ -31,7 +31,7 @@ def write_atomically(text: str, path: Path) -> None:
 
 def atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     """Write a temporary file in the folder of `path` and rename it to `path`; nothing of it is left after an error."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    beside = path.parent / f"{path.name}.{os.getpid()}.tmp"
     try:
         with beside.open("wb") as file:
             write(file)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fgtrain._torch import is_inside_transform
+from fgtrain.errors import DataError
 from fgtrain.network.segments import in_segments, is_checkpointed
 
 
@@ -60,6 +61,7 @@ class DiagonalRecurrence(nn.Module):
             x: inputs.
             start: state before the first input, (B, N); None for zeros.
         """
+        refuse_no_sequences(x)
         a = self.factors()
         driven = as_units(F.linear(x, self.input_weight()).to(self.weight.dtype), a)
         # The function stores the states alone, but has no derivative for forward mode, and Dynamo cannot trace it.
@@ -71,6 +73,15 @@ class DiagonalRecurrence(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The states h_t, (B, T, N), or (B, T, 2 N) if they are complex, on inputs (B, T, I), from the state 0."""
         return self.run(x)[0]
+
+
+def refuse_no_sequences(x: Tensor) -> None:
+    """Raise DataError unless x are sequences (B, T, I) of at least one time step."""
+    if x.dim() != 3 or not x.shape[1] or x.is_complex():
+        got = f"{str(x.dtype).removeprefix('torch.')} of shape {tuple(x.shape)}"
+        raise DataError(
+            f"a recurrence takes real numbers (sequences, time steps, inputs) of one time step or more, got {got}"
+        )
 
 
 def scan(a: Tensor, driven: Tensor, start: Tensor | None = None, *, backwards: bool = False) -> Tensor:
@@ -191,7 +202,20 @@ class DiagonalRNN(nn.Module):
         return self.head(x)
 
     def _unit_vectors(self, tokens: Tensor) -> Tensor:
-        x = F.one_hot(tokens, self.vocab_size).to(self.head.weight.dtype)
+        if tokens.is_floating_point() or tokens.is_complex() or tokens.dim() != 2:
+            got = f"{str(tokens.dtype).removeprefix('torch.')} of shape {tuple(tokens.shape)}"
+            raise DataError(f"tokens must be integers of shape (sequences, time steps), got {got}")
+        tokens = tokens.long()
+        try:
+            x = F.one_hot(tokens, self.vocab_size).to(self.head.weight.dtype)
+        except RuntimeError as error:
+            lowest, highest = int(tokens.min()), int(tokens.max())
+            if 0 <= lowest <= highest < self.vocab_size:
+                raise
+            raise DataError(
+                f"tokens run from {lowest} to {highest}; they must be from 0 to {self.vocab_size - 1}, for "
+                f"vocab_size={self.vocab_size}"
+            ) from error
         return x if self.silent is None else x * (tokens != self.silent)[..., None]
 
 

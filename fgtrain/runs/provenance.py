@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 from yaml import AliasToken, YAMLError, scan
 
 from fgtrain.errors import ConfigError
@@ -77,7 +77,10 @@ def load_config(run_dir: Path) -> DictConfig:
     if not isinstance(saved, dict):
         raise ConfigError(f"{path} is not the configuration of a run: it holds a {type(saved).__name__}")
     own = {name: value for name, value in saved.items() if name not in ("defaults", "hydra")}
-    return OmegaConf.merge(OmegaConf.structured(TrainConfig), own, {"run_dir": str(run_dir)})  # ty: ignore
+    try:
+        return OmegaConf.merge(OmegaConf.structured(TrainConfig), own, {"run_dir": str(run_dir)})  # ty: ignore
+    except ConfigKeyError as error:
+        raise ConfigError(f"{path} is not the configuration of a run: {str(error).splitlines()[0]}") from error
 
 
 def _replaced(tree: Any, old: str, new: str) -> Any:

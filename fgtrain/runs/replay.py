@@ -82,7 +82,7 @@ def replay(run_dir: Path) -> tuple[EstimatorModule, int]:
     cfg = load_config(run_dir)
     cfg.callbacks, cfg.detect_divergence, cfg.self_check, cfg.resume, cfg.quiet = {}, None, False, None, True
     limits = {"limit_train_batches": None, "limit_val_batches": 0, "overfit_batches": 0.0, "max_time": None}
-    cfg.trainer = {**cfg.trainer, **limits, "devices": 1, "num_nodes": 1, "strategy": "auto"}
+    cfg.trainer = {**(cfg.trainer or {}), **limits, "devices": 1, "num_nodes": 1, "strategy": "auto"}
     module, _, trainer, _ = build(cfg)
     trainer.loggers = []
     derivatives = log["derivatives"]
@@ -102,7 +102,11 @@ def _read_log(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not a replay log of format {FORMAT}; callbacks=replay_log writes one")
     rows = log["derivatives"]
     sound = {
-        "derivatives": isinstance(rows, Tensor) and rows.dim() == 2 and rows.numel() > 0 and rows.is_floating_point(),
+        "derivatives": isinstance(rows, Tensor)
+        and rows.layout is torch.strided
+        and rows.dim() == 2
+        and rows.numel() > 0
+        and rows.is_floating_point(),
         "initial": isinstance(log["initial"], str),
         "final": isinstance(log["final"], str),
         "steps": type(log["steps"]) is int and log["steps"] >= 0,

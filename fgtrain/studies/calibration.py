@@ -155,7 +155,7 @@ GRADIENTS: dict[str, GradientEstimator] = {
 def costs(task: Calibration, steps: Sequence[int], limit: float) -> list[Cost]:
     """The costs of gradients at these numbers of steps, if their memory is at most `limit` MiB."""
     found = []
-    for number in sorted(steps):
+    for number in sorted(set(steps)):
         task.times, task.steps = task.times[[0, -1]], number  # one simulation, without stops
         task.observed = task.observed[:2]
         found += [_cost(task, name, [c for c in found if c.method == name], limit) for name in GRADIENTS]

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import re
 import textwrap
 from collections.abc import Sequence
@@ -10,14 +11,26 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf, open_dict
+from yaml import YAMLError
 
 from fgtrain.errors import ConfigError
-from fgtrain.lightning.atomic_files import write_atomically
+from fgtrain.lightning.atomic_files import make_folder, write_atomically
 from fgtrain.runs.cli import CONF
 from fgtrain.runs.config import drop_arguments_of_replaced_targets, name_targets
 from fgtrain.runs.results import RESULTS
 from fgtrain.studies.compare.target import parse_target
 from fgtrain.studies.compare.variants import Variant, variant_of
+
+SET_BY_COMPARE = {
+    "method": "; methods=[...] names the compared ones",
+    "seed": "; seeds=... is the number of seeds",
+    "trainer.max_steps": "; budget=...steps is the length of a run",
+    "trainer.log_every_n_steps": "",
+    "trainer.enable_checkpointing": "",
+    "callbacks": "",
+    "run_dir": "; out=... is the folder of all runs",
+}
+"""{an argument of scripts/train.py that has no effect here: what to give instead}."""
 
 SEARCH_SEED = 10_000  # for runs that choose a learning rate; the compared runs have seeds 0, 1, ...
 
@@ -56,6 +69,8 @@ class Comparison:
     overrides: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        if odd := [method for method in self.methods if not isinstance(method, str)]:
+            raise ConfigError(f"methods: {odd[0]} is not a method's file, such as in methods=[backprop,fwdgrad]")
         if not self.methods:
             raise ConfigError(
                 "methods is not set; give two or more files in conf/method, such as methods=[backprop,fwdgrad]"
@@ -76,7 +91,7 @@ class Comparison:
             raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.seeds > SEARCH_SEED:
             raise ConfigError(f"seeds must be at most {SEARCH_SEED}: the search uses the seeds after it")
-        if not re.fullmatch(r"[0-9]*\.?[0-9]+s|[0-9]+steps", self.budget) or not self.amount > 0:
+        if not re.fullmatch(r"[0-9]*\.?[0-9]+s|[0-9]+steps", self.budget) or not 0 < self.amount < math.inf:
             raise ConfigError(
                 f"budget must be a number of steps or seconds, such as 2000steps or 60s, got {self.budget}"
             )
@@ -88,6 +103,11 @@ class Comparison:
                 f"{self.lr_points}"
             )
         parse_target(self.target, self.methods)
+        for key in (override.lstrip("+~").partition("=")[0] for override in self.overrides):
+            if key.partition(".")[0] == "logger":
+                raise ConfigError("compare reads the TensorBoard events of its runs; leave logger=... out")
+            if key in SET_BY_COMPARE:
+                raise ConfigError(f"compare sets {key} of its runs itself; leave {key}=... out{SET_BY_COMPARE[key]}")
 
     def _folders_of_configurations(self) -> list[Path]:
         if self.config_dir is None:
@@ -136,7 +156,7 @@ class Comparison:
         path = self.folder / "plan.json"
         if path.exists() and path.read_text() != plan and any(self.folder.rglob(RESULTS)):
             raise ConfigError(f"{self.folder} holds another comparison; give another folder with out=...")
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         write_atomically(plan, path)
 
 
@@ -155,21 +175,27 @@ def parse(arguments: Sequence[str], config_dir: str | None = None) -> Comparison
         OmegaConfBaseException: a value has the wrong type.
     """
     mine, shared = split(arguments)
-    if any(override.partition("=")[0].partition(".")[0] == "logger" for override in shared):
-        raise ConfigError("compare reads the TensorBoard events of its runs; leave logger=... out")
-    for key, _, value in (argument.partition("=") for argument in mine):
-        if key in LISTS and not value.startswith("["):
-            raise ConfigError(f"{key} takes a list in brackets: {key}=[{value}]")
     given = {"overrides": shared, "config_dir": config_dir}
-    merged = OmegaConf.merge(OmegaConf.structured(Comparison), OmegaConf.from_dotlist(mine), given)
+    try:
+        listed = OmegaConf.from_dotlist(mine)
+    except YAMLError as error:
+        raise ConfigError(f"{' '.join(mine)} cannot be read: {' '.join(str(error).split())[:200]}") from error
+    merged = OmegaConf.merge(OmegaConf.structured(Comparison), listed, given)
     comparison = OmegaConf.to_object(merged)
     assert isinstance(comparison, Comparison)
     return comparison
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The arguments of a comparison, and those for scripts/train.py."""
+    """The arguments of a comparison, and those for scripts/train.py.
+
+    Raises:
+        ConfigError: a list is not in brackets.
+    """
     mine = [argument for argument in arguments if argument.partition("=")[0] in OWN]
+    for key, _, value in (argument.partition("=") for argument in mine):
+        if key in LISTS and not value.startswith("["):
+            raise ConfigError(f"{key} takes a list in brackets: {key}=[{value}]")
     return mine, [argument for argument in arguments if argument not in mine]
 
 

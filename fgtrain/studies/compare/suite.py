@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from fgtrain.errors import ConfigError, DataError, UnsupportedOperation
 from fgtrain.lightning.atomic_files import write_atomically
 from fgtrain.runs.messages import one_line
-from fgtrain.studies.compare.plan import OWN, Comparison, split
+from fgtrain.studies.compare.plan import LISTS, OWN, Comparison, split
 from fgtrain.studies.compare.report import statement, write_report
 from fgtrain.studies.compare.runs import Outcome, Tell, compare
 from fgtrain.studies.compare.table import markdown_of
@@ -61,20 +63,37 @@ def read_suite(arguments: Sequence[str], config_dir: str | None = None) -> tuple
         known = ", ".join(sorted(path.stem for path in SUITES.glob("*.yaml")))
         raise ConfigError(f"suite: there is no {chosen['suite']}; give {known} or a YAML file of your own")
     folder = Path(chosen.get("out", f"comparisons/{path.stem}"))
-    found = OmegaConf.to_container(OmegaConf.load(path))
-    if not (isinstance(found, list) and all(isinstance(rung, dict) and "name" in rung for rung in found)):
+    try:
+        found = OmegaConf.to_container(OmegaConf.load(path))
+    except (YAMLError, OSError, ValueError) as error:
+        raise ConfigError(f"suite: {path} cannot be read: {' '.join(str(error).split())[:200]}") from error
+    if not (
+        isinstance(found, list) and found and all(isinstance(r, dict) and r.get("name") is not None for r in found)
+    ):
         raise ConfigError(f"suite: {path} must be a list of rungs, each with a name; {SUITES}/quick.yaml is an example")
-    return folder, [_rung(dict(rung), folder, mine, shared, config_dir) for rung in found]
+    rungs = [_rung(dict(rung), folder, mine, shared, config_dir) for rung in found]
+    places = [rung.plan.out for rung in rungs]
+    if twice := [rung.name for rung in rungs if places.count(rung.plan.out) > 1]:
+        raise ConfigError(
+            f"suite: the rungs {' and '.join(twice)} would share a folder; names must differ in letters or digits"
+        )
+    return folder, rungs
 
 
 def _rung(rung: dict[str, Any], folder: Path, mine: list[str], shared: list[str], config_dir: str | None) -> Rung:
-    name, goal = rung.pop("name"), rung.pop("goal", "none")
-    if unknown := sorted(rung.keys() - OWN - {"overrides"}):
+    name, goal = str(rung.pop("name")), rung.pop("goal", None) or "none"
+    if unknown := sorted(map(str, rung.keys() - OWN - {"overrides"} | rung.keys() & {"out"})):
         raise ConfigError(f"suite: the rung {name} has {', '.join(unknown)}; arguments of train.py go under overrides")
-    out = folder / re.sub(r"\W+", "-", name).lower()
-    merged = OmegaConf.merge(OmegaConf.structured(Comparison), rung, OmegaConf.from_dotlist(mine))
-    merged.out, merged.config_dir, merged.overrides = str(out), config_dir, [*merged.overrides, *shared]
-    plan = OmegaConf.to_object(merged)
+    for key in sorted({*LISTS, "overrides"} & rung.keys()):
+        if not (isinstance(rung[key], list) and all(isinstance(value, str) for value in rung[key])):
+            raise ConfigError(f"suite: {key} of the rung {name} must be a list of words, got {rung[key]}")
+    out = folder / re.sub(r"\W+", "-", name).lower()[:200]
+    try:
+        merged = OmegaConf.merge(OmegaConf.structured(Comparison), rung, OmegaConf.from_dotlist(mine))
+        merged.out, merged.config_dir, merged.overrides = str(out), config_dir, [*merged.overrides, *shared]
+        plan = OmegaConf.to_object(merged)
+    except (ConfigError, OmegaConfBaseException) as error:
+        raise ConfigError(f"suite: the rung {name}: {one_line(error)}") from None
     assert isinstance(plan, Comparison)
     return Rung(name, goal, plan)
 

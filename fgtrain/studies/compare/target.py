@@ -1,5 +1,6 @@
 """The target of a comparison: a value, and the step and the time at which a run first reaches it."""
 
+import math
 from collections.abc import Sequence
 from statistics import fmean
 
@@ -24,8 +25,8 @@ def parse_target(text: str | None, labels: Sequence[str]) -> tuple[str | None, f
         return None, None
     for label in [None, *sorted(labels, key=len, reverse=True)]:
         try:
-            if text.startswith(label or ""):
-                return label, float(text.removeprefix(label or "") or "0")
+            if text.startswith(label or "") and math.isfinite(number := float(text.removeprefix(label or "") or "0")):
+                return label, number
         except ValueError:
             continue
     raise ConfigError(

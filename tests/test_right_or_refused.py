@@ -204,6 +204,24 @@ def started_at_0(h):
     return total
 
 
+def doubled_in(view):
+    """A view of h is doubled; the other views of h change with it."""
+
+    def out(h):
+        first = h[1:]
+        view(h)[:2].mul_(2)
+        return torch.cat([h, first])
+
+    return out
+
+
+VIEWS = [
+    linear("a view of complex numbers", doubled_in(lambda h: torch.view_as_complex(h.view(5, 2, 2)))),
+    linear("a view of the adjoint", doubled_in(lambda h: h.adjoint())),
+    linear("a view of the property mH", doubled_in(lambda h: h.mH)),
+    linear("a view of an operation without a rule", doubled_in(torch.atleast_3d)),
+]
+
 NOTHING = [
     Case(
         "a parameter without elements",
@@ -225,6 +243,7 @@ BETA = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta",
         *PACKED,
         *LAYOUTS,
         *WRITES,
+        *VIEWS,
         *NOTHING,
         Case("expanded", Expanded, lambda m: m(ROWS).sum(1)),
     ],
@@ -237,7 +256,9 @@ def test_derivative(case, derivatives_of):
 
 
 @BETA
-@pytest.mark.parametrize("case", [*CONSTANTS, *ATTENTION, *OPERATIONS, *PACKED, *WRITES], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [*CONSTANTS, *ATTENTION, *OPERATIONS, *PACKED, *WRITES, *VIEWS[:-1]], ids=lambda case: case.name
+)
 def test_the_fast_engine_takes_it(case, caplog):
     assert_derivatives(case, [(LowRank(1), 3)])
     assert not caplog.text
@@ -521,6 +542,18 @@ def test_the_exact_gradient_of_the_last_layer_beside_other_paths(estimator, num_
     exact, found = Backprop()(model, case.loss).grads, estimator(num_tangents)(model, case.loss).grads
     for name in ("b.weight", "b.bias"):
         torch.testing.assert_close(found[name], exact[name])
+
+
+def test_what_the_last_layer_writes_into_an_earlier_tensor_is_refused():
+    class Written(AroundTheHead):
+        def forward(self, x):
+            h = self.a(x)
+            h[:, :2].add_(self.b(h.tanh())[:, :2])
+            return h
+
+    estimator = ForwardGradient(exact_head=True)
+    with pytest.raises(UnsupportedOperation, match=r"add_ writes what depends on a later layer.*the out-of-place form"):
+        estimator(Written().double(), lambda m: m(ROWS).square().sum(1))
 
 
 def test_slots_name_what_changed_its_name():

@@ -23,11 +23,11 @@ def find_fallback(func: Any) -> Fallback:
     if only_reads(func):
         return Fallback(_reading(func), reads=True)
     if name == "__setitem__":
-        return Fallback(_set_item)
+        return Fallback(_set_item, writes=True)
     if name.endswith("_") and not name.startswith("_") and not name.endswith("__"):
-        return Fallback(_in_place(name))
+        return Fallback(_in_place(name), writes=True)
     if name.startswith("__i") and name.endswith("__") and hasattr(torch.Tensor, f"{name[3:-2]}_"):
-        return Fallback(_in_place(f"{name[3:-2]}_"))
+        return Fallback(_in_place(f"{name[3:-2]}_"), writes=True)
     body = opened(func)
     return Fallback(per_direction(func)) if body is None else Fallback(body, is_opened=True)
 

@@ -160,6 +160,19 @@ PACKED = [
     for layer, options in [(nn.LSTM, {}), (nn.GRU, {}), (nn.RNN, {"bias": False}), (nn.LSTM, {"proj_size": 2})]
 ]
 
+MATRIX = torch.linspace(-1, 1, 16, dtype=torch.float64).view(4, 4)
+BY_NAME = [
+    linear("sum by name", lambda h: torch.add(input=h, other=h.cos(), alpha=2)),
+    linear("matmul by name", lambda h: torch.matmul(h, other=MATRIX)),
+    linear("mm by name", lambda h: torch.mm(input=h, mat2=MATRIX)),
+    linear("addmm by name", lambda h: torch.addmm(input=h, mat1=h, mat2=MATRIX)),
+    linear("linear by name", lambda h: F.linear(input=h, weight=MATRIX)),
+    linear("where by name", lambda h: torch.where(condition=h > 0, input=h, other=h.cos())),
+    linear("log_softmax by name", lambda h: torch.log_softmax(input=h, dim=1)),
+    conv("convolution by name", lambda h: F.conv2d(input=h, weight=torch.ones(2, 3, 2, 2, dtype=h.dtype))),
+    conv("pooling by name", lambda h: F.avg_pool2d(input=h, kernel_size=2)),
+]
+
 LAYOUTS = [  # what one direction can be asked and several could not
     conv("channels last", lambda h: h.to(memory_format=torch.channels_last) * 2),
     linear("narrow from a tensor", lambda h: torch.narrow(h, 0, torch.tensor(1), 2)),
@@ -168,7 +181,6 @@ LAYOUTS = [  # what one direction can be asked and several could not
     linear("t_", lambda h: (2 * h).t_()),
     linear("squeeze_", lambda h: (2 * h)[None].squeeze_(0)),
     linear("fill_ by name", lambda h: (2 * h).fill_(value=3.0) + h),
-    linear("fill_diagonal_", lambda h: (2 * h).fill_diagonal_(3.0) + h),
     Case(
         "dropout3d in place",
         lambda: nn.Conv3d(3, 3, 1),
@@ -188,6 +200,7 @@ WRITES = [
     linear("rows written one by one", lambda h: written(h, lambda out: [out[i].copy_(h[i]) for i in range(5)])),
     linear("a view made before", lambda h: (lambda out, row: (out.add_(h), row * h[0])[1])(*with_row(h))),
     linear("a mask of a plain tensor", lambda h: written(h, lambda out: out[:5].__setitem__(h > 0, h[h > 0]))),
+    linear("fill_diagonal_", lambda h: (2 * h).fill_diagonal_(3.0) + h),
     linear("integers written", lambda h: h * torch.zeros(5, 4, dtype=torch.int64).copy_(3 * h)),
 ]
 
@@ -244,6 +257,7 @@ BETA = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta",
         *LAYOUTS,
         *WRITES,
         *VIEWS,
+        *BY_NAME,
         *NOTHING,
         Case("expanded", Expanded, lambda m: m(ROWS).sum(1)),
     ],
@@ -257,7 +271,7 @@ def test_derivative(case, derivatives_of):
 
 @BETA
 @pytest.mark.parametrize(
-    "case", [*CONSTANTS, *ATTENTION, *OPERATIONS, *PACKED, *WRITES, *VIEWS[:-1]], ids=lambda case: case.name
+    "case", [*CONSTANTS, *ATTENTION, *OPERATIONS, *PACKED, *WRITES, *VIEWS[:-1], *BY_NAME], ids=lambda case: case.name
 )
 def test_the_fast_engine_takes_it(case, caplog):
     assert_derivatives(case, [(LowRank(1), 3)])

@@ -30,7 +30,7 @@ from fgtrain.forward_ad.dropped import is_differentiable, refuse_if_lost
 from fgtrain.forward_ad.kept import of_earlier_pass
 from fgtrain.forward_ad.passes import NotIntercepted, WritesIntoPlain, WritesWider
 from fgtrain.forward_ad.registry import FALLBACKS, Rule
-from fgtrain.forward_ad.rules.written_out import IN_OTHERS
+from fgtrain.forward_ad.rules.written_out import IN_OTHERS, by_place
 from fgtrain.forward_ad.running import current, running_pass
 from fgtrain.tangents.directions import LastTangent, LowRankTangent, Tangent, padded
 
@@ -135,6 +135,8 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _call(running: running_pass, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func not in running.rules and func not in IN_OTHERS and FALLBACKS[func].reads and "out" not in kwargs:
         return _on_values(FALLBACKS[func].rule, args, kwargs)  # of a shape, a comparison
+    if kwargs:
+        args, kwargs = by_place(args, kwargs)
     if running.width is not None:
         widening = running.widening.get(func)
         if widening is not None and (result := _on_values(widening, args, kwargs)) is not NotImplemented:

@@ -28,7 +28,7 @@ from fgtrain.forward_ad.kept import is_kept, marked, of_earlier_pass, release
 from fgtrain.forward_ad.named_errors import named_errors
 from fgtrain.forward_ad.passes import RepeatedPass, check_losses
 from fgtrain.forward_ad.rules.opened import opened
-from fgtrain.forward_ad.rules.written_out import IN_OTHERS, no_backward
+from fgtrain.forward_ad.rules.written_out import IN_OTHERS, by_place, no_backward
 from fgtrain.network.parameters import slots_of
 from fgtrain.tangents.directions import Tangent, dense, num_of, padded
 
@@ -125,6 +125,7 @@ class _CheckedCalls(TorchFunctionMode):
             return no_backward()
         args, kwargs = tree_map_only(Tensor, self.checked, (args, kwargs))
         if func in IN_OTHERS and any(isinstance(x, Tensor) and has_tangent(x) for x in tree_leaves((args, kwargs))):
+            args, kwargs = by_place(args, kwargs)
             with self:
                 result = IN_OTHERS[func](*args, **kwargs)
             if result is not NotImplemented:

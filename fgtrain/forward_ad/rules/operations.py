@@ -40,7 +40,7 @@ def linear(func: Any, of_tangents: Any = None) -> Rule:
 
     def rule(*args: Any, **kwargs: Any) -> Any:
         if not args:
-            args = (kwargs.pop(next(name for name in ("input", "tensors") if name in kwargs)),)
+            args = (kwargs.pop("tensors"),)
         first, *rest = args
         rest = [x.primal if isinstance(x, Dual) else x for x in rest]
         if kwargs:

@@ -179,6 +179,7 @@ LAYOUTS = [  # what one direction can be asked and several could not
     linear("split at a tensor", lambda h: torch.tensor_split(h, torch.tensor([1, 3]))[1]),
     linear("unsqueeze_", lambda h: (2 * h).unsqueeze_(0)),
     linear("t_", lambda h: (2 * h).t_()),
+    linear("_foreach_mul_", lambda h: (lambda copy: (torch._foreach_mul_([copy], 3.0), copy)[1])(2 * h)),
     linear("squeeze_", lambda h: (2 * h)[None].squeeze_(0)),
     linear("fill_ by name", lambda h: (2 * h).fill_(value=3.0) + h),
     Case(

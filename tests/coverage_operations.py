@@ -152,6 +152,25 @@ def _change_views(h: Tensor) -> Tensor:
     return h
 
 
+def _write_later_into_a_view(h: Tensor, v: Tensor) -> Tensor:
+    h[:, :2].add_(v[:2])
+    return h
+
+
+def _change_a_view_after_its_use(h: Tensor, v: Tensor) -> Tensor:
+    view = h[:, :2]
+    total = h + v
+    view.mul_(2)
+    return h + total
+
+
+def _write_both_into_a_plain_tensor(h: Tensor, v: Tensor) -> Tensor:
+    out = torch.zeros_like(h)
+    out[:, :3] = h[:, :3]
+    out[:, 3:] += v[3:]
+    return out * h
+
+
 def _standardized(h: Tensor) -> Tensor:
     return (h - h.mean(1, keepdim=True)) / h.std(1, keepdim=True) + h.var(0)
 
@@ -186,6 +205,9 @@ _USES: dict[str, Callable[[Any], Tensor]] = {
     "x[...] = y": lambda m: _set_items(m.h),
     "x[...] = y of a plain tensor": lambda m: _set_items_of_plain_tensor(m.h),
     "in-place changes of views": lambda m: _change_views(m.h),
+    "a view into which a later parameter is written": lambda m: _write_later_into_a_view(m.h, m.v),
+    "a view that is changed after its use": lambda m: _change_a_view_after_its_use(m.h, m.v),
+    "two parameters in a plain tensor": lambda m: _write_both_into_a_plain_tensor(m.h, m.v),
     "norms": lambda m: m.x / m.w.norm(dim=1)[:5] + m.v.norm(),
     "normalize": lambda m: F.normalize(m.h),
     "cosine_similarity": lambda m: F.cosine_similarity(m.h, m.v[None]),

@@ -89,6 +89,16 @@ def test_reduce_sees_the_derivatives_and_shapes_the_estimate():
     torch.testing.assert_close(flat(doubled.grads), 2 * flat(plain.grads))
 
 
+def test_ranks_average_sparse_gradients():
+    """Those of an embedding with sparse=True, for optimizers such as SparseAdam."""
+    model, tokens = nn.Sequential(nn.Embedding(5, 2, sparse=True), nn.Linear(2, 1)), torch.tensor([1, 3, 3])
+    alone = Backprop()(model, lambda m: m(tokens).square().mean()).grads
+    reduced = Backprop()(model, lambda m: m(tokens).square().mean(), reduce=lambda x: 2 * x).grads
+    assert reduced["0.weight"].is_sparse
+    for name, g in reduced.items():
+        torch.testing.assert_close(g.to_dense(), 2 * alone[name].to_dense())
+
+
 def test_reduce_sees_the_exact_gradient_of_the_last_layer_too():
     """So its derivatives and seeds alone do not make the estimate of the whole batch."""
     estimator, seen = ForwardGradient(num_tangents=3, exact_head=True), []

@@ -89,6 +89,19 @@ def test_images_are_averaged_before_a_head():
     assert [head.in_features for head in estimator.heads.values()] == [3 * 2 * 2, 8]
 
 
+def test_sparse_gradients_of_an_embedding():
+    tokens = torch.tensor([[0, 2], [1, 1], [3, 0], [2, 2]])
+    case, sparse = (
+        Case(
+            "tokens",
+            lambda sparse=sparse: nn.Sequential(nn.Embedding(4, 3, sparse=sparse), nn.Flatten(), nn.Linear(6, 3)),
+            lambda m: F.cross_entropy(m(tokens), LABELS, reduction="none"),
+        )
+        for sparse in (False, True)
+    )
+    torch.testing.assert_close(estimated_grads(taught(sparse), sparse), estimated_grads(taught(case), case))
+
+
 def test_state_holds_the_heads():
     estimator, again = taught(), LocalGuess()
     again.load_state_dict(estimator.state_dict())

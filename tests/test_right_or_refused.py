@@ -160,15 +160,28 @@ PACKED = [
     for layer, options in [(nn.LSTM, {}), (nn.GRU, {}), (nn.RNN, {"bias": False}), (nn.LSTM, {"proj_size": 2})]
 ]
 
+MATRIX = torch.linspace(-1, 1, 16, dtype=torch.float64).view(4, 4)
+BY_NAME = [
+    linear("sum by name", lambda h: torch.add(input=h, other=h.cos(), alpha=2)),
+    linear("matmul by name", lambda h: torch.matmul(h, other=MATRIX)),
+    linear("mm by name", lambda h: torch.mm(input=h, mat2=MATRIX)),
+    linear("addmm by name", lambda h: torch.addmm(input=h, mat1=h, mat2=MATRIX)),
+    linear("linear by name", lambda h: F.linear(input=h, weight=MATRIX)),
+    linear("where by name", lambda h: torch.where(condition=h > 0, input=h, other=h.cos())),
+    linear("log_softmax by name", lambda h: torch.log_softmax(input=h, dim=1)),
+    conv("convolution by name", lambda h: F.conv2d(input=h, weight=torch.ones(2, 3, 2, 2, dtype=h.dtype))),
+    conv("pooling by name", lambda h: F.avg_pool2d(input=h, kernel_size=2)),
+]
+
 LAYOUTS = [  # what one direction can be asked and several could not
     conv("channels last", lambda h: h.to(memory_format=torch.channels_last) * 2),
     linear("narrow from a tensor", lambda h: torch.narrow(h, 0, torch.tensor(1), 2)),
     linear("split at a tensor", lambda h: torch.tensor_split(h, torch.tensor([1, 3]))[1]),
     linear("unsqueeze_", lambda h: (2 * h).unsqueeze_(0)),
     linear("t_", lambda h: (2 * h).t_()),
+    linear("_foreach_mul_", lambda h: (lambda copy: (torch._foreach_mul_([copy], 3.0), copy)[1])(2 * h)),
     linear("squeeze_", lambda h: (2 * h)[None].squeeze_(0)),
     linear("fill_ by name", lambda h: (2 * h).fill_(value=3.0) + h),
-    linear("fill_diagonal_", lambda h: (2 * h).fill_diagonal_(3.0) + h),
     Case(
         "dropout3d in place",
         lambda: nn.Conv3d(3, 3, 1),
@@ -188,6 +201,7 @@ WRITES = [
     linear("rows written one by one", lambda h: written(h, lambda out: [out[i].copy_(h[i]) for i in range(5)])),
     linear("a view made before", lambda h: (lambda out, row: (out.add_(h), row * h[0])[1])(*with_row(h))),
     linear("a mask of a plain tensor", lambda h: written(h, lambda out: out[:5].__setitem__(h > 0, h[h > 0]))),
+    linear("fill_diagonal_", lambda h: (2 * h).fill_diagonal_(3.0) + h),
     linear("integers written", lambda h: h * torch.zeros(5, 4, dtype=torch.int64).copy_(3 * h)),
 ]
 
@@ -203,6 +217,24 @@ def started_at_0(h):
         total += column.square()
     return total
 
+
+def doubled_in(view):
+    """A view of h is doubled; the other views of h change with it."""
+
+    def out(h):
+        first = h[1:]
+        view(h)[:2].mul_(2)
+        return torch.cat([h, first])
+
+    return out
+
+
+VIEWS = [
+    linear("a view of complex numbers", doubled_in(lambda h: torch.view_as_complex(h.view(5, 2, 2)))),
+    linear("a view of the adjoint", doubled_in(lambda h: h.adjoint())),
+    linear("a view of the property mH", doubled_in(lambda h: h.mH)),
+    linear("a view of an operation without a rule", doubled_in(torch.atleast_3d)),
+]
 
 NOTHING = [
     Case(
@@ -225,6 +257,8 @@ BETA = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta",
         *PACKED,
         *LAYOUTS,
         *WRITES,
+        *VIEWS,
+        *BY_NAME,
         *NOTHING,
         Case("expanded", Expanded, lambda m: m(ROWS).sum(1)),
     ],
@@ -237,7 +271,9 @@ def test_derivative(case, derivatives_of):
 
 
 @BETA
-@pytest.mark.parametrize("case", [*CONSTANTS, *ATTENTION, *OPERATIONS, *PACKED, *WRITES], ids=lambda case: case.name)
+@pytest.mark.parametrize(
+    "case", [*CONSTANTS, *ATTENTION, *OPERATIONS, *PACKED, *WRITES, *VIEWS[:-1], *BY_NAME], ids=lambda case: case.name
+)
 def test_the_fast_engine_takes_it(case, caplog):
     assert_derivatives(case, [(LowRank(1), 3)])
     assert not caplog.text
@@ -521,6 +557,18 @@ def test_the_exact_gradient_of_the_last_layer_beside_other_paths(estimator, num_
     exact, found = Backprop()(model, case.loss).grads, estimator(num_tangents)(model, case.loss).grads
     for name in ("b.weight", "b.bias"):
         torch.testing.assert_close(found[name], exact[name])
+
+
+def test_what_the_last_layer_writes_into_an_earlier_tensor_is_refused():
+    class Written(AroundTheHead):
+        def forward(self, x):
+            h = self.a(x)
+            h[:, :2].add_(self.b(h.tanh())[:, :2])
+            return h
+
+    estimator = ForwardGradient(exact_head=True)
+    with pytest.raises(UnsupportedOperation, match=r"add_ writes what depends on a later layer.*the out-of-place form"):
+        estimator(Written().double(), lambda m: m(ROWS).square().sum(1))
 
 
 def test_slots_name_what_changed_its_name():

@@ -189,12 +189,15 @@ def add_grad(grads: dict[str, Tensor], name: str, grad: Tensor) -> None:
 
 
 def average_grads(grads: dict[str, Tensor], reduce: Reduce | None) -> dict[str, Tensor]:
-    """The mean over ranks of all gradients, sent in one flat bucket."""
+    """The mean over ranks of all gradients, sent in one flat bucket; sparse ones, as of an embedding, stay sparse."""
     if reduce is None or not grads:
         return grads
-    flat = reduce(torch.cat([g.flatten() for g in grads.values()]))
-    pieces = flat.split([g.numel() for g in grads.values()])
-    return {name: piece.view_as(g).to(g.dtype) for (name, g), piece in zip(grads.items(), pieces, strict=True)}
+    flat = reduce(torch.cat([g.to_dense().flatten() for g in grads.values()]))
+    means = {}
+    for (name, g), piece in zip(grads.items(), flat.split([g.numel() for g in grads.values()]), strict=True):
+        mean = piece.view(g.shape).to(g.dtype)
+        means[name] = mean.to_sparse(g.sparse_dim()) if g.is_sparse else mean
+    return means
 
 
 def write_grads(

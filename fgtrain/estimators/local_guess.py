@@ -106,6 +106,7 @@ class LocalGuess(LocalHeads):
             if not wanted:  # a frozen last block
                 continue
             slopes = torch.autograd.grad(loss, wanted, materialize_grads=True)
+            slopes = [slope.to_dense() for slope in slopes]  # those of an embedding may be sparse
             slopes = list(average_grads({str(k): slope for k, slope in enumerate(slopes)}, reduce).values())
             if own:
                 found.append(list(zip(own, slopes, strict=False)))

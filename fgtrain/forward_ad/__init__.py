@@ -21,7 +21,7 @@ from fgtrain.agreement import agree
 from fgtrain.errors import NoTangent
 from fgtrain.forward_ad import native, sharded, stacked
 from fgtrain.forward_ad.native import NO_TANGENT, LossFn
-from fgtrain.forward_ad.passes import LightPass, NotIntercepted, RepeatedPass, WritesIntoPlain
+from fgtrain.forward_ad.passes import LightPass, NotIntercepted, RepeatedPass, Unprepared
 from fgtrain.memory import is_out_of_memory
 from fgtrain.network.parameters import ParameterSlots, one_at_a_time, slots_of
 from fgtrain.network.sharding import is_sharded
@@ -194,11 +194,12 @@ class _Engines:
 def _stacked(
     model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent], before: Before
 ) -> tuple[Tensor, Tensor]:
-    try:
-        return stacked.jvp(model, loss_fn, tangents)
-    except WritesIntoPlain:
-        before.rewind()
-        return stacked.jvp(model, loss_fn, tangents)
+    for _ in range(2):  # there are two things to be prepared for
+        try:
+            return stacked.jvp(model, loss_fn, tangents)
+        except Unprepared:
+            before.rewind()
+    return stacked.jvp(model, loss_fn, tangents)
 
 
 def _native(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent], _: Before) -> tuple[Tensor, Tensor]:

@@ -24,11 +24,11 @@ from fgtrain._torch import compile_graph, no_fake_tensor_cache, plain_tensors, s
 from fgtrain.errors import NoTangent, UserError
 from fgtrain.forward_ad.dual import Dual
 from fgtrain.forward_ad.native import NO_TANGENT
-from fgtrain.forward_ad.passes import NotIntercepted, TracedDraws, check_losses
+from fgtrain.forward_ad.passes import NotIntercepted, TracedDraws, WritesWider, check_losses
 from fgtrain.forward_ad.running import running_pass
 from fgtrain.network.compilation import OPTIONS
 from fgtrain.network.parameters import slots_of
-from fgtrain.tangents.directions import LastTangent, LowRankTangent, Tangent, num_of, num_of_last, padded
+from fgtrain.tangents.directions import LastTangent, LowRankTangent, Tangent, dense, num_of, num_of_last, padded
 
 
 def inductor(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
@@ -113,6 +113,7 @@ class CompiledPass:
 
     def __init__(self, backend: Callable[[fx.GraphModule, list[Any]], Callable[..., Any]] = inductor) -> None:
         self._carried = Carried(_loss, backend)
+        self._writes_wider = False
 
     @property
     def num_compilations(self) -> int:
@@ -123,9 +124,17 @@ class CompiledPass:
         self, model: nn.Module, loss_fn: Callable[[Any], Tensor], tangents: Mapping[str, Tangent]
     ) -> tuple[Tensor, Tensor]:
         params = slots_of(model).params
+        if self._writes_wider:
+            tangents = {name: padded(dense(tangent), num_of(tangents)) for name, tangent in tangents.items()}
         moving = {id(params[name]): tangent for name, tangent in tangents.items()}
-        with saved_tensor_hooks_as_they_were():
-            found, computed = self._carried(moving, _with_defaults_as_keywords(loss_fn), model)
+        try:
+            with saved_tensor_hooks_as_they_were():
+                found, computed = self._carried(moving, _with_defaults_as_keywords(loss_fn), model)
+        except WritesWider:  # while it is traced, so nothing has run
+            if self._writes_wider:
+                raise
+            self._writes_wider = True
+            return self(model, loss_fn, tangents)
         losses = check_losses(found)
         derivatives = next((tangent for value, tangent in computed if value is losses), None)
         if derivatives is None:

@@ -28,20 +28,39 @@ from fgtrain._torch import overrides_of_tensors, plain_tensors, set_grad_enabled
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.forward_ad.dropped import is_differentiable, refuse_if_lost
 from fgtrain.forward_ad.kept import of_earlier_pass
-from fgtrain.forward_ad.passes import NotIntercepted, WritesIntoPlain
+from fgtrain.forward_ad.passes import NotIntercepted, WritesIntoPlain, WritesWider
 from fgtrain.forward_ad.registry import FALLBACKS, Rule
-from fgtrain.forward_ad.rules.compositions import COMPOSITIONS
+from fgtrain.forward_ad.rules.compositions import COMPOSITIONS, by_place
 from fgtrain.forward_ad.running import current, running_pass
 from fgtrain.tangents.directions import LastTangent, LowRankTangent, Tangent, padded
 
 
-def _widen_together(args: Any, kwargs: Any) -> None:
-    """Give all duals among the arguments as many directions as the one that has most."""
+def _widened(func: Any, args: Any, kwargs: Any) -> Any:
+    """The arguments; duals with fewer directions than another one are replaced by copies that have as many.
+
+    Raises:
+        WritesWider: such a dual would be changed in place.
+    """
     found = [x for x in duals_in((args, kwargs)) if isinstance(x.tangent, (Tensor, LowRankTangent, LastTangent))]
-    nums = [num_directions(x) for x in found]
-    for x, num in zip(found, nums, strict=True):
-        if num < max(nums) or isinstance(x.tangent, LastTangent):
-            x.tangent = padded(tangent_of(x), max(nums))
+    width = max(map(num_directions, found), default=0)
+    narrow = {id(x) for x in found if num_directions(x) < width}
+    for x in found:
+        if isinstance(x.tangent, LastTangent):
+            tangent_of(x)
+    if not narrow:
+        return args, kwargs
+    if FALLBACKS[func].writes and id(args[0]) in narrow:
+        name = getattr(func, "__name__", func)
+        raise WritesWider(f"{name} writes what depends on a later layer into a tensor of an earlier one")
+
+    def as_wide(x: Dual) -> Dual:
+        if id(x) not in narrow:
+            return x
+        copy = Dual(x.primal, padded(tangent_of(x), width))
+        copy.is_copy = True
+        return copy
+
+    return tree_map_only(Dual, as_wide, (args, kwargs))
 
 
 class Dual(Tensor):
@@ -55,7 +74,7 @@ class Dual(Tensor):
     primal: Tensor
     tangent: Any  # Tangent; a kept parameter has None between two passes
     of_pass: running_pass | None
-    aliased: bool  # the primal shares memory with another dual's, the tangent does not
+    is_copy: bool = False  # a copy of another dual with more directions, whose value it shares
 
     @staticmethod
     def __new__(cls: type, primal: Tensor, tangent: Tangent, *_: Any) -> "Dual":
@@ -73,7 +92,12 @@ class Dual(Tensor):
         """Set the tangent for the current pass."""
         self.tangent = tangent
         self.of_pass = current.one
-        self.aliased = False
+
+    @property
+    def aliased(self) -> bool:
+        """Whether the value shares memory with another dual's, but the tangents do not."""
+        torn = self.of_pass.torn if self.of_pass is not None else {}
+        return bool(torn) and id(_base(self.primal)) in torn
 
     __hash__ = object.__hash__
 
@@ -111,11 +135,14 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def _call(running: running_pass, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if func not in running.rules and func not in COMPOSITIONS and FALLBACKS[func].reads and "out" not in kwargs:
         return _on_values(FALLBACKS[func].rule, args, kwargs)  # of a shape, a comparison
+    if kwargs:
+        args, kwargs = by_place(args, kwargs)
     if running.width is not None:
         widening = running.widening.get(func)
         if widening is not None and (result := _on_values(widening, args, kwargs)) is not NotImplemented:
             return result
-        _on_values(_widen_together, (args, kwargs), {})
+        if func in running.rules or not FALLBACKS[func].is_opened:  # the calls of a body are widened in turn
+            args, kwargs = _on_values(_widened, (func, args, kwargs), {})
     small = running.small.get(func)
     if small is not None and (result := small(running, args, kwargs)) is not NotImplemented:
         return result
@@ -259,9 +286,16 @@ def dual(primal: Tensor, tangent: Tensor | None, *sources: Dual) -> Tensor:
         tangent = tangent.expand(-1, *primal.shape).contiguous()
     result = Dual(primal, tangent)
     for source in sources:
-        if _share_memory(primal, source.primal) != _share_memory(tangent, tangent_of(source)):
-            result.aliased = source.aliased = True
+        share_tangents = _share_memory(tangent, tangent_of(source)) and not source.is_copy
+        if _share_memory(primal, source.primal) != share_tangents:
+            assert source.of_pass is not None
+            source.of_pass.torn |= {id(base): base for base in map(_base, (primal, source.primal))}
     return result
+
+
+def _base(x: Tensor) -> Tensor:
+    """The tensor of which x is a view, or x."""
+    return x if x._base is None else x._base
 
 
 def _share_memory(a: Tensor, b: Tensor | None) -> bool:

@@ -27,7 +27,7 @@ from fgtrain.forward_ad.dual import Dual
 from fgtrain.forward_ad.kept import is_kept, marked, of_earlier_pass, release
 from fgtrain.forward_ad.named_errors import named_errors
 from fgtrain.forward_ad.passes import RepeatedPass, check_losses
-from fgtrain.forward_ad.rules.compositions import COMPOSITIONS, no_backward
+from fgtrain.forward_ad.rules.compositions import COMPOSITIONS, by_place, no_backward
 from fgtrain.forward_ad.rules.opened import opened
 from fgtrain.network.parameters import slots_of
 from fgtrain.tangents.directions import Tangent, dense, num_of, padded
@@ -125,6 +125,7 @@ class _CheckedCalls(TorchFunctionMode):
             return no_backward()
         args, kwargs = tree_map_only(Tensor, self.checked, (args, kwargs))
         if func in COMPOSITIONS and any(isinstance(x, Tensor) and has_tangent(x) for x in tree_leaves((args, kwargs))):
+            args, kwargs = by_place(args, kwargs)
             with self:
                 result = COMPOSITIONS[func](*args, **kwargs)
             if result is not NotImplemented:

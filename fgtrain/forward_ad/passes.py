@@ -47,8 +47,16 @@ class NotIntercepted(Exception):
     """The pass does something that this engine cannot handle; a slower one may."""
 
 
-class WritesIntoPlain(NotIntercepted):
-    """The pass writes a dual into a tensor without a tangent; the engine can handle it if it knows beforehand."""
+class Unprepared(NotIntercepted):
+    """The pass does something that the engine can handle only if it knows beforehand; the next pass is prepared."""
+
+
+class WritesIntoPlain(Unprepared):
+    """The pass writes a dual into a tensor without a tangent."""
+
+
+class WritesWider(Unprepared):
+    """The pass writes a dual into one with fewer directions, whose memory other duals may share."""
 
 
 class TracedDraws(TorchDispatchMode):

@@ -27,11 +27,13 @@ class Fallback(NamedTuple):
         rule: called with the function's arguments.
         is_opened: whether the rule is the function's own body, whose calls are handled in turn.
         reads: whether the results are never differentiable.
+        writes: whether the function changes its first argument in place.
     """
 
     rule: Rule
     is_opened: bool = False
     reads: bool = False
+    writes: bool = False
 
 
 class _Fallbacks(dict[Any, Fallback]):

@@ -4,6 +4,8 @@ import threading
 from collections.abc import Callable, Container
 from typing import Any
 
+from torch import Tensor
+
 from fgtrain.forward_ad.passes import TracedDraws
 from fgtrain.forward_ad.registry import tables
 
@@ -21,6 +23,7 @@ class running_pass:  # noqa: N801 - a context manager used like a function
         small: its short rules, likewise.
         widening: its rules for duals of different numbers of directions, likewise.
         width: the number of directions of the loss, if duals may have fewer; else None.
+        torn: {its id: memory that several duals share as their values, but not as their tangents}, as base tensors.
         watched: functions after whose calls `saw` is called: see `watch`.
     """
 
@@ -30,6 +33,7 @@ class running_pass:  # noqa: N801 - a context manager used like a function
         self.draws = draws
         self.rules, self.small, self.widening = tables.rules, tables.small, tables.widening
         self.width: int | None = None
+        self.torn: dict[int, Tensor] = {}
         self.watched: Container[Any] = ()
         self.saw: Callable[..., None]
 

@@ -19,7 +19,7 @@ from fgtrain.forward_ad.native import NO_TANGENT
 from fgtrain.forward_ad.passes import NotIntercepted, check_losses
 from fgtrain.forward_ad.running import running_pass
 from fgtrain.network.sharding import is_sharded
-from fgtrain.tangents.directions import Tangent
+from fgtrain.tangents.directions import LowRankTangent, Tangent, dense
 
 
 def jvp(model: nn.Module, loss_fn: Callable[[Any], Tensor], tangents: Mapping[str, Tangent]) -> tuple[Tensor, Tensor]:
@@ -29,7 +29,7 @@ def jvp(model: nn.Module, loss_fn: Callable[[Any], Tensor], tangents: Mapping[st
         UnsupportedOperation: the directions are dense, or stacked duals cannot handle the model's pass.
     """
     for name, tangent in tangents.items():
-        if isinstance(tangent, Tensor) and tangent.dim() > 2:
+        if not isinstance(tangent, LowRankTangent) and dense(tangent)[0].dim() > 1:
             raise UnsupportedOperation(
                 f"a dense direction of the sharded parameter {name} would be as large as the whole parameter on every "
                 "rank; use LowRank"

@@ -25,10 +25,10 @@ from fgtrain.forward_ad.dual import Dual, primal_of, tangent_of
 from fgtrain.forward_ad.kept import marked, release
 from fgtrain.forward_ad.named_errors import named_errors
 from fgtrain.forward_ad.native import NO_TANGENT
-from fgtrain.forward_ad.passes import WritesIntoPlain, check_losses
+from fgtrain.forward_ad.passes import WritesIntoPlain, WritesWider, check_losses
 from fgtrain.forward_ad.running import running_pass
 from fgtrain.network.parameters import ParameterSlots, slots_of
-from fgtrain.tangents.directions import Tangent, num_of_last, padded
+from fgtrain.tangents.directions import Tangent, dense, num_of_last, padded
 
 
 @dataclass
@@ -38,17 +38,19 @@ class _Known:
     Args:
         duals: {name: parameter as a dual}.
         writes_into_plain: whether the model writes duals into plain tensors.
+        writes_wider: whether it writes duals into those of fewer directions.
     """
 
     duals: dict[str, Dual] = field(default_factory=dict)
     writes_into_plain: bool = False
+    writes_wider: bool = False
 
 
 def jvp(model: nn.Module, loss_fn: Callable[[Any], Tensor], tangents: Mapping[str, Tangent]) -> tuple[Tensor, Tensor]:
     """Losses (B,) or () and their derivatives (K, B) or (K,), as `fgtrain.forward_ad.jvp`.
 
     Raises:
-        WritesIntoPlain: the model writes duals into plain tensors; this is remembered, and the next pass handles it.
+        Unprepared: the model does something for the first time that the next pass, which is prepared, handles.
         NotIntercepted: the model does something that stacked duals cannot handle.
     """
     values, derivatives = evaluate(model, loss_fn, tangents)
@@ -72,8 +74,10 @@ def evaluate(
     known = slots.kept(_Known, _Known)
     adopting = Adopting() if known.writes_into_plain else None
     with running_pass(follows=follows, adopting=adopting) as running:
-        duals = _parameter_duals(slots, known.duals, tangents)
         running.width = num_of_last(tangents)
+        if running.width is not None and known.writes_wider:
+            tangents = {name: padded(dense(tangent), running.width) for name, tangent in tangents.items()}
+        duals = _parameter_duals(slots, known.duals, tangents)
         references = sys.getrefcount(running)
         try:
             with (
@@ -92,6 +96,9 @@ def evaluate(
             del found
         except WritesIntoPlain:
             known.writes_into_plain = True
+            raise
+        except WritesWider:
+            known.writes_wider = True
             raise
         finally:
             if sys.getrefcount(running) > references:  # duals of this pass are still alive

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.forward_ad import stacked
-from fgtrain.forward_ad.passes import NotIntercepted, RepeatedPass, WritesIntoPlain
-from fgtrain.layer_noise.noise import LayerNoise, PerturbedPass, UsedElsewhere
+from fgtrain.forward_ad.passes import NotIntercepted, RepeatedPass, WritesIntoPlain, WritesWider
+from fgtrain.layer_noise.noise import WITHOUT_HEAD, LayerNoise, PerturbedPass, UsedElsewhere
 from fgtrain.network.parameters import slots_of
 
 PERTURBED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -119,6 +119,11 @@ def run_perturbed(
         return stacked.evaluate(model, loss_fn, tangents, follows=follows)
     except WritesIntoPlain:
         raise
+    except WritesWider as reason:
+        raise UnsupportedOperation(
+            f"the exact gradient of the last layer cannot follow this model: {reason}; use the out-of-place form, or "
+            f"{WITHOUT_HEAD}"
+        ) from reason
     except NotIntercepted as reason:
         raise UnsupportedOperation(
             f"activity perturbation cannot follow this model: {reason}; use ForwardGradient"

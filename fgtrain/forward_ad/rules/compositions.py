@@ -33,6 +33,13 @@ def composition_of(names: str) -> Callable[[Callable[..., Any]], Callable[..., A
     return decorate
 
 
+def by_place(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call with the first tensors by place, since rules and bodies have other names for them."""
+    names = ("condition", "input", "other") if "mat1" in kwargs else ("condition", "input", "other", "mat2")
+    moved = tuple(kwargs[name] for name in names if name in kwargs)
+    return ((*args, *moved), {k: x for k, x in kwargs.items() if k not in names}) if moved else (args, kwargs)
+
+
 def no_backward(*_: Any, **__: Any) -> Any:
     """Refuse Tensor.register_hook and Tensor.retain_grad, since there is no backward pass."""
     raise NotImplementedError("forward AD with a hook on the gradient of a tensor that only a backward pass would call")
@@ -100,6 +107,14 @@ def _embedding_bag(
         sizes = torch.zeros(len(starts), dtype=counts.dtype, device=counts.device).index_add(0, bag, counts)
         sums = sums / sizes.clamp(min=1).unsqueeze(-1).to(sums.dtype)
     return sums, *plain[1:]
+
+
+@composition_of("fill_diagonal_")
+def _fill_diagonal(x: Tensor, value: float, wrap: bool = False) -> Any:
+    if x.dim() != 2 or wrap:
+        return NotImplemented
+    x.diagonal().fill_(value)
+    return x
 
 
 @composition_of("broadcast_tensors")

@@ -23,11 +23,13 @@ def find_fallback(func: Any) -> Fallback:
     if only_reads(func):
         return Fallback(_reading(func), reads=True)
     if name == "__setitem__":
-        return Fallback(_set_item)
+        return Fallback(_set_item, writes=True)
     if name.endswith("_") and not name.startswith("_") and not name.endswith("__"):
-        return Fallback(_in_place(name))
+        return Fallback(_in_place(name), writes=True)
     if name.startswith("__i") and name.endswith("__") and hasattr(torch.Tensor, f"{name[3:-2]}_"):
-        return Fallback(_in_place(f"{name[3:-2]}_"))
+        return Fallback(_in_place(f"{name[3:-2]}_"), writes=True)
+    if name.startswith("_foreach") and name.endswith("_"):
+        return Fallback(_of_lists)
     body = opened(func)
     return Fallback(per_direction(func)) if body is None else Fallback(body, is_opened=True)
 
@@ -55,6 +57,10 @@ def _reading(func: Any) -> Rule:
         return func(*[primal_of(x) for x in args], **{name: primal_of(x) for name, x in kwargs.items()})
 
     return rule
+
+
+def _of_lists(*_: Any, **__: Any) -> Any:
+    raise NotIntercepted("a change of a list of tensors in place")
 
 
 # --- changes in place ---------------------------------------------------------------------------------------------

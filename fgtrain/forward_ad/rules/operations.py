@@ -40,7 +40,7 @@ def linear(func: Any, of_tangents: Any = None) -> Rule:
 
     def rule(*args: Any, **kwargs: Any) -> Any:
         if not args:
-            args = (kwargs.pop(next(name for name in ("input", "tensors") if name in kwargs)),)
+            args = (kwargs.pop("tensors"),)
         first, *rest = args
         rest = [x.primal if isinstance(x, Dual) else x for x in rest]
         if kwargs:
@@ -99,7 +99,7 @@ _register_family(
     repeat_interleave broadcast_to index_select gather take take_along_dim masked_select diagonal diag diag_embed tril
     triu unfold fold __getitem__ cat concat stack hstack vstack dstack sum mean cumsum trace neg
     pixel_shuffle pixel_unshuffle channel_shuffle to float double half bfloat16 type
-    type_as as_strided real
+    type_as as_strided real adjoint hsplit vsplit dsplit view_as_complex view_as_real
     """,
     linear,
 )
@@ -116,7 +116,7 @@ _ROLL = linear(torch.roll)
 RULES[torch.constant_pad_nd] = linear(torch.constant_pad_nd, lambda v, pad, *_: torch.constant_pad_nd(v, pad))
 RULES[torch.Tensor.view] = linear(torch.Tensor.view, torch.Tensor.reshape)  # tangents may have other strides
 RULES[torch.Tensor.view_as] = linear(torch.Tensor.view_as, torch.Tensor.reshape_as)
-for _name in ("T", "mT"):
+for _name in ("T", "mT", "H", "mH"):
     _get = getattr(torch.Tensor, _name).__get__
     RULES[_get] = linear(_get)
 

@@ -2,6 +2,7 @@
 
 import math
 import re
+from typing import Any
 
 import lightning as L
 import pytest
@@ -100,6 +101,53 @@ class Repeated(nn.Module):
         return (x * self.factor).repeat(1, 1024)
 
 
+class OddLater(L.LightningDataModule):
+    """Four batches of images of 2 x 2 in three classes; the third one of training, or of validation, is replaced."""
+
+    input_shape = (1, 2, 2)
+    num_classes = 3
+
+    def __init__(self, how: str, split: str = "train", batch_size: int = 8):
+        super().__init__()
+        self.how, self.split = how, split
+
+    def _loader(self, split):
+        x, y = torch.randn(8, 1, 2, 2), torch.arange(8) % 3
+        odd: dict[str, Any] = {
+            "label": (x, y + 1),
+            "dict": {"x": x, "y": y},
+            "size": (torch.randn(8, 1, 3, 3), y),
+            "type": (x.double(), y),
+            "counts": (x, y[:5]),
+            "sound": (x, y),
+        }
+        batches: Any = [(x, y)] * 4
+        if split == self.split:
+            batches[2] = odd[self.how]
+        return DataLoader(batches, batch_size=None)
+
+    def train_dataloader(self):
+        return self._loader("train")
+
+    def val_dataloader(self):
+        return self._loader("val")
+
+
+class Fails(nn.Module):
+    """Raises an error of its own in the third training step."""
+
+    def __init__(self, num_classes: int):
+        super().__init__()
+        self.linear = nn.Linear(4, num_classes)
+        self.steps = 0
+
+    def forward(self, x):
+        self.steps += len(x) > 2  # the check of the first batch takes two examples
+        if self.steps == 3:
+            raise IndexError("of the model")
+        return self.linear(x.flatten(1))
+
+
 class Large(nn.Module):
     """Takes images of 224 x 224 only."""
 
@@ -121,8 +169,11 @@ def run(folder, how, *options):
     ("how", "message"),
     [
         ("one-based", "labels of the train split run from 1 to 3; they must be from 0 to 2, for num_classes=3"),
-        ("int32", "labels are int32 of shape (8,); classification needs class indices, int64 of shape (B,)"),
-        ("float32", "labels are float32 of shape (8,); classification needs class indices"),
+        (
+            "int32",
+            "labels of the first batch are int32 of shape (8,); classification needs class indices",
+        ),
+        ("float32", "labels of the first batch are float32 of shape (8,); classification needs class indices"),
         ("float64", "the data gives float64, but the model has float32 parameters; convert the data"),
         ("shape", "inputs of the train split have the shape (3, 2, 2), but input_shape of the data is (1, 2, 2)"),
         ("empty train", "the training set of Given is empty: its loader yields no batch"),
@@ -186,6 +237,35 @@ def test_directions_larger_than_the_memory_are_one_line(tangents, tmp_path):
         refuse_too_many_directions(ForwardGradient(num_tangents=100_000), nn.Linear(64, 10), 2**26)
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("label", "labels of NAME run from 1 to 3; they must be from 0 to 2, for num_classes=3"),
+        ("dict", "NAME has the type dict; a batch for classification must be (inputs, labels), two tensors"),
+        ("size", "inputs of NAME have the shape (1, 3, 3), but input_shape of the data is (1, 2, 2)"),
+        ("counts", "NAME has 8 inputs and 5 labels"),
+        (
+            "type",
+            "NAME is unlike the first batch and cannot be used: it has float64 (1, 2, 2), int64 (), the first one "
+            "float32 (1, 2, 2), int64 (); correct or remove it",
+        ),
+    ],
+)
+def test_a_bad_batch_behind_the_first_is_one_line(how, message, split, tmp_path):
+    data = ("data._target_=tests.test_first_batch.OddLater", f"+data.how={how}", f"+data.split={split}")
+    status, _, err = train(tmp_path, *data, *QUICK, "quiet=true")
+    name = {"train": "batch 2 of epoch 0", "val": "batch 2 of the validation"}[split]
+    assert (status, err.splitlines()[-1]) == (2, f"fgtrain: {message.replace('NAME', name)}"), err
+    assert "Traceback" not in err
+
+
+def test_an_error_of_the_model_keeps_its_traceback(tmp_path):
+    data = ("data._target_=tests.test_first_batch.OddLater", "+data.how=sound")
+    with pytest.raises(IndexError, match="of the model"):
+        train(tmp_path, *data, "model._target_=tests.test_first_batch.Fails", *QUICK, "self_check=false")
+
+
 def test_data_without_num_classes_is_one_line(tmp_path):
     status, _, err = run(tmp_path, "", "data._target_=tests.test_first_batch.Unnumbered")
     assert (status, err.count("\n")) == (2, 1), err
@@ -196,7 +276,8 @@ def test_the_batch_of_several_loaders_is_looked_at(tmp_path):
     status, _, err = train(tmp_path, "data._target_=tests.test_first_batch.TwoLoaders", *QUICK, "quiet=true")
     assert status == 2
     assert err.splitlines()[1:] == [
-        "fgtrain: a batch for classification must be (inputs, labels), two tensors; got 2 parts (list, list)"
+        "fgtrain: the first batch has 2 parts (list, list); a batch for classification must be (inputs, labels), "
+        "two tensors"
     ]
 
 

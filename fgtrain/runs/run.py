@@ -119,9 +119,10 @@ def _train(parts: Run, cfg: DictConfig, choices: Mapping[str, str]) -> dict[str,
     if checkpoint is None and (run_dir / RESULTS).exists():
         raise ConfigError(f"run_dir={run_dir} holds a finished run without a checkpoint to continue from")
     module.position.keeps_stop = checkpoint is None or stop_holds(cfg, checkpoint)
-    trainer.callbacks[:0] = [FirstBatch(), _Beginning(cfg, choices)]  # ty: ignore[missing-attribute]
+    first_batch = FirstBatch()
+    trainer.callbacks[:0] = [first_batch, _Beginning(cfg, choices)]  # ty: ignore[missing-attribute]
     with _ctrl_c_named(trainer):
-        with lost_ranks_named(trainer.global_rank):
+        with first_batch.bad_batches_named(trainer), lost_ranks_named(trainer.global_rank):
             trainer.fit(module, data, ckpt_path=checkpoint, weights_only=True)
         return _results(parts, cfg, choices)
 

@@ -1,4 +1,4 @@
-"""Checks of the first batch before training."""
+"""Checks of the first batch before training, and of a later one after an error."""
 
 import sys
 from collections.abc import Generator, Iterator, Set
@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from fgtrain._torch import is_compiled, tree_flatten, tree_map
 from fgtrain.data.in_memory import refuse_other_examples
-from fgtrain.errors import ConfigError, DataError, ModelError
+from fgtrain.errors import ConfigError, DataError, ModelError, UserError
 from fgtrain.estimators import GradientEstimator
 from fgtrain.forward_ad.passes import RepeatedPass
 from fgtrain.lightning.callbacks.monitor import LOGGED
 from fgtrain.lightning.length import first_batch
 from fgtrain.lightning.module import EstimatorModule
-from fgtrain.memory import free_memory
+from fgtrain.memory import free_memory, is_out_of_memory
 from fgtrain.network.parameters import trainable_params
 from fgtrain.random import preserved_random_state
 from fgtrain.tasks import Classification
@@ -38,6 +38,10 @@ class FirstBatch(L.Callback):
         ConfigError: the directions alone do not fit into memory, or a callback waits for a metric that does not exist.
     """
 
+    def __init__(self) -> None:
+        self._form: list[Any] = []  # of the first batch
+        self._current: tuple[Any, str] | None = None  # the batch in progress, and its name
+
     def setup(self, trainer: Any, pl_module: L.LightningModule, stage: str) -> None:
         if stage != "fit" or trainer.datamodule is None:
             return
@@ -53,8 +57,8 @@ class FirstBatch(L.Callback):
                 if is_missing or sized_len(data.val_dataloader()) == 0:
                     what = "missing (no val_dataloader)" if is_missing else "empty"
                     print(f"fgtrain: the validation split of {type(data).__name__} is {what}", file=sys.stderr)
-            if isinstance(pl_module.task, Classification):
-                refuse_unclassifiable(batch, getattr(data, "num_classes", None), getattr(data, "input_shape", None))
+            self._form = _form_of(batch)
+            self._refuse_unclassifiable(batch, "the first batch", trainer)
             if type(trainer.precision_plugin) is Precision:
                 _refuse_other_precision(batch, model)
             bad = [
@@ -66,6 +70,61 @@ class FirstBatch(L.Callback):
                 metrics, largest = self._try(batch, pl_module, trainer)
                 refuse_unknown_monitors(trainer, {f"val/{name}" for name in metrics})
             refuse_too_many_directions(pl_module.estimator, model, free, largest)
+
+    def on_train_batch_start(self, trainer: Any, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        self._current = batch, f"batch {batch_idx} of epoch {trainer.current_epoch}"
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._current = None
+
+    def on_validation_batch_start(
+        self, trainer: Any, pl_module: L.LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._current = batch, f"batch {batch_idx} of the validation"
+
+    def on_validation_batch_end(
+        self,
+        trainer: L.Trainer,
+        pl_module: L.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        self._current = None
+
+    @contextmanager
+    def bad_batches_named(self, trainer: Any) -> Generator[None]:
+        """A context in which an error of a step is a DataError, if its batch is unlike the first one."""
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            if self._current is not None and not is_out_of_memory(error):
+                batch, name = self._current
+                try:
+                    self._refuse_unclassifiable(batch, name, trainer)
+                    self._refuse_other_form(batch, name)
+                except DataError as reason:
+                    raise reason from error
+            raise
+
+    def _refuse_unclassifiable(self, batch: Any, name: str, trainer: Any) -> None:
+        data = trainer.datamodule
+        if isinstance(trainer.lightning_module.task, Classification):
+            known = getattr(data, "num_classes", None), getattr(data, "input_shape", None)
+            refuse_unclassifiable(name, batch, *known)
+
+    def _refuse_other_form(self, batch: Any, name: str) -> None:
+        form = _form_of(batch)
+        if form != self._form:
+            raise DataError(
+                f"{name} is unlike the first batch and cannot be used: it has {_in_words(form)}, the first one "
+                f"{_in_words(self._form)}; correct or remove it"
+            )
 
     def _try(self, batch: Any, module: EstimatorModule, trainer: Any) -> tuple[list[str], int]:
         """Run two examples through the model, its loss and its metrics.
@@ -97,23 +156,25 @@ class FirstBatch(L.Callback):
             before.rewind()
 
 
-def refuse_unclassifiable(batch: Any, num_classes: int | None, input_shape: Any) -> None:
+def refuse_unclassifiable(name: str, batch: Any, num_classes: int | None, input_shape: Any) -> None:
     """Refuse a batch of classification that is not (inputs, labels) of the right types, shapes and classes.
 
     Raises:
-        DataError: the message names what was found and what is expected.
+        DataError: the message names the batch, what was found and what is expected.
     """
     if not (isinstance(batch, (tuple, list)) and len(batch) == 2 and all(isinstance(x, Tensor) for x in batch)):
-        raise DataError(f"a batch for classification must be (inputs, labels), two tensors; got {_describe(batch)}")
+        raise DataError(
+            f"{name} has {_describe(batch)}; a batch for classification must be (inputs, labels), two tensors"
+        )
     inputs, labels = batch
     if labels.dtype not in (torch.int64, torch.uint8) or labels.dim() != 1:
         raise DataError(
-            f"labels are {_name(labels)} of shape {tuple(labels.shape)}; classification needs class indices, "
+            f"labels of {name} are {_name(labels)} of shape {tuple(labels.shape)}; classification needs class indices, "
             "int64 of shape (B,): labels.long()"
         )
-    refuse_other_examples("the first batch", inputs, labels, num_classes, input_shape)
+    refuse_other_examples(name, inputs, labels, num_classes, input_shape)
     if int(labels.min()) < 0:
-        raise DataError(f"labels of the first batch start at {int(labels.min())}; they must not be negative")
+        raise DataError(f"labels of {name} start at {int(labels.min())}; they must not be negative")
 
 
 def refuse_unknown_monitors(trainer: Any, validated: Set[str]) -> None:
@@ -203,7 +264,19 @@ def _tensors(batch: Any) -> Iterator[Tensor]:
 def _describe(batch: Any) -> str:
     if isinstance(batch, (tuple, list)):
         return f"{len(batch)} parts ({', '.join(type(part).__name__ for part in batch)})"
-    return type(batch).__name__
+    return f"the type {type(batch).__name__}"
+
+
+def _form_of(batch: Any) -> list[Any]:
+    """For every leaf of a batch its dtype and the shape of an example, or its type if it is no tensor."""
+    return [
+        (_name(leaf), tuple(leaf.shape[1:])) if isinstance(leaf, Tensor) else (type(leaf).__name__,)
+        for leaf in tree_flatten(batch)[0]
+    ]
+
+
+def _in_words(form: list[Any]) -> str:
+    return ", ".join(name + "".join(f" {shape}" for shape in shapes) for name, *shapes in form) or "nothing"
 
 
 def _name(value: Tensor | Any) -> str:

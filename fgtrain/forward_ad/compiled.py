@@ -28,7 +28,7 @@ from fgtrain.forward_ad.passes import NotIntercepted, TracedDraws, WritesWider, 
 from fgtrain.forward_ad.running import running_pass
 from fgtrain.network.compilation import OPTIONS
 from fgtrain.network.parameters import slots_of
-from fgtrain.tangents.directions import LastTangent, LowRankTangent, Tangent, dense, num_of, num_of_last, padded
+from fgtrain.tangents.directions import LastTangent, LowRankTangent, Tangent, all_dense, num_of, num_of_last, padded
 
 
 def inductor(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
@@ -125,7 +125,7 @@ class CompiledPass:
     ) -> tuple[Tensor, Tensor]:
         params = slots_of(model).params
         if self._writes_wider:
-            tangents = {name: padded(dense(tangent), num_of(tangents)) for name, tangent in tangents.items()}
+            tangents = all_dense(tangents)
         moving = {id(params[name]): tangent for name, tangent in tangents.items()}
         try:
             with saved_tensor_hooks_as_they_were():

@@ -30,7 +30,7 @@ from fgtrain.forward_ad.passes import RepeatedPass, check_losses
 from fgtrain.forward_ad.rules.compositions import COMPOSITIONS, by_place, no_backward
 from fgtrain.forward_ad.rules.opened import opened
 from fgtrain.network.parameters import slots_of
-from fgtrain.tangents.directions import Tangent, dense, num_of, padded
+from fgtrain.tangents.directions import Tangent, all_dense, num_of
 
 LossFn = Callable[[Any], Tensor]
 
@@ -49,8 +49,7 @@ def jvp(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> t
         LossError: the loss carries no tangent.
     """
     slots = slots_of(model)
-    num_tangents = num_of(tangents)
-    directions = {name: padded(dense(tangent), num_tangents) for name, tangent in tangents.items()}
+    num_tangents, directions = num_of(tangents), all_dense(tangents)
     repeated = RepeatedPass(model) if num_tangents > 1 else None
     losses, derivatives = None, []
     with torch.enable_grad(), no_fast_paths(), named_errors(model):

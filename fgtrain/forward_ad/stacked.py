@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import fgtrain.forward_ad.rules.arithmetic
 import fgtrain.forward_ad.rules.fallbacks
+import fgtrain.forward_ad.rules.last_direction
 import fgtrain.forward_ad.rules.layers
 import fgtrain.forward_ad.rules.losses
 import fgtrain.forward_ad.rules.matrix_products
@@ -28,7 +29,7 @@ from fgtrain.forward_ad.native import NO_TANGENT
 from fgtrain.forward_ad.passes import WritesIntoPlain, WritesWider, check_losses
 from fgtrain.forward_ad.running import running_pass
 from fgtrain.network.parameters import ParameterSlots, slots_of
-from fgtrain.tangents.directions import Tangent, dense, num_of_last, padded
+from fgtrain.tangents.directions import Tangent, all_dense, num_of_last, padded
 
 
 @dataclass
@@ -76,7 +77,7 @@ def evaluate(
     with running_pass(follows=follows, adopting=adopting) as running:
         running.width = num_of_last(tangents)
         if running.width is not None and known.writes_wider:
-            tangents = {name: padded(dense(tangent), running.width) for name, tangent in tangents.items()}
+            tangents = all_dense(tangents)
         duals = _parameter_duals(slots, known.duals, tangents)
         references = sys.getrefcount(running)
         try:

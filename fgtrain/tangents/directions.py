@@ -94,6 +94,12 @@ def num_of(tangents: Mapping[Any, Tangent]) -> int:
     return max((len(t) if isinstance(t, Tensor) else t.num for t in tangents.values()), default=0)
 
 
+def all_dense(tangents: Mapping[str, Tangent]) -> dict[str, Tensor]:
+    """The tangents as dense tensors (K, *p.shape) with one K."""
+    num = num_of(tangents)
+    return {name: padded(dense(tangent), num) for name, tangent in tangents.items()}
+
+
 def num_of_last(tangents: Mapping[Any, Any]) -> int | None:
     """The number of directions if the tangents may differ in it, since they are `LastTangent`s; else None."""
     return num_of(tangents) if isinstance(next(iter(tangents.values()), None), LastTangent) else None

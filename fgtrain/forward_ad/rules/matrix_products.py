@@ -5,7 +5,6 @@ treats the K tangents as K times as many examples. A low-rank tangent V = sum_a 
 product: x V^T = (x z) u^T.
 """
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,13 +14,14 @@ from torch.nn import functional as F
 
 from fgtrain.forward_ad.dual import Dual, dual, joint_of, num_directions, primal_of, tangent_of
 from fgtrain.forward_ad.output_tangent import OutputTangent
-from fgtrain.forward_ad.registry import RULES, WIDENING, register
+from fgtrain.forward_ad.registry import RULES, register
 from fgtrain.forward_ad.rules.arithmetic import aligned
 from fgtrain.forward_ad.rules.per_direction import per_direction
-from fgtrain.tangents.directions import LastTangent, LowRankTangent
+from fgtrain.tangents.directions import LowRankTangent
 
 aten = torch.ops.aten
-Layer = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+CONVOLUTIONS = torch.conv1d, torch.conv2d, torch.conv3d
+"""By their number of spatial dimensions, less 1."""
 
 
 @register("linear")
@@ -32,40 +32,6 @@ def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
         return weight.tangent.perturb(px, output, partial(_linear_grads, px), -1)
     jointly = _goes_jointly(px, weight, bias)
     return dual(*(_linear_jointly if jointly else _linear_apart)(x, weight, bias))
-
-
-def _in_last_direction(layer: Layer, along: Layer, x: Any, weight: Any, bias: Any) -> Any:
-    """The output of a layer whose parameters move only in the last direction; its input may have fewer directions.
-
-    Since layer(x, weight, bias) is linear in weight and bias together, its derivative is layer(x, last, last of bias).
-
-    Args:
-        layer: the layer.
-        along: maps the tangents (K, *x.shape) of the input to those of the output, with the same arguments.
-        x: the input.
-        weight: the weight.
-        bias: the bias, or None.
-    """
-    if not isinstance(weight, Dual) or not isinstance(weight.tangent, LastTangent):
-        return NotImplemented
-    at, last_of_bias = weight.tangent.num - 1, None
-    if isinstance(bias, Dual):
-        if not isinstance(bias.tangent, LastTangent) or bias.tangent.num != at + 1:
-            return NotImplemented
-        last_of_bias = bias.tangent.last
-    px, pw = primal_of(x), primal_of(weight)
-    primal, own, xt = layer(px, pw, primal_of(bias)), layer(px, weight.tangent.last, last_of_bias), tangent_of(x)
-    earlier = 0 if xt is None else len(xt)
-    total = own.new_zeros(max(earlier, at + 1), *own.shape)
-    if xt is not None:
-        total[:earlier] = along(xt, pw, None)
-    total[at] += own
-    return dual(primal, total)
-
-
-@register("linear", WIDENING)
-def _linear_in_last_direction(x: Any, weight: Any, bias: Any = None) -> Any:
-    return _in_last_direction(F.linear, F.linear, x, weight, bias)
 
 
 def _linear_apart(x: Any, weight: Any, bias: Any) -> tuple[Tensor, Tensor]:
@@ -180,7 +146,7 @@ def _conv(
     spatial = pw.dim() - 2
     if px.dim() != spatial + 2:
         return NotImplemented
-    conv = (torch.conv1d, torch.conv2d, torch.conv3d)[spatial - 1]
+    conv = CONVOLUTIONS[spatial - 1]
 
     def convolve(inputs: Tensor, filters: Tensor, bias: Tensor | None = None, groups: int = groups) -> Tensor:
         return conv(inputs, filters, bias, stride, padding, dilation, groups)
@@ -198,21 +164,6 @@ def _conv(
         bt = bt.view(len(bt), 1, -1, *[1] * spatial)
         total = bt.clone() if total is None else total.add_(bt)  # may be changed in place
     return dual(primal, total)
-
-
-@register("conv1d conv2d conv3d", WIDENING)
-def _conv_in_last_direction(x: Any, weight: Any, bias: Any = None, *options: Any, **more: Any) -> Any:
-    if x.dim() != weight.dim():
-        return NotImplemented
-    conv = (torch.conv1d, torch.conv2d, torch.conv3d)[weight.dim() - 3]
-
-    def layer(inputs: Tensor, filters: Tensor, bias: Tensor | None) -> Tensor:
-        return conv(inputs, filters, bias, *options, **more)
-
-    def along(tangents: Tensor, filters: Tensor, bias: Tensor | None) -> Tensor:
-        return layer(tangents.flatten(0, 1), filters, bias).unflatten(0, tangents.shape[:2])
-
-    return _in_last_direction(layer, along, x, weight, bias)
 
 
 def _conv_grads(x: Tensor, weight: Tensor, options: dict[str, Any], grad_output: Tensor) -> tuple[Tensor, Tensor]:

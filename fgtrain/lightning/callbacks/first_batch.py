@@ -13,7 +13,7 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
-from fgtrain._torch import is_compiled, tree_flatten, tree_map
+from fgtrain._torch import eager_functions, tree_flatten, tree_map
 from fgtrain.data.in_memory import refuse_other_examples
 from fgtrain.errors import ConfigError, DataError, ModelError, UserError
 from fgtrain.estimators import GradientEstimator
@@ -47,7 +47,7 @@ class FirstBatch(L.Callback):
             return
         assert isinstance(pl_module, EstimatorModule)
         data, model = trainer.datamodule, pl_module.model
-        free, largest = free_memory(trainer.strategy.root_device), 0
+        free = free_memory(trainer.strategy.root_device)
         with preserved_random_state():
             batch = first_batch(trainer)
             if batch is None:
@@ -66,9 +66,9 @@ class FirstBatch(L.Callback):
             ]
             if bad and trainer.is_global_zero:
                 print(f"fgtrain: part {bad[0]} of the first batch holds nan or infinity", file=sys.stderr)
-            if not is_compiled(model):  # else two examples would be compiled too
+            with eager_functions():  # two examples are not worth a compilation
                 metrics, largest = self._try(batch, pl_module, trainer)
-                refuse_unknown_monitors(trainer, {f"val/{name}" for name in metrics})
+            refuse_unknown_monitors(trainer, {f"val/{name}" for name in metrics})
             refuse_too_many_directions(pl_module.estimator, model, free, largest)
 
     def on_train_batch_start(self, trainer: Any, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:

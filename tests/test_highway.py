@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fgtrain import Backprop, ForwardGradient, Highway, MeZO
+from fgtrain import Backprop, ForwardGradient, Highway, LocalLosses, MeZO
 from fgtrain.errors import LossError, UnsupportedOperation
 from fgtrain.estimators import highway_forward
 from fgtrain.forward_ad import jvp
@@ -36,8 +36,8 @@ class WithoutABackwardPass(Backprop):
 def test_gradient_along_the_skips(name):
     model, loss, blocks = built(name)
     expected = Backprop()(stopped(model, blocks), loss)
-    assert_same(Highway()(copy.deepcopy(model), loss), expected)
-    assert_same(Highway(blocks=blocks)(model, loss), expected)
+    assert_same(Highway(iterations=0)(copy.deepcopy(model), loss), expected)
+    assert_same(Highway(blocks=blocks, iterations=0)(model, loss), expected)
 
 
 @pytest.mark.usefixtures("float64")
@@ -78,7 +78,7 @@ def test_delta_by_forward_mode(name):
 @pytest.mark.usefixtures("float64")
 @EVERY_MODEL
 def test_leaves_the_trace_of_one_pass(name):
-    assert_leaves_the_trace_of_one_pass(Highway(), name)
+    assert_leaves_the_trace_of_one_pass(Highway(iterations=0), name)
     assert_leaves_the_trace_of_one_pass(Highway(iterations=2), name)
 
 
@@ -90,7 +90,7 @@ def test_dropout_masks_of_a_block_are_those_of_one_pass():
     x = torch.randn(1, 4)
     seen = []
     model.get_submodule("1.branch.1").register_forward_hook(lambda _, inputs, out: seen.append((out == 0).flatten()))
-    estimate = Highway()(model, lambda m: m(x).square().sum(1))
+    estimate = Highway(iterations=0)(model, lambda m: m(x).square().sum(1))
     dropped = seen[-1]
     assert dropped.any()
     assert not dropped.all()
@@ -119,18 +119,18 @@ def test_frozen_blocks_pass_the_gradient_on():
     model[3].requires_grad_(False)
     expected = Backprop()(stopped(model, blocks), loss)
     assert "3.branch.0.weight" not in expected.grads
-    assert_same(Highway()(model, loss), expected)
+    assert_same(Highway(iterations=0)(model, loss), expected)
     for p in model.parameters():
         p.requires_grad_(False)
     model[2].requires_grad_(True)
-    assert Highway()(model, loss).grads.keys() == dict(model[2].named_parameters("2")).keys()
+    assert Highway(iterations=0)(model, loss).grads.keys() == dict(model[2].named_parameters("2")).keys()
 
 
 def test_a_block_that_is_called_twice():
     torch.manual_seed(0)
     block = Residual(nn.Linear(6, 6), nn.Tanh())
     model, x = nn.Sequential(nn.Linear(4, 6), block, nn.Tanh(), block, nn.Linear(6, 3)), torch.randn(5, 4)
-    found = Highway()(model, lambda m: m(x).square().sum(1))
+    found = Highway(iterations=0)(model, lambda m: m(x).square().sum(1))
     apart = nn.Sequential(model[0], block, model[2], copy.deepcopy(block), model[4])
     expected = Backprop()(stopped(apart, ["1", "3"]), lambda m: m(x).square().sum(1)).grads
     torch.testing.assert_close(
@@ -174,7 +174,8 @@ def test_blocks_that_return_several_values():
             return x + y - x.detach(), mask
 
         layer.forward = forward
-    assert_same(Highway()(model, lambda m: m(x).square().sum(1)), Backprop()(other, lambda m: m(x).square().sum(1)))
+    expected = Backprop()(other, lambda m: m(x).square().sum(1))
+    assert_same(Highway(iterations=0)(model, lambda m: m(x).square().sum(1)), expected)
 
 
 @pytest.mark.usefixtures("float64")
@@ -298,7 +299,7 @@ def test_hidden_states_that_the_head_uses_too():
     model, x = EarlyExits(), torch.randn(5, 4)
     blocks = ["layers.0", "layers.1", "layers.2"]
     expected = Backprop()(stopped(model, blocks), lambda m: m(x).square().sum(1))
-    assert_same(Highway()(model, lambda m: m(x).square().sum(1)), expected)
+    assert_same(Highway(iterations=0)(model, lambda m: m(x).square().sum(1)), expected)
     assert_same(Highway(WithoutABackwardPass())(model, lambda m: m(x).square().sum(1)), expected)
     exact = Backprop()(copy.deepcopy(model), lambda m: m(x).square().sum(1))
     assert_same(Highway(iterations=3)(model, lambda m: m(x).square().sum(1)), exact)
@@ -314,7 +315,7 @@ def test_a_weight_of_a_block_that_the_stem_uses_too(estimator):
     model = nn.Sequential(nn.Linear(4, 6), shared, *blocks, nn.Linear(6, 3))
     expected = Backprop()(stopped(model, ["2", "3"]), lambda m: m(x).square().sum(1))
     expected.grads["1.weight"] += expected.grads.pop("3.branch.0.weight", 0)
-    assert_same(Highway(estimator)(model, lambda m: m(x).square().sum(1)), expected)
+    assert_same(Highway(estimator, iterations=0)(model, lambda m: m(x).square().sum(1)), expected)
 
 
 class Timed(nn.Module):
@@ -345,7 +346,7 @@ class OfTimed(nn.Module):
 def test_other_arguments_of_a_block():
     torch.manual_seed(0)
     model, x = OfTimed(), torch.randn(5, 4)
-    for estimator in (Highway(), Highway(ForwardGradient())):
+    for estimator in (Highway(iterations=0), Highway(ForwardGradient())):
         with pytest.raises(UnsupportedOperation, match="such as the embedding of a time step, and these layers would"):
             estimator(model, lambda m: m(x).square().sum(1))
     model.time.requires_grad_(False)
@@ -402,7 +403,7 @@ def test_memory_does_not_grow_with_depth():
         model = nn.Sequential(nn.Linear(4, 16), *blocks, nn.Linear(16, 3))
         for name, estimator in (
             ("Backprop", Backprop()),
-            ("Highway", Highway()),
+            ("Highway", Highway(iterations=0)),
             ("iterations", Highway(iterations=2)),
         ):
             estimator(model, lambda m: m(x).square().sum(1))
@@ -420,12 +421,21 @@ def test_blocks_are_looked_for_once():
     model, loss, _ = built("MLP")
     calls = []
     model[0].register_forward_hook(lambda *_: calls.append(1))
-    estimator = Highway()
+    estimator = Highway(iterations=0)
     estimator(model, loss)
     first = len(calls)
     estimator(model, loss)
     assert len(calls) - first == first - 3  # a pass that finds them, and two that test what uses their outputs
     assert slots_of(model).kept(estimator, list) == ["2", "3", "4"]
+
+
+def test_one_iteration_is_the_default_with_backpropagation():
+    assert (Highway().iterations, Highway(ForwardGradient()).iterations) == (1, 0)
+
+
+def test_estimators_that_cannot_train_blocks():
+    with pytest.raises(ValueError, match="LocalLosses cannot train residual blocks: use Backprop"):
+        Highway(LocalLosses(Backprop()))
 
 
 def test_iterations_need_backpropagation():
@@ -456,12 +466,12 @@ def test_checkpointed_blocks_are_refused():
             h = checkpoint(block, h, use_reentrant=False)
         return h.square().sum(1)
 
-    for estimator in (Highway(), Highway(iterations=1)):
+    for estimator in (Highway(iterations=0), Highway(iterations=1)):
         with pytest.raises(UnsupportedOperation, match="switch off activation checkpointing around them"):
             estimator(model, loss)
 
 
-class Refusing(Backprop):
+class Refusing(ForwardGradient):
     def forward(self, *_, **__):
         raise LossError("no such loss")
 

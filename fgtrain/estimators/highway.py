@@ -12,14 +12,13 @@ from fgtrain.errors import NoTangent, UnsupportedOperation
 from fgtrain.estimators.backprop import Backprop
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, add_grad, average_grads, require_positive_int
 from fgtrain.estimators.exact_head import gradient_of_last_layer
-from fgtrain.estimators.highway_backprop import Branches, by_backprop, through_branch
+from fgtrain.estimators.highway_backprop import Branches, by_backprop, learning
 from fgtrain.estimators.highway_checks import is_chain_of_blocks, refuse_other_paths
 from fgtrain.estimators.highway_forward import (
     delta_by_forward_mode,
     estimated,
     gradients_before,
     gradients_within,
-    per_example,
 )
 from fgtrain.forward_ad.native import value_of
 from fgtrain.forward_ad.passes import RepeatedPass, plain_losses
@@ -47,10 +46,11 @@ class Highway(GradientEstimator):
 
         g_l = estimate of d/d(parameters of block l) of sum delta . block_l(h_l),
 
-    by any estimator. The rest of the model (stem, blocks that change the shape, head) is differentiated exactly, with
-    the residual blocks as identities plus constants.
+    by backpropagation within the block, or by any estimator without a backward pass. The rest of the model (stem,
+    blocks that change the shape, head) is differentiated exactly, with residual blocks as identities plus constants.
 
-    With iterations=k, the paths through up to k branches count too. After block l,
+    With iterations=k, the paths through up to k branches count too. One iteration is enough for the accuracy of
+    backpropagation in most networks. After block l,
 
         d_l^k = delta + sum over later blocks m of J_m^T d_m^(k - 1),    d_l^0 = delta,
 
@@ -71,21 +71,21 @@ class Highway(GradientEstimator):
     except for layers with a closed form. For `ActivityPerturbation`, N is the number of units of one layer, times the
     tokens of an example unless tokens have their own losses.
 
-    Cost: about four forward passes with `Backprop` as estimator (one for the values, three for the gradients of the
-    blocks), and about 2 + i more for iteration i. Without a backward pass, that of delta, and for every block one pass
-    for each layer that is estimated. At any depth, memory holds the activations of one block and of the rest of the
-    model. Ranks exchange the whole gradient.
+    Cost: with backpropagation about three forward passes (one for the values, two for the gradients of the blocks), and
+    about 2 + i more for iteration i. Without a backward pass, that of delta, and for every block one pass for each
+    layer that is estimated. At any depth, memory holds the activations of one block and of the rest of the model. Ranks
+    exchange the whole gradient.
 
     The first call finds the residual blocks: with its parameters at zero, a residual block returns its input. If the
     loss uses the output of a block other than through the next block, as that of an early exit does, memory also holds
     the hidden state after every block.
 
     Args:
-        estimator: estimates the gradients of the blocks. If it takes no backward pass, it also estimates those of the
-            rest that have no closed form. None for `Backprop`.
+        estimator: estimates the gradients of the blocks, and those of the rest that have no closed form, without a
+            backward pass. `Backprop` or None for backpropagation.
         blocks: names of the residual blocks; None to search every `nn.Sequential` and `nn.ModuleList`.
         chunk_size: number of directions in one pass, if forward mode computes delta; None for all.
-        iterations: k >= 0; more than 0 needs an estimator that takes backward passes.
+        iterations: k >= 0, without a backward pass 0. None for 1 with backpropagation, else 0.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -96,12 +96,13 @@ class Highway(GradientEstimator):
     Source: Fagnou, Caillon, Delattre, Allauzen 2025, arXiv:2501.17086. The closed forms and the losses of tokens are
     fgtrain's own, tested in tests/test_highway_forward.py.
 
-    The last block and the head have the gradient of backpropagation; the stem lacks the path through the branch:
+    Without iterations, the last block and the head have the gradient of backpropagation; the stem lacks the path
+    through the branch:
 
     >>> from fgtrain.models import Residual
     >>> model = nn.Sequential(nn.Linear(3, 4), Residual(nn.Linear(4, 4)), nn.Linear(4, 1))
     >>> loss = lambda net: net(torch.ones(2, 3)).square().mean()
-    >>> estimate, exact = Highway()(model, loss), Backprop()(model, loss)
+    >>> estimate, exact = Highway(iterations=0)(model, loss), Backprop()(model, loss)
     >>> {name: torch.allclose(g, exact.grads[name]) for name, g in estimate.grads.items() if "weight" in name}
     {'0.weight': False, '1.block.weight': True, '2.weight': True}
     """
@@ -115,7 +116,7 @@ class Highway(GradientEstimator):
         blocks: Sequence[str] | None = None,
         *,
         chunk_size: int | None = 256,
-        iterations: int = 0,
+        iterations: int | None = None,
     ) -> None:
         super().__init__()
         if chunk_size is not None:
@@ -123,12 +124,15 @@ class Highway(GradientEstimator):
         if iterations:
             require_positive_int("iterations", iterations)
         self.estimator = estimator or Backprop()
+        name = type(self.estimator).__name__
+        if self.estimator.backpropagates and "exact" not in self.estimator.claims:
+            raise ValueError(f"{name} cannot train residual blocks: use Backprop, or a method without a backward pass")
         if iterations and not self.estimator.backpropagates:
             raise ValueError(
-                f"iterations={iterations} takes the gradient back through the branches, and "
-                f"{type(self.estimator).__name__} does not backpropagate: use Backprop in the blocks, or iterations=0"
+                f"iterations={iterations} takes the gradient back through the branches, and {name} does not "
+                "backpropagate: use Backprop in the blocks, or iterations=0"
             )
-        self.iterations = iterations
+        self.iterations = int(self.estimator.backpropagates) if iterations is None else iterations
         self.blocks = list_of_names(blocks)
         self.chunk_size = chunk_size
         self.backpropagates = self.estimator.backpropagates
@@ -145,11 +149,12 @@ class Highway(GradientEstimator):
         params = trainable_params(model)
         repeated = RepeatedPass(model)
         with eager_functions():  # compiled code would ignore replaced forwards
-            blocks, losses = self._recorded(model, loss_fn)
+            blocks, losses = self._recorded(model, loss_fn, repeated)
             loss_fn = blocks.from_first(loss_fn)
             repeated.rewind()
             if self.backpropagates:
-                grads, branches = by_backprop(model, loss_fn, blocks, self.iterations)
+                grads, branches = by_backprop(model, loss_fn, blocks, self.iterations, repeated)
+                learn = learning(blocks, branches)
             else:
                 deltas = list[Tensor | None]()
                 for segment in range(len(blocks.segments)):
@@ -158,16 +163,18 @@ class Highway(GradientEstimator):
                 grads = gradients_before(model, loss_fn, blocks, deltas)
                 repeated.rewind()
                 grads |= self._grads_of_rest(model, loss_fn, blocks, grads, generator)
-                branches = Branches([deltas])
+                learn = _learning(blocks, self.estimator, Branches([deltas]), generator)
             repeated.rewind()
             names = {id(p): name for name, p in params.items()}
-            with _learning(blocks, self.estimator, branches, generator) as found, torch.enable_grad():
+            with learn as found, torch.enable_grad():
                 loss_fn(model)
             for p, g in found:
                 add_grad(grads, names[id(p)], g)
         return Estimate(losses.mean(), average_grads({name: grads[name] for name in params if name in grads}, reduce))
 
-    def _recorded(self, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> tuple[ResidualBlocks, Tensor]:
+    def _recorded(
+        self, model: nn.Module, loss_fn: Callable[[Any], Tensor], repeated: RepeatedPass
+    ) -> tuple[ResidualBlocks, Tensor]:
         """The residual blocks of the model, with a recorded pass, and the losses of this pass.
 
         The first call finds out whether something else than the next block uses the output of a block. If so, every
@@ -175,7 +182,7 @@ class Highway(GradientEstimator):
         """
         modules = self._blocks_of(model, loss_fn)
         separate: dict[tuple[Any, ...], bool] = slots_of(model).kept(ResidualBlocks, dict)
-        repeated, key = RepeatedPass(model), (self.backpropagates, *modules)
+        key = self.backpropagates, *modules
         blocks = ResidualBlocks(model, modules, separate.get(key, False))
         with blocks.recording():
             losses = plain_losses(model, loss_fn)
@@ -184,7 +191,7 @@ class Highway(GradientEstimator):
         repeated.rewind()
         refuse_other_paths(blocks, model, loss_fn, losses, weights_learn=self.backpropagates)
         separate[key] = not is_chain_of_blocks(blocks, model, loss_fn, losses)
-        return self._recorded(model, loss_fn) if separate[key] else (blocks, losses)
+        return self._recorded(model, loss_fn, repeated) if separate[key] else (blocks, losses)
 
     def _blocks_of(self, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> list[nn.Module]:
         """The residual blocks, found at the first call by a pass whose effects are undone."""
@@ -229,11 +236,11 @@ class Highway(GradientEstimator):
 def _learning(
     blocks: ResidualBlocks, estimator: GradientEstimator, branches: Branches, generator: torch.Generator
 ) -> Generator[list[tuple[nn.Parameter, Tensor]]]:
-    """A context in which a call of a block also estimates its gradients, and appends them to the yielded list.
+    """As `fgtrain.estimators.highway_backprop.learning`, by an estimator.
 
     Args:
         blocks: the residual blocks of the model.
-        estimator: estimates the gradients.
+        estimator: estimates the gradients; takes no backward pass.
         branches: the gradients after the blocks.
         generator: source of the directions.
     """
@@ -243,12 +250,7 @@ def _learning(
     def learn(block: nn.Module, forward: Forward) -> Forward:
         def run(*args: Any, **kwargs: Any) -> Any:
             args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
-            through = None
-            if branches.sums:
-                repeated = RepeatedPass(block)
-                through = through_branch(forward, args, kwargs)[1]
-                repeated.rewind()
-            delta = after_next(through)[1]
+            delta = after_next(None)[1]
             if delta is None or not any(p.requires_grad for p in block.parameters()):
                 with torch.no_grad():
                     return forward(*args, **kwargs)
@@ -261,10 +263,7 @@ def _learning(
 
             repeated = None if estimator.loss_at_parameters else RepeatedPass(block)
             try:
-                if estimator.backpropagates:
-                    grads = estimator(block, lambda m: per_example(delta * output(m)), generator=generator).grads
-                else:
-                    grads = gradients_within(estimator, block, output, delta, generator)
+                grads = gradients_within(estimator, block, output, delta, generator)
             except NoTangent:  # the block left its branch out in this pass, as LayerDrop does
                 grads = {}
             params = slots_of(block).params

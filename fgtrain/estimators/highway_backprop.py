@@ -1,6 +1,7 @@
-"""Highway with backpropagation: the gradients outside the blocks, and what flows back through their branches."""
+"""Highway with backpropagation: the gradients outside the blocks and within, and what flows back through branches."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from fgtrain._torch import tree_map_only
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.forward_ad.native import LossFn
 from fgtrain.forward_ad.passes import RepeatedPass, check_losses
-from fgtrain.network.blocks import Forward, entering, hidden_of
+from fgtrain.network.blocks import Forward, entering, forwards_replaced, hidden_of
 from fgtrain.network.parameters import slots_of
 from fgtrain.network.residual_blocks import BLOCKS_RUN_AGAIN, ResidualBlocks
 
@@ -55,19 +56,62 @@ class Branches:
         return after_next
 
 
-def through_branch(forward: Forward, args: Any, kwargs: Any) -> tuple[Any, Through]:
-    """The output of a block, and the function d -> J^T d of its branch."""
-    hidden = entering(args, kwargs)
-    x = hidden.detach().requires_grad_()
-    with torch.enable_grad():
-        args, kwargs = tree_map_only(Tensor, lambda a: x.clone() if a is hidden else a.detach(), (args, kwargs))
-        out = forward(*args, **kwargs)
+class _BlockCall:
+    """One call of a residual block, with its graph.
+
+    Attributes:
+        out: the output, without the graph.
+    """
+
+    def __init__(self, forward: Forward, args: Any, kwargs: Any) -> None:
+        hidden = entering(args, kwargs)
+        self._x = hidden.detach().requires_grad_()
+        with torch.enable_grad():
+            args, kwargs = tree_map_only(
+                Tensor, lambda a: self._x.clone() if a is hidden else a.detach(), (args, kwargs)
+            )
+            out = forward(*args, **kwargs)
+        self._hidden = hidden_of(out)
+        self.out = tree_map_only(Tensor, Tensor.detach, out)
+
+    def through(self, delta: Tensor) -> Tensor:
+        """d -> J^T d of the branch."""
+        return self._gradients(delta, [self._x])[0] - delta
+
+    def learn(self, delta: Tensor, params: list[nn.Parameter]) -> list[tuple[nn.Parameter, Tensor]]:
+        """The parameters that the call used, each with its gradient."""
+        found = zip(params, self._gradients(delta, params), strict=True) if self._hidden.requires_grad else ()
+        return [(p, g) for p, g in found if g is not None]
 
     @torch.enable_grad()
-    def through(delta: Tensor) -> Tensor:
-        return torch.autograd.grad((delta * hidden_of(out)).sum(), x, retain_graph=True)[0] - delta
+    def _gradients(self, delta: Tensor, inputs: list[Any]) -> Any:
+        return torch.autograd.grad((delta * self._hidden).sum(), inputs, retain_graph=True, allow_unused=True)
 
-    return tree_map_only(Tensor, Tensor.detach, out), through
+
+@contextmanager
+def learning(blocks: ResidualBlocks, branches: Branches) -> Generator[list[tuple[nn.Parameter, Tensor]]]:
+    """A context in which a call of a block appends its parameters' gradients to the yielded list.
+
+    Args:
+        blocks: the residual blocks of the model.
+        branches: the gradients after the blocks.
+    """
+    found: list[tuple[nn.Parameter, Tensor]] = []
+    after_next = branches.after_blocks(blocks)
+
+    def learn(block: nn.Module, forward: Forward) -> Forward:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            call = _BlockCall(forward, args, kwargs)
+            delta = after_next(call.through)[1]
+            params = [p for p in block.parameters() if p.requires_grad]
+            if delta is not None and params:
+                found.extend(call.learn(delta, params))
+            return call.out
+
+        return run
+
+    with forwards_replaced({block: learn(block, forward) for block, forward in blocks.forwards.items()}):
+        yield found
 
 
 def _sums_through_branches(
@@ -79,12 +123,12 @@ def _sums_through_branches(
 
     def summing(forward: Forward) -> Forward:
         def run(*args: Any, **kwargs: Any) -> Any:
-            out, through = through_branch(forward, args, kwargs)
-            s, after = after_next(through)
+            call = _BlockCall(forward, args, kwargs)
+            s, after = after_next(call.through)
             if after is not None:
-                term, so_far = through(after), sums[s]
+                term, so_far = call.through(after), sums[s]
                 sums[s] = term if so_far is None else so_far + term
-            return out
+            return call.out
 
         return run
 
@@ -94,10 +138,10 @@ def _sums_through_branches(
 
 
 def by_backprop(
-    model: nn.Module, loss_fn: LossFn, blocks: ResidualBlocks, iterations: int
+    model: nn.Module, loss_fn: LossFn, blocks: ResidualBlocks, iterations: int, repeated: RepeatedPass
 ) -> tuple[dict[str, Tensor], Branches]:
     """The gradients of all parameters outside blocks, and the gradients after the blocks, after some iterations."""
-    repeated, branches = RepeatedPass(model), Branches()
+    branches = Branches()
     for _ in range(iterations):
         branches.deltas.append(_gradients_of_rest(model, loss_fn, blocks, branches)[1])
         repeated.rewind()

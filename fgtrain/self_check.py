@@ -11,8 +11,9 @@ from fgtrain.errors import AssumptionError, UserError
 from fgtrain.estimators import Backprop, Estimate, GradientEstimator
 from fgtrain.forward_ad import directional_derivatives
 from fgtrain.forward_ad.native import LossFn
-from fgtrain.forward_ad.passes import RepeatedPass, plain_losses
+from fgtrain.forward_ad.passes import plain_losses
 from fgtrain.network.parameters import trainable_params
+from fgtrain.network.snapshot import Snapshot
 from fgtrain.random import keyed_generator
 
 _TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
@@ -37,12 +38,12 @@ def self_check(model: nn.Module, loss_fn: LossFn, estimator: GradientEstimator) 
     Raises:
         AssumptionError: the model cannot be trained with these gradients; the message says why.
     """
-    again = RepeatedPass(model)
+    snapshot = Snapshot(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     state = {name: value.clone() for name, value in estimator.state_dict().items()}
 
     def evaluate() -> Estimate:
-        again.rewind()
+        snapshot.restore()
         estimator.load_state_dict(state)
         return estimator(model, loss_fn, generator=keyed_generator(0))
 
@@ -53,24 +54,24 @@ def self_check(model: nn.Module, loss_fn: LossFn, estimator: GradientEstimator) 
         _refuse_changed(model, before)
         tolerance = _tolerance(first)
         if not _agree(first, second, tolerance):
-            where = _first_difference(model, loss_fn, again)
+            where = _first_difference(model, loss_fn, snapshot)
             raise AssumptionError(
                 f"self-check: two evaluations with the same seed differ (losses {first.loss:.6g} and "
                 f"{second.loss:.6g}); {where} draws random numbers that no generator of torch, numpy or Python's "
                 "random controls, or keeps its own state between calls"
             )
-        reference = _backpropagated(model, loss_fn, again)
+        reference = _backpropagated(model, loss_fn, snapshot)
         if reference is not None:
             _refuse_another_function(estimator, first, reference, tolerance)
-        noticed = list(_changing_buffers(model, loss_fn, again))
+        noticed = list(_changing_buffers(model, loss_fn, snapshot))
         if reference is not None:
-            noticed += _without_gradient(model, loss_fn, reference.grads, again, before)
-            _refuse_other_derivative(model, loss_fn, first, reference.grads, again)
-            noticed += _hidden_change(model, loss_fn, first, reference.grads, again, before)
+            noticed += _without_gradient(model, loss_fn, reference.grads, snapshot, before)
+            _refuse_other_derivative(model, loss_fn, first, reference.grads, snapshot)
+            noticed += _hidden_change(model, loss_fn, first, reference.grads, snapshot, before)
         return noticed
     finally:
         estimator.load_state_dict(state)
-        again.rewind()
+        snapshot.restore()
 
 
 def _is_finite(estimate: Estimate) -> bool:
@@ -95,8 +96,8 @@ def _refuse_changed(model: nn.Module, before: Mapping[str, Tensor]) -> None:
             raise AssumptionError(f"self-check: the model changes its own parameter {name!r} in its forward pass")
 
 
-def _backpropagated(model: nn.Module, loss_fn: LossFn, again: RepeatedPass) -> Estimate | None:
-    again.rewind()
+def _backpropagated(model: nn.Module, loss_fn: LossFn, snapshot: Snapshot) -> Estimate | None:
+    snapshot.restore()
     try:
         return Backprop()(model, loss_fn)
     except (UserError, NotImplementedError, torch.OutOfMemoryError):
@@ -126,7 +127,7 @@ def _refuse_another_function(
             )
 
 
-def _first_difference(model: nn.Module, loss_fn: LossFn, again: RepeatedPass) -> str:
+def _first_difference(model: nn.Module, loss_fn: LossFn, snapshot: Snapshot) -> str:
     """The module whose output is the first to differ between two equal passes."""
     passes: list[list[tuple[str, Tensor]]] = []
 
@@ -140,7 +141,7 @@ def _first_difference(model: nn.Module, loss_fn: LossFn, again: RepeatedPass) ->
     handles = [module.register_forward_hook(record(name)) for name, module in model.named_modules()]
     try:
         for _ in range(2):
-            again.rewind()
+            snapshot.restore()
             passes.append([])
             plain_losses(model, loss_fn)
     finally:
@@ -152,13 +153,13 @@ def _first_difference(model: nn.Module, loss_fn: LossFn, again: RepeatedPass) ->
     return "the loss function"
 
 
-def _changing_buffers(model: nn.Module, loss_fn: LossFn, again: RepeatedPass) -> Iterator[str]:
+def _changing_buffers(model: nn.Module, loss_fn: LossFn, snapshot: Snapshot) -> Iterator[str]:
     """Buffers that forward passes change and the loss depends on."""
     losses, changed = [], []
-    again.rewind()
+    snapshot.restore()
     for _ in range(2):
         values = {name: b.clone() for name, b in model.named_buffers()}
-        again.rewind_random_state()
+        snapshot.restore_random_state()
         losses.append(plain_losses(model, loss_fn).mean())
         changed = [name for name, b in model.named_buffers() if not torch.equal(b, values[name])]
     if changed and not torch.allclose(losses[0], losses[1], rtol=1e-5):
@@ -172,7 +173,7 @@ def _without_gradient(
     model: nn.Module,
     loss_fn: LossFn,
     grads: Mapping[str, Tensor],
-    again: RepeatedPass,
+    snapshot: Snapshot,
     before: Mapping[str, Tensor],
 ) -> Iterator[str]:
     """Report parameters with zero gradient here and at nearby values; so adapters that start at 0 are not reported."""
@@ -188,7 +189,7 @@ def _without_gradient(
         with torch.no_grad():
             for p in params.values():
                 p.add_(0.01 * torch.randn(p.shape, generator=generator).to(p))
-        elsewhere = _backpropagated(model, loss_fn, again)
+        elsewhere = _backpropagated(model, loss_fn, snapshot)
     finally:
         with torch.no_grad():
             for name, p in params.items():
@@ -209,16 +210,16 @@ def _along(grads: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
 
 
 def _refuse_other_derivative(
-    model: nn.Module, loss_fn: LossFn, estimate: Estimate, grads: Mapping[str, Tensor], again: RepeatedPass
+    model: nn.Module, loss_fn: LossFn, estimate: Estimate, grads: Mapping[str, Tensor], snapshot: Snapshot
 ) -> None:
     """Raise if forward mode and reverse mode disagree about the derivative along the gradient."""
     norm, direction = _along(grads)
     if not direction or estimate.directional_derivatives is None:
         return
-    forward = _forward_mode(model, loss_fn, direction, again)
+    forward = _forward_mode(model, loss_fn, direction, snapshot)
     if forward is not None and abs(forward - norm) > _tolerance(estimate) * norm:
         apart = {
-            name: abs((_forward_mode(model, loss_fn, {name: v}, again) or 0.0) - float((grads[name] * v).sum()))
+            name: abs((_forward_mode(model, loss_fn, {name: v}, snapshot) or 0.0) - float((grads[name] * v).sum()))
             for name, v in direction.items()
         }
         raise AssumptionError(
@@ -233,7 +234,7 @@ def _hidden_change(
     loss_fn: LossFn,
     estimate: Estimate,
     grads: Mapping[str, Tensor],
-    again: RepeatedPass,
+    snapshot: Snapshot,
     before: Mapping[str, Tensor],
 ) -> Iterator[str]:
     """Report a change of the loss along the gradient that the derivative does not predict."""
@@ -242,7 +243,7 @@ def _hidden_change(
         return
     step = torch.finfo(next(iter(direction.values())).dtype).eps ** (1 / 3)
     while True:  # the error of the difference falls with the step; that of a hidden part does not
-        change, floor = _difference(model, loss_fn, direction, again, before, step)
+        change, floor = _difference(model, loss_fn, direction, snapshot, before, step)
         if abs(change - norm) <= 0.05 * norm + floor:
             return
         if 10 * floor > 0.2 * norm:  # the next difference would only be a rounding error
@@ -251,7 +252,7 @@ def _hidden_change(
     if math.isfinite(change):
         apart = {}
         for name, v in direction.items():
-            one, _ = _difference(model, loss_fn, {name: v}, again, before, step)
+            one, _ = _difference(model, loss_fn, {name: v}, snapshot, before, step)
             apart[name] = abs(one - float((grads[name] * v).sum()))
         yield (
             f"along the gradient the loss changes by {change:.4g} per unit, but its derivative is {norm:.4g}, with the "
@@ -260,8 +261,8 @@ def _hidden_change(
         )
 
 
-def _forward_mode(model: nn.Module, loss_fn: LossFn, v: Mapping[str, Tensor], again: RepeatedPass) -> float | None:
-    again.rewind()
+def _forward_mode(model: nn.Module, loss_fn: LossFn, v: Mapping[str, Tensor], snapshot: Snapshot) -> float | None:
+    snapshot.restore()
     try:
         _, derivative = directional_derivatives(model, loss_fn, {name: t.unsqueeze(0) for name, t in v.items()})
     except UserError:  # the model has no forward mode, so other methods train it
@@ -273,7 +274,7 @@ def _difference(
     model: nn.Module,
     loss_fn: LossFn,
     direction: Mapping[str, Tensor],
-    again: RepeatedPass,
+    snapshot: Snapshot,
     before: Mapping[str, Tensor],
     step: float,
 ) -> tuple[float, float]:
@@ -284,7 +285,7 @@ def _difference(
     try:
         with torch.no_grad():
             for sign in (1, -1):
-                again.rewind()
+                snapshot.restore()
                 for name, v in direction.items():
                     params[name].copy_(before[name] + sign * step * v)
                 losses.append(float(plain_losses(model, loss_fn).double().mean()))

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, add_grad, average_grads, require_positive_int
 from fgtrain.estimators.forward_gradient import ForwardGradient
-from fgtrain.forward_ad.passes import RepeatedPass
 from fgtrain.layer_noise.layers import perturbed_layers, run_perturbed
 from fgtrain.layer_noise.noise import LayerCall, LayerNoise, LocalGrads, Noise, PerturbedPass
 from fgtrain.layer_noise.rows import ExaminedPass, Rows, gradient_of_head, per_example
 from fgtrain.layer_noise.second_pass import ReplayedPass
 from fgtrain.network.parameters import trainable_params
+from fgtrain.network.snapshot import Snapshot
 from fgtrain.random import draw_seeds
 from fgtrain.tangents import Rademacher, Tangents, law_or
 
@@ -153,7 +153,7 @@ class ActivityPerturbation(GradientEstimator):
             self.memory == "keep",
         )
         noises = {name: LayerNoise(name, perturbed) for name in layers.biases}
-        repeated = RepeatedPass(model) if self.memory == "replay" else None
+        snapshot = Snapshot(model) if self.memory == "replay" else None
         examined = ExaminedPass(model, loss_fn)
         evaluated, calls = examined.run({**noises, **(directions or {})}), perturbed.calls
         of_head = gradient_of_head(examined, calls, layers.last, evaluated) if self.exact_head else None
@@ -167,12 +167,12 @@ class ActivityPerturbation(GradientEstimator):
         collected = _Collected(
             losses, found[: self.num_tangents], of_head, rows, layers.biases, params, self._variance(units)
         )
-        if repeated is None:
+        if snapshot is None:
             for call in perturbed.calls:
                 assert call.local_grads is not None
                 collected.add(call, call.local_grads)
         else:
-            repeated.rewind()
+            snapshot.restore()
             replayed = ReplayedPass(perturbed, collected.add)
             again = {name: LayerNoise(name, replayed) for name in layers.biases}
             run_perturbed(model, loss_fn, again, follows=False)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, require_positive_int
-from fgtrain.forward_ad.passes import RepeatedPass, plain_losses
+from fgtrain.forward_ad.passes import plain_losses
 from fgtrain.network.parameters import trainable_params
+from fgtrain.network.snapshot import Snapshot
 from fgtrain.random import draw_seeds
 from fgtrain.tangents import Tangents
 from fgtrain.tangents.combine import Shrinkage
@@ -102,15 +103,15 @@ class CentralDifferences(GradientEstimator):
 
     def _differences(self, model: nn.Module, loss_fn: Callable[[Any], Tensor], lines: Lines) -> tuple[Tensor, Tensor]:
         """Losses (B,) or (), averaged over all passes, and derivatives (K, B) or (K,); leaves the state of one pass."""
-        repeated = RepeatedPass(model)
+        snapshot = Snapshot(model)
 
         def losses_at(k: int, distance: float) -> Tensor:
-            repeated.rewind()
+            snapshot.restore()
             return plain_losses(model, loss_fn, lines.at(k, distance))
 
         pairs = [(losses_at(k, self.epsilon), losses_at(k, -self.epsilon)) for k in range(self.num_tangents)]
         if any(True for _ in model.buffers()):
-            repeated.rewind()
+            snapshot.restore()
             plain_losses(model, loss_fn)
         plus, minus = (torch.stack(side) for side in zip(*pairs, strict=True))
         return (plus + minus).mean(0) / 2, (plus - minus) / (2 * self.epsilon)

@@ -18,7 +18,7 @@ from fgtrain.estimators.base import Estimate, Reduce
 from fgtrain.network.blocks import forwards_replaced
 from fgtrain.network.chains import in_turn, is_chain, links
 from fgtrain.network.parameters import slots_of
-from fgtrain.network.segments import checkpointed, stored_by_input
+from fgtrain.network.repeated_steps import checkpointed, stored_by_input
 
 _log = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ class CheckpointedBackprop(Backprop):
                     f"a block or a step of {type(model).__name__} computes something else when it runs again, for "
                     "example because it keeps a cache or has its own random generator; train with Backprop"
                 ) from error
-        warned = slots_of(model).kept(_in_segments, set)
+        warned = slots_of(model).cached(_in_segments, set)
         if not (containers or repeated or warned):
             warned.add(True)
             _log.warning(

@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 from fgtrain.errors import LossError, UnsupportedOperation
 from fgtrain.estimators.base import Estimate, Reduce, average_grads
-from fgtrain.forward_ad.passes import RepeatedPass
 from fgtrain.forward_ad.row_losses import Evaluated
 from fgtrain.layer_noise.layers import perturbed_layers
 from fgtrain.layer_noise.noise import LayerNoise, PerturbedPass
 from fgtrain.layer_noise.rows import ExaminedPass, gradient_of_head
 from fgtrain.network.parameters import slots_of
+from fgtrain.network.snapshot import Snapshot
 from fgtrain.tangents.directions import Tangent, num_of
 
 Jvp = Callable[[nn.Module, Callable[[Any], Tensor], Mapping[str, Tangent]], tuple[Tensor, Tensor]]
@@ -54,14 +54,14 @@ def with_exact_head(
 
 def gradient_of_last_layer(model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> dict[str, Tensor]:
     """The exact gradient of the last layer alone; empty if no layer has one, which is remembered."""
-    refused: set[frozenset[str]] = slots_of(model).kept(gradient_of_last_layer, set)
-    trained, repeated = frozenset(slots_of(model).trainable()), RepeatedPass(model)
+    refused: set[frozenset[str]] = slots_of(model).cached(gradient_of_last_layer, set)
+    trained, snapshot = frozenset(slots_of(model).trainable()), Snapshot(model)
     if trained and trained not in refused:
         try:
             return _pass_with_head(model, loss_fn, {}, _head_of(model, loss_fn))[1]
         except (LossError, UnsupportedOperation):
             refused.add(trained)
-            repeated.rewind()
+            snapshot.restore()
     return {}
 
 

@@ -14,9 +14,9 @@ from fgtrain.errors import NoTangent
 from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce, require_positive_int
 from fgtrain.forward_ad import jvp
 from fgtrain.forward_ad.native import NO_TANGENT
-from fgtrain.forward_ad.passes import RepeatedPass
 from fgtrain.network.parameters import trainable_params
 from fgtrain.network.sharding import like_parameter
+from fgtrain.network.snapshot import Snapshot
 from fgtrain.tangents.directions import LowRankTangent, Tangent, num_of
 
 _log = logging.getLogger(__name__)
@@ -73,10 +73,10 @@ class ForwardExact(GradientEstimator):
     ) -> Estimate:
         params = trainable_params(model)
         self._warn(sum(p.numel() for p in params.values()))
-        repeated = RepeatedPass(model)
+        snapshot = Snapshot(model)
         losses, reason, found = None, NoTangent(NO_TANGENT), []
         for units in self._chunks(params):
-            repeated.rewind()
+            snapshot.restore()
             try:
                 losses, derivatives = jvp(model, loss_fn, units)
             except NoTangent as error:  # the loss does not depend on these parameters

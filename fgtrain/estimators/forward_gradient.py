@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce, require_positive_int
 from fgtrain.estimators.exact_head import Jvp, with_exact_head
 from fgtrain.forward_ad import jvp
-from fgtrain.forward_ad.passes import RepeatedPass
 from fgtrain.network.parameters import trainable_params
+from fgtrain.network.snapshot import Snapshot
 from fgtrain.random import draw_seeds
 from fgtrain.tangents import Normal, Tangents, law_or
 from fgtrain.tangents.chunks import Chunks
@@ -178,11 +178,11 @@ class ForwardGradient(GradientEstimator):
 
 def _along(chunks: Chunks, jvp: Jvp, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> tuple[Tensor, Tensor]:
     """Losses, and their derivatives along all directions."""
-    repeated = RepeatedPass(model) if len(chunks) > 1 else None
+    snapshot = Snapshot(model) if len(chunks) > 1 else None
     losses, found = None, []
     for i, directions in enumerate(chunks):
-        if repeated is not None and i:
-            repeated.rewind()
+        if snapshot is not None and i:
+            snapshot.restore()
         losses, derivatives = jvp(model, loss_fn, directions)
         found.append(derivatives)
     assert losses is not None

@@ -22,7 +22,7 @@ from fgtrain.estimators.highway_forward import (
     per_example,
 )
 from fgtrain.forward_ad.native import value_of
-from fgtrain.forward_ad.passes import RepeatedPass, plain_losses
+from fgtrain.forward_ad.passes import plain_losses
 from fgtrain.network.blocks import (
     Forward,
     find_blocks,
@@ -34,6 +34,7 @@ from fgtrain.network.blocks import (
 )
 from fgtrain.network.parameters import slots_of, trainable_params
 from fgtrain.network.residual_blocks import ResidualBlocks
+from fgtrain.network.snapshot import Snapshot
 
 _NO_SKIP = "it does not return its input where its parameters are 0"
 
@@ -143,23 +144,23 @@ class Highway(GradientEstimator):
         reduce: Reduce | None,
     ) -> Estimate:
         params = trainable_params(model)
-        repeated = RepeatedPass(model)
+        snapshot = Snapshot(model)
         with eager_functions():  # compiled code would ignore replaced forwards
             blocks, losses = self._recorded(model, loss_fn)
             loss_fn = blocks.from_first(loss_fn)
-            repeated.rewind()
+            snapshot.restore()
             if self.backpropagates:
                 grads, branches = by_backprop(model, loss_fn, blocks, self.iterations)
             else:
                 deltas = list[Tensor | None]()
                 for segment in range(len(blocks.segments)):
                     deltas.append(delta_by_forward_mode(model, loss_fn, blocks, segment, self.chunk_size))
-                    repeated.rewind()
+                    snapshot.restore()
                 grads = gradients_before(model, loss_fn, blocks, deltas)
-                repeated.rewind()
+                snapshot.restore()
                 grads |= self._grads_of_rest(model, loss_fn, blocks, grads, generator)
                 branches = Branches([deltas])
-            repeated.rewind()
+            snapshot.restore()
             names = {id(p): name for name, p in params.items()}
             with _learning(blocks, self.estimator, branches, generator) as found, torch.enable_grad():
                 loss_fn(model)
@@ -174,33 +175,33 @@ class Highway(GradientEstimator):
         block is a segment of its own.
         """
         modules = self._blocks_of(model, loss_fn)
-        separate: dict[tuple[Any, ...], bool] = slots_of(model).kept(ResidualBlocks, dict)
-        repeated, key = RepeatedPass(model), (self.backpropagates, *modules)
+        separate: dict[tuple[Any, ...], bool] = slots_of(model).cached(ResidualBlocks, dict)
+        snapshot, key = Snapshot(model), (self.backpropagates, *modules)
         blocks = ResidualBlocks(model, modules, separate.get(key, False))
         with blocks.recording():
             losses = plain_losses(model, loss_fn)
         if key in separate:
             return blocks, losses
-        repeated.rewind()
+        snapshot.restore()
         refuse_other_paths(blocks, model, loss_fn, losses, weights_learn=self.backpropagates)
         separate[key] = not is_chain_of_blocks(blocks, model, loss_fn, losses)
         return self._recorded(model, loss_fn) if separate[key] else (blocks, losses)
 
     def _blocks_of(self, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> list[nn.Module]:
         """The residual blocks, found at the first call by a pass whose effects are undone."""
-        kept: list[str] = slots_of(model).kept(self, list)
-        if not kept:
-            repeated = RepeatedPass(model)
+        cache: list[str] = slots_of(model).cached(self, list)
+        if not cache:
+            snapshot = Snapshot(model)
             with torch.no_grad():
-                kept[:] = find_blocks(model, lambda: loss_fn(model), has_identity_skip, self.blocks, _NO_SKIP)
-            repeated.rewind()
-        if not kept:
+                cache[:] = find_blocks(model, lambda: loss_fn(model), has_identity_skip, self.blocks, _NO_SKIP)
+            snapshot.restore()
+        if not cache:
             raise UnsupportedOperation(
                 f"{type(model).__name__} has no residual block: no member of an nn.Sequential or nn.ModuleList returns "
                 "its input where its parameters are 0; name the blocks, or train with another method"
             )
         modules = dict(model.named_modules())
-        return [modules[name] for name in kept]
+        return [modules[name] for name in cache]
 
     def _grads_of_rest(
         self,
@@ -213,11 +214,11 @@ class Highway(GradientEstimator):
         """The gradients of the parameters outside blocks, except the known ones: exact for the last layer."""
         params = slots_of(model).params
         with frozen([*blocks.params, *(params[name] for name in known)]), blocks.as_skips():
-            repeated = RepeatedPass(model)
+            snapshot = Snapshot(model)
             grads = gradient_of_last_layer(model, loss_fn)
             with frozen([params[name] for name in grads]):
                 if slots_of(model).trainable():
-                    repeated.rewind()
+                    snapshot.restore()
                     grads |= estimated(self.estimator, model, loss_fn, generator)
         return grads
 
@@ -245,9 +246,9 @@ def _learning(
             args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
             through = None
             if branches.sums:
-                repeated = RepeatedPass(block)
+                snapshot = Snapshot(block)
                 through = through_branch(forward, args, kwargs)[1]
-                repeated.rewind()
+                snapshot.restore()
             delta = after_next(through)[1]
             if delta is None or not any(p.requires_grad for p in block.parameters()):
                 with torch.no_grad():
@@ -259,7 +260,7 @@ def _learning(
                 held[:] = [tree_map_only(Tensor, lambda x: value_of(x).detach(), out)]
                 return hidden_of(out)
 
-            repeated = None if estimator.loss_at_parameters else RepeatedPass(block)
+            snapshot = None if estimator.loss_at_parameters else Snapshot(block)
             try:
                 if estimator.backpropagates:
                     grads = estimator(block, lambda m: per_example(delta * output(m)), generator=generator).grads
@@ -269,8 +270,8 @@ def _learning(
                 grads = {}
             params = slots_of(block).params
             found.extend((params[name], g) for name, g in grads.items())
-            if repeated is not None:  # the output is that of perturbed parameters
-                repeated.rewind()
+            if snapshot is not None:  # the output is that of perturbed parameters
+                snapshot.restore()
                 with torch.no_grad():
                     return forward(*args, **kwargs)
             return held[0]

@@ -15,13 +15,13 @@ from fgtrain.errors import LossError, UnsupportedOperation
 from fgtrain.estimators.base import GradientEstimator
 from fgtrain.forward_ad import jvp
 from fgtrain.forward_ad.native import value_of
-from fgtrain.forward_ad.passes import RepeatedPass
 from fgtrain.forward_ad.row_losses import Evaluated, WithRows, marks, reached
 from fgtrain.layer_noise.closed_forms import closed_forms
 from fgtrain.layer_noise.layers import candidates
 from fgtrain.network.blocks import frozen
 from fgtrain.network.parameters import slots_of
 from fgtrain.network.residual_blocks import ResidualBlocks
+from fgtrain.network.snapshot import Snapshot
 
 
 def gradients_within(
@@ -44,19 +44,21 @@ def gradients_within(
         delta: the gradient of the output, in its shape.
         generator: source of the directions.
     """
-    repeated = RepeatedPass(block)
-    grads, ways = closed_forms(block, lambda module: output(module).flatten(), delta)
+    snapshot = Snapshot(block)
+    grads, dependence = closed_forms(block, lambda module: output(module).flatten(), delta)
 
     def estimate(names: Collection[str], losses: Callable[[Tensor], Tensor]) -> None:
         if names:
-            repeated.rewind()
+            snapshot.restore()
             others = (p for name, p in slots_of(block).params.items() if name not in names)
             with frozen(others):
                 grads.update(estimated(estimator, block, lambda m: losses(delta * output(m)), generator))
 
-    for name in ways.biases:
+    for name in dependence.biases:
         if name not in grads:
-            estimate(ways.params([name]), per_row if name in ways.by_rows and delta.dim() > 2 else per_example)
+            estimate(
+                dependence.params([name]), per_row if name in dependence.by_rows and delta.dim() > 2 else per_example
+            )
     estimate(slots_of(block).trainable().keys() - grads.keys(), per_example)
     return grads
 
@@ -91,10 +93,10 @@ def gradients_before(
         deltas: the gradient of every segment's hidden state; None if the loss does not depend on it.
     """
     grads: dict[str, Tensor] = {}
-    repeated = RepeatedPass(model)
+    snapshot = Snapshot(model)
     for segment, delta in enumerate(deltas):
         if delta is not None:
-            repeated.rewind()
+            snapshot.restore()
             run = partial(_hidden_and_rest, loss_fn=loss_fn, blocks=blocks, segment=segment)
             with frozen(blocks.params):
                 grads |= closed_forms(model, run, delta, segment)[0]
@@ -140,19 +142,19 @@ def delta_by_forward_mode(
     """
     like = blocks.segments[segment].end
     probed = _Probed(model, like)
-    repeated = RepeatedPass(probed)
+    snapshot = Snapshot(probed)
     with_rows = WithRows(lambda _: loss_fn(model))
 
     def after_segment(s: int, x: Tensor) -> Tensor:
         return x + probed.probe if s == segment else x
 
     def run(direction: Tensor) -> tuple[Evaluated, Evaluated | None]:
-        repeated.rewind()
+        snapshot.restore()
         with blocks.as_skips(after_segment):
             return with_rows.split(*jvp(probed, with_rows, {"probe": direction.view(-1, *like.shape)}))
 
     choices = {"rows": like.flatten(0, -2), "examples": like.flatten(1)}
-    right: dict[int, str] = slots_of(model).kept(delta_by_forward_mode, dict)
+    right: dict[int, str] = slots_of(model).cached(delta_by_forward_mode, dict)
     for choice in sorted(choices, key=lambda c: c != right.get(segment, "rows")):  # the one of earlier calls first
         delta = _of_rows(run, choices[choice], chunk_size)
         if delta is not None:

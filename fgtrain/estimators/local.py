@@ -139,10 +139,10 @@ class LocalLosses(LocalHeads):
     def _nets(self, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> "list[list[LocalBlock]]":
         """Every part of every block as a model; the models are reused, since engines store data with a model."""
         blocks = self.blocks_with_heads(model, loss_fn)
-        kept = slots_of(model).kept(self, list)
-        if [[net.part for net in nets] for nets in kept] != blocks:
-            kept[:] = [[LocalBlock(part, self.features) for part in parts] for parts in blocks]
-        return kept
+        cache = slots_of(model).cached(self, list)
+        if [[net.part for net in nets] for nets in cache] != blocks:
+            cache[:] = [[LocalBlock(part, self.features) for part in parts] for parts in blocks]
+        return cache
 
     def extra_repr(self) -> str:
         return f"head_lr={self.head_lr}, head_size={self.head_size}"

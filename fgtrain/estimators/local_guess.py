@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from fgtrain.estimators.base import Claim, Estimate, Reduce, average_grads
 from fgtrain.estimators.local_heads import LocalHeads, Part, Stage
 from fgtrain.forward_ad import jvp
-from fgtrain.forward_ad.passes import RepeatedPass, check_losses
+from fgtrain.forward_ad.passes import check_losses
 from fgtrain.network.parameters import trainable_params
+from fgtrain.network.snapshot import Snapshot
 from fgtrain.tangents.directions import LastTangent
 
 
@@ -72,10 +73,10 @@ class LocalGuess(LocalHeads):
         params = trainable_params(model)
         names = {id(p): name for name, p in params.items()}
         blocks = self.blocks_with_heads(model, loss_fn)
-        repeated = RepeatedPass(model)
+        snapshot = Snapshot(model)
         with torch.enable_grad():
             guesses = self._guesses(blocks, loss_fn, reduce)
-        repeated.rewind()
+        snapshot.restore()
         with torch.no_grad():
             tangents = {
                 names[id(p)]: LastTangent(v, num) for num, guess in enumerate(guesses, start=1) for p, v in guess

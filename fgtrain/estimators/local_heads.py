@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.estimators.base import GradientEstimator
-from fgtrain.forward_ad.passes import RepeatedPass
 from fgtrain.network.chains import in_turn, is_chain, links
+from fgtrain.network.snapshot import Snapshot
 
 
 class Part(NamedTuple):
@@ -60,10 +60,10 @@ class LocalHeads(GradientEstimator):
         parts = {str(i): self.parts_of(block) for i, block in enumerate(blocks)}
         keys = {i: [i] if len(found) == 1 else [f"{i}-{k}" for k in range(len(found))] for i, found in parts.items()}
         if self.heads.keys() != {key for of_block in keys.values() for key in of_block}:
-            repeated = RepeatedPass(model)
+            snapshot = Snapshot(model)
             with torch.no_grad():
                 self._create_heads(parts, keys, last, loss_fn)
-            repeated.rewind()
+            snapshot.restore()
         heads = dict(self.heads.items())
         with_heads = [
             [Part(modules, heads[key]) for modules, key in zip(parts[i], keys[i], strict=True)] for i in parts

@@ -11,7 +11,7 @@ from fgtrain._torch import eager_functions, tree_map_only
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.estimators.base import GradientEstimator, add_grad
 from fgtrain.forward_ad.native import value_of
-from fgtrain.forward_ad.passes import RepeatedPass, plain_losses
+from fgtrain.forward_ad.passes import plain_losses
 from fgtrain.network.blocks import (
     Forward,
     entering,
@@ -21,6 +21,7 @@ from fgtrain.network.blocks import (
     keeps_shape,
 )
 from fgtrain.network.parameters import slots_of, trainable_params
+from fgtrain.network.snapshot import Snapshot
 
 
 def local_gradients(
@@ -48,13 +49,13 @@ def local_gradients(
     """
     trained = {id(p): name for name, p in trainable_params(model).items()}
     grads: dict[str, Tensor] = {}
-    repeated = RepeatedPass(model)
+    snapshot = Snapshot(model)
     with eager_functions():
-        chain = slots_of(model).kept(estimator, lambda: _examined(model, loss_fn, blocks))
+        chain = slots_of(model).cached(estimator, lambda: _examined(model, loss_fn, blocks))
         modules = dict(model.named_modules())
         ahead: Any = None
         for i, name in enumerate(chain.names):
-            repeated.rewind()
+            snapshot.restore()
             own = {p for n in [name, *chain.around[i]] for p in modules[n].parameters(recurse=n == name)}
             run = _OneBlock([modules[n] for n in chain.names], chain.outputs, i, ahead)
             with frozen(p for p in model.parameters() if p not in own), forwards_replaced(run.forwards):
@@ -63,10 +64,10 @@ def local_gradients(
                     for at, g in found.items():
                         add_grad(grads, trained[id(slots_of(model).params[at])], g)  # tied: several local losses
                 if not run.held or not estimator.loss_at_parameters:
-                    repeated.rewind_random_state()
+                    snapshot.restore_random_state()
                     plain_losses(model, loss_fn)
             ahead = run.held[0]
-    repeated.rewind()
+    snapshot.restore()
     return plain_losses(model, loss_fn), grads
 
 
@@ -87,12 +88,12 @@ class _Chain:
 
 def _examined(model: nn.Module, loss_fn: Callable[[Any], Tensor], blocks: Sequence[str] | None) -> _Chain:
     """The blocks, found in trials that leave no trace."""
-    repeated = RepeatedPass(model)
+    snapshot = Snapshot(model)
     with torch.no_grad():
         found = find_blocks(
             model, lambda: loss_fn(model), keeps_shape, blocks, "it changes the shape of what enters it"
         )
-        repeated.rewind()
+        snapshot.restore()
         chain, calls = _Chain(list(found)), list[str]()
         names = {module: name for name, module in model.named_modules()}
         inner = {module for block in found.values() for module in block.modules()}
@@ -118,7 +119,7 @@ def _examined(model: nn.Module, loss_fn: Callable[[Any], Tensor], blocks: Sequen
         finally:
             for hook in hooks:
                 hook.remove()
-            repeated.rewind()
+            snapshot.restore()
     if not found:
         raise UnsupportedOperation(
             f"{type(model).__name__} has no block: no member of an nn.Sequential or nn.ModuleList returns what has the "

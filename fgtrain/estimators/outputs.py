@@ -18,8 +18,9 @@ from fgtrain.estimators.second_order import curvature_in_span
 from fgtrain.forward_ad import jvp
 from fgtrain.forward_ad.known_losses import KnownLoss, RecordedLosses, carries_tangent
 from fgtrain.forward_ad.native import NO_TANGENT, LossFn
-from fgtrain.forward_ad.passes import LightPass, RepeatedPass, TorchRandomState, check_losses
+from fgtrain.forward_ad.passes import check_losses
 from fgtrain.network.parameters import slots_of
+from fgtrain.network.snapshot import LightSnapshot, Snapshot, TorchRandomState
 from fgtrain.tangents.directions import Tangent, dense
 
 
@@ -46,7 +47,7 @@ def linearized(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent
     Raises:
         LossError: the loss carries no tangent.
     """
-    before, seen = LightPass(slots_of(model)), _SeenLoss(model, loss_fn)
+    before, seen = LightSnapshot(slots_of(model)), _SeenLoss(model, loss_fn)
     found, derivatives = jvp(model, seen, tangents)
     *outputs, losses = found.split(seen.sizes)
     *output_slopes, slopes = derivatives.split(seen.sizes, 1)
@@ -57,7 +58,7 @@ def linearized(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent
             return Linearized(loss, slopes, seen.known.curvature(outputs[-1], output_slopes[-1]))
         del outputs[-1], output_slopes[-1]  # the loss is not the mean of the known one
     if not outputs:
-        before.rewind()
+        before.restore()
         everything = {name: dense(tangent) for name, tangent in tangents.items()}
         return Linearized(loss, slopes, curvature_in_span(model, loss_fn, everything)[2])
     return Linearized(loss, slopes, seen.curvature(outputs, output_slopes))
@@ -155,13 +156,13 @@ class _SeenLoss:
             outputs: the outputs, as vectors (N,).
             slopes: their derivatives, (K, N).
         """
-        after = RepeatedPass(self._model)
+        after = Snapshot(self._model)
         self._calls[-1].random_state.restore()
         given = nn.ParameterList([x.view(shape) for x, shape in zip(outputs, self._shapes, strict=True)])
         along = {str(i): t.view(-1, *shape) for i, (t, shape) in enumerate(zip(slopes, self._shapes, strict=True))}
-        with slots_of(self._model).exchanged({}):
+        with slots_of(self._model).params_replaced({}):
             _, _, curvature = curvature_in_span(given, self._of_outputs, along)
-        after.rewind()
+        after.restore()
         return curvature
 
     def _of_outputs(self, given: Any) -> Tensor:

@@ -26,12 +26,12 @@ from torch import Tensor
 
 from fgtrain._torch import overrides_of_tensors, plain_tensors, set_grad_enabled, tree_map_only
 from fgtrain.errors import UnsupportedOperation
-from fgtrain.forward_ad.dropped import is_differentiable, refuse_if_lost
-from fgtrain.forward_ad.kept import of_earlier_pass
-from fgtrain.forward_ad.passes import NotIntercepted, WritesIntoPlain, WritesWider
+from fgtrain.forward_ad.lost_derivatives import is_differentiable, refuse_if_lost
+from fgtrain.forward_ad.passes import UnsupportedByEngine, WritesIntoPlain, WritesWider
 from fgtrain.forward_ad.registry import FALLBACKS, Rule
 from fgtrain.forward_ad.rules.compositions import COMPOSITIONS, by_place
 from fgtrain.forward_ad.running import current, running_pass
+from fgtrain.forward_ad.stale import stale_message
 from fgtrain.tangents.directions import LastTangent, LowRankTangent, Tangent, padded
 
 
@@ -72,7 +72,7 @@ class Dual(Tensor):
     """
 
     primal: Tensor
-    tangent: Any  # Tangent; a kept parameter has None between two passes
+    tangent: Any  # Tangent; the dual of a parameter has None between two passes
     of_pass: running_pass | None
     is_copy: bool = False  # a copy of another dual with more directions, whose value it shares
 
@@ -91,13 +91,12 @@ class Dual(Tensor):
     def renew(self, tangent: Any) -> None:
         """Set the tangent for the current pass."""
         self.tangent = tangent
-        self.of_pass = current.one
+        self.of_pass = current.running
 
     @property
     def aliased(self) -> bool:
         """Whether the value shares memory with another dual's, but the tangents do not."""
-        torn = self.of_pass.torn if self.of_pass is not None else {}
-        return bool(torn) and id(_base(self.primal)) in torn
+        return self.of_pass is not None and id(_base(self.primal)) in self.of_pass.aliased_memory
 
     __hash__ = object.__hash__
 
@@ -115,14 +114,14 @@ class Dual(Tensor):
     def __torch_dispatch__(  # ty: ignore[incompatible-method-override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        raise NotIntercepted(f"{func} was called without passing a function of PyTorch")
+        raise UnsupportedByEngine(f"{func} was called without passing a function of PyTorch")
 
 
 def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The result of func(*args, **kwargs), some of whose arguments are duals."""
     # Under the model's no_grad, results are constants, as for backpropagation; outside its pass a dual is a constant
     # too.
-    running = current.one
+    running = current.running
     if running is None or not torch.is_grad_enabled():
         with plain_tensors():
             return func(*values(args), **values(kwargs))
@@ -154,7 +153,7 @@ def _call(running: running_pass, func: Any, args: tuple[Any, ...], kwargs: dict[
     if result is NotImplemented:
         fallback = FALLBACKS[func]
         if kwargs.get("out") is not None:
-            raise NotIntercepted(f"{getattr(func, '__name__', func)} writes into its argument out")
+            raise UnsupportedByEngine(f"{getattr(func, '__name__', func)} writes into its argument out")
         result = (_as_user_code if fallback.is_opened else _on_values)(fallback.rule, args, kwargs)
         if fallback.is_opened:  # its calls have been checked
             return result
@@ -183,24 +182,24 @@ def _on_values(rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
 
 def _as_user_code(rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a body like code of the user's model."""
-    adopting = current.one.adopting if current.one is not None else None
-    with overrides_of_tensors(), adopting or _NOTHING:
+    promoted = current.running.promoted if current.running is not None else None
+    with overrides_of_tensors(), promoted or _NOTHING:
         return rule(*args, **kwargs)
 
 
 _NOTHING = nullcontext()
 
 
-def adopted(x: Tensor, name: str, num: int) -> Dual:
+def promoted(x: Tensor, name: str, num: int) -> Dual:
     """The dual of a plain tensor into which the function `name` writes duals of `num` directions.
 
     Raises:
         WritesIntoPlain: the pass was not prepared for it.
     """
-    assert current.one is not None
-    if current.one.adopting is None:
+    assert current.running is not None
+    if current.running.promoted is None:
         raise WritesIntoPlain(f"{name} writes into a tensor that has no tangent")
-    return current.one.adopting.adopt(x, num)
+    return current.running.promoted.promote(x, num)
 
 
 # --- helpers for rules --------------------------------------------------------------------------------------------
@@ -210,16 +209,17 @@ def primal_of(x: Any) -> Any:
     """The value of a dual, for rules; other objects are returned unchanged. Outside rules, use `native.value_of`.
 
     Raises:
-        NotIntercepted: the tensor was prepared for a backward pass. It is the result of a custom autograd.Function,
-            whose own rule was not used, or the loss differentiates with respect to it, as by torch.autograd.grad.
+        UnsupportedByEngine: the tensor was prepared for a backward pass. It is the result of a custom
+            autograd.Function, whose own rule was not used, or the loss differentiates with respect to it, as by
+            torch.autograd.grad.
     """
     if isinstance(x, Tensor):
         if x.grad_fn is not None:
-            raise NotIntercepted(f"{type(x.grad_fn).__name__} was recorded for a backward pass")
+            raise UnsupportedByEngine(f"{type(x.grad_fn).__name__} was recorded for a backward pass")
         if isinstance(x, Dual):
             return x.primal
         if x.requires_grad:
-            raise NotIntercepted("a tensor that is not a parameter of the model requires a gradient")
+            raise UnsupportedByEngine("a tensor that is not a parameter of the model requires a gradient")
     return x
 
 
@@ -231,8 +231,8 @@ def tangent_of(x: Any) -> Any:
     """
     if not isinstance(x, Dual):
         return None
-    if x.of_pass is not current.one:
-        raise UnsupportedOperation(of_earlier_pass(x))
+    if x.of_pass is not current.running:
+        raise UnsupportedOperation(stale_message(x))
     if not isinstance(x.tangent, Tensor):
         x.tangent = x.tangent.dense()
     return x.tangent
@@ -242,7 +242,7 @@ def joint_of(x: Any) -> Tensor | None:
     """The value and the tangents of a dual as one tensor (1 + K, *shape), if they are adjacent in memory; else None."""
     if not isinstance(x, Dual) or not isinstance(x.tangent, Tensor) or x.primal._base is None:
         return None
-    if x.of_pass is not current.one:
+    if x.of_pass is not current.running:
         return None
     joint, value, moved = x.primal._base, x.primal, x.tangent
     if moved._base is not joint or joint.shape != (1 + len(moved), *value.shape):
@@ -279,7 +279,7 @@ def dual(primal: Tensor, tangent: Tensor | None, *sources: Dual) -> Tensor:
     if tangent is None or not is_differentiable(primal):
         return primal
     if primal.layout != torch.strided:
-        raise NotIntercepted("a sparse tensor has a tangent")
+        raise UnsupportedByEngine("a sparse tensor has a tangent")
     if tangent.dtype != primal.dtype:
         tangent = tangent.to(primal.dtype)
     if tangent.shape[1:] != primal.shape:
@@ -289,7 +289,7 @@ def dual(primal: Tensor, tangent: Tensor | None, *sources: Dual) -> Tensor:
         share_tangents = _share_memory(tangent, tangent_of(source)) and not source.is_copy
         if _share_memory(primal, source.primal) != share_tangents:
             assert source.of_pass is not None
-            source.of_pass.torn |= {id(base): base for base in map(_base, (primal, source.primal))}
+            source.of_pass.aliased_memory |= {id(base): base for base in map(_base, (primal, source.primal))}
     return result
 
 

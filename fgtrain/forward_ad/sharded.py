@@ -16,7 +16,7 @@ from fgtrain.errors import NoTangent, UnsupportedOperation
 from fgtrain.forward_ad.dual import Dual, primal_of, tangent_of
 from fgtrain.forward_ad.named_errors import named_errors
 from fgtrain.forward_ad.native import NO_TANGENT
-from fgtrain.forward_ad.passes import NotIntercepted, check_losses
+from fgtrain.forward_ad.passes import UnsupportedByEngine, check_losses
 from fgtrain.forward_ad.running import running_pass
 from fgtrain.network.sharding import is_sharded
 from fgtrain.tangents.directions import LowRankTangent, Tangent, dense
@@ -39,7 +39,7 @@ def jvp(model: nn.Module, loss_fn: Callable[[Any], Tensor], tangents: Mapping[st
             with _DualsInForward(model, tangents), torch.enable_grad():
                 found = loss_fn(model)
             values, derivatives = check_losses(primal_of(found)), tangent_of(found)
-    except NotIntercepted as reason:
+    except UnsupportedByEngine as reason:
         raise UnsupportedOperation(
             f"sharded parameters need the stacked engine, which cannot run this model: {reason}"
         ) from None

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.forward_ad import stacked
-from fgtrain.forward_ad.passes import NotIntercepted, RepeatedPass, WritesIntoPlain, WritesWider
+from fgtrain.forward_ad.passes import UnsupportedByEngine, WritesIntoPlain, WritesWider
 from fgtrain.layer_noise.noise import WITHOUT_HEAD, LayerNoise, PerturbedPass, UsedElsewhere
 from fgtrain.network.parameters import slots_of
+from fgtrain.network.snapshot import Snapshot
 
 PERTURBED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -37,18 +38,18 @@ def perturbed_layers(model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> Pert
         UnsupportedOperation: there is none.
     """
     slots = slots_of(model)
-    kept, trained = slots.kept(perturbed_layers, dict), frozenset(slots.trainable())
-    if trained not in kept:
-        kept[trained] = find_layers(model, loss_fn, PERTURBED)
-    return kept[trained]
+    cache, trained = slots.cached(perturbed_layers, dict), frozenset(slots.trainable())
+    if trained not in cache:
+        cache[trained] = find_layers(model, loss_fn, PERTURBED)
+    return cache[trained]
 
 
 def find_layers(
     model: nn.Module, loss_fn: Callable[[Any], Tensor], kinds: tuple[type[nn.Module], ...]
 ) -> PerturbedLayers:
-    """As `perturbed_layers`, for layers of these kinds; nothing is kept."""
+    """As `perturbed_layers`, for layers of these kinds; nothing is cached."""
     biases, used_elsewhere = candidates(model, kinds), ""
-    before = RepeatedPass(model)
+    before = Snapshot(model)
     while biases:
         trial = PerturbedPass(1, seed=0)
         try:
@@ -62,7 +63,7 @@ def find_layers(
         except WritesIntoPlain:
             continue
         finally:
-            before.rewind()
+            before.restore()
         used = [call.name for call in trial.calls]
         if used:
             rectified = frozenset(call.name for call in trial.calls if call.is_rectified)
@@ -77,7 +78,7 @@ def find_layers(
 
 
 def _try_other_parameters(
-    model: nn.Module, loss_fn: Callable[[Any], Tensor], layers: PerturbedLayers, before: RepeatedPass
+    model: nn.Module, loss_fn: Callable[[Any], Tensor], layers: PerturbedLayers, before: Snapshot
 ) -> None:
     """A pass with tangents of the parameters outside the layers, since the model may write these into plain tensors.
 
@@ -88,7 +89,7 @@ def _try_other_parameters(
     if others:
         with suppress(WritesIntoPlain, UnsupportedOperation):  # the pass of the estimate names what it cannot follow
             run_perturbed(model, loss_fn, {name: torch.zeros_like(p)[None] for name, p in others.items()})
-        before.rewind()
+        before.restore()
 
 
 def candidates(model: nn.Module, kinds: tuple[type[nn.Module], ...] = PERTURBED) -> dict[str, str | None]:
@@ -124,7 +125,7 @@ def run_perturbed(
             f"the exact gradient of the last layer cannot follow this model: {reason}; use the out-of-place form, or "
             f"{WITHOUT_HEAD}"
         ) from reason
-    except NotIntercepted as reason:
+    except UnsupportedByEngine as reason:
         raise UnsupportedOperation(
             f"activity perturbation cannot follow this model: {reason}; use ForwardGradient"
         ) from reason

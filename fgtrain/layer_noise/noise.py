@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fgtrain.errors import UnsupportedOperation
-from fgtrain.forward_ad.dropped import only_reads
 from fgtrain.forward_ad.dual import Dual, call, duals_in, primal_of, tangent_of
+from fgtrain.forward_ad.lost_derivatives import only_reads
 from fgtrain.forward_ad.output_tangent import LocalGrads, OutputTangent
 from fgtrain.forward_ad.row_losses import marks
 from fgtrain.forward_ad.running import widen
@@ -261,7 +261,7 @@ def _add_noise(tangent: Tensor | None, noise: Tensor, pattern: Tensor | None, ou
     return tangent.addcmul_(factors, noise)
 
 
-class Owner(Protocol):
+class PerturbingPass(Protocol):
     """A pass that may replace the outputs of layers."""
 
     @property
@@ -279,20 +279,20 @@ class LayerNoise(OutputTangent):
 
     Args:
         name: name of the weight.
-        owner: the pass.
+        of_pass: the pass.
     """
 
-    def __init__(self, name: str, owner: Owner) -> None:
+    def __init__(self, name: str, of_pass: PerturbingPass) -> None:
         self.name = name
-        self.owner = owner
+        self.of_pass = of_pass
 
     @property
     def num(self) -> int:
         """K, the number of directions."""
-        return self.owner.num_tangents
+        return self.of_pass.num_tangents
 
     def dense(self) -> Tensor:
         raise UsedElsewhere(self.name)
 
     def perturb(self, inputs: Tensor, output: Tensor, local_grads: LocalGrads, channels: int) -> Tensor:
-        return self.owner.perturb(self.name, inputs, output, local_grads, channels)
+        return self.of_pass.perturb(self.name, inputs, output, local_grads, channels)

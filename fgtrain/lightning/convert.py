@@ -168,7 +168,7 @@ class _Converted(L.LightningModule):
         def estimate(estimator: GradientEstimator, batch: Any, batch_idx: int) -> Estimate | None:
             takes_index = is_param_in_hook_signature(self.training_step, "batch_idx", min_args=2)  # as in Lightning
             args = (batch, batch_idx) if takes_index else (batch,)
-            return self._step.look(self, args, self._estimate_by(estimator, batch_idx))
+            return self._step.peek(self, args, self._estimate_by(estimator, batch_idx))
 
         step, micro_batches = self._step, self.trainer.accumulate_grad_batches
         return StepEstimates(step.estimator, self, step.ranks, step.tangents, micro_batches, estimate)

@@ -18,12 +18,12 @@ from fgtrain.distributed import Ranks, TangentsOver
 from fgtrain.errors import ConfigError
 from fgtrain.estimators import Estimate, GradientEstimator, write_grads
 from fgtrain.lightning.checkpoints import (
+    carry_over,
     machine,
     name_other_machine,
     refuse_foreign,
     refuse_other_optimizer,
     refuse_unclaimed,
-    take_along,
 )
 from fgtrain.lightning.divergence import Divergence
 from fgtrain.lightning.exchange import Exchange, Gradients, average_weights, exchange_of
@@ -175,7 +175,7 @@ class EstimatorModule(L.LightningModule):
         if trainer.is_global_zero:
             name_other_machine(checkpoint, trainer.strategy.root_device)
         if trainer.ckpt_path is not None:
-            take_along(checkpoint, trainer.callbacks, Path(trainer.ckpt_path), trainer.is_global_zero)
+            carry_over(checkpoint, trainer.callbacks, Path(trainer.ckpt_path), trainer.is_global_zero)
         self._saved_grads = dict(checkpoint.get("accumulated_grads", {}))
         for saved in checkpoint.get("optimizer_states", []):
             refuse_other_optimizer(saved, self._optimizer())

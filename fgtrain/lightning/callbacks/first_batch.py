@@ -17,12 +17,12 @@ from fgtrain._torch import is_compiled, tree_flatten, tree_map
 from fgtrain.data.in_memory import refuse_other_examples
 from fgtrain.errors import ConfigError, DataError, ModelError, UserError
 from fgtrain.estimators import GradientEstimator
-from fgtrain.forward_ad.passes import RepeatedPass
 from fgtrain.lightning.callbacks.monitor import LOGGED
 from fgtrain.lightning.length import first_batch
 from fgtrain.lightning.module import EstimatorModule
 from fgtrain.memory import free_memory, is_out_of_memory
 from fgtrain.network.parameters import trainable_params
+from fgtrain.network.snapshot import Snapshot
 from fgtrain.random import preserved_random_state
 from fgtrain.tasks import Classification
 
@@ -137,7 +137,7 @@ class FirstBatch(L.Callback):
         dtype = next((p.dtype for p in module.model.parameters() if p.is_floating_point()), torch.float32)
         if type(trainer.precision_plugin) is not Precision:  # it will convert batch and model later
             few = tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, few)
-        before = RepeatedPass(module.model)
+        before = Snapshot(module.model)
         try:
             carries_several = module.estimator.directions_at_a_time > 1
             with torch.set_grad_enabled(carries_several), _sizes_of_outputs(module.model) as sizes:
@@ -153,7 +153,7 @@ class FirstBatch(L.Callback):
                 "shows the place"
             ) from error
         finally:
-            before.rewind()
+            before.restore()
 
 
 def refuse_unclassifiable(name: str, batch: Any, num_classes: int | None, input_shape: Any) -> None:

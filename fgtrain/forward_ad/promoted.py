@@ -14,10 +14,10 @@ from fgtrain._torch import tree_map_only
 from fgtrain.forward_ad.dual import Dual, is_differentiable
 
 
-class Adopting(TorchFunctionMode):
-    """A mode in which calls see the duals of adopted tensors.
+class PromotedTensors(TorchFunctionMode):
+    """A mode in which calls see the duals of promoted tensors.
 
-    Memory is adopted, not a tensor, so views made before and after the write are followed too.
+    Memory is promoted, not a tensor, so views made before and after the write are followed too.
     """
 
     def __init__(self) -> None:
@@ -30,8 +30,8 @@ class Adopting(TorchFunctionMode):
             args, kwargs = tree_map_only(Tensor, self.dual_of, (args, kwargs))
         return func(*args, **kwargs)
 
-    def adopt(self, x: Tensor, num_directions: int) -> Dual:
-        """Adopt `x`, a plain tensor of real or complex numbers, and return its dual; its tangents are 0."""
+    def promote(self, x: Tensor, num_directions: int) -> Dual:
+        """Promote `x`, a plain tensor of real or complex numbers, and return its dual; its tangents are 0."""
         memory = x.untyped_storage()
         if memory._cdata not in self._tangents:
             size = memory.nbytes() // x.element_size()
@@ -39,7 +39,7 @@ class Adopting(TorchFunctionMode):
         return self.dual_of(x)
 
     def dual_of(self, x: Any) -> Any:
-        """`x`, or its dual if its memory is adopted."""
+        """`x`, or its dual if its memory is promoted."""
         if isinstance(x, Dual) or not is_differentiable(x) or x.layout != torch.strided:
             return x
         _, tangents = self._tangents.get(x.untyped_storage()._cdata, (None, None))

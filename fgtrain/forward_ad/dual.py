@@ -7,7 +7,7 @@ processes the value and all directions in a few large operations. It is a tensor
 
 A call is handled by the first of these that applies:
 
-1. a rule of `fgtrain.forward_ad.rules`, one of its module `small` before the others;
+1. a rule of `fgtrain.forward_ad.rules`, one of its module `short` before the others;
 2. a composition of other functions, whose calls are handled in turn;
 3. for a function that only reads values, a call on the values; for a change in place, a copy of the new result;
 4. for a function that PyTorch implements in Python, its body, whose calls are handled in turn;
@@ -142,8 +142,8 @@ def _call(running: running_pass, func: Any, args: tuple[Any, ...], kwargs: dict[
             return result
         if func in running.rules or not FALLBACKS[func].is_opened:  # the calls of a body are widened in turn
             args, kwargs = _on_values(_widened, (func, args, kwargs), {})
-    small = running.small.get(func)
-    if small is not None and (result := small(running, args, kwargs)) is not NotImplemented:
+    short = running.short.get(func)
+    if short is not None and (result := short(running, args, kwargs)) is not NotImplemented:
         return result
     result = _on_values(running.rules[func], args, kwargs) if func in running.rules else NotImplemented
     if result is NotImplemented and func in COMPOSITIONS:

@@ -20,7 +20,7 @@ class running_pass:  # noqa: N801 - a context manager used like a function
 
     Attributes:
         rules: the rules that the pass uses: `RULES`, or none inside `without_rules`.
-        small: its short rules, likewise.
+        short: its short rules, likewise.
         widening: its rules for duals of different numbers of directions, likewise.
         width: the number of directions of the loss, if duals may have fewer; else None.
         aliased_memory: {id of a base tensor: the tensor}. Several duals share this memory with their values, but not
@@ -32,7 +32,7 @@ class running_pass:  # noqa: N801 - a context manager used like a function
         self.follows = follows
         self.promoted = promoted
         self.draws = draws
-        self.rules, self.small, self.widening = tables.rules, tables.small, tables.widening
+        self.rules, self.short, self.widening = tables.rules, tables.short, tables.widening
         self.width: int | None = None
         self.aliased_memory: dict[int, Tensor] = {}
         self.watched: Container[Any] = ()

@@ -5,32 +5,22 @@ return NotImplemented if the function itself can be used.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fgtrain._torch import FUNCTION_OWNERS, standard_gamma, standard_gamma_grad
+from fgtrain._torch import standard_gamma, standard_gamma_grad
+from fgtrain.forward_ad.registry import register
 from fgtrain.forward_ad.rules.opened import opened
 
 COMPOSITIONS: dict[Any, Callable[..., Any]] = {}
 """{function of PyTorch: its composition}."""
 
-
-def functions_named(names: str) -> list[Any]:
-    """Every function of PyTorch that has one of these names."""
-    return [getattr(owner, name) for name in names.split() for owner in FUNCTION_OWNERS if hasattr(owner, name)]
-
-
-def composition_of(names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make the decorated function the composition of every function of PyTorch with one of these names."""
-
-    def decorate(composition: Callable[..., Any]) -> Callable[..., Any]:
-        COMPOSITIONS.update(dict.fromkeys(functions_named(names), composition))
-        return composition
-
-    return decorate
+composition_of = partial(register, table=COMPOSITIONS)
+"""Makes the decorated function the composition of every function of PyTorch with one of the given names."""
 
 
 def by_place(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fgtrain._torch import FUNCTION_OWNERS, REQUIRES_GRAD, tree_leaves
+from fgtrain._torch import REQUIRES_GRAD, tree_leaves
 from fgtrain.forward_ad.dual import Dual, call, num_directions, primal_of, promoted, tangent_of, values
 from fgtrain.forward_ad.lost_derivatives import is_differentiable, only_reads
 from fgtrain.forward_ad.passes import UnsupportedByEngine
-from fgtrain.forward_ad.registry import FALLBACKS, Fallback, Rule
+from fgtrain.forward_ad.registry import FALLBACKS, Fallback, Rule, functions_named
 from fgtrain.forward_ad.rules.compositions import no_backward
 from fgtrain.forward_ad.rules.opened import opened
 from fgtrain.forward_ad.rules.per_direction import per_direction
@@ -78,7 +78,7 @@ def _target(x: Any, name: str, *sources: Any) -> tuple[Dual, Tensor, Tensor]:
 
 def _in_place(name: str) -> Rule:
     """A rule for `name`, such as add_: compute the out-of-place result and copy it into the argument's memory."""
-    outside = next((getattr(owner, name[:-1]) for owner in FUNCTION_OWNERS if hasattr(owner, name[:-1])), None)
+    outside = next(iter(functions_named(name[:-1])), None)
 
     def rule(x: Any, *args: Any, **kwargs: Any) -> Any:
         if not is_differentiable(x):

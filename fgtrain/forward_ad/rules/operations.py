@@ -13,9 +13,8 @@ from torch.nn import functional as F
 
 from fgtrain._torch import tree_flatten, tree_map, tree_unflatten
 from fgtrain.forward_ad.dual import Dual, dual, primal_of, tangent_of
-from fgtrain.forward_ad.registry import RULES, Rule, register
+from fgtrain.forward_ad.registry import RULES, Rule, functions_named, register
 from fgtrain.forward_ad.rules.arithmetic import aligned
-from fgtrain.forward_ad.rules.compositions import functions_named
 from fgtrain.forward_ad.rules.per_direction import laid_out
 
 

@@ -3,7 +3,7 @@
 import math
 import warnings
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -92,38 +92,28 @@ class Position(L.Callback):
         self._enter(trainer, fit, checkpoint["global_step"])
 
     def _enter(self, trainer: Any, fit: dict[str, Any], step: int) -> None:
-        """Set the counters of the loops to a state from which Lightning continues correctly."""
-        found = Counters.of(fit)
-        epoch, batch, total = found.epochs, found.batch, found.total
-        is_inside = batch > 0 and (found.in_epoch or not found.is_last)  # also if the run ended within it
-        if is_inside and not found.in_epoch:
-            epoch -= 1
-        steps_reached, epochs_reached = 0 <= trainer.max_steps <= step, 0 <= trainer.max_epochs <= epoch
-        stopped = self.keeps_stop and fit["state_dict"].get("should_stop", False)
-        stops = stopped and found.epochs >= (trainer.min_epochs or 0) and step >= (trainer.min_steps or 0)
-        is_over = stops or steps_reached or epochs_reached
-        owes_end = is_inside and found.in_epoch
-        due = _validation_is_due(trainer, epoch, total, batch, is_last=found.is_last)
-        validates = owes_end and not found.step_is_over and (due or (stops and trainer.enable_validation))
-        self.ends_epoch = owes_end and not validates and (found.is_last or is_over)
-        self._is_complete = is_over and not owes_end
-        self._was_last = found.is_last if self.ends_epoch else None
-
-        self._added_steps = step + 1 - trainer.max_steps if steps_reached else 0
-        self._added_epochs = epoch + 1 - trainer.max_epochs if epochs_reached else 0
-        raise_limits(trainer, self._added_steps, self._added_epochs)
-        self._stops = stopped and is_over
-        trainer.should_stop = trainer.should_stop or (stopped and not is_over)
-
-        batch, total = batch - self.ends_epoch if is_inside else 0, total - self.ends_epoch
-        # Lightning adds a step to the x axis of its logs if a validation is due here, even if it was done before.
-        adds = validates or (not self._is_complete and _validation_is_due(trainer, epoch, total, batch, is_last=False))
-        state = Counters(epoch, is_inside, batch, total, validates and found.is_last, not validates)
-        state.write(fit, total + self.ends_epoch - adds)
-        self._validates = validates
+        """Raise the limits and set the counters, so that Lightning's loops do next what the run would have done."""
+        found, stopped = Counters.of(fit), self.keeps_stop and fit["state_dict"].get("should_stop", False)
+        here = _Place.of(found, trainer, step, stopped=stopped)
+        self.ends_epoch, self._validates, self._is_complete = here.ends_epoch, here.validates, here.is_complete
+        self._was_last = found.is_last if here.ends_epoch else None
         self._leaves = found.total > 0 and found.is_last
-        self._random = random_state() if self.ends_epoch or self._generators or (validates and found.is_last) else None
-        if is_inside and not (found.is_last or is_over) and self._loses_place:
+        self._added_steps = max(0, step + 1 - trainer.max_steps) if trainer.max_steps >= 0 else 0
+        self._added_epochs = max(0, here.epoch + 1 - trainer.max_epochs) if trainer.max_epochs >= 0 else 0
+        raise_limits(trainer, self._added_steps, self._added_epochs)
+        self._stops = stopped and here.is_over
+        trainer.should_stop = trainer.should_stop or (stopped and not here.is_over)
+
+        batch, total = found.batch - here.ends_epoch if here.is_inside else 0, found.total - here.ends_epoch
+        # Lightning adds a step to the x axis of its logs if a validation is due here, even if it was done before.
+        adds = here.validates or (
+            not here.is_complete and _validation_is_due(trainer, here.epoch, total, batch, is_last=False)
+        )
+        is_last = here.validates and found.is_last
+        state = Counters(here.epoch, here.is_inside, batch, total, is_last, not here.validates)
+        state.write(fit, total + here.ends_epoch - adds)
+        self._random = random_state() if here.ends_epoch or self._generators or is_last else None
+        if here.is_inside and not (found.is_last or here.is_over) and self._loses_place:
             rank_zero_warn(
                 "the run continues in the middle of an epoch, but its training loader has no state_dict and "
                 "load_state_dict: it starts over, so that some examples come twice and others not at all"
@@ -199,6 +189,48 @@ class Position(L.Callback):
         if self._intervals is not None:
             trainer.val_check_batch, trainer.check_val_every_n_epoch = self._intervals
             self._intervals = None
+
+
+class _Place(NamedTuple):
+    """The place of a run in its epochs, and what is pending there.
+
+    Attributes:
+        epoch: the number of epochs before this place.
+        is_inside: whether a step of the epoch has been done, and its end has not been left behind.
+        is_over: whether a limit or a stop ends the run here.
+        validates: whether the validation after the last step is pending.
+        ends_epoch: whether the end of the epoch is pending, and no validation before it.
+    """
+
+    epoch: int
+    is_inside: bool
+    is_over: bool
+    validates: bool
+    ends_epoch: bool
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.is_over and not (self.validates or self.ends_epoch)
+
+    @classmethod
+    def of(cls, found: Counters, trainer: Any, step: int, *, stopped: bool) -> "_Place":
+        """Find it from the counters of a checkpoint.
+
+        Args:
+            found: the counters.
+            trainer: the trainer of the run.
+            step: the number of optimizer steps.
+            stopped: whether the run was stopped early.
+        """
+        is_inside = found.batch > 0 and (found.in_epoch or not found.is_last)  # also if the run ended within it
+        epoch = found.epochs - (is_inside and not found.in_epoch)
+        stops = stopped and found.epochs >= (trainer.min_epochs or 0) and step >= (trainer.min_steps or 0)
+        is_over = stops or 0 <= trainer.max_steps <= step or 0 <= trainer.max_epochs <= epoch
+        owes_end = is_inside and found.in_epoch
+        due = _validation_is_due(trainer, epoch, found.total, found.batch, is_last=found.is_last)
+        validates = owes_end and not found.step_is_over and (due or (stops and trainer.enable_validation))
+        return cls(epoch, is_inside, is_over, validates, owes_end and not validates and (found.is_last or is_over))
 
 
 def _loaders(trainer: Any) -> list[Any]:

@@ -5,13 +5,14 @@ processes the value and all directions in a few large operations. It is a tensor
 `__torch_function__`, which looks up a rule. Other calls (such as those of a compiled extension) reach
 `__torch_dispatch__`, which refuses them. So a derivative can be slow or refused, but is never lost silently.
 
-A call is handled by the first of these that applies:
+A call is handled in the first of these ways that applies:
 
-1. a rule of `fgtrain.forward_ad.rules`, one of its module `short` before the others;
-2. a composition of other functions, whose calls are handled in turn;
-3. for a function that only reads values, a call on the values; for a change in place, a copy of the new result;
-4. for a function that PyTorch implements in Python, its body, whose calls are handled in turn;
-5. PyTorch's own forward mode, one direction at a time.
+1. a function without a rule that only reads values is called with the values;
+2. a short rule runs (`rules.short`), then a rule of the other modules of `fgtrain.forward_ad.rules`;
+3. a composition of other functions runs, whose calls are handled in turn;
+4. a change in place copies the result of the function that makes a new tensor;
+5. the body of a function that PyTorch implements in Python runs, and its calls are handled in turn;
+6. PyTorch's own forward mode runs, one direction at a time.
 
 A result without tangents is refused if backpropagation would differentiate it. A dual belongs to its pass: a later pass
 refuses it, and between passes it acts as its value.
@@ -33,34 +34,6 @@ from fgtrain.forward_ad.rules.compositions import COMPOSITIONS, by_place
 from fgtrain.forward_ad.running import current, running_pass
 from fgtrain.forward_ad.stale import stale_message
 from fgtrain.tangents.directions import LastTangent, LowRankTangent, Tangent, padded
-
-
-def _widened(func: Any, args: Any, kwargs: Any) -> Any:
-    """The arguments; duals with fewer directions than another one are replaced by copies that have as many.
-
-    Raises:
-        WritesWider: such a dual would be changed in place.
-    """
-    found = [x for x in duals_in((args, kwargs)) if isinstance(x.tangent, (Tensor, LowRankTangent, LastTangent))]
-    width = max(map(num_directions, found), default=0)
-    narrow = {id(x) for x in found if num_directions(x) < width}
-    for x in found:
-        if isinstance(x.tangent, LastTangent):
-            tangent_of(x)
-    if not narrow:
-        return args, kwargs
-    if FALLBACKS[func].writes and id(args[0]) in narrow:
-        name = getattr(func, "__name__", func)
-        raise WritesWider(f"{name} writes what depends on a later layer into a tensor of an earlier one")
-
-    def as_wide(x: Dual) -> Dual:
-        if id(x) not in narrow:
-            return x
-        copy = Dual(x.primal, padded(tangent_of(x), width))
-        copy.is_copy = True
-        return copy
-
-    return tree_map_only(Dual, as_wide, (args, kwargs))
 
 
 class Dual(Tensor):
@@ -132,6 +105,7 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _call(running: running_pass, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result by the first way that applies, in the order of the module's docstring."""
     if func not in running.rules and func not in COMPOSITIONS and FALLBACKS[func].reads and "out" not in kwargs:
         return _on_values(FALLBACKS[func].rule, args, kwargs)  # of a shape, a comparison
     if kwargs:
@@ -145,21 +119,52 @@ def _call(running: running_pass, func: Any, args: tuple[Any, ...], kwargs: dict[
     short = running.short.get(func)
     if short is not None and (result := short(running, args, kwargs)) is not NotImplemented:
         return result
-    result = _on_values(running.rules[func], args, kwargs) if func in running.rules else NotImplemented
-    if result is NotImplemented and func in COMPOSITIONS:
-        result = _as_user_code(COMPOSITIONS[func], args, kwargs)
-        if result is not NotImplemented:
-            return result
-    if result is NotImplemented:
-        fallback = FALLBACKS[func]
-        if kwargs.get("out") is not None:
-            raise UnsupportedByEngine(f"{getattr(func, '__name__', func)} writes into its argument out")
-        result = (_as_user_code if fallback.is_opened else _on_values)(fallback.rule, args, kwargs)
-        if fallback.is_opened:  # its calls have been checked
-            return result
+    rule = running.rules.get(func)
+    if rule is not None and (result := _on_values(rule, args, kwargs)) is not NotImplemented:
+        return _checked(running, func, args, kwargs, result)
+    if func in COMPOSITIONS and (result := _as_user_code(COMPOSITIONS[func], args, kwargs)) is not NotImplemented:
+        return result  # its calls have been checked
+    if kwargs.get("out") is not None:
+        raise UnsupportedByEngine(f"{getattr(func, '__name__', func)} writes into its argument out")
+    fallback = FALLBACKS[func]
+    if fallback.is_opened:
+        return _as_user_code(fallback.rule, args, kwargs)
+    return _checked(running, func, args, kwargs, _on_values(fallback.rule, args, kwargs))
+
+
+def _checked(running: running_pass, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+    """`result`, unless it has lost a derivative."""
     if not isinstance(result, Dual) and isinstance(result, (Tensor, tuple, list)) and running.follows:
         _on_values(refuse_if_lost, (func, args, kwargs, result, _is_dual, _value_of), {})
     return result
+
+
+def _widened(func: Any, args: Any, kwargs: Any) -> Any:
+    """The arguments; duals with fewer directions than another one are replaced by copies that have as many.
+
+    Raises:
+        WritesWider: such a dual would be changed in place.
+    """
+    found = [x for x in duals_in((args, kwargs)) if isinstance(x.tangent, (Tensor, LowRankTangent, LastTangent))]
+    width = max(map(num_directions, found), default=0)
+    narrow = {id(x) for x in found if num_directions(x) < width}
+    for x in found:
+        if isinstance(x.tangent, LastTangent):
+            tangent_of(x)
+    if not narrow:
+        return args, kwargs
+    if FALLBACKS[func].writes and id(args[0]) in narrow:
+        name = getattr(func, "__name__", func)
+        raise WritesWider(f"{name} writes what depends on a later layer into a tensor of an earlier one")
+
+    def as_wide(x: Dual) -> Dual:
+        if id(x) not in narrow:
+            return x
+        copy = Dual(x.primal, padded(tangent_of(x), width))
+        copy.is_copy = True
+        return copy
+
+    return tree_map_only(Dual, as_wide, (args, kwargs))
 
 
 def _is_dual(x: Any) -> bool:

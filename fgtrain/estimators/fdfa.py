@@ -108,7 +108,7 @@ class FDFA(GradientEstimator):
         params = trainable_params(model)
         seed, *seeds = draw_seeds(generator, 1 + self.num_tangents)
         layers = perturbed_layers(model, loss_fn)
-        others = {name: p for name, p in params.items() if name not in {*layers.biases, *layers.biases.values()}}
+        others = layers.others(params)
         learns = self.feedback_every == 1 or int(self.num_calls) % self.feedback_every == 0
         directions = Rademacher().sample(others, seeds) if others and learns else None
         perturbed = (

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from fgtrain.forward_ad.passes import UnsupportedByEngine, WritesIntoPlain, Writ
 from fgtrain.layer_noise.noise import WITHOUT_HEAD, LayerNoise, PerturbedPass, UsedElsewhere
 from fgtrain.network.parameters import slots_of
 from fgtrain.network.snapshot import Snapshot
+
+T = TypeVar("T")
 
 PERTURBED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -29,6 +31,11 @@ class PerturbedLayers(NamedTuple):
     biases: dict[str, str | None]
     last: str
     rectified: frozenset[str]
+
+    def others(self, params: Mapping[str, T]) -> dict[str, T]:
+        """The parameters that do not belong to these layers."""
+        own = {*self.biases, *self.biases.values()}
+        return {name: p for name, p in params.items() if name not in own}
 
 
 def perturbed_layers(model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> PerturbedLayers:
@@ -84,8 +91,7 @@ def _try_other_parameters(
 
     `evaluate` keeps that in mind. The pass of an estimate, which cannot be repeated, is then prepared for it.
     """
-    of_layers = {*layers.biases, *layers.biases.values()}
-    others = {name: p for name, p in slots_of(model).trainable().items() if name not in of_layers}
+    others = layers.others(slots_of(model).trainable())
     if others:
         with suppress(WritesIntoPlain, UnsupportedOperation):  # the pass of the estimate names what it cannot follow
             run_perturbed(model, loss_fn, {name: torch.zeros_like(p)[None] for name, p in others.items()})

@@ -1,7 +1,8 @@
 """The gradient after the last residual block, sent back along the skips to every block."""
 
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -143,6 +144,9 @@ class Highway(GradientEstimator):
         generator: torch.Generator,
         reduce: Reduce | None,
     ) -> Estimate:
+        # A recorded pass finds the residual blocks that run one after the other, and what their branches add. Passes
+        # with these as constants give the gradient after the blocks (delta) and the gradients outside them, by
+        # backpropagation or by forward mode. In a last pass, every block gets its own gradients from delta as it runs.
         params = trainable_params(model)
         snapshot = Snapshot(model)
         with eager_functions():  # compiled code would ignore replaced forwards
@@ -241,42 +245,56 @@ def _learning(
     found: list[tuple[nn.Parameter, Tensor]] = []
     after_next = branches.after_blocks(blocks)
 
-    def learn(block: nn.Module, forward: Forward) -> Forward:
+    def learning(block: nn.Module, forward: Forward) -> Forward:
         def run(*args: Any, **kwargs: Any) -> Any:
             args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
             through = None
             if branches.sums:
-                snapshot = Snapshot(block)
+                before = Snapshot(block)
                 through = through_branch(forward, args, kwargs)[1]
-                snapshot.restore()
+                before.restore()
             delta = after_next(through)[1]
-            if delta is None or not any(p.requires_grad for p in block.parameters()):
-                with torch.no_grad():
-                    return forward(*args, **kwargs)
-            held: list[Any] = []
-
-            def output(_: object) -> Tensor:
-                out = forward(*args, **kwargs)
-                held[:] = [tree_map_only(Tensor, lambda x: value_of(x).detach(), out)]
-                return hidden_of(out)
-
-            snapshot = None if estimator.loss_at_parameters else Snapshot(block)
-            try:
-                if estimator.backpropagates:
-                    grads = estimator(block, lambda m: per_example(delta * output(m)), generator=generator).grads
-                else:
-                    grads = gradients_within(estimator, block, output, delta, generator)
-            except NoTangent:  # the block left its branch out in this pass, as LayerDrop does
-                grads = {}
+            grads, out = _gradients_and_output(estimator, block, partial(forward, *args, **kwargs), delta, generator)
             params = slots_of(block).params
             found.extend((params[name], g) for name, g in grads.items())
-            if snapshot is not None:  # the output is that of perturbed parameters
-                snapshot.restore()
-                with torch.no_grad():
-                    return forward(*args, **kwargs)
-            return held[0]
+            return out
 
         return run
 
-    with forwards_replaced({block: learn(block, forward) for block, forward in blocks.forwards.items()}):
+    with forwards_replaced({block: learning(block, forward) for block, forward in blocks.forwards.items()}):
         yield found
+
+
+def _gradients_and_output(
+    estimator: GradientEstimator,
+    block: nn.Module,
+    run: Callable[[], Any],
+    delta: Tensor | None,
+    generator: torch.Generator,
+) -> tuple[dict[str, Tensor], Any]:
+    """The gradients of sum delta . output in the parameters of a block, and its output; `run` runs the block.
+
+    There are no gradients if the loss does not depend on the block (delta is None), if the block is frozen, or if it
+    left its branch out in this pass, as LayerDrop does.
+    """
+    if delta is None or not any(p.requires_grad for p in block.parameters()):
+        with torch.no_grad():
+            return {}, run()
+    held: list[Any] = []
+
+    def output(_: object) -> Tensor:
+        out = run()
+        held[:] = [tree_map_only(Tensor, lambda x: value_of(x).detach(), out)]
+        return hidden_of(out)
+
+    before, grads = None if estimator.loss_at_parameters else Snapshot(block), dict[str, Tensor]()
+    with suppress(NoTangent):
+        if estimator.backpropagates:
+            grads = estimator(block, lambda m: per_example(delta * output(m)), generator=generator).grads
+        else:
+            grads = gradients_within(estimator, block, output, delta, generator)
+    if before is None:
+        return grads, held[0]
+    before.restore()  # the output so far is that of perturbed parameters
+    with torch.no_grad():
+        return grads, run()

@@ -144,9 +144,6 @@ class LocalLosses(LocalHeads):
             cache[:] = [[LocalBlock(part, self.features) for part in parts] for parts in blocks]
         return cache
 
-    def extra_repr(self) -> str:
-        return f"head_lr={self.head_lr}, head_size={self.head_size}"
-
 
 class LocalBlock(StandIn):
     """A part of a block and its head as a separate model.

@@ -59,9 +59,6 @@ class LocalGuess(LocalHeads):
     backward_pass = "within a block"
     claims: frozenset[Claim] = frozenset({"descent"})
 
-    def __init__(self, head_lr: float = 0.1, *, head_size: int = 2) -> None:
-        super().__init__(head_lr, head_size=head_size)
-
     def forward(
         self,
         model: nn.Module,
@@ -116,6 +113,3 @@ class LocalGuess(LocalHeads):
 
     def _read(self, head: nn.Module, hidden: Tensor) -> Tensor:
         return head(self.features(hidden))
-
-    def extra_repr(self) -> str:
-        return f"head_lr={self.head_lr}, head_size={self.head_size}"

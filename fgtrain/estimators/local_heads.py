@@ -122,6 +122,9 @@ class LocalHeads(GradientEstimator):
                 key = name.removeprefix("heads.").removesuffix(".weight")
                 self.add_head(key, weight.shape[1], weight.shape[0], weight)
 
+    def extra_repr(self) -> str:
+        return f"head_lr={self.head_lr}, head_size={self.head_size}"
+
 
 def blocks_of(model: nn.Module) -> list[list[nn.Module]]:
     """Layers with parameters, each with the modules up to the next; modules before the first belong to it."""

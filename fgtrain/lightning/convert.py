@@ -19,7 +19,7 @@ from fgtrain.lightning._lightning import compiler_of
 from fgtrain.lightning.divergence import Divergence
 from fgtrain.lightning.observed import BACKWARD_CALLED, LossFn, ObservedStep
 from fgtrain.lightning.optimizers import step_together
-from fgtrain.lightning.step import StepEstimates, estimate_for_step
+from fgtrain.lightning.step import StepEstimates, estimate_for_step, scaler_of
 
 Module = TypeVar("Module", bound=L.LightningModule)
 
@@ -141,10 +141,9 @@ class _Converted(L.LightningModule):
         if isinstance(trainer.strategy.model, DistributedDataParallel):
             trainer.strategy.model.require_backward_grad_sync = False  # there is no backward pass
         estimate = self._estimate_by(step.estimator, trainer.fit_loop.batch_idx)
-        scales = getattr(trainer.precision_plugin, "scaler", None) is not None  # it skips such steps itself
 
         def is_sound(found: Estimate) -> bool:
-            return scales or step.divergence.inspect(found, trainer)
+            return scaler_of(trainer.precision_plugin) is not None or step.divergence.inspect(found, trainer)
 
         return step.run(self, args, estimate, is_sound)
 

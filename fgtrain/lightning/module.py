@@ -29,7 +29,7 @@ from fgtrain.lightning.divergence import Divergence
 from fgtrain.lightning.exchange import Exchange, Gradients, average_weights, exchange_of
 from fgtrain.lightning.length import total_steps
 from fgtrain.lightning.position import Position
-from fgtrain.lightning.step import StepEstimates, estimate_for_step
+from fgtrain.lightning.step import StepEstimates, estimate_for_step, scaler_of
 from fgtrain.lightning.strategy import shard_model
 from fgtrain.network.sharding import like_parameter, whole
 from fgtrain.tasks import Task
@@ -217,8 +217,7 @@ class EstimatorModule(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         trainer, micro_batch = self.trainer, batch_idx % self.accumulate_grad_batches
         estimate = self.estimate(self.estimator, batch, batch_idx, self._exchange)
-        scales = getattr(trainer.precision_plugin, "scaler", None) is not None
-        sound = scales or self.divergence.inspect(estimate, trainer)  # a loss scaler skips such steps itself
+        sound = scaler_of(trainer.precision_plugin) is not None or self.divergence.inspect(estimate, trainer)
         self.ranks.bytes_sent += self._gathered_bytes
         write_grads(self.model, estimate.grads, accumulate=micro_batch > 0, check_finite=False)  # checked above
         due = micro_batch + 1 == self.accumulate_grad_batches or trainer.is_last_batch
@@ -242,7 +241,7 @@ class EstimatorModule(L.LightningModule):
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         if self.clip_grad_norm is not None:
-            scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # optimizer.step() divides by its scale
+            scaler = scaler_of(self.trainer.precision_plugin)  # optimizer.step() divides by its scale
             scale = 1.0 if scaler is None else scaler.get_scale()
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm * scale)
         optimizer.step(closure) if self._searches else optimizer.step()

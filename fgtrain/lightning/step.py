@@ -52,7 +52,7 @@ def estimate_for_step(
     by the loss scale, which the optimizer step removes. Autocast applies to the loss only: gradients are computed from
     derivatives in the precision of the parameters.
     """
-    scaler = getattr(plugin, "scaler", None)
+    scaler = scaler_of(plugin)
     is_scaled = micro_batches > 1 or scaler is not None
 
     def scaled(tensors: Any) -> Any:
@@ -74,6 +74,11 @@ def estimate_for_step(
         if scaler is not None:
             grads = dict(zip(grads, scaled(list(grads.values())), strict=True))
         return estimate._replace(grads=grads)
+
+
+def scaler_of(plugin: Any) -> Any:
+    """The loss scaler of `16-mixed`, which skips steps that are not finite itself; None for other precisions."""
+    return getattr(plugin, "scaler", None)
 
 
 def _full_precision(plugin: Any) -> Any:

@@ -95,8 +95,10 @@ class GradientEstimator(nn.Module, ABC):
             reduce: mean over ranks of a tensor; None on one device.
 
         Raises:
+            LossError: the losses are not of shape (B,) or (), or depend on no trained parameter.
             ModelError: a parameter has a hook that only `.backward()` calls; or the method takes no whole backward
                 pass, but a parameter is complex or has a hook on its gradient.
+            UnsupportedOperation: the method cannot differentiate an operation of the model.
         """
         require_estimable(model, by_backward_pass=self.backward_pass == "whole")
         with one_at_a_time, torch.inference_mode(False):

@@ -53,6 +53,8 @@ class ForwardGradient(GradientEstimator):
 
     Raises:
         ValueError: an argument is out of its range.
+        LossError: with exact_head, there is not one loss for every row of the last layer.
+        UnsupportedOperation: with exact_head, examples are mixed after the last layer.
 
     Source: Baydin, Pearlmutter, Syme, Wood, Torr 2022, arXiv:2202.08587, equation 4; K directions: Fluegel et al.
     2024, arXiv:2410.17764; shrinkage: Shukla and Shin 2023, arXiv:2310.14168.

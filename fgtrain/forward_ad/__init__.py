@@ -31,8 +31,8 @@ from fgtrain.tangents.directions import LastTangent, Tangent, num_of
 __all__ = ["directional_derivatives", "jvp"]
 
 _log = logging.getLogger(__name__)
-Before = Snapshot | LightSnapshot
-Engine = Callable[[nn.Module, LossFn, Mapping[str, Tangent], Before], tuple[Tensor, Tensor]]
+AnySnapshot = Snapshot | LightSnapshot
+Engine = Callable[[nn.Module, LossFn, Mapping[str, Tangent], AnySnapshot], tuple[Tensor, Tensor]]
 
 
 def directional_derivatives(
@@ -173,7 +173,7 @@ class _Engines:
         return [(self._run_compiled, "the derivatives of %s are computed uncompiled: %s"), *engines]
 
     def _run_compiled(
-        self, model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent], before: Before
+        self, model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent], before: AnySnapshot
     ) -> tuple[Tensor, Tensor]:
         """Run the compiled engine; the first result of a new compilation is compared with the stacked engine."""
         known = self._compiled.num_compilations
@@ -193,7 +193,7 @@ class _Engines:
 
 
 def _stacked(
-    model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent], before: Before
+    model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent], before: AnySnapshot
 ) -> tuple[Tensor, Tensor]:
     for _ in range(2):  # there are two things to be prepared for
         try:
@@ -203,9 +203,13 @@ def _stacked(
     return stacked.jvp(model, loss_fn, tangents)
 
 
-def _native(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent], _: Before) -> tuple[Tensor, Tensor]:
+def _native(
+    model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent], _: AnySnapshot
+) -> tuple[Tensor, Tensor]:
     return native.jvp(model, loss_fn, tangents)
 
 
-def _sharded(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent], _: Before) -> tuple[Tensor, Tensor]:
+def _sharded(
+    model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent], _: AnySnapshot
+) -> tuple[Tensor, Tensor]:
     return sharded.jvp(model, loss_fn, tangents)

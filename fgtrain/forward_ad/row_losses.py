@@ -90,8 +90,8 @@ def num_marks(num: int) -> int:
 def marks(num: int, like: Tensor) -> Tensor:
     """Directions of `num` rows, (M, num), that tell by nan which rows a loss depends on, whatever the rounding.
 
-    Half of the M directions mark a row with nan; the other entries are 0. Every row has another half, so none has all
-    directions of another (Sperner 1928). If a loss depends on a row, even by a factor of 0, its derivatives are nan
+    In half of the M directions a row has nan, in the others 0. Each row has its own half, so no row has nan in all
+    directions of another one (Sperner 1928). If a loss depends on a row, even by a factor of 0, its derivatives are nan
     along all directions of the row. So a loss that depends on another row than its own always shows it.
 
     Args:

@@ -142,9 +142,9 @@ def _spreads(shape: torch.Size, to: torch.Size) -> bool:
 
 
 def _by_rows(model: nn.Module, run: Run, delta: Tensor, names: Iterable[str]) -> set[str]:
-    """The layers by rows: marks in a random half of the rows reach only that half, and those in the others the others.
+    """The layers by rows: marks in a random half of the rows reach only that half, and marks in the rest only the rest.
 
-    A half, because a single row may be one that no other depends on, such as an isolated node of a graph.
+    A mark in a single row would not do, since no other row may depend on it, as on an isolated node of a graph.
     """
     if delta.dim() < 3:
         return set()

@@ -1,8 +1,13 @@
 """Noise on the outputs of layers: the pass of activity perturbation.
 
 A layer that is linear in its weight W has, for one example with input x and output z, the weight gradient g_z x^T. So
-it is enough to perturb z, which is far smaller than W. Here a weight's tangent is a `LayerNoise`: the rule of the layer
-adds noise u_k to the tangents of its output and records the parts of the local gradient.
+it is enough to perturb z, which is far smaller than W.
+
+The tangent of a weight is a `LayerNoise`, whose layer's rule passes the output to a `PerturbedPass`. The pass draws the
+noise u_k, adds it to the tangents of the output, and records the call of the layer in a `LayerCall`. The output is a
+`PerturbedDual`, which tells its `LayerCall` which functions use it, since units behind a ReLU may have no gradient.
+After the pass, `LayerCall.grad_output` turns the derivatives of the losses into the gradient of z, and `local_grads`
+turns this into the gradients of weight and bias.
 
 Shapes: K directions, B examples, q channels of a layer's output z (B, .., q), or (B, q, ..) of a convolution.
 """

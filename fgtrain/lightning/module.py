@@ -38,6 +38,11 @@ from fgtrain.tasks import Task
 class EstimatorModule(L.LightningModule):
     """Trains `model` on `task` with gradients from `estimator`; methods differ only in the estimator.
 
+    A training step estimates the gradient of the batch, together with the other processes. `divergence` checks the
+    estimate, and the gradient is written to `.grad`, or added to it. After the last batch of an optimizer step, the
+    gradient is clipped and the optimizer and the scheduler step, unless an estimate was not finite. `position` and the
+    hooks of checkpoints make a resumed run equal to an undisturbed one.
+
     Args:
         model: the network.
         task: its loss and metrics.

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from fgtrain.errors import AssumptionError, UserError
 from fgtrain.estimators import Backprop, Estimate, GradientEstimator
 from fgtrain.forward_ad import directional_derivatives
-from fgtrain.forward_ad.native import LossFn
-from fgtrain.forward_ad.passes import plain_losses
+from fgtrain.forward_ad.passes import LossFn, plain_losses
 from fgtrain.network.parameters import trainable_params
 from fgtrain.network.snapshot import Snapshot
 from fgtrain.random import keyed_generator

@@ -1,14 +1,15 @@
 """Forward gradients by activity perturbation: directions in the space of layer outputs."""
 
 import logging
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, add_grad, average_grads, require_positive_int
 from fgtrain.estimators.forward_gradient import ForwardGradient
+from fgtrain.forward_ad.passes import LossFn
 from fgtrain.forward_ad.row_losses import Evaluated
 from fgtrain.layer_noise.layers import perturbed_layers, run_perturbed
 from fgtrain.layer_noise.noise import LayerCall, LayerNoise, LocalGrads, Noise, PerturbedPass
@@ -132,12 +133,7 @@ class ActivityPerturbation(GradientEstimator):
 
     @torch.no_grad()
     def forward(
-        self,
-        model: nn.Module,
-        loss_fn: Callable[[Any], Tensor],
-        *,
-        generator: torch.Generator,
-        reduce: Reduce | None,
+        self, model: nn.Module, loss_fn: LossFn, *, generator: torch.Generator, reduce: Reduce | None
     ) -> Estimate:
         # A pass perturbs the outputs of layers, and all other parameters along directions. It gives the derivatives of
         # every example's loss, and `rows` tells which rows of an output belong to which example. From both, each call

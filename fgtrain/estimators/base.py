@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fgtrain._torch import foreach_norm
 from fgtrain.errors import DivergenceError
+from fgtrain.forward_ad.passes import LossFn
 from fgtrain.network.parameters import one_at_a_time, require_estimable, slots_of
 
 Reduce = Callable[[Tensor], Tensor]
@@ -80,7 +81,7 @@ class GradientEstimator(nn.Module, ABC):
     def __call__(
         self,
         model: nn.Module,
-        loss_fn: Callable[[Any], Tensor],
+        loss_fn: LossFn,
         *,
         generator: torch.Generator | None = None,
         reduce: Reduce | None = None,
@@ -112,12 +113,7 @@ class GradientEstimator(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self,
-        model: nn.Module,
-        loss_fn: Callable[[Any], Tensor],
-        *,
-        generator: torch.Generator,
-        reduce: Reduce | None,
+        self, model: nn.Module, loss_fn: LossFn, *, generator: torch.Generator, reduce: Reduce | None
     ) -> Estimate:
         """The method, called by `__call__` with its arguments, outside inference mode."""
 

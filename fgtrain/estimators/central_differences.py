@@ -1,14 +1,14 @@
 """The base of zeroth-order methods: directional derivatives from two losses instead of one JVP."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, require_positive_int
-from fgtrain.forward_ad.passes import plain_losses
+from fgtrain.forward_ad.passes import LossFn, plain_losses
 from fgtrain.network.parameters import trainable_params
 from fgtrain.network.snapshot import Snapshot
 from fgtrain.random import draw_seeds
@@ -75,12 +75,7 @@ class CentralDifferences(GradientEstimator):
 
     @torch.no_grad()
     def forward(
-        self,
-        model: nn.Module,
-        loss_fn: Callable[[Any], Tensor],
-        *,
-        generator: torch.Generator,
-        reduce: Reduce | None,
+        self, model: nn.Module, loss_fn: LossFn, *, generator: torch.Generator, reduce: Reduce | None
     ) -> Estimate:
         params = trainable_params(model)
         lines = self.lines(params, draw_seeds(generator, self.num_tangents))
@@ -101,7 +96,7 @@ class CentralDifferences(GradientEstimator):
     def _mean(self, lines: Lines, derivatives: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return lines.weighted_sum(derivatives / self.num_tangents * self.shrinkage.factor(params))
 
-    def _differences(self, model: nn.Module, loss_fn: Callable[[Any], Tensor], lines: Lines) -> tuple[Tensor, Tensor]:
+    def _differences(self, model: nn.Module, loss_fn: LossFn, lines: Lines) -> tuple[Tensor, Tensor]:
         """Losses (B,) or (), averaged over all passes, and derivatives (K, B) or (K,); leaves the state of one pass."""
         snapshot = Snapshot(model)
 

@@ -15,6 +15,7 @@ from fgtrain._torch import eager_functions, tree_leaves
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.estimators.backprop import Backprop
 from fgtrain.estimators.base import Estimate, Reduce
+from fgtrain.forward_ad.passes import LossFn
 from fgtrain.network.blocks import forwards_replaced
 from fgtrain.network.chains import in_turn, is_chain, links
 from fgtrain.network.parameters import slots_of
@@ -50,12 +51,7 @@ class CheckpointedBackprop(Backprop):
     """
 
     def forward(
-        self,
-        model: nn.Module,
-        loss_fn: Callable[[Any], Tensor],
-        *,
-        generator: torch.Generator,
-        reduce: Reduce | None,
+        self, model: nn.Module, loss_fn: LossFn, *, generator: torch.Generator, reduce: Reduce | None
     ) -> Estimate:
         # Functions are eager because compiled code would ignore replaced forwards.
         with eager_functions(), checkpointed() as repeated, _in_segments(model) as containers:

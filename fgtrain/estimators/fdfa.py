@@ -1,14 +1,14 @@
 """Direct feedback alignment with feedback matrices that are learnt from forward-mode derivatives."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, average_grads, buffers_in, require_positive_int
+from fgtrain.forward_ad.passes import LossFn
 from fgtrain.layer_noise.layers import perturbed_layers
 from fgtrain.layer_noise.noise import LayerCall, LayerNoise, LocalGrads, PerturbedPass, passing
 from fgtrain.layer_noise.rows import ExaminedPass, Rows, gradient_of_head, per_example
@@ -98,12 +98,7 @@ class FDFA(GradientEstimator):
 
     @torch.no_grad()
     def forward(
-        self,
-        model: nn.Module,
-        loss_fn: Callable[[Any], Tensor],
-        *,
-        generator: torch.Generator,
-        reduce: Reduce | None,
+        self, model: nn.Module, loss_fn: LossFn, *, generator: torch.Generator, reduce: Reduce | None
     ) -> Estimate:
         params = trainable_params(model)
         seed, *seeds = draw_seeds(generator, 1 + self.num_tangents)

@@ -1,7 +1,7 @@
 """Forward gradients by weight perturbation: directions in the space of the weights."""
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, get_args
+from collections.abc import Iterator, Mapping
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce, require_positive_int
 from fgtrain.estimators.exact_head import Jvp, with_exact_head
 from fgtrain.forward_ad import jvp
+from fgtrain.forward_ad.passes import LossFn
 from fgtrain.network.parameters import trainable_params
 from fgtrain.network.snapshot import Snapshot
 from fgtrain.random import draw_seeds
@@ -133,12 +134,7 @@ class ForwardGradient(GradientEstimator):
 
     @torch.no_grad()
     def forward(
-        self,
-        model: nn.Module,
-        loss_fn: Callable[[Any], Tensor],
-        *,
-        generator: torch.Generator,
-        reduce: Reduce | None,
+        self, model: nn.Module, loss_fn: LossFn, *, generator: torch.Generator, reduce: Reduce | None
     ) -> Estimate:
         params = trainable_params(model)
 
@@ -178,7 +174,7 @@ class ForwardGradient(GradientEstimator):
         return f"tangents={self.tangents}, num_tangents={self.num_tangents}, combine={self.combine!r}{shrinkage}"
 
 
-def _along(chunks: Chunks, jvp: Jvp, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> tuple[Tensor, Tensor]:
+def _along(chunks: Chunks, jvp: Jvp, model: nn.Module, loss_fn: LossFn) -> tuple[Tensor, Tensor]:
     """Losses, and their derivatives along all directions."""
     snapshot = Snapshot(model) if len(chunks) > 1 else None
     losses, found = None, []

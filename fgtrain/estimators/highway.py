@@ -23,7 +23,7 @@ from fgtrain.estimators.highway_forward import (
     per_example,
 )
 from fgtrain.forward_ad.native import value_of
-from fgtrain.forward_ad.passes import plain_losses
+from fgtrain.forward_ad.passes import LossFn, plain_losses
 from fgtrain.network.blocks import (
     Forward,
     find_blocks,
@@ -137,12 +137,7 @@ class Highway(GradientEstimator):
         self.backward_pass = "none" if self.estimator.backward_pass == "none" else "within a block"
 
     def forward(
-        self,
-        model: nn.Module,
-        loss_fn: Callable[[Any], Tensor],
-        *,
-        generator: torch.Generator,
-        reduce: Reduce | None,
+        self, model: nn.Module, loss_fn: LossFn, *, generator: torch.Generator, reduce: Reduce | None
     ) -> Estimate:
         # A recorded pass finds the residual blocks that run one after the other, and what their branches add. Passes
         # with these as constants give the gradient after the blocks (delta) and the gradients outside them, by
@@ -172,7 +167,7 @@ class Highway(GradientEstimator):
                 add_grad(grads, names[id(p)], g)
         return Estimate(losses.mean(), average_grads({name: grads[name] for name in params if name in grads}, reduce))
 
-    def _recorded(self, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> tuple[ResidualBlocks, Tensor]:
+    def _recorded(self, model: nn.Module, loss_fn: LossFn) -> tuple[ResidualBlocks, Tensor]:
         """The residual blocks of the model, with a recorded pass, and the losses of this pass.
 
         The first call finds out whether something else than the next block uses the output of a block. If so, every
@@ -191,7 +186,7 @@ class Highway(GradientEstimator):
         separate[key] = not is_chain_of_blocks(blocks, model, loss_fn, losses)
         return self._recorded(model, loss_fn) if separate[key] else (blocks, losses)
 
-    def _blocks_of(self, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> list[nn.Module]:
+    def _blocks_of(self, model: nn.Module, loss_fn: LossFn) -> list[nn.Module]:
         """The residual blocks, found at the first call by a pass whose effects are undone."""
         cache: list[str] = slots_of(model).cached(self, list)
         if not cache:
@@ -210,7 +205,7 @@ class Highway(GradientEstimator):
     def _grads_of_rest(
         self,
         model: nn.Module,
-        loss_fn: Callable[[Any], Tensor],
+        loss_fn: LossFn,
         blocks: ResidualBlocks,
         known: Iterable[str],
         generator: torch.Generator,

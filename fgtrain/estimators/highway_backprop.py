@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from fgtrain._torch import tree_map_only
 from fgtrain.errors import UnsupportedOperation
-from fgtrain.forward_ad.native import LossFn
-from fgtrain.forward_ad.passes import check_losses
+from fgtrain.forward_ad.passes import LossFn, check_losses
 from fgtrain.network.blocks import Forward, entering, hidden_of
 from fgtrain.network.parameters import slots_of
 from fgtrain.network.residual_blocks import BLOCKS_RUN_AGAIN, ResidualBlocks

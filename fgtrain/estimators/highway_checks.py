@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from fgtrain._torch import tree_leaves, tree_map_only
 from fgtrain.errors import UnsupportedOperation
-from fgtrain.forward_ad.native import LossFn
-from fgtrain.forward_ad.passes import plain_losses
+from fgtrain.forward_ad.passes import LossFn, plain_losses
 from fgtrain.network.blocks import Forward, with_hidden
 from fgtrain.network.parameters import slots_of
 from fgtrain.network.residual_blocks import ResidualBlocks

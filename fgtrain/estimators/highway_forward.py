@@ -15,6 +15,7 @@ from fgtrain.errors import LossError, UnsupportedOperation
 from fgtrain.estimators.base import GradientEstimator
 from fgtrain.forward_ad import jvp
 from fgtrain.forward_ad.native import value_of
+from fgtrain.forward_ad.passes import LossFn
 from fgtrain.forward_ad.row_losses import Evaluated, WithRows, marks, reached
 from fgtrain.layer_noise.closed_forms import closed_forms
 from fgtrain.layer_noise.layers import candidates
@@ -69,7 +70,7 @@ def per_row(each: Tensor) -> Tensor:
 
 
 def estimated(
-    estimator: GradientEstimator, model: nn.Module, loss_fn: Callable[[Any], Tensor], generator: torch.Generator
+    estimator: GradientEstimator, model: nn.Module, loss_fn: LossFn, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """The gradients of an estimator, or of its substitute for a model without layers to perturb."""
     estimator = estimator if candidates(model) else estimator.without_layers()
@@ -82,7 +83,7 @@ def per_example(each: Tensor) -> Tensor:
 
 
 def gradients_before(
-    model: nn.Module, loss_fn: Callable[[Any], Tensor], blocks: ResidualBlocks, deltas: Sequence[Tensor | None]
+    model: nn.Module, loss_fn: LossFn, blocks: ResidualBlocks, deltas: Sequence[Tensor | None]
 ) -> dict[str, Tensor]:
     """The gradients of the layers outside blocks that have a closed form, because they are just before a segment.
 
@@ -103,9 +104,7 @@ def gradients_before(
     return grads
 
 
-def _hidden_and_rest(
-    model: nn.Module, loss_fn: Callable[[Any], Tensor], blocks: ResidualBlocks, segment: int
-) -> Tensor:
+def _hidden_and_rest(model: nn.Module, loss_fn: LossFn, blocks: ResidualBlocks, segment: int) -> Tensor:
     """One vector: the hidden state after a segment, then the losses and the hidden states after earlier segments.
 
     A layer has a closed form only if it changes nothing but the first part: the other parts are its other paths.
@@ -133,7 +132,7 @@ class _Probed(nn.Module):
 
 
 def delta_by_forward_mode(
-    model: nn.Module, loss_fn: Callable[[Any], Tensor], blocks: ResidualBlocks, segment: int, chunk_size: int | None
+    model: nn.Module, loss_fn: LossFn, blocks: ResidualBlocks, segment: int, chunk_size: int | None
 ) -> Tensor:
     """The gradient after a segment, from the derivatives along unit directions of its hidden state.
 

@@ -12,7 +12,7 @@ from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, add_gra
 from fgtrain.estimators.local_heads import WHOLE, LocalHeads, Part, StandIn, joined
 from fgtrain.estimators.local_tail import local_gradients
 from fgtrain.forward_ad.native import value_of
-from fgtrain.forward_ad.passes import check_losses
+from fgtrain.forward_ad.passes import LossFn, check_losses
 from fgtrain.network.blocks import list_of_names
 from fgtrain.network.chains import SideBySide, in_turn
 from fgtrain.network.parameters import slots_of, trainable_params
@@ -94,12 +94,7 @@ class LocalLosses(LocalHeads):
         self.loss_at_parameters = self.estimator.loss_at_parameters
 
     def forward(
-        self,
-        model: nn.Module,
-        loss_fn: Callable[[Any], Tensor],
-        *,
-        generator: torch.Generator,
-        reduce: Reduce | None,
+        self, model: nn.Module, loss_fn: LossFn, *, generator: torch.Generator, reduce: Reduce | None
     ) -> Estimate:
         if self.head == "tail":
             losses, found = local_gradients(self.estimator, model, loss_fn, self.blocks, generator)
@@ -126,7 +121,7 @@ class LocalLosses(LocalHeads):
         assert estimate is not None
         return estimate._replace(grads=grads)
 
-    def _estimate_of(self, net: nn.Module, loss_fn: Callable[[Any], Tensor], generator: torch.Generator) -> Estimate:
+    def _estimate_of(self, net: nn.Module, loss_fn: LossFn, generator: torch.Generator) -> Estimate:
         if any(p.requires_grad for p in net.parameters()):
             return self.estimator(net, loss_fn, generator=generator)
         with torch.no_grad():  # a frozen last block only gives the loss
@@ -136,7 +131,7 @@ class LocalLosses(LocalHeads):
         only = block[0] if len(block) == 1 else None
         return [[module] for module in only] if isinstance(only, SideBySide) else [block]
 
-    def _nets(self, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> "list[list[LocalBlock]]":
+    def _nets(self, model: nn.Module, loss_fn: LossFn) -> "list[list[LocalBlock]]":
         """Every part of every block as a model; the models are reused, since engines store data with a model."""
         blocks = self.blocks_with_heads(model, loss_fn)
         cache = slots_of(model).cached(self, list)

@@ -1,8 +1,6 @@
 """Gradients of small local losses as directions, with exact directional derivatives as coefficients."""
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +8,7 @@ from torch import Tensor, nn
 from fgtrain.estimators.base import Claim, Estimate, Reduce, average_grads
 from fgtrain.estimators.local_heads import LocalHeads, Part, Stage
 from fgtrain.forward_ad import jvp
-from fgtrain.forward_ad.passes import check_losses
+from fgtrain.forward_ad.passes import LossFn, check_losses
 from fgtrain.network.parameters import trainable_params
 from fgtrain.network.snapshot import Snapshot
 from fgtrain.tangents.directions import LastTangent
@@ -60,12 +58,7 @@ class LocalGuess(LocalHeads):
     claims: frozenset[Claim] = frozenset({"descent"})
 
     def forward(
-        self,
-        model: nn.Module,
-        loss_fn: Callable[[Any], Tensor],
-        *,
-        generator: torch.Generator,
-        reduce: Reduce | None,
+        self, model: nn.Module, loss_fn: LossFn, *, generator: torch.Generator, reduce: Reduce | None
     ) -> Estimate:
         params = trainable_params(model)
         names = {id(p): name for name, p in params.items()}
@@ -90,7 +83,7 @@ class LocalGuess(LocalHeads):
         return Estimate(losses.mean(), grads, derivatives)
 
     def _guesses(
-        self, blocks: list[list[Part]], loss_fn: Callable[[Any], Tensor], reduce: Reduce | None
+        self, blocks: list[list[Part]], loss_fn: LossFn, reduce: Reduce | None
     ) -> list[list[tuple[nn.Parameter, Tensor]]]:
         """(parameter, direction) for every trainable parameter, block by block; also does the heads' step."""
         found, hidden, seen = [], None, set()

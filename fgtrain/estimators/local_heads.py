@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.estimators.base import GradientEstimator
+from fgtrain.forward_ad.passes import LossFn
 from fgtrain.network.chains import in_turn, is_chain, links
 from fgtrain.network.snapshot import Snapshot
 
@@ -50,7 +51,7 @@ class LocalHeads(GradientEstimator):
         self.head_size = head_size
         self.heads = nn.ModuleDict()
 
-    def blocks_with_heads(self, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> list[list[Part]]:
+    def blocks_with_heads(self, model: nn.Module, loss_fn: LossFn) -> list[list[Part]]:
         """The parts of every block; creates missing heads, with a trial pass that has no side effects.
 
         Raises:
@@ -86,7 +87,7 @@ class LocalHeads(GradientEstimator):
         parts: Mapping[str, list[list[nn.Module]]],
         keys: Mapping[str, list[str]],
         last: list[nn.Module],
-        loss_fn: Callable[[Any], Tensor],
+        loss_fn: LossFn,
     ) -> None:
         stages = {key: Stage(parts[key]) for key in parts}
         end = Stage([last])

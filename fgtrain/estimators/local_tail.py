@@ -1,6 +1,6 @@
 """Local losses through the network's own tail: the output of a block skips the later blocks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,7 +11,7 @@ from fgtrain._torch import eager_functions, tree_map_only
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.estimators.base import GradientEstimator, add_grad
 from fgtrain.forward_ad.native import value_of
-from fgtrain.forward_ad.passes import plain_losses
+from fgtrain.forward_ad.passes import LossFn, plain_losses
 from fgtrain.network.blocks import (
     Forward,
     entering,
@@ -27,7 +27,7 @@ from fgtrain.network.snapshot import Snapshot
 def local_gradients(
     estimator: GradientEstimator,
     model: nn.Module,
-    loss_fn: Callable[[Any], Tensor],
+    loss_fn: LossFn,
     blocks: Sequence[str] | None,
     generator: torch.Generator,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -86,7 +86,7 @@ class _Chain:
     around: list[list[str]] = field(default_factory=list)
 
 
-def _examined(model: nn.Module, loss_fn: Callable[[Any], Tensor], blocks: Sequence[str] | None) -> _Chain:
+def _examined(model: nn.Module, loss_fn: LossFn, blocks: Sequence[str] | None) -> _Chain:
     """The blocks, found in trials that leave no trace."""
     snapshot = Snapshot(model)
     with torch.no_grad():

@@ -17,8 +17,7 @@ from fgtrain.errors import NoTangent
 from fgtrain.estimators.second_order import curvature_in_span
 from fgtrain.forward_ad import jvp
 from fgtrain.forward_ad.known_losses import KnownLoss, RecordedLosses, carries_tangent
-from fgtrain.forward_ad.native import NO_TANGENT, LossFn
-from fgtrain.forward_ad.passes import check_losses
+from fgtrain.forward_ad.passes import NO_TANGENT, LossFn, check_losses
 from fgtrain.network.parameters import slots_of
 from fgtrain.network.snapshot import LightSnapshot, Snapshot, TorchRandomState
 from fgtrain.tangents.directions import Tangent, dense

@@ -1,6 +1,6 @@
 """Newton steps in the span of random directions, by forward mode over forward mode."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce, average_grads, require_positive_int
 from fgtrain.forward_ad.named_errors import named_errors
 from fgtrain.forward_ad.native import no_fast_paths
-from fgtrain.forward_ad.passes import check_losses
+from fgtrain.forward_ad.passes import LossFn, check_losses
 from fgtrain.forward_ad.second_derivatives import CorrectSecondDerivatives
 from fgtrain.network.parameters import slots_of, trainable_params
 from fgtrain.network.snapshot import Snapshot
@@ -70,12 +70,7 @@ class SecondOrder(GradientEstimator):
 
     @torch.no_grad()
     def forward(
-        self,
-        model: nn.Module,
-        loss_fn: Callable[[Any], Tensor],
-        *,
-        generator: torch.Generator,
-        reduce: Reduce | None,
+        self, model: nn.Module, loss_fn: LossFn, *, generator: torch.Generator, reduce: Reduce | None
     ) -> Estimate:
         params = trainable_params(model)
         seeds = draw_seeds(generator, self.num_tangents)
@@ -101,7 +96,7 @@ class SecondOrder(GradientEstimator):
 
 
 def curvature_in_span(
-    model: nn.Module, loss_fn: Callable[[Any], Tensor], tangents: Mapping[str, Tensor]
+    model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean loss (), first derivatives (K,) and second derivatives (K, K) along K directions.
 

@@ -20,8 +20,7 @@ from fgtrain._torch import is_compiled
 from fgtrain.agreement import agree
 from fgtrain.errors import NoTangent
 from fgtrain.forward_ad import native, sharded, stacked
-from fgtrain.forward_ad.native import NO_TANGENT, LossFn
-from fgtrain.forward_ad.passes import Unprepared, UnsupportedByEngine
+from fgtrain.forward_ad.passes import NO_TANGENT, LossFn, Unprepared, UnsupportedByEngine
 from fgtrain.memory import is_out_of_memory
 from fgtrain.network.parameters import ParameterSlots, one_at_a_time, slots_of
 from fgtrain.network.sharding import is_sharded

@@ -23,8 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fgtrain._torch import compile_graph, no_fake_tensor_cache, plain_tensors, saved_tensor_hooks_as_they_were
 from fgtrain.errors import NoTangent, UserError
 from fgtrain.forward_ad.dual import Dual
-from fgtrain.forward_ad.native import NO_TANGENT
-from fgtrain.forward_ad.passes import TracedDraws, UnsupportedByEngine, WritesWider, check_losses
+from fgtrain.forward_ad.passes import NO_TANGENT, LossFn, TracedDraws, UnsupportedByEngine, WritesWider, check_losses
 from fgtrain.forward_ad.running import running_pass
 from fgtrain.network.compilation import OPTIONS
 from fgtrain.network.parameters import slots_of
@@ -120,9 +119,7 @@ class CompiledPass:
         """The number of functions compiled so far."""
         return self._jvp.num_compilations
 
-    def __call__(
-        self, model: nn.Module, loss_fn: Callable[[Any], Tensor], tangents: Mapping[str, Tangent]
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> tuple[Tensor, Tensor]:
         params = slots_of(model).params
         if self._writes_wider:
             tangents = all_dense(tangents)
@@ -142,11 +139,11 @@ class CompiledPass:
         return losses, padded(derivatives, num_of(tangents))
 
 
-def _loss(loss_fn: Callable[[Any], Tensor], model: nn.Module) -> Tensor:
+def _loss(loss_fn: LossFn, model: nn.Module) -> Tensor:
     return loss_fn(model)
 
 
-def _with_defaults_as_keywords(loss_fn: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+def _with_defaults_as_keywords(loss_fn: LossFn) -> Callable[[Any], Tensor]:
     """The same function. In torch 2.11 Dynamo guards keywords, but does not distinguish functions by their defaults."""
     if not isinstance(loss_fn, FunctionType) or not loss_fn.__defaults__:
         return loss_fn

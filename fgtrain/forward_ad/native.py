@@ -4,7 +4,7 @@ Parameters become dual numbers (p, v). Every operation of the model then compute
 and the loss is (f, grad f . v). Nothing is stored for a backward pass, so the memory use is that of inference.
 """
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,20 +25,13 @@ from fgtrain.errors import NoTangent, UnsupportedOperation
 from fgtrain.forward_ad.dual import Dual
 from fgtrain.forward_ad.lost_derivatives import refuse_if_lost
 from fgtrain.forward_ad.named_errors import named_errors
-from fgtrain.forward_ad.passes import check_losses
+from fgtrain.forward_ad.passes import NO_TANGENT, LossFn, check_losses
 from fgtrain.forward_ad.rules.compositions import COMPOSITIONS, by_place, no_backward
 from fgtrain.forward_ad.rules.opened import opened
 from fgtrain.forward_ad.stale import as_stale, is_stale, release, stale_message
 from fgtrain.network.parameters import slots_of
 from fgtrain.network.snapshot import Snapshot
 from fgtrain.tangents.directions import Tangent, all_dense, num_of
-
-LossFn = Callable[[Any], Tensor]
-
-NO_TANGENT = (
-    "the loss carries no tangent: it depends on no trainable parameter, or the model left PyTorch's forward-mode AD "
-    "(.detach(), .item(), NumPy); check that loss_fn uses the model it is given"
-)
 
 
 def jvp(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> tuple[Tensor, Tensor]:

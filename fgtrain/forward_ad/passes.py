@@ -10,6 +10,14 @@ from fgtrain._torch import TorchDispatchMode
 from fgtrain.errors import LossError
 from fgtrain.network.parameters import slots_of
 
+LossFn = Callable[[Any], Tensor]
+"""Maps a model to per-example losses (B,), or to a scalar ()."""
+
+NO_TANGENT = (
+    "the loss carries no tangent: it depends on no trainable parameter, or the model left PyTorch's forward-mode AD "
+    "(.detach(), .item(), NumPy); check that loss_fn uses the model it is given"
+)
+
 LOSS_SHAPE = "loss_fn must return per-example losses of shape (B,) or a scalar ()"
 
 
@@ -29,9 +37,7 @@ def check_losses(losses: object) -> Tensor:
     return losses
 
 
-def plain_losses(
-    model: nn.Module, loss_fn: Callable[[Any], Tensor], values: Mapping[str, Tensor] | None = None
-) -> Tensor:
+def plain_losses(model: nn.Module, loss_fn: LossFn, values: Mapping[str, Tensor] | None = None) -> Tensor:
     """Losses (B,) or () of the model without a graph, with `values` in place of some of its parameters.
 
     Gradients are enabled, as in training, so the loss itself may differentiate with respect to its inputs.

@@ -3,7 +3,6 @@
 import functools
 import itertools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from fgtrain.agreement import agree
 from fgtrain.forward_ad.dual import primal_of
 from fgtrain.forward_ad.known_losses import RecordedLosses
-from fgtrain.forward_ad.passes import check_losses
+from fgtrain.forward_ad.passes import LossFn, check_losses
 
 
 class Evaluated(NamedTuple):
@@ -50,7 +49,7 @@ class WithRows:
         loss_fn: maps the model to losses (B,) or ().
     """
 
-    def __init__(self, loss_fn: Callable[[Any], Tensor]) -> None:
+    def __init__(self, loss_fn: LossFn) -> None:
         self._loss_fn = loss_fn
         self._shape = torch.Size()
 

@@ -1,7 +1,7 @@
 """The fast engine: one pass of stacked dual numbers for the value and all K directions."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,8 +23,7 @@ from fgtrain._torch import eager_functions, plain_tensors
 from fgtrain.errors import NoTangent
 from fgtrain.forward_ad.dual import Dual, primal_of, tangent_of
 from fgtrain.forward_ad.named_errors import named_errors
-from fgtrain.forward_ad.native import NO_TANGENT
-from fgtrain.forward_ad.passes import WritesIntoPlain, WritesWider, check_losses
+from fgtrain.forward_ad.passes import NO_TANGENT, LossFn, WritesIntoPlain, WritesWider, check_losses
 from fgtrain.forward_ad.promoted import PromotedTensors
 from fgtrain.forward_ad.running import running_pass
 from fgtrain.forward_ad.stale import as_stale, release
@@ -47,7 +46,7 @@ class _Known:
     writes_wider: bool = False
 
 
-def jvp(model: nn.Module, loss_fn: Callable[[Any], Tensor], tangents: Mapping[str, Tangent]) -> tuple[Tensor, Tensor]:
+def jvp(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> tuple[Tensor, Tensor]:
     """Losses (B,) or () and their derivatives (K, B) or (K,), as `fgtrain.forward_ad.jvp`.
 
     Raises:
@@ -61,7 +60,7 @@ def jvp(model: nn.Module, loss_fn: Callable[[Any], Tensor], tangents: Mapping[st
 
 
 def evaluate(
-    model: nn.Module, loss_fn: Callable[[Any], Tensor], tangents: Mapping[str, Any], *, follows: bool = True
+    model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Any], *, follows: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """As `jvp`; the derivatives are None if the loss carries none.
 

@@ -1,6 +1,6 @@
 """The layers of a model that can be perturbed at their outputs, found in a trial pass."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple, TypeVar
 
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.forward_ad import stacked
-from fgtrain.forward_ad.passes import UnsupportedByEngine, WritesIntoPlain, WritesWider
+from fgtrain.forward_ad.passes import LossFn, UnsupportedByEngine, WritesIntoPlain, WritesWider
 from fgtrain.layer_noise.noise import WITHOUT_HEAD, LayerNoise, PerturbedPass, UsedElsewhere
 from fgtrain.network.parameters import slots_of
 from fgtrain.network.snapshot import Snapshot
@@ -38,7 +38,7 @@ class PerturbedLayers(NamedTuple):
         return {name: p for name, p in params.items() if name not in own}
 
 
-def perturbed_layers(model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> PerturbedLayers:
+def perturbed_layers(model: nn.Module, loss_fn: LossFn) -> PerturbedLayers:
     """Linear layers and convolutions whose weight is trained and not used elsewhere, found in a trial pass.
 
     Raises:
@@ -51,9 +51,7 @@ def perturbed_layers(model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> Pert
     return cache[trained]
 
 
-def find_layers(
-    model: nn.Module, loss_fn: Callable[[Any], Tensor], kinds: tuple[type[nn.Module], ...]
-) -> PerturbedLayers:
+def find_layers(model: nn.Module, loss_fn: LossFn, kinds: tuple[type[nn.Module], ...]) -> PerturbedLayers:
     """As `perturbed_layers`, for layers of these kinds; nothing is cached."""
     biases, used_elsewhere = candidates(model, kinds), ""
     before = Snapshot(model)
@@ -84,9 +82,7 @@ def find_layers(
     )
 
 
-def _try_other_parameters(
-    model: nn.Module, loss_fn: Callable[[Any], Tensor], layers: PerturbedLayers, before: Snapshot
-) -> None:
+def _try_other_parameters(model: nn.Module, loss_fn: LossFn, layers: PerturbedLayers, before: Snapshot) -> None:
     """A pass with tangents of the parameters outside the layers, since the model may write these into plain tensors.
 
     `evaluate` keeps that in mind. The pass of an estimate, which cannot be repeated, is then prepared for it.
@@ -114,7 +110,7 @@ def candidates(model: nn.Module, kinds: tuple[type[nn.Module], ...] = PERTURBED)
 
 
 def run_perturbed(
-    model: nn.Module, loss_fn: Callable[[Any], Tensor], tangents: Mapping[str, Any], *, follows: bool = True
+    model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Any], *, follows: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """Losses and derivatives of a pass with noise; `follows` is False if its layers give no tangents.
 

@@ -5,7 +5,7 @@ loss depends on its own rows only.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fgtrain.errors import LossError, NoTangent, UnsupportedOperation
 from fgtrain.forward_ad.dual import Dual, primal_of, tangent_of
-from fgtrain.forward_ad.native import NO_TANGENT
+from fgtrain.forward_ad.passes import NO_TANGENT, LossFn
 from fgtrain.forward_ad.row_losses import Evaluated, WithRows, marks, num_marks, reached
 from fgtrain.layer_noise.layers import run_perturbed
 from fgtrain.layer_noise.noise import WITHOUT_HEAD, LayerCall, LayerNoise, LocalGrads
@@ -64,7 +64,7 @@ class ExaminedPass:
         rows: the losses of the rows of the model's last output and their derivatives, if the losses are their mean.
     """
 
-    def __init__(self, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> None:
+    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
         self.model = model
         self.rows: Evaluated | None = None
         self._loss_fn = loss_fn

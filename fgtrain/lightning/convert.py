@@ -15,9 +15,10 @@ from fgtrain._torch import is_wrapped
 from fgtrain.distributed import Ranks, TangentsOver
 from fgtrain.errors import ConfigError, LossError
 from fgtrain.estimators import Estimate, GradientEstimator, write_grads
+from fgtrain.forward_ad.passes import LossFn
 from fgtrain.lightning._lightning import compiler_of
 from fgtrain.lightning.divergence import Divergence
-from fgtrain.lightning.observed import BACKWARD_CALLED, LossFn, ObservedStep
+from fgtrain.lightning.observed import BACKWARD_CALLED, ObservedStep
 from fgtrain.lightning.optimizers import step_together
 from fgtrain.lightning.step import StepEstimates, estimate_for_step, scaler_of
 

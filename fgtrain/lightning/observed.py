@@ -13,7 +13,7 @@ from fgtrain._torch import is_compiled_function
 from fgtrain.distributed import Ranks, TangentsOver
 from fgtrain.errors import LossError
 from fgtrain.estimators import Estimate, GradientEstimator
-from fgtrain.forward_ad.native import LossFn
+from fgtrain.forward_ad.passes import LossFn
 from fgtrain.lightning._lightning import last_result, set_last_result
 from fgtrain.lightning.divergence import Divergence
 from fgtrain.lightning.step_snapshot import StepSnapshot, without_tangents

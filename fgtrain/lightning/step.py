@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fgtrain.distributed import Ranks, TangentsOver
 from fgtrain.estimators import Estimate, GradientEstimator
+from fgtrain.forward_ad.passes import LossFn
 from fgtrain.lightning.exchange import Exchange
 
 
@@ -39,7 +40,7 @@ def estimate_for_step(
     ranks: Ranks,
     estimator: GradientEstimator,
     model: nn.Module,
-    loss_fn: Callable[[Any], Tensor],
+    loss_fn: LossFn,
     *,
     key: tuple[int, ...],
     tangents: TangentsOver = "shared",

@@ -12,14 +12,7 @@ from fgtrain.errors import UnsupportedOperation
 from fgtrain.estimators.base import GradientEstimator, add_grad
 from fgtrain.forward_ad.native import value_of
 from fgtrain.forward_ad.passes import LossFn, plain_losses
-from fgtrain.network.blocks import (
-    Forward,
-    entering,
-    find_blocks,
-    forwards_replaced,
-    frozen,
-    keeps_shape,
-)
+from fgtrain.network.blocks import Forward, entering, find_blocks, forwards_replaced, frozen, keeps_shape
 from fgtrain.network.parameters import slots_of, trainable_params
 from fgtrain.network.snapshot import Snapshot
 

@@ -47,9 +47,7 @@ class CompiledJvp:
     """
 
     def __init__(
-        self,
-        function: FunctionType,
-        backend: Callable[[fx.GraphModule, list[Any]], Callable[..., Any]] = inductor,
+        self, function: FunctionType, backend: Callable[[fx.GraphModule, list[Any]], Callable[..., Any]] = inductor
     ) -> None:
         self._backend = backend
         self.num_compilations = 0

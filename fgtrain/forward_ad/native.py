@@ -13,14 +13,7 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fgtrain._torch import (
-    REQUIRES_GRAD,
-    eager_functions,
-    is_inside_transform,
-    no_overrides,
-    tree_leaves,
-    tree_map_only,
-)
+from fgtrain._torch import REQUIRES_GRAD, eager_functions, is_inside_transform, no_overrides, tree_leaves, tree_map_only
 from fgtrain.errors import NoTangent, UnsupportedOperation
 from fgtrain.forward_ad.dual import Dual
 from fgtrain.forward_ad.lost_derivatives import refuse_if_lost

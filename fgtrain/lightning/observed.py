@@ -90,11 +90,7 @@ class ObservedStep:
             snapshot.restore()
 
     def _observe(
-        self,
-        module: Any,
-        args: tuple[Any, ...],
-        estimate: Callable[[LossFn], Estimate],
-        snapshot: StepSnapshot,
+        self, module: Any, args: tuple[Any, ...], estimate: Callable[[LossFn], Estimate], snapshot: StepSnapshot
     ) -> tuple[Estimate | None, Any]:
         """The estimate, or None if the batch is skipped, and the return value of training_step."""
         output: Any = None

@@ -1,12 +1,10 @@
 """Gradients of small local losses as directions, with exact directional derivatives as coefficients."""
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
 
 from fgtrain.estimators.base import Claim, Estimate, Reduce, average_grads
-from fgtrain.estimators.local_heads import LocalHeads, Part, Stage
+from fgtrain.estimators.local_heads import LocalBlock, LocalHeads
 from fgtrain.forward_ad import jvp
 from fgtrain.forward_ad.passes import LossFn, check_losses
 from fgtrain.network.parameters import trainable_params
@@ -62,10 +60,10 @@ class LocalGuess(LocalHeads):
     ) -> Estimate:
         params = trainable_params(model)
         names = {id(p): name for name, p in params.items()}
-        blocks = self.blocks_with_heads(model, loss_fn)
+        nets = [net for (net,) in self.nets_of(model, loss_fn)]
         snapshot = Snapshot(model)
         with torch.enable_grad():
-            guesses = self._guesses(blocks, loss_fn, reduce)
+            guesses = self._guesses(nets, loss_fn, reduce)
         snapshot.restore()
         with torch.no_grad():
             tangents = {
@@ -83,17 +81,17 @@ class LocalGuess(LocalHeads):
         return Estimate(losses.mean(), grads, derivatives)
 
     def _guesses(
-        self, blocks: list[list[Part]], loss_fn: LossFn, reduce: Reduce | None
+        self, nets: list[LocalBlock], loss_fn: LossFn, reduce: Reduce | None
     ) -> list[list[tuple[nn.Parameter, Tensor]]]:
         """(parameter, direction) for every trainable parameter, block by block; also does the heads' step."""
         found, hidden, seen = [], None, set()
-        for ((block, head),) in blocks:
-            stage = Stage([block], hidden, None if head is None else partial(self._read, head))
-            loss = check_losses(loss_fn(stage)).mean()
-            (hidden,) = stage.outputs()
-            own = [p for module in block for p in module.parameters() if p.requires_grad and id(p) not in seen]
+        for net in nets:
+            net.hidden = hidden
+            loss = check_losses(loss_fn(net)).mean()
+            hidden = net.take_output()
+            own = [p for p in net.block.parameters() if p.requires_grad and id(p) not in seen]
             seen |= {id(p) for p in own}
-            wanted = [*own, *(head.parameters() if head is not None else ())]
+            wanted = [*own, *(net.head.parameters() if net.head is not None else ())]
             if not wanted:  # a frozen last block
                 continue
             slopes = torch.autograd.grad(loss, wanted, materialize_grads=True)
@@ -103,6 +101,3 @@ class LocalGuess(LocalHeads):
                 found.append(list(zip(own, slopes, strict=False)))
             self.descend(wanted[len(own) :], slopes[len(own) :])
         return found
-
-    def _read(self, head: nn.Module, hidden: Tensor) -> Tensor:
-        return head(self.features(hidden))

@@ -9,8 +9,10 @@ from torch.nn import functional as F
 
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.estimators.base import GradientEstimator
+from fgtrain.forward_ad.native import value_of
 from fgtrain.forward_ad.passes import LossFn
 from fgtrain.network.chains import in_turn, is_chain, links
+from fgtrain.network.parameters import slots_of
 from fgtrain.network.snapshot import Snapshot
 
 
@@ -51,7 +53,7 @@ class LocalHeads(GradientEstimator):
         self.head_size = head_size
         self.heads = nn.ModuleDict()
 
-    def blocks_with_heads(self, model: nn.Module, loss_fn: LossFn) -> list[list[Part]]:
+    def _blocks_with_heads(self, model: nn.Module, loss_fn: LossFn) -> list[list[Part]]:
         """The parts of every block; creates missing heads, with a trial pass that has no side effects.
 
         Raises:
@@ -82,6 +84,14 @@ class LocalHeads(GradientEstimator):
             hidden = F.adaptive_avg_pool2d(hidden, (height, width))
         return hidden.flatten(1)
 
+    def nets_of(self, model: nn.Module, loss_fn: LossFn) -> "list[list[LocalBlock]]":
+        """Every part of every block as a model; the models are reused, since engines store data with a model."""
+        blocks = self._blocks_with_heads(model, loss_fn)
+        cache = slots_of(model).cached(self, list)
+        if [[net.part for net in nets] for nets in cache] != blocks:
+            cache[:] = [[LocalBlock(part, self.features) for part in parts] for parts in blocks]
+        return cache
+
     def _create_heads(
         self,
         parts: Mapping[str, list[list[nn.Module]]],
@@ -89,18 +99,19 @@ class LocalHeads(GradientEstimator):
         last: list[nn.Module],
         loss_fn: LossFn,
     ) -> None:
-        stages = {key: Stage(parts[key]) for key in parts}
-        end = Stage([last])
-        loss_fn(Stages([*stages.values(), end]))
-        (logits,) = end.outputs()
+        trial = _RecordedBlocks([*parts.values(), [last]])
+        loss_fn(trial)
+        if not trial.outputs:
+            raise UnsupportedOperation(WHOLE)
+        *outputs, (logits,) = trial.outputs
         if logits.dim() != 2:
             raise UnsupportedOperation(
                 f"local losses need a model with outputs (B, classes), got {tuple(logits.shape)}; "
                 "train with another method"
             )
         self.heads.clear()
-        for of_block, stage in stages.items():
-            for key, output in zip(keys[of_block], stage.outputs(), strict=True):
+        for of_block, found in zip(parts, outputs, strict=True):
+            for key, output in zip(keys[of_block], found, strict=True):
                 self.add_head(key, self.features(output).shape[1], logits.shape[1], output)
 
     def add_head(self, key: str, num_features: int, num_outputs: int, like: Tensor) -> None:
@@ -147,52 +158,62 @@ class StandIn(nn.Module):
         raise UnsupportedOperation(WHOLE)
 
 
-class Stage(StandIn):
-    """A stand-in that runs only one block and its head.
+class LocalBlock(StandIn):
+    """A part of a block and its head as a separate model.
 
     Args:
-        parts: the block's parallel parts, each of them modules that run in turn.
+        part: see `Part`.
+        features: see `LocalHeads.features`.
+
+    Attributes:
         hidden: the block's input; None for the first block, which takes the model's inputs.
-        head: maps the block's output to an output of the model; None if it is one already.
     """
 
-    def __init__(
-        self,
-        parts: Sequence[Sequence[nn.Module]],
-        hidden: Tensor | None = None,
-        head: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
+    def __init__(self, part: Part, features: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self._parts = (parts, hidden, head)
-        self._outputs: list[Tensor] = []
+        self.part = part
+        self.block = nn.ModuleList(part.modules)
+        self.head = part.head
+        self.features = features
+        self.hidden: Tensor | None = None
+        self._output: Tensor | None = None
 
     def forward(self, x: Any) -> Any:
-        parts, hidden, head = self._parts
-        self._outputs = [in_turn(modules, x if hidden is None else hidden) for modules in parts]
-        x = joined(self._outputs)
-        return x if head is None else head(x)
+        x = in_turn(self.block, x if self.hidden is None else self.hidden)
+        self._output = value_of(x).detach()
+        return x if self.head is None else self.head(self.features(x))
 
-    def outputs(self) -> list[Tensor]:
-        """The output of each part."""
-        if not self._outputs:
+    def take_output(self) -> Tensor:
+        """Return the block's output, and free all tensors of the pass."""
+        if self._output is None:
             raise UnsupportedOperation(WHOLE)
-        return [output.detach() for output in self._outputs]
+        output, self._output, self.hidden = self._output, None, None
+        return output
+
+
+class _RecordedBlocks(StandIn):
+    """A stand-in that runs the whole model block by block.
+
+    Attributes:
+        outputs: the output of every part of every block.
+    """
+
+    def __init__(self, blocks: Sequence[Sequence[Sequence[nn.Module]]]) -> None:
+        super().__init__()
+        self._blocks = blocks
+        self.outputs: list[list[Tensor]] = []
+
+    def forward(self, x: Any) -> Any:
+        self.outputs.clear()
+        for parts in self._blocks:
+            self.outputs.append([in_turn(modules, x) for modules in parts])
+            x = joined(self.outputs[-1])
+        return x
 
 
 def joined(outputs: Sequence[Tensor]) -> Tensor:
     """The output of a block from the outputs of its parts."""
     return outputs[0] if len(outputs) == 1 else torch.cat(list(outputs), dim=1)
-
-
-class Stages(StandIn):
-    """A stand-in that runs the whole model block by block."""
-
-    def __init__(self, stages: list[Stage]) -> None:
-        super().__init__()
-        self.stages = stages
-
-    def forward(self, x: Any) -> Any:
-        return in_turn(self.stages, x)
 
 
 WHOLE = "local losses need a loss function that calls model(inputs), not parts of the model"

@@ -186,6 +186,22 @@ def add_grad(grads: dict[str, Tensor], name: str, grad: Tensor) -> None:
     grads[name] = grads[name] + grad if name in grads else grad
 
 
+def of_mean_loss(losses: Tensor, derivatives: Tensor, reduce: Reduce | None, *, rowwise: bool = False) -> Tensor:
+    """The derivatives (K,) of the mean loss of all ranks; if `rowwise`, its parts (K, B) from the row of each example.
+
+    Args:
+        losses: (B,) or ().
+        derivatives: their derivatives, (K, B) or (K,).
+        reduce: mean over ranks.
+        rowwise: whether example i of the loss depends only on row i of every parameter.
+    """
+    if rowwise:
+        derivatives = derivatives / losses.numel()
+    elif losses.dim():
+        derivatives = derivatives.mean(1)
+    return derivatives if reduce is None else reduce(derivatives)
+
+
 def average_grads(grads: dict[str, Tensor], reduce: Reduce | None) -> dict[str, Tensor]:
     """The mean over ranks of all gradients, sent in one flat bucket; sparse ones, as of an embedding, stay sparse."""
     if reduce is None or not grads:

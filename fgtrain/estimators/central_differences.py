@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, require_positive_int
+from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, of_mean_loss, require_positive_int
 from fgtrain.forward_ad.passes import LossFn, plain_losses
 from fgtrain.network.parameters import trainable_params
 from fgtrain.network.snapshot import Snapshot
@@ -80,12 +80,7 @@ class CentralDifferences(GradientEstimator):
         params = trainable_params(model)
         lines = self.lines(params, draw_seeds(generator, self.num_tangents))
         losses, derivatives = self._differences(model, loss_fn, lines)
-        if self.rowwise:
-            derivatives = derivatives / losses.numel()
-        elif losses.dim():
-            derivatives = derivatives.mean(1)
-        if reduce is not None:
-            derivatives = reduce(derivatives)
+        derivatives = of_mean_loss(losses, derivatives, reduce, rowwise=self.rowwise)
         return Estimate(losses.mean(), self._mean(lines, derivatives, params), derivatives.flatten())
 
     def replay(self, model: nn.Module, derivatives: Tensor, generator: torch.Generator) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce, require_positive_int
+from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce, of_mean_loss, require_positive_int
 from fgtrain.estimators.exact_head import Jvp, with_exact_head
 from fgtrain.forward_ad import jvp
 from fgtrain.forward_ad.passes import LossFn
@@ -141,12 +141,7 @@ class ForwardGradient(GradientEstimator):
         def estimate(params: Mapping[str, Tensor], jvp: Jvp) -> Estimate:
             chunks = self._chunks(params, draw_seeds(generator, self.num_tangents))
             losses, derivatives = _along(chunks, jvp, model, loss_fn)
-            if self.rowwise:
-                derivatives = derivatives / losses.numel()  # of the mean loss, like all gradients here
-            elif losses.dim():
-                derivatives = derivatives.mean(1)
-            if reduce is not None:
-                derivatives = reduce(derivatives)
+            derivatives = of_mean_loss(losses, derivatives, reduce, rowwise=self.rowwise)
             if self.clip_derivative is not None:
                 derivatives = derivatives.clamp(-self.clip_derivative, self.clip_derivative)
             return Estimate(losses.mean(), self._combined(derivatives, chunks, params), derivatives.flatten())

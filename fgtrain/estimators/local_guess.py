@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from fgtrain.estimators.base import Claim, Estimate, Reduce, average_grads
+from fgtrain.estimators.base import Claim, Estimate, Reduce, average_grads, of_mean_loss
 from fgtrain.estimators.local_heads import LocalBlock, LocalHeads
 from fgtrain.forward_ad import jvp
 from fgtrain.forward_ad.passes import LossFn, check_losses
@@ -70,9 +70,7 @@ class LocalGuess(LocalHeads):
                 names[id(p)]: LastTangent(v, num) for num, guess in enumerate(guesses, start=1) for p, v in guess
             }
             losses, derivatives = jvp(model, loss_fn, tangents)
-            derivatives = derivatives.mean(1) if losses.dim() else derivatives
-            if reduce is not None:
-                derivatives = reduce(derivatives)
+            derivatives = of_mean_loss(losses, derivatives, reduce)
             grads = {}
             for guess, d in zip(guesses, derivatives, strict=True):
                 square = torch.stack([v.square().sum() for _, v in guess]).sum()

@@ -8,11 +8,8 @@ minute of the three. --memory-steps 100 1000 10000 measures longer simulations.
 import argparse
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # before torch: silences its profiler
 
 import torch
 from rich.console import Console

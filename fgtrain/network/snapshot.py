@@ -20,48 +20,6 @@ OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"_buffers"}
 """The names of the attributes that every module has."""
 
 
-class TorchRandomState:
-    """PyTorch's global random state, of the CPU and of the CUDA devices in `devices`."""
-
-    def __init__(self, devices: Iterable[torch.device]) -> None:
-        self._cpu = torch.get_rng_state()
-        self._cuda = {device: torch.cuda.get_rng_state(device) for device in devices if device.type == "cuda"}
-
-    def restore(self) -> None:
-        torch.set_rng_state(self._cpu)
-        for device, state in self._cuda.items():
-            torch.cuda.set_rng_state(state, device)
-
-
-class Buffers:
-    """The buffers of a model (BatchNorm statistics) and their values."""
-
-    def __init__(self, slots: ParameterSlots) -> None:
-        self._buffers = [(held, dict(held)) for held in slots.buffers if held]
-        self._values = [b.clone() for _, buffers in self._buffers for b in buffers.values() if b is not None]
-
-    def restore(self) -> None:
-        """Restore the values; `.data` avoids a version change, which autograd would report as an in-place change."""
-        values = iter(self._values)
-        for held, buffers in self._buffers:
-            held.update(buffers)
-            for buffer in buffers.values():
-                if buffer is not None:
-                    buffer.data.copy_(next(values))
-
-
-class LightSnapshot:
-    """As `Snapshot`, but does not restore attributes or the random states of NumPy and Python."""
-
-    def __init__(self, slots: ParameterSlots) -> None:
-        self._buffers = Buffers(slots)
-        self._random_state = TorchRandomState({p.device for p in slots.params.values()})
-
-    def restore(self) -> None:
-        self._buffers.restore()
-        self._random_state.restore()
-
-
 class Snapshot:
     """The state of a model: buffers (BatchNorm statistics), other attributes, and the random state (Dropout masks).
 
@@ -103,6 +61,48 @@ class Snapshot:
 
     def restore_random_state(self) -> None:
         set_random_state(self._random_state)
+
+
+class LightSnapshot:
+    """As `Snapshot`, but does not restore attributes or the random states of NumPy and Python."""
+
+    def __init__(self, slots: ParameterSlots) -> None:
+        self._buffers = Buffers(slots)
+        self._random_state = TorchRandomState({p.device for p in slots.params.values()})
+
+    def restore(self) -> None:
+        self._buffers.restore()
+        self._random_state.restore()
+
+
+class Buffers:
+    """The buffers of a model (BatchNorm statistics) and their values."""
+
+    def __init__(self, slots: ParameterSlots) -> None:
+        self._buffers = [(held, dict(held)) for held in slots.buffers if held]
+        self._values = [b.clone() for _, buffers in self._buffers for b in buffers.values() if b is not None]
+
+    def restore(self) -> None:
+        """Restore the values; `.data` avoids a version change, which autograd would report as an in-place change."""
+        values = iter(self._values)
+        for held, buffers in self._buffers:
+            held.update(buffers)
+            for buffer in buffers.values():
+                if buffer is not None:
+                    buffer.data.copy_(next(values))
+
+
+class TorchRandomState:
+    """PyTorch's global random state, of the CPU and of the CUDA devices in `devices`."""
+
+    def __init__(self, devices: Iterable[torch.device]) -> None:
+        self._cpu = torch.get_rng_state()
+        self._cuda = {device: torch.cuda.get_rng_state(device) for device in devices if device.type == "cuda"}
+
+    def restore(self) -> None:
+        torch.set_rng_state(self._cpu)
+        for device, state in self._cuda.items():
+            torch.cuda.set_rng_state(state, device)
 
 
 class Attributes:

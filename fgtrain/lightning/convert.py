@@ -143,10 +143,10 @@ class _Converted(L.LightningModule):
             trainer.strategy.model.require_backward_grad_sync = False  # there is no backward pass
         estimate = self._estimate_by(step.estimator, trainer.fit_loop.batch_idx)
 
-        def is_sound(found: Estimate) -> bool:
+        def is_usable(found: Estimate) -> bool:
             return scaler_of(trainer.precision_plugin) is not None or step.divergence.inspect(found, trainer)
 
-        return step.run(self, args, estimate, is_sound)
+        return step.run(self, args, estimate, is_usable)
 
     def _estimate_by(self, estimator: GradientEstimator, batch_idx: int) -> Callable[[LossFn], Estimate]:
         trainer, step = self.trainer, self._step

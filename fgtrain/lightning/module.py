@@ -222,18 +222,18 @@ class EstimatorModule(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         trainer, micro_batch = self.trainer, batch_idx % self.accumulate_grad_batches
         estimate = self.estimate(self.estimator, batch, batch_idx, self._exchange)
-        sound = scaler_of(trainer.precision_plugin) is not None or self.divergence.inspect(estimate, trainer)
+        is_usable = scaler_of(trainer.precision_plugin) is not None or self.divergence.inspect(estimate, trainer)
         self.ranks.bytes_sent += self._gathered_bytes
         write_grads(self.model, estimate.grads, accumulate=micro_batch > 0, check_finite=False)  # checked above
         due = micro_batch + 1 == self.accumulate_grad_batches or trainer.is_last_batch
         self._is_accumulating = not due
-        if due and self.divergence.step_is_sound():
+        if due and self.divergence.step_is_finite():
             self._optimizer_step(partial(self._evaluate_again, batch, batch_idx))
         return {
             "loss": estimate.loss,
             "directional_derivatives": estimate.directional_derivatives,
             "replayed": estimate.replayed,
-            "skipped": not sound,
+            "skipped": not is_usable,
         }
 
     def _evaluate_again(self, batch: Any, batch_idx: int) -> Tensor:

@@ -62,7 +62,7 @@ class ObservedStep:
         module: Any,
         args: tuple[Any, ...],
         estimate: Callable[[LossFn], Estimate],
-        is_sound: Callable[[Estimate], bool],
+        is_usable: Callable[[Estimate], bool],
     ) -> Any:
         """The return value of training_step for Lightning: the user's output without tangents, with the estimated loss.
 
@@ -72,7 +72,7 @@ class ObservedStep:
         for log in self._logs:
             log.replay(module)
         self._logs.clear()
-        if found is None or not is_sound(found):
+        if found is None or not is_usable(found):
             return None
         self._grads = found.grads
         extra = without_tangents(dict(output)) if isinstance(output, Mapping) else {}

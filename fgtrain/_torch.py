@@ -84,8 +84,13 @@ def has_hook_after_backward(p: Tensor) -> bool:
 
 
 def is_compiled(model: nn.Module) -> bool:
-    """Whether `model.compile()` was called, or `model` is the result of `torch.compile`."""
-    return model._compiled_call_impl is not None or is_wrapped(model)
+    """Whether a call of `model` runs compiled: `model.compile()` was called, or it is the result of `torch.compile`.
+
+    Inside `eager_functions`, or after `torch.compiler.set_stance("force_eager")`, no model is.
+    """
+    if model._compiled_call_impl is None and not is_wrapped(model):
+        return False
+    return torch._dynamo.eval_frame._stance.stance != "force_eager"
 
 
 def is_wrapped(model: Any) -> bool:

@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from fgtrain import ForwardGradient, LowRank, Normal
+from fgtrain import Backprop, ForwardGradient, LowRank, Normal
 from fgtrain.errors import ConfigError, LossError
 from fgtrain.forward_ad import _Engines, jvp, stacked
 from fgtrain.forward_ad.compiled import CompiledPass
 from fgtrain.forward_ad.passes import UnsupportedByEngine
+from fgtrain.lightning.callbacks import FirstBatch, SelfCheck
 from fgtrain.network.compilation import compile_model
 from fgtrain.network.parameters import slots_of
 from tests.cases import CASES
@@ -24,6 +25,7 @@ from tests.commands import results_under, train
 from tests.conditions import compiles
 from tests.coverage_layers import PENALTIES, chain, named
 from tests.derivatives import COVERAGE, InTurn, assert_derivatives
+from tests.small import Small, make, trainer
 
 
 @pytest.fixture(scope="module")
@@ -190,6 +192,29 @@ def test_a_compiler_that_errs_is_not_used(monkeypatch, caplog):
     found = jvp(model, lambda m: m(x).square().sum(1), tangents)
     torch.testing.assert_close(found, stacked.jvp(model, lambda m: m(x).square().sum(1), tangents))
     assert "computed uncompiled: the compiled derivatives differ" in caplog.text
+
+
+def test_without_the_compiler_as_the_user_asked(caplog):
+    model, x = nn.Sequential(nn.Linear(5, 2)), torch.randn(3, 5)
+    model.compile()
+    tangents = Normal().sample(dict(model.named_parameters()), [0])
+    with torch.compiler.set_stance("force_eager"):
+        found = jvp(model, lambda m: m(x).square().sum(1), tangents)
+    torch.testing.assert_close(found, stacked.jvp(model, lambda m: m(x).square().sum(1), tangents))
+    assert not caplog.records
+
+
+def test_only_whole_batches_are_compiled(tmp_path):
+    sizes = []
+
+    def compiler(graph, inputs):
+        sizes.extend(len(x) for x in inputs if isinstance(x, torch.Tensor) and x.shape[1:] == (1, 2, 2))
+        return graph
+
+    module = make(Backprop())
+    module.model.compile(backend=compiler)
+    trainer(tmp_path, FirstBatch(), SelfCheck(examples=3), max_steps=2).fit(module, Small())
+    assert set(sizes) == {8, 16}  # of training and validation
 
 
 @pytest.mark.slow

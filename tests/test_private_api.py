@@ -166,6 +166,8 @@ def test_is_compiled():
     assert _torch.is_compiled(wrapped)
     model.compile()
     assert _torch.is_compiled(model)
+    with _torch.eager_functions():
+        assert not _torch.is_compiled(model)
 
 
 def test_is_compiled_function():

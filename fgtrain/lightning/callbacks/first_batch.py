@@ -13,7 +13,7 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
-from fgtrain._torch import is_compiled, tree_flatten, tree_map
+from fgtrain._torch import eager_functions, tree_flatten, tree_map
 from fgtrain.data.in_memory import refuse_other_examples
 from fgtrain.errors import ConfigError, DataError, ModelError, UserError
 from fgtrain.estimators import GradientEstimator
@@ -52,7 +52,7 @@ class FirstBatch(L.Callback):
         if stage != "fit" or trainer.datamodule is None:
             return
         assert isinstance(pl_module, EstimatorModule)
-        free, largest = free_memory(trainer.strategy.root_device), 0
+        free = free_memory(trainer.strategy.root_device)
         with preserved_random_state():
             batch = first_batch(trainer)
             if batch is None:
@@ -65,9 +65,9 @@ class FirstBatch(L.Callback):
             if type(trainer.precision_plugin) is Precision:
                 _refuse_other_precision(batch, pl_module.model)
             _report_non_finite(trainer, batch)
-            if not is_compiled(pl_module.model):  # else two examples would be compiled too
+            with eager_functions():  # two examples are not worth a compilation
                 metrics, largest = _try_two_examples(trainer, pl_module, batch)
-                refuse_unknown_monitors(trainer, {f"val/{name}" for name in metrics})
+            refuse_unknown_monitors(trainer, {f"val/{name}" for name in metrics})
             refuse_too_many_directions(pl_module.estimator, pl_module.model, free, largest)
 
     def on_train_batch_start(self, trainer: Any, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
-from fgtrain._torch import tree_flatten, tree_map
+from fgtrain._torch import eager_functions, tree_flatten, tree_map
 from fgtrain.lightning.length import first_batch
 from fgtrain.lightning.module import EstimatorModule
 from fgtrain.network.sharding import is_sharded
@@ -34,7 +34,8 @@ class SelfCheck(L.Callback):
         batch = self._few(trainer.strategy.batch_to_device(batch))
         loss_fn = partial(pl_module.task.losses, batch=batch)
         try:
-            with trainer.precision_plugin.train_step_context():
+            # A few examples are not worth a compilation; compiled derivatives are checked when they are compiled.
+            with trainer.precision_plugin.train_step_context(), eager_functions():
                 noticed = self_check(pl_module.model, loss_fn, pl_module.estimator)
         finally:
             set_random_state(state)

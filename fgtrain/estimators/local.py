@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.estimators.activity import ActivityPerturbation
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, add_grad, average_grads
-from fgtrain.estimators.local_heads import WHOLE, LocalHeads, Part, StandIn, joined
+from fgtrain.estimators.local_heads import WHOLE, LocalHeads, Part, StandIn, joined, read_by
 from fgtrain.estimators.local_tail import local_gradients
 from fgtrain.forward_ad.native import value_of
-from fgtrain.forward_ad.passes import check_losses
-from fgtrain.network.blocks import list_of_names
+from fgtrain.forward_ad.passes import RepeatedPass, check_losses, plain_losses
+from fgtrain.network.blocks import cut_between_blocks, list_of_names
 from fgtrain.network.chains import SideBySide, in_turn
 from fgtrain.network.parameters import slots_of, trainable_params
 
@@ -101,6 +101,12 @@ class LocalLosses(LocalHeads):
         generator: torch.Generator,
         reduce: Reduce | None,
     ) -> Estimate:
+        with cut_between_blocks():
+            return self._estimate(model, loss_fn, generator, reduce)
+
+    def _estimate(
+        self, model: nn.Module, loss_fn: Callable[[Any], Tensor], generator: torch.Generator, reduce: Reduce | None
+    ) -> Estimate:
         if self.head == "tail":
             losses, found = local_gradients(self.estimator, model, loss_fn, self.blocks, generator)
             return Estimate(losses.mean(), average_grads(found, reduce))
@@ -128,7 +134,12 @@ class LocalLosses(LocalHeads):
 
     def _estimate_of(self, net: nn.Module, loss_fn: Callable[[Any], Tensor], generator: torch.Generator) -> Estimate:
         if any(p.requires_grad for p in net.parameters()):
-            return self.estimator(net, loss_fn, generator=generator)
+            repeated = None if self.estimator.loss_at_parameters else RepeatedPass(net)
+            estimate = self.estimator(net, loss_fn, generator=generator)
+            if repeated is not None:  # the output is that of perturbed parameters
+                repeated.rewind()
+                plain_losses(net, loss_fn)
+            return estimate
         with torch.no_grad():  # a frozen last block only gives the loss
             return Estimate(check_losses(loss_fn(net)).mean(), {})
 
@@ -171,7 +182,7 @@ class LocalBlock(StandIn):
     def forward(self, x: Any) -> Any:
         x = in_turn(self.block, x if self.hidden is None else self.hidden)
         self._output = value_of(x).detach()
-        return x if self.head is None else self.head(self.features(x))
+        return x if self.head is None else read_by(self.head, self.features(x))
 
     def take_output(self) -> Tensor:
         """Return the block's output, and free all tensors of the pass."""

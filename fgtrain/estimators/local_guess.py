@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from fgtrain.estimators.base import Claim, Estimate, Reduce, average_grads
-from fgtrain.estimators.local_heads import LocalHeads, Part, Stage
+from fgtrain.estimators.local_heads import LocalHeads, Part, Stage, read_by
 from fgtrain.forward_ad import jvp
 from fgtrain.forward_ad.passes import RepeatedPass, check_losses
+from fgtrain.network.blocks import cut_between_blocks
 from fgtrain.network.parameters import trainable_params
 from fgtrain.tangents.directions import LastTangent
 
@@ -71,9 +72,9 @@ class LocalGuess(LocalHeads):
     ) -> Estimate:
         params = trainable_params(model)
         names = {id(p): name for name, p in params.items()}
-        blocks = self.blocks_with_heads(model, loss_fn)
         repeated = RepeatedPass(model)
-        with torch.enable_grad():
+        with torch.enable_grad(), cut_between_blocks():
+            blocks = self.blocks_with_heads(model, loss_fn)
             guesses = self._guesses(blocks, loss_fn, reduce)
         repeated.rewind()
         with torch.no_grad():
@@ -114,7 +115,7 @@ class LocalGuess(LocalHeads):
         return found
 
     def _read(self, head: nn.Module, hidden: Tensor) -> Tensor:
-        return head(self.features(hidden))
+        return read_by(head, self.features(hidden))
 
     def extra_repr(self) -> str:
         return f"head_lr={self.head_lr}, head_size={self.head_size}"

@@ -123,6 +123,20 @@ class LocalHeads(GradientEstimator):
                 self.add_head(key, weight.shape[1], weight.shape[0], weight)
 
 
+def read_by(head: nn.Module, features: Tensor) -> Tensor:
+    """The output of a linear head.
+
+    Raises:
+        UnsupportedOperation: the head was made for another number of features.
+    """
+    if features.shape[1] != head.in_features:
+        raise UnsupportedOperation(
+            f"the output of a block has {features.shape[1]} features per example, but its head was made for "
+            f"{head.in_features}: use inputs of one size, and another estimator for each model"
+        )
+    return head(features)
+
+
 def blocks_of(model: nn.Module) -> list[list[nn.Module]]:
     """Layers with parameters, each with the modules up to the next; modules before the first belong to it."""
     if not is_chain(model):

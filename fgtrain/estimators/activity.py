@@ -239,7 +239,7 @@ class _LayerGrads:
 
     def shrink(self, num_rows: int) -> float:
         """The shrinkage factor for the gradient of a layer with `num_rows` rows."""
-        return 1 / (1 + self._variance / num_rows**0.5)
+        return 1 / (1 + self._variance / max(num_rows, 1) ** 0.5)  # an expert may get no row
 
     def add(self, call: LayerCall, local_grads: LocalGrads) -> None:
         """Add the gradients of weight and bias from one call of their layer."""

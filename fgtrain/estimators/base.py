@@ -56,7 +56,8 @@ class GradientEstimator(nn.Module, ABC):
             scaled before it is differentiated.
         backward_pass: whether a vector-Jacobian product is taken: "none"; "within a block", if none crosses from one
             block into the next; or "whole", through the network.
-        loss_at_parameters: whether the loss of an estimate is that of the unperturbed parameters.
+        loss_at_parameters: whether the loss of an estimate, and what the model holds after it, are those of a plain
+            pass.
         shardable: whether it can train parameters whose rows are distributed over ranks.
         directions_at_a_time: number of directions that one pass carries.
         gives_derivatives: whether estimates hold derivatives along directions.

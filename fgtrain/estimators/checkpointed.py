@@ -62,6 +62,13 @@ class CheckpointedBackprop(Backprop):
                     f"a block or a step of {type(model).__name__} computes something else when it runs again, for "
                     "example because it keeps a cache or has its own random generator; train with Backprop"
                 ) from error
+            except RuntimeError as error:
+                if "support saved tensor hooks" not in str(error):
+                    raise
+                raise UnsupportedOperation(
+                    "the model or its loss takes derivatives by torch.func, which activation checkpointing does not "
+                    "allow; train with Backprop"
+                ) from error
         warned = slots_of(model).cached(_in_segments, set)
         if not (containers or repeated or warned):
             warned.add(True)

@@ -29,7 +29,8 @@ class GaussNewton(GradientEstimator):
 
     Outputs: if the loss is the mean of one `F.cross_entropy` or `F.mse_loss`, with any options, the outputs are its
     input, and H has a closed form. For any other loss they are the values that the model, or the outermost modules that
-    are called, return to the loss function, or the parameters if no module is called. Forward mode over forward mode
+    are called, return to the loss function, or the parameters if no module is called or it is called inside
+    `torch.vmap`. Forward mode over forward mode
     through the loss alone then gives G. If the loss is not convex, |G| has the absolute eigenvalues of G. Parameters
     that the loss uses directly, besides outputs, count in d and not in G.
 

@@ -26,6 +26,7 @@ from fgtrain.forward_ad.native import value_of
 from fgtrain.forward_ad.passes import LossFn, plain_losses
 from fgtrain.network.blocks import (
     Forward,
+    cut_between_blocks,
     find_blocks,
     forwards_replaced,
     frozen,
@@ -144,7 +145,7 @@ class Highway(GradientEstimator):
         # backpropagation or by forward mode. In a last pass, every block gets its own gradients from delta as it runs.
         params = trainable_params(model)
         snapshot = Snapshot(model)
-        with eager_functions():  # compiled code would ignore replaced forwards
+        with eager_functions(), cut_between_blocks():  # compiled code would ignore replaced forwards
             blocks, losses = self._recorded(model, loss_fn)
             loss_fn = blocks.from_first(loss_fn)
             snapshot.restore()

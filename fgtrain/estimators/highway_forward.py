@@ -79,7 +79,7 @@ def estimated(
 
 def per_example(each: Tensor) -> Tensor:
     """Losses (B,) whose mean is the sum of all elements (B, ..)."""
-    return each.reshape(len(each), -1).sum(1) * len(each)
+    return each.unsqueeze(-1).flatten(1).sum(1) * len(each)
 
 
 def gradients_before(

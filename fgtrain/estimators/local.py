@@ -10,10 +10,11 @@ from fgtrain.estimators.activity import ActivityPerturbation
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, add_grad, average_grads
 from fgtrain.estimators.local_heads import LocalHeads, joined
 from fgtrain.estimators.local_tail import local_gradients
-from fgtrain.forward_ad.passes import LossFn, check_losses
-from fgtrain.network.blocks import list_of_names
+from fgtrain.forward_ad.passes import LossFn, check_losses, plain_losses
+from fgtrain.network.blocks import cut_between_blocks, list_of_names
 from fgtrain.network.chains import SideBySide
 from fgtrain.network.parameters import trainable_params
+from fgtrain.network.snapshot import Snapshot
 
 
 class LocalLosses(LocalHeads):
@@ -94,6 +95,12 @@ class LocalLosses(LocalHeads):
     def forward(
         self, model: nn.Module, loss_fn: LossFn, *, generator: torch.Generator, reduce: Reduce | None
     ) -> Estimate:
+        with cut_between_blocks():
+            return self._estimate(model, loss_fn, generator, reduce)
+
+    def _estimate(
+        self, model: nn.Module, loss_fn: LossFn, generator: torch.Generator, reduce: Reduce | None
+    ) -> Estimate:
         if self.head == "tail":
             losses, found = local_gradients(self.estimator, model, loss_fn, self.blocks, generator)
             return Estimate(losses.mean(), average_grads(found, reduce))
@@ -121,7 +128,12 @@ class LocalLosses(LocalHeads):
 
     def _estimate_of(self, net: nn.Module, loss_fn: LossFn, generator: torch.Generator) -> Estimate:
         if any(p.requires_grad for p in net.parameters()):
-            return self.estimator(net, loss_fn, generator=generator)
+            before = None if self.estimator.loss_at_parameters else Snapshot(net)
+            estimate = self.estimator(net, loss_fn, generator=generator)
+            if before is not None:  # the output is that of perturbed parameters
+                before.restore()
+                plain_losses(net, loss_fn)
+            return estimate
         with torch.no_grad():  # a frozen last block only gives the loss
             return Estimate(check_losses(loss_fn(net)).mean(), {})
 

@@ -7,6 +7,7 @@ from fgtrain.estimators.base import Claim, Estimate, Reduce, average_grads, of_m
 from fgtrain.estimators.local_heads import LocalBlock, LocalHeads
 from fgtrain.forward_ad import jvp
 from fgtrain.forward_ad.passes import LossFn, check_losses
+from fgtrain.network.blocks import cut_between_blocks
 from fgtrain.network.parameters import trainable_params
 from fgtrain.network.snapshot import Snapshot
 from fgtrain.tangents.directions import LastTangent
@@ -60,9 +61,9 @@ class LocalGuess(LocalHeads):
     ) -> Estimate:
         params = trainable_params(model)
         names = {id(p): name for name, p in params.items()}
-        nets = [net for (net,) in self.nets_of(model, loss_fn)]
         snapshot = Snapshot(model)
-        with torch.enable_grad():
+        with torch.enable_grad(), cut_between_blocks():
+            nets = [net for (net,) in self.nets_of(model, loss_fn)]
             guesses = self._guesses(nets, loss_fn, reduce)
         snapshot.restore()
         with torch.no_grad():

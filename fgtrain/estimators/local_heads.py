@@ -103,7 +103,7 @@ class LocalHeads(GradientEstimator):
         loss_fn(trial)
         if not trial.outputs:
             raise UnsupportedOperation(WHOLE)
-        *outputs, (logits,) = trial.outputs
+        *outputs, (logits,) = [[output.detach() for output in found] for found in trial.outputs]
         if logits.dim() != 2:
             raise UnsupportedOperation(
                 f"local losses need a model with outputs (B, classes), got {tuple(logits.shape)}; "
@@ -136,6 +136,20 @@ class LocalHeads(GradientEstimator):
 
     def extra_repr(self) -> str:
         return f"head_lr={self.head_lr}, head_size={self.head_size}"
+
+
+def read_by(head: nn.Module, features: Tensor) -> Tensor:
+    """The output of a linear head.
+
+    Raises:
+        UnsupportedOperation: the head was made for another number of features.
+    """
+    if features.shape[1] != head.in_features:
+        raise UnsupportedOperation(
+            f"the output of a block has {features.shape[1]} features per example, but its head was made for "
+            f"{head.in_features}: use inputs of one size, and another estimator for each model"
+        )
+    return head(features)
 
 
 def blocks_of(model: nn.Module) -> list[list[nn.Module]]:
@@ -181,7 +195,7 @@ class LocalBlock(StandIn):
     def forward(self, x: Any) -> Any:
         x = in_turn(self.block, x if self.hidden is None else self.hidden)
         self._output = value_of(x).detach()
-        return x if self.head is None else self.head(self.features(x))
+        return x if self.head is None else read_by(self.head, self.features(x))
 
     def take_output(self) -> Tensor:
         """Return the block's output, and free all tensors of the pass."""

@@ -44,7 +44,9 @@ def local_gradients(
     grads: dict[str, Tensor] = {}
     snapshot = Snapshot(model)
     with eager_functions():
-        chain = slots_of(model).cached(estimator, lambda: _examined(model, loss_fn, blocks))
+        chains: dict[Any, _Chain] = slots_of(model).cached(_examined, dict)
+        key = None if blocks is None else tuple(blocks)
+        chain = chains.get(key) or chains.setdefault(key, _examined(model, loss_fn, blocks))
         modules = dict(model.named_modules())
         ahead: Any = None
         for i, name in enumerate(chain.names):
@@ -120,6 +122,18 @@ def _examined(model: nn.Module, loss_fn: LossFn, blocks: Sequence[str] | None) -
         )
     if calls != chain.names:
         raise UnsupportedOperation("local losses need blocks that the model calls once each, one after the other")
+    if any(n is not None and n > 1 for n in chain.outputs):
+        skipped = {b: _OneBlock.identity(n) for b, n in zip(found.values(), chain.outputs, strict=True)}
+        try:
+            with forwards_replaced(skipped):
+                loss_fn(model)
+        except (TypeError, AttributeError) as error:
+            raise UnsupportedOperation(
+                "the model uses more of a block's output than its hidden state, but a skipped block has no more; train "
+                "with another method"
+            ) from error
+        finally:
+            snapshot.restore()
     # A module that holds parameters without being called (a list of them, say) counts as used first.
     uncalled = [names[module] for module in holding if names[module] not in around]
     chain.around = [[n for n, places in around.items() if i in places] for i in range(len(found))]
@@ -145,13 +159,13 @@ class _OneBlock:
 
     def __init__(self, blocks: Sequence[nn.Module], outputs: Sequence[int | None], i: int, ahead: Any) -> None:
         self.held: list[Any] = []
-        self.forwards = {b: self._identity(n) for b, n in zip(blocks, outputs, strict=True)}
+        self.forwards = {b: self.identity(n) for b, n in zip(blocks, outputs, strict=True)}
         if i:
             self.forwards[blocks[i - 1]] = lambda *_, **__: tree_map_only(Tensor, Tensor.clone, ahead)
         self.forwards[blocks[i]] = self._holding(blocks[i].forward)
 
     @staticmethod
-    def _identity(num_outputs: int | None) -> Forward:
+    def identity(num_outputs: int | None) -> Forward:
         def run(*args: Any, **kwargs: Any) -> Any:
             x = entering(args, kwargs).clone()
             return x if num_outputs is None else (x, *[None] * (num_outputs - 1))

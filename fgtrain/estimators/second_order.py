@@ -54,6 +54,7 @@ class SecondOrder(GradientEstimator):
     """
 
     scalar_reducible = False
+    loss_at_parameters = False  # under torch.func, dropout may draw another mask
     claims: frozenset[Claim] = frozenset({"descent"})
 
     def __init__(self, tangents: Tangents | None = None, num_tangents: int = 4, *, damping: float = 1e-3) -> None:

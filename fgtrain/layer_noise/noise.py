@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fgtrain.errors import UnsupportedOperation
+from fgtrain.errors import LossError, UnsupportedOperation
 from fgtrain.forward_ad.dual import Dual, call, duals_in, primal_of, tangent_of
 from fgtrain.forward_ad.lost_derivatives import only_reads
 from fgtrain.forward_ad.output_tangent import LocalGrads, OutputTangent
@@ -39,6 +39,11 @@ _RELU = {torch.relu, torch.Tensor.relu, F.relu, torch.relu_, torch.Tensor.relu_,
 def passing(output: Tensor) -> Tensor:
     """1 where a ReLU passes the output, 0 elsewhere; numbers, because multiplying by bools takes five times as long."""
     return output.sign().clamp_(min=0)
+
+
+def as_input(x: Tensor) -> tuple[Tensor, int]:
+    """A layer's input, and its version, which counts changes in place; tensors made in inference mode have none."""
+    return x, 0 if x.is_inference() else x._version
 
 
 class UsedElsewhere(Exception):
@@ -119,7 +124,7 @@ class LayerCall:
         """Refuse local gradients if the layer's input was changed in place after the call."""
         assert self.inputs is not None
         inputs, version = self.inputs
-        if inputs._version != version:
+        if as_input(inputs)[1] != version:
             raise UnsupportedOperation(
                 f"the input of {self.name.removesuffix('.weight')} is changed in place after the layer has used it; "
                 "use the out-of-place form, memory='replay', or ForwardGradient"
@@ -205,7 +210,7 @@ class PerturbedPass:
         else:
             noise, pattern = self.draw(primal, channels)
             tangent = _add_noise(tangent, noise, pattern, primal, channels)
-        layer = LayerCall(name, local_grads, noise, pattern, channels, primal.shape, (inputs, inputs._version), of_head)
+        layer = LayerCall(name, local_grads, noise, pattern, channels, primal.shape, as_input(inputs), of_head)
         if not self.keeps:
             layer.forget()
         self.calls.append(layer)
@@ -235,6 +240,10 @@ class PerturbedPass:
             raise UnsupportedOperation(
                 f"the exact gradient of the last layer needs outputs (.., C), but {layer} gives {tuple(primal.shape)}; "
                 f"{WITHOUT_HEAD}"
+            )
+        if not primal.numel():
+            raise LossError(
+                f"the exact gradient of the last layer needs a row, but {layer} gives {tuple(primal.shape)}"
             )
         if any(call.name == name for call in self.calls):
             raise UnsupportedOperation(f"{layer}, the last layer, is called twice; {WITHOUT_HEAD}")

@@ -1,8 +1,8 @@
 """The position of a run in its data, saved in checkpoints and restored from them for Lightning's own loops."""
 
+import copy
 import math
 import warnings
-from functools import partial
 from typing import Any, NamedTuple
 
 import lightning as L
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fgtrain.distributed import of_all_ranks
 from fgtrain.errors import CheckpointError
-from fgtrain.lightning._lightning import Counters, raise_limits, restart_loaders
+from fgtrain.lightning._lightning import Counters, raise_limits, restart_loaders, restarts_short_loaders
 from fgtrain.lightning.length import batches_per_epoch, train_loaders
 from fgtrain.random import preserved_random_state, random_state, set_random_state
 
@@ -57,6 +57,8 @@ class Position(L.Callback):
         self._leaves = False  # its last step was the last of an epoch
         self._is_complete = False  # it leaves nothing to do
         self._loses_place = False  # a training loader cannot restore its position
+        self._is_ahead = False  # a training loader has no length, and its position is one batch ahead
+        self._data_state: dict[str, Any] = {}  # of the data module
 
     def limits(self, trainer: Any) -> tuple[int, int]:
         """`max_steps` and `max_epochs` of the run."""
@@ -81,6 +83,8 @@ class Position(L.Callback):
         if not trainer.reload_dataloaders_every_n_epochs:  # else loaders start anew in an undisturbed run too
             of_ranks = fit["state_dict"].get("generators", [])[trainer.global_rank :]
             self._generators = of_ranks[0] if of_ranks else []
+        if trainer.datamodule is not None:
+            self._data_state = copy.deepcopy(checkpoint.get(type(trainer.datamodule).__qualname__, {}))
         loaders = train_loaders(trainer)
         able = len(self._loaders) if loaders is None else len(_stateful(loaders))  # Lightning checks those of `fit`
         if self._loaders and len(self._loaders) != able:
@@ -89,6 +93,7 @@ class Position(L.Callback):
                 "run's can restore one, so it would train on other batches; use the data the run began with"
             )
         self._loses_place = loaders is not None and able < len(loaders.flattened)
+        self._is_ahead = loaders is not None and any(sized_len(loader) is None for loader in _stateful(loaders))
         self._enter(trainer, fit, checkpoint["global_step"])
 
     def _enter(self, trainer: Any, fit: dict[str, Any], step: int) -> None:
@@ -112,8 +117,16 @@ class Position(L.Callback):
         is_last = here.validates and found.is_last
         state = Counters(here.epoch, here.is_inside, batch, total, is_last, not here.validates)
         state.write(fit, total + here.ends_epoch - adds)
-        self._random = random_state() if here.ends_epoch or self._generators or is_last else None
-        if here.is_inside and not (found.is_last or here.is_over) and self._loses_place:
+        if self._leaves:  # its loaders have no batch left to fetch: `_end_passes` restores them
+            fit["state_dict"]["combined_loader"] = []
+        self._random = random_state() if here.ends_epoch or self._generators or self._leaves else None
+        is_amid = here.is_inside and not (found.is_last or here.is_over)
+        if is_amid and self._is_ahead:
+            rank_zero_warn(
+                "the run continues in the middle of an epoch, but its training loader has no length: Lightning had "
+                "fetched a batch ahead, and this one batch is left out; give the loader a __len__ to continue exactly"
+            )
+        if is_amid and self._loses_place:
             rank_zero_warn(
                 "the run continues in the middle of an epoch, but its training loader has no state_dict and "
                 "load_state_dict: it starts over, so that some examples come twice and others not at all"
@@ -131,22 +144,21 @@ class Position(L.Callback):
         if self._reads:
             self._refuse_early_loader(trainer)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: Any, pl_module: L.LightningModule) -> None:
         if not self._reads:
             return
         self._reads = False
         trainer.callback_metrics.update(self._metrics)
+        every = trainer.reload_dataloaders_every_n_epochs
+        if self._leaves and not self.ends_epoch and not (every and trainer.current_epoch % every == 0):
+            self._end_passes(trainer)
         if self._validates:  # whatever the step
             self._intervals = trainer.val_check_batch, trainer.check_val_every_n_epoch
             trainer.val_check_batch, trainer.check_val_every_n_epoch = 1, None
             self._restore_random_state(trainer)
-        elif self._generators and not self.ends_epoch:
+        elif (self._generators or self._leaves) and not self.ends_epoch:
             self._restore_random_state(trainer)
             restart_loaders(trainer)
-        if self._leaves and not self.ends_epoch:
-            with preserved_random_state():
-                for loader in filter(partial(_is_limited, trainer), _loaders(trainer)):
-                    next(iter(loader), None)  # starting the next pass ends an unfinished one
         if self._is_complete:
             self._restore_limits(trainer)
         elif trainer.global_step > 0 and _has_random_workers(trainer):
@@ -164,14 +176,30 @@ class Position(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._restore_limits(trainer)
 
-    def leave_epoch(self, trainer: L.Trainer) -> None:
-        """Reset the loaders after an epoch was entered only to end it."""
+    def leave_epoch(self, trainer: Any) -> None:
+        """Restore the data after an epoch was entered only to end it."""
         self.ends_epoch = False
-        for loader, state in zip(_loaders(trainer), self._loaders, strict=False):
-            if not (self._leaves and _is_limited(trainer, loader)):
+        if self._leaves:
+            self._end_passes(trainer)
+        else:
+            for loader, state in zip(_loaders(trainer), self._loaders, strict=False):
                 loader.load_state_dict(state)
+        if self._data_state:  # its hooks saw the batch that was fetched
+            trainer.datamodule.load_state_dict(self._data_state)
         self._restore_random_state(trainer)
         self._restore_limits(trainer)
+
+    def _end_passes(self, trainer: Any) -> None:
+        """Restore the loaders of a finished epoch, so that their next iterators begin another pass.
+
+        Of two kinds of loaders with the state of a finished pass, one begins another one, and the other, such as
+        torchdata's StatefulDataLoader, has nothing left to give. An unfinished pass ends when the next one begins.
+        """
+        with preserved_random_state():
+            for loader, state in zip(_loaders(trainer), self._loaders, strict=False):
+                loader.load_state_dict(copy.deepcopy(state))
+                if next(iter(loader), None) is not None and _has_ended(trainer, loader):
+                    loader.load_state_dict(state)
 
     def _restore_random_state(self, trainer: Any) -> None:
         if self._random is not None:
@@ -250,10 +278,12 @@ def _generators(trainer: Any) -> list[torch.Generator]:
     return list(found.values())
 
 
-def _is_limited(trainer: Any, loader: Any) -> bool:
-    """Whether an epoch ends before its loader does."""
-    length = sized_len(loader)
-    return length is not None and trainer.num_training_batches < length
+def _has_ended(trainer: Any, loader: Any) -> bool:
+    """Whether the pass of a loader ends with the epoch."""
+    length, batches = sized_len(loader), trainer.num_training_batches
+    if length is None:
+        return math.isinf(batches)
+    return batches % length == 0 if restarts_short_loaders(trainer) else batches >= length
 
 
 def _stateful(loaders: CombinedLoader) -> list[Any]:

@@ -12,6 +12,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+import torch._functorch.pyfunctorch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
 from torch._C import _autograd
@@ -41,6 +42,9 @@ set_grad_enabled = torch._C._set_grad_enabled
 
 is_inside_transform = torch._C._functorch.is_functorch_wrapped_tensor
 """Whether a transform of torch.func has wrapped a tensor, whose tangent is then not accessible."""
+
+outside_transforms = torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack
+"""A context in which code runs as outside of torch.vmap and the other transforms of torch.func."""
 
 FUNCTION_OWNERS = (torch, Tensor, torch._C._nn)
 """Where PyTorch may define a function of one name; torch._C._nn holds the C++ functions of torch.nn.functional."""

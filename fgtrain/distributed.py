@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from fgtrain._torch import set_group_timeout
 from fgtrain.errors import ConfigError, RankFailed
 from fgtrain.estimators.base import Estimate, GradientEstimator
+from fgtrain.forward_ad.passes import LossFn
 from fgtrain.random import keyed_generator
 
 TangentsOver = Literal["shared", "per_rank"]
@@ -100,7 +101,7 @@ class Ranks:
         self,
         estimator: GradientEstimator,
         model: nn.Module,
-        loss_fn: Callable[[Any], Tensor],
+        loss_fn: LossFn,
         key: tuple[int, ...],
         tangents: TangentsOver = "shared",
         exchange: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None,

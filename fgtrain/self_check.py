@@ -1,7 +1,8 @@
 """Checks on one batch, before training, that a model satisfies the assumptions of gradient estimators."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,9 +11,9 @@ from torch import Tensor, nn
 from fgtrain.errors import AssumptionError, UserError
 from fgtrain.estimators import Backprop, Estimate, GradientEstimator
 from fgtrain.forward_ad import directional_derivatives
-from fgtrain.forward_ad.native import LossFn
-from fgtrain.forward_ad.passes import RepeatedPass, plain_losses
+from fgtrain.forward_ad.passes import LossFn, plain_losses
 from fgtrain.network.parameters import trainable_params
+from fgtrain.network.snapshot import Snapshot
 from fgtrain.random import keyed_generator
 
 _TOLERANCE = {torch.float64: 1e-7, torch.float32: 1e-3}
@@ -37,12 +38,11 @@ def self_check(model: nn.Module, loss_fn: LossFn, estimator: GradientEstimator) 
     Raises:
         AssumptionError: the model cannot be trained with these gradients; the message says why.
     """
-    again = RepeatedPass(model)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trial = _Trial(model, loss_fn)
     state = {name: value.clone() for name, value in estimator.state_dict().items()}
 
     def evaluate() -> Estimate:
-        again.rewind()
+        trial.snapshot.restore()
         estimator.load_state_dict(state)
         return estimator(model, loss_fn, generator=keyed_generator(0))
 
@@ -50,27 +50,92 @@ def self_check(model: nn.Module, loss_fn: LossFn, estimator: GradientEstimator) 
         first, second = evaluate(), evaluate()
         if not _is_finite(first):
             return []  # training counts and reports this itself
-        _refuse_changed(model, before)
+        trial.refuse_changed_params()
         tolerance = _tolerance(first)
         if not _agree(first, second, tolerance):
-            where = _first_difference(model, loss_fn, again)
             raise AssumptionError(
                 f"self-check: two evaluations with the same seed differ (losses {first.loss:.6g} and "
-                f"{second.loss:.6g}); {where} draws random numbers that no generator of torch, numpy or Python's "
-                "random controls, or keeps its own state between calls"
+                f"{second.loss:.6g}); {_first_difference(trial)} draws random numbers that no generator of torch, "
+                "numpy or Python's random controls, or keeps its own state between calls"
             )
-        reference = _backpropagated(model, loss_fn, again)
+        reference = trial.backpropagated()
         if reference is not None:
             _refuse_another_function(estimator, first, reference, tolerance)
-        noticed = list(_changing_buffers(model, loss_fn, again))
+        noticed = list(_changing_buffers(trial))
         if reference is not None:
-            noticed += _without_gradient(model, loss_fn, reference.grads, again, before)
-            _refuse_other_derivative(model, loss_fn, first, reference.grads, again)
-            noticed += _hidden_change(model, loss_fn, first, reference.grads, again, before)
+            noticed += _without_gradient(trial, reference.grads)
+            norm = _norm(reference.grads)
+            if norm and math.isfinite(norm):
+                if first.directional_derivatives is not None:
+                    _refuse_other_derivative(trial, reference.grads, norm, tolerance)
+                if tolerance <= 0.01:  # else differences of losses would only be rounding errors
+                    noticed += _hidden_change(trial, reference.grads, norm)
         return noticed
     finally:
         estimator.load_state_dict(state)
-        again.rewind()
+        trial.snapshot.restore()
+
+
+class _Trial:
+    """A model and its loss. Every evaluation starts from the state in which the model was given.
+
+    Args:
+        model: the model.
+        loss_fn: its loss.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
+        self.model = model
+        self.loss_fn = loss_fn
+        self.snapshot = Snapshot(model)
+        self._values = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def refuse_changed_params(self) -> None:
+        """Raise if a pass has changed a parameter."""
+        for name, p in self.model.named_parameters():
+            if not torch.equal(p, self._values[name]):
+                raise AssumptionError(f"self-check: the model changes its own parameter {name!r} in its forward pass")
+
+    def backpropagated(self) -> Estimate | None:
+        """The estimate of backpropagation; None if it is impossible, so that there is no reference."""
+        self.snapshot.restore()
+        try:
+            return Backprop()(self.model, self.loss_fn)
+        except (UserError, NotImplementedError, torch.OutOfMemoryError):
+            return None
+
+    def derivative_along(self, v: Mapping[str, Tensor]) -> float | None:
+        """The derivative by forward mode; None if the model has none, so that other methods train it."""
+        self.snapshot.restore()
+        tangents = {name: t.unsqueeze(0) for name, t in v.items()}
+        try:
+            return float(directional_derivatives(self.model, self.loss_fn, tangents)[1])
+        except UserError:
+            return None
+
+    def difference_along(self, v: Mapping[str, Tensor], step: float) -> tuple[float, float]:
+        """The central difference of the mean loss, and a bound of its rounding error."""
+        losses = []
+        for sign in (1, -1):
+            self.snapshot.restore()
+            with self.moved({name: sign * step * t for name, t in v.items()}):
+                losses.append(float(plain_losses(self.model, self.loss_fn).double().mean()))
+        eps = torch.finfo(next(iter(v.values())).dtype).eps
+        return (losses[0] - losses[1]) / (2 * step), 20 * eps * max(map(abs, losses)) / step
+
+    @contextmanager
+    def moved(self, changes: Mapping[str, Tensor]) -> Generator[None]:
+        """A context in which `changes` are added to the parameters."""
+        params = dict(self.model.named_parameters())
+        try:
+            with torch.no_grad():
+                for name, change in changes.items():
+                    params[name].copy_(self._values[name] + change)
+            yield
+        finally:
+            with torch.no_grad():
+                for name in changes:
+                    params[name].copy_(self._values[name])
 
 
 def _is_finite(estimate: Estimate) -> bool:
@@ -89,20 +154,6 @@ def _agree(first: Estimate, second: Estimate, tolerance: float) -> bool:
     return all((a - b).abs().max() <= tolerance * a.abs().max() for a, b in pairs if a.numel())
 
 
-def _refuse_changed(model: nn.Module, before: Mapping[str, Tensor]) -> None:
-    for name, p in model.named_parameters():
-        if not torch.equal(p, before[name]):
-            raise AssumptionError(f"self-check: the model changes its own parameter {name!r} in its forward pass")
-
-
-def _backpropagated(model: nn.Module, loss_fn: LossFn, again: RepeatedPass) -> Estimate | None:
-    again.rewind()
-    try:
-        return Backprop()(model, loss_fn)
-    except (UserError, NotImplementedError, torch.OutOfMemoryError):
-        return None  # there is no reference
-
-
 def _refuse_another_function(
     estimator: GradientEstimator, estimate: Estimate, reference: Estimate, tolerance: float
 ) -> None:
@@ -116,7 +167,7 @@ def _refuse_another_function(
         )
     if "exact" not in estimator.claims:
         return
-    total = math.sqrt(sum(float(g.double().square().sum()) for g in reference.grads.values()))
+    total = _norm(reference.grads)
     for name, g in reference.grads.items():
         allowed = tolerance * (g.norm() + 1e-3 * total)  # a gradient that cancels to zero is left with rounding errors
         if name not in estimate.grads or (estimate.grads[name] - g).norm() > allowed:
@@ -126,7 +177,7 @@ def _refuse_another_function(
             )
 
 
-def _first_difference(model: nn.Module, loss_fn: LossFn, again: RepeatedPass) -> str:
+def _first_difference(trial: _Trial) -> str:
     """The module whose output is the first to differ between two equal passes."""
     passes: list[list[tuple[str, Tensor]]] = []
 
@@ -137,12 +188,13 @@ def _first_difference(model: nn.Module, loss_fn: LossFn, again: RepeatedPass) ->
 
         return hook
 
+    model = trial.model
     handles = [module.register_forward_hook(record(name)) for name, module in model.named_modules()]
     try:
         for _ in range(2):
-            again.rewind()
+            trial.snapshot.restore()
             passes.append([])
-            plain_losses(model, loss_fn)
+            plain_losses(model, trial.loss_fn)
     finally:
         for handle in handles:
             handle.remove()
@@ -152,14 +204,14 @@ def _first_difference(model: nn.Module, loss_fn: LossFn, again: RepeatedPass) ->
     return "the loss function"
 
 
-def _changing_buffers(model: nn.Module, loss_fn: LossFn, again: RepeatedPass) -> Iterator[str]:
-    """Buffers that forward passes change and the loss depends on."""
-    losses, changed = [], []
-    again.rewind()
+def _changing_buffers(trial: _Trial) -> Iterator[str]:
+    """Report buffers that forward passes change and the loss depends on."""
+    losses, changed, model = [], [], trial.model
+    trial.snapshot.restore()
     for _ in range(2):
         values = {name: b.clone() for name, b in model.named_buffers()}
-        again.rewind_random_state()
-        losses.append(plain_losses(model, loss_fn).mean())
+        trial.snapshot.restore_random_state()
+        losses.append(plain_losses(model, trial.loss_fn).mean())
         changed = [name for name, b in model.named_buffers() if not torch.equal(b, values[name])]
     if changed and not torch.allclose(losses[0], losses[1], rtol=1e-5):
         yield (
@@ -168,15 +220,9 @@ def _changing_buffers(model: nn.Module, loss_fn: LossFn, again: RepeatedPass) ->
         )
 
 
-def _without_gradient(
-    model: nn.Module,
-    loss_fn: LossFn,
-    grads: Mapping[str, Tensor],
-    again: RepeatedPass,
-    before: Mapping[str, Tensor],
-) -> Iterator[str]:
+def _without_gradient(trial: _Trial, grads: Mapping[str, Tensor]) -> Iterator[str]:
     """Report parameters with zero gradient here and at nearby values; so adapters that start at 0 are not reported."""
-    params, generator = trainable_params(model), keyed_generator(0)
+    params, generator = trainable_params(trial.model), keyed_generator(0)
 
     def is_silent(name: str, grads: Mapping[str, Tensor]) -> bool:
         return name not in grads or not grads[name].any()
@@ -184,15 +230,8 @@ def _without_gradient(
     silent = [name for name, p in params.items() if p.numel() and is_silent(name, grads)]
     if not silent:
         return
-    try:
-        with torch.no_grad():
-            for p in params.values():
-                p.add_(0.01 * torch.randn(p.shape, generator=generator).to(p))
-        elsewhere = _backpropagated(model, loss_fn, again)
-    finally:
-        with torch.no_grad():
-            for name, p in params.items():
-                p.copy_(before[name])
+    with trial.moved({name: 0.01 * torch.randn(p.shape, generator=generator).to(p) for name, p in params.items()}):
+        elsewhere = trial.backpropagated()
     silent = [name for name in silent if elsewhere is not None and is_silent(name, elsewhere.grads)]
     if silent:
         names = ", ".join(map(repr, silent[:3])) + f" and {len(silent) - 3} more" * (len(silent) > 3)
@@ -202,94 +241,47 @@ def _without_gradient(
         )
 
 
-def _along(grads: Mapping[str, Tensor]) -> tuple[float, dict[str, Tensor]]:
-    """The norm of a gradient and the unit direction along it; empty if the norm is 0 or not finite."""
-    norm = math.sqrt(sum(float(g.double().square().sum()) for g in grads.values()))
-    return norm, {name: g / norm for name, g in grads.items()} if norm and math.isfinite(norm) else {}
+def _norm(grads: Mapping[str, Tensor]) -> float:
+    return math.sqrt(sum(float(g.double().square().sum()) for g in grads.values()))
 
 
-def _refuse_other_derivative(
-    model: nn.Module, loss_fn: LossFn, estimate: Estimate, grads: Mapping[str, Tensor], again: RepeatedPass
-) -> None:
+def _refuse_other_derivative(trial: _Trial, grads: Mapping[str, Tensor], norm: float, tolerance: float) -> None:
     """Raise if forward mode and reverse mode disagree about the derivative along the gradient."""
-    norm, direction = _along(grads)
-    if not direction or estimate.directional_derivatives is None:
-        return
-    forward = _forward_mode(model, loss_fn, direction, again)
-    if forward is not None and abs(forward - norm) > _tolerance(estimate) * norm:
-        apart = {
-            name: abs((_forward_mode(model, loss_fn, {name: v}, again) or 0.0) - float((grads[name] * v).sum()))
-            for name, v in direction.items()
-        }
+    direction = {name: g / norm for name, g in grads.items()}
+    forward = trial.derivative_along(direction)
+    if forward is not None and abs(forward - norm) > tolerance * norm:
+        name = _farthest(grads, direction, lambda v: trial.derivative_along(v) or 0.0)
         raise AssumptionError(
             f"self-check: the derivative along the gradient is {forward:.6g} by forward mode and {norm:.6g} by "
-            f"backpropagation, with the largest difference for parameter {max(apart, key=apart.__getitem__)!r}; a "
-            "custom autograd.Function may have a jvp that disagrees with its backward"
+            f"backpropagation, with the largest difference for parameter {name!r}; a custom autograd.Function may have "
+            "a jvp that disagrees with its backward"
         )
 
 
-def _hidden_change(
-    model: nn.Module,
-    loss_fn: LossFn,
-    estimate: Estimate,
-    grads: Mapping[str, Tensor],
-    again: RepeatedPass,
-    before: Mapping[str, Tensor],
-) -> Iterator[str]:
+def _hidden_change(trial: _Trial, grads: Mapping[str, Tensor], norm: float) -> Iterator[str]:
     """Report a change of the loss along the gradient that the derivative does not predict."""
-    norm, direction = _along(grads)
-    if not direction or _tolerance(estimate) > 0.01:  # then differences of losses would only be rounding errors
-        return
+    direction = {name: g / norm for name, g in grads.items()}
     step = torch.finfo(next(iter(direction.values())).dtype).eps ** (1 / 3)
     while True:  # the error of the difference falls with the step; that of a hidden part does not
-        change, floor = _difference(model, loss_fn, direction, again, before, step)
+        change, floor = trial.difference_along(direction, step)
         if abs(change - norm) <= 0.05 * norm + floor:
             return
         if 10 * floor > 0.2 * norm:  # the next difference would only be a rounding error
             break
         step /= 10
     if math.isfinite(change):
-        apart = {}
-        for name, v in direction.items():
-            one, _ = _difference(model, loss_fn, {name: v}, again, before, step)
-            apart[name] = abs(one - float((grads[name] * v).sum()))
+        name = _farthest(grads, direction, lambda v: trial.difference_along(v, step)[0])
         yield (
             f"along the gradient the loss changes by {change:.4g} per unit, but its derivative is {norm:.4g}, with the "
-            f"largest difference for parameter {max(apart, key=apart.__getitem__)!r}: something between it and the "
-            "loss is hidden from differentiation (.detach(), .item(), NumPy, rounding, a branch on values)"
+            f"largest difference for parameter {name!r}: "
+            "something between it and the loss is hidden from differentiation (.detach(), .item(), NumPy, rounding, a "
+            "branch on values)"
         )
 
 
-def _forward_mode(model: nn.Module, loss_fn: LossFn, v: Mapping[str, Tensor], again: RepeatedPass) -> float | None:
-    again.rewind()
-    try:
-        _, derivative = directional_derivatives(model, loss_fn, {name: t.unsqueeze(0) for name, t in v.items()})
-    except UserError:  # the model has no forward mode, so other methods train it
-        return None
-    return float(derivative)
-
-
-def _difference(
-    model: nn.Module,
-    loss_fn: LossFn,
-    direction: Mapping[str, Tensor],
-    again: RepeatedPass,
-    before: Mapping[str, Tensor],
-    step: float,
-) -> tuple[float, float]:
-    """Central difference of the mean loss along `direction`, and a bound of its rounding error."""
-    params = trainable_params(model)
-    eps = torch.finfo(next(iter(direction.values())).dtype).eps
-    losses = []
-    try:
-        with torch.no_grad():
-            for sign in (1, -1):
-                again.rewind()
-                for name, v in direction.items():
-                    params[name].copy_(before[name] + sign * step * v)
-                losses.append(float(plain_losses(model, loss_fn).double().mean()))
-    finally:
-        with torch.no_grad():
-            for name in direction:
-                params[name].copy_(before[name])
-    return (losses[0] - losses[1]) / (2 * step), 20 * eps * max(map(abs, losses)) / step
+def _farthest(
+    grads: Mapping[str, Tensor], direction: Mapping[str, Tensor], derivative: Callable[[Mapping[str, Tensor]], float]
+) -> str:
+    """The parameter along whose part of `direction` a derivative differs most from the gradient's."""
+    apart = {name: abs(derivative({name: v}) - float((grads[name] * v).sum())) for name, v in direction.items()}
+    return max(apart, key=apart.__getitem__)

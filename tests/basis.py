@@ -123,7 +123,7 @@ def noise_of(given: Tensor) -> Generator[None]:
         first = self.noise_size
         self.noise_size += output.numel()
         assert self.noise_size <= given.shape[1], "less noise than the pass asks for"
-        return given[:, first : self.noise_size].to(output.dtype).view(-1, *output.shape), None
+        return given[:, first : self.noise_size].to(output.dtype).view(len(given), *output.shape), None
 
     with mock.patch.object(PerturbedPass, "draw", draw):
         yield

@@ -1,6 +1,5 @@
 """The claims of an estimator as assertions. Bounds come from closed forms, never from trial runs."""
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -47,21 +46,6 @@ def assert_is(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], round
 
 def scaled(tensors: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
     return {name: factor * value for name, value in tensors.items()}
-
-
-def assert_mean_is(expected: Tensor, estimates: Tensor, variance: float | Tensor) -> None:
-    """The mean of `estimates`, (draws, n), is `expected`, (n,), to five standard errors.
-
-    A mean that is 10 % too short or too long fails.
-
-    Args:
-        expected: the mean that is claimed.
-        estimates: independent ones.
-        variance: E||estimate - expected||^2, from a closed form.
-    """
-    bound = 5 * math.sqrt(variance / len(estimates))
-    assert bound < 0.05 * expected.norm(), "too few draws or directions to tell 10 %"
-    assert (estimates.mean(0) - expected).norm() <= bound
 
 
 def assert_leaves_no_trace(estimator: GradientEstimator, case: Case) -> None:

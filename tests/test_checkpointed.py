@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fgtrain import Backprop, CheckpointedBackprop
 from fgtrain.errors import UnsupportedOperation
-from fgtrain.network.segments import repeat
+from fgtrain.network.repeated_steps import repeat
 from fgtrain.studies.benchmarks.methods import methods_of
 from fgtrain.studies.benchmarks.steps import measure
 

@@ -16,7 +16,7 @@ from fgtrain import Backprop, ForwardGradient, LowRank, Normal
 from fgtrain.errors import ConfigError, LossError
 from fgtrain.forward_ad import _Engines, jvp, stacked
 from fgtrain.forward_ad.compiled import CompiledPass
-from fgtrain.forward_ad.passes import NotIntercepted
+from fgtrain.forward_ad.passes import UnsupportedByEngine
 from fgtrain.lightning.callbacks import FirstBatch, SelfCheck
 from fgtrain.network.compilation import compile_model
 from fgtrain.network.parameters import slots_of
@@ -115,7 +115,7 @@ write into tensors without tangents, and with losses that take derivatives thems
 @pytest.mark.parametrize("case", [*CASES, *COVERAGE], ids=lambda case: case.name)
 def test_what_is_traced_is_the_derivative_or_refused(case):
     refused = case.name in UNSUITABLE or re.search(r"\b(RNN|GRU|LSTM)\b|momentum=None.*\)$", case.name) is not None
-    with pytest.raises(NotIntercepted) if refused else nullcontext():
+    with pytest.raises(UnsupportedByEngine) if refused else nullcontext():
         directions = [(LowRank(1), 3), (InTurn(in_order=True), 2)]
         assert_derivatives(case, directions, derivatives_of(CompiledPass(run_as_it_is)))
 
@@ -124,7 +124,7 @@ def test_what_is_traced_is_the_derivative_or_refused(case):
 def test_a_refused_pass_leaves_checkpointing_as_it_was():
     case = next(case for case in PENALTIES if case.name == "slope by func.vjp")
     model = case.build()
-    with pytest.raises(NotIntercepted):
+    with pytest.raises(UnsupportedByEngine):
         CompiledPass(run_as_it_is)(model, case.loss, Normal().sample(dict(model.named_parameters()), [0]))
     checkpoint(model, torch.ones(2, 5, dtype=torch.float64), use_reentrant=False).sum().backward()
 
@@ -157,7 +157,7 @@ def test_a_compiled_model_has_compiled_derivatives(fresh, caplog):
         estimate = ForwardGradient(LowRank(1))(each, lambda m: m(x).square().sum(1), generator=generator)
         found.append((estimate.loss, dict(estimate.grads)))
     torch.testing.assert_close(*found)
-    assert [plan.first for plan in slots_of(model).kept(_Engines, dict)._plans.values()] == [0]
+    assert [plan.first for plan in slots_of(model).cached(_Engines, dict)._plans.values()] == [0]
     assert not [record for record in caplog.records if record.name.startswith("fgtrain")]
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 import fgtrain
 from fgtrain.forward_ad.compiled_steps import CompiledSteps
-from fgtrain.network.segments import repeat, run_by
+from fgtrain.network.repeated_steps import repeat, run_by
 from fgtrain.tasks import Calibration, Guess
 
 
@@ -47,7 +47,7 @@ def test_a_step_is_compiled_once():
     for _ in range(3):
         fgtrain.ForwardExact()(guess, loss)
         guess.change.data += 0.1
-    assert task.compiled._carried.num_compilations == 1
+    assert task.compiled._jvp.num_compilations == 1
 
 
 def test_a_state_may_hold_integers(caplog):
@@ -147,7 +147,7 @@ def test_parameters_may_be_anywhere(advance, is_compiled, caplog):
         with run_by(steps):
             grads = fgtrain.ForwardExact()(model, lambda m: m(advance)).grads
         assert grads["rate"].item() == pytest.approx(2 * 5 * 2 * (1 + 2 * model.rate.item()) ** 4)
-    assert bool(steps._carried.num_compilations) == is_compiled
+    assert bool(steps._jvp.num_compilations) == is_compiled
     assert bool(warnings(caplog)) == (advance is that_prints)
 
 

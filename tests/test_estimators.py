@@ -7,29 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fgtrain import Backprop, Coordinate, ForwardGradient, LowRank, Normal, Rademacher, Sphere, write_grads
+from fgtrain import Backprop, ForwardGradient, LowRank, Normal, write_grads
 from fgtrain.errors import DivergenceError
 from fgtrain.tasks import Points, Rosenbrock
 from tests import properties
 from tests.cases import CASES, INPUTS, LABELS, Case
 from tests.properties import estimated_grads, exact_grads, flat
-
-LAWS = [Normal(), Rademacher(), Sphere(), Coordinate(), LowRank(1), LowRank(2)]
-ESTIMATORS = [
-    *(ForwardGradient(law, num) for law in LAWS for num in (1, 3)),
-    ForwardGradient(Normal(), 3, combine="projection"),
-]
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("estimator", [Backprop(), *ESTIMATORS], ids=str)
-def test_leaves_no_trace(estimator, case):
-    properties.assert_leaves_no_trace(estimator, case)
-
-
-@pytest.mark.parametrize("estimator", ESTIMATORS, ids=str)
-def test_same_seed_same_estimate(estimator):
-    properties.assert_same_seed_same_estimate(estimator, CASES[0])
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -318,9 +318,127 @@ def test_cut_at_the_end_of_an_epoch_without_a_position(validate, data):
     assert_exact_wherever_cut(plan, range(12, 40), data)
 
 
-def cut(plan, folder, event=20):
+class Pass:
+    """A loader that, like torchdata's StatefulDataLoader, gives nothing after it got the state of a finished pass."""
+
+    def __init__(self, loader):
+        self.loader = loader
+        self.passes = self.batch = 0
+        self.loaded = False
+
+    def __len__(self):
+        return len(self.loader)
+
+    def __iter__(self):
+        if not self.loaded:
+            self.passes, self.batch = self.passes + 1, 0
+        self.loaded = False
+        batches = list(self.loader)
+        order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(self.passes)).tolist()
+        while self.batch < len(batches):
+            self.batch += 1
+            yield batches[order[self.batch - 1]]
+
+    def state_dict(self):
+        return {"passes": self.passes, "batch": self.batch}
+
+    def load_state_dict(self, state):
+        self.passes, self.batch, self.loaded = state["passes"], state["batch"], True
+
+
+class Passes(Small):
+    def train_dataloader(self):
+        return Pass(self._loader("train", self.batch_size))
+
+
+class Pair(Small):
+    """Two loaders; when an epoch ends, a pass of the shorter one has not."""
+
+    def loader(self, split):
+        return Pass(self._loader(split, self.batch_size))
+
+    def train_dataloader(self):
+        return [self.loader("train"), self.loader("val")]
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        if not isinstance(batch[0], list | tuple):
+            return batch
+        (a, labels), (b, _) = batch
+        return a + b.mean(), labels
+
+
+class PairOfOurs(Pair):
+    def loader(self, split):
+        return self._loader(split, self.batch_size, shuffle=True)
+
+
+class Counting(Small):
+    """Its state changes with every training batch."""
+
+    count = 0
+
+    def on_after_batch_transfer(self, batch, dataloader_idx):
+        assert self.trainer is not None
+        if self.trainer.training:
+            self.count += 1
+        return batch[0] * (1 + self.count % 3), batch[1]
+
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state_dict):
+        self.count = state_dict["count"]
+
+
+class Unsized(Pass):
+    __len__: Any = None
+
+
+def test_a_batch_that_was_fetched_ahead_is_told(tmp_path):
+    """Lightning fetches one more from a loader without a length, to know which is the last."""
+
+    class Data(Small):
+        def train_dataloader(self):
+            return Unsized(self._loader("train", self.batch_size))
+
+    plan = Plan(EPOCHS, save_every=3, validate={"limit_val_batches": 0}, scheduler="constant")
+    saved = cut(plan._replace(length=EPOCHS), tmp_path, data=Data)
+    with pytest.warns(UserWarning, match="one batch is left out.*give the loader a __len__"):
+        attempt(plan, tmp_path, saved, KillLast(0), data=Data)
+
+
+OWN_STATES = pytest.mark.parametrize("data", [Passes, Pair, PairOfOurs, Counting])
+
+
+@OWN_STATES
+def test_cut_at_the_end_of_an_epoch_of_data_with_a_state(data):
+    assert_exact(Plan(EPOCHS, save_every=5, validate={"limit_val_batches": 0}, cuts=((12, True), (14, True))), data)
+
+
+@pytest.mark.slow
+@OWN_STATES
+@pytest.mark.parametrize("length", [EPOCHS, STEPS], ids=str)
+@pytest.mark.parametrize("save_every", [4, 5])
+def test_data_with_a_state(save_every, length, data):
+    validate = EVERY_EPOCH if save_every == 5 else {"val_check_interval": 4, "check_val_every_n_epoch": None}
+    assert_exact_wherever_cut(Plan(length, save_every=save_every, validate=validate), range(12, 40), data)
+
+
+@pytest.mark.slow
+@OWN_STATES
+@pytest.mark.parametrize("short", [{"max_epochs": 1}, {"max_epochs": 2, "max_steps": 8}], ids=str)
+def test_a_longer_run_of_data_with_a_state(short, data, tmp_path):
+    attempt(Plan(short, scheduler="constant"), tmp_path, None, KillLast(0), data=data)
+    plan = Plan(EPOCHS, scheduler="constant")
+    found = attempt(plan, tmp_path, tmp_path / "last.ckpt", KillLast(0), data=data)
+    expected = outcome(plan, data)
+    assert_same(found["weights"], expected["weights"])
+    assert found["steps"] == expected["steps"]
+
+
+def cut(plan, folder, event=20, data=Small):
     with pytest.raises(Killed):
-        attempt(plan, folder, None, KillLast(event))
+        attempt(plan, folder, None, KillLast(event), data=data)
     return checkpoint_to_resume("auto", folder)
 
 

@@ -426,7 +426,7 @@ def test_blocks_are_looked_for_once():
     first = len(calls)
     estimator(model, loss)
     assert len(calls) - first == first - 3  # a pass that finds them, and two that test what uses their outputs
-    assert slots_of(model).kept(estimator, list) == ["2", "3", "4"]
+    assert slots_of(model).cached(estimator, list) == ["2", "3", "4"]
 
 
 def test_one_iteration_is_the_default_with_backpropagation():

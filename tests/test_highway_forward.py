@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fgtrain import ActivityPerturbation, Backprop, Highway
 from fgtrain.estimators import highway_forward
 from fgtrain.forward_ad import jvp
-from fgtrain.layer_noise.closed_forms import Ways, closed_forms
+from fgtrain.layer_noise.closed_forms import Dependence, closed_forms
 from fgtrain.layer_noise.rows import rows_of_examples
 from fgtrain.models import TransformerLM
 from fgtrain.network.parameters import slots_of
@@ -151,10 +151,10 @@ def test_a_layer_that_stops_being_diagonal_is_estimated():
 def test_tokens_are_told_from_sequences():
     torch.manual_seed(0)
     block, x = TransformerLM(7, 6, 8, 1, 2).blocks[0], torch.randn(3, 6, 8)
-    _, ways = closed_forms(block, lambda b: b(x).flatten(), torch.randn(3, 6, 8))
-    assert isinstance(ways, Ways)
-    assert ways.diagonal == {"contract.weight"}
-    assert ways.by_rows == {"project.weight", "expand.weight", "contract.weight"}
+    _, dependence = closed_forms(block, lambda b: b(x).flatten(), torch.randn(3, 6, 8))
+    assert isinstance(dependence, Dependence)
+    assert dependence.diagonal == {"contract.weight"}
+    assert dependence.by_rows == {"project.weight", "expand.weight", "contract.weight"}
 
 
 class OfTokens(nn.Module):
@@ -178,7 +178,7 @@ def test_the_losses_of_tokens_serve_the_layers_that_do_not_mix_them():
     assert_same(ActivityPerturbation(4)(model, loss), Backprop()(copy.deepcopy(model), loss))
     model.before.requires_grad_(True)
     ActivityPerturbation(4)(model, loss)
-    *_, found = slots_of(model).kept(rows_of_examples, dict).values()
+    *_, found = slots_of(model).cached(rows_of_examples, dict).values()
     assert found.keys() == {"behind.weight"}
 
 
@@ -228,5 +228,5 @@ class OnGraph(nn.Module):
 
 def test_nodes_of_a_graph_are_not_separate_rows():
     x, delta = torch.randn(3, 5, 6), torch.randn(3, 5, 6)
-    _, ways = closed_forms(OnGraph(), lambda m: m(x).flatten(), delta)
-    assert ways.by_rows == {"outer.weight"}
+    _, dependence = closed_forms(OnGraph(), lambda m: m(x).flatten(), delta)
+    assert dependence.by_rows == {"outer.weight"}

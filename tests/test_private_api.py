@@ -50,6 +50,15 @@ def test_plain_tensors_asks_nobody():
             assert torch.sin(x) == "asked"
 
 
+def test_outside_transforms_random_numbers_are_allowed():
+    def noisy(x):
+        with _torch.outside_transforms():
+            assert torch.rand(2).shape == (2,)
+        return 2 * x
+
+    assert torch.equal(torch.vmap(noisy)(torch.ones(3)), torch.full((3,), 2.0))
+
+
 def test_no_overrides_asks_neither_subclasses_nor_modes():
     class Mode(TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):

@@ -201,6 +201,13 @@ WRITES = [
     linear("rows written one by one", lambda h: written(h, lambda out: [out[i].copy_(h[i]) for i in range(5)])),
     linear("a view made before", lambda h: (lambda out, row: (out.add_(h), row * h[0])[1])(*with_row(h))),
     linear("a mask of a plain tensor", lambda h: written(h, lambda out: out[:5].__setitem__(h > 0, h[h > 0]))),
+    linear("scatter_reduce_ to a plain tensor", lambda h: beginning_with(h, 0.0).scatter_reduce_(0, AT, h, "amax")),
+    linear(
+        "what is detached is a constant",
+        lambda h: (lambda out: h * out[1:].detach()[2] * out.detach().exp())(sum_of(h)),
+    ),
+    linear("what is made under no_grad is a constant", lambda h: h * constant_view(sum_of(h))),
+    linear("a change without a graph", lambda h: changed_without_graph(sum_of(h))),
     linear("fill_diagonal_", lambda h: (2 * h).fill_diagonal_(3.0) + h),
     linear("integers written", lambda h: h * torch.zeros(5, 4, dtype=torch.int64).copy_(3 * h)),
 ]
@@ -209,6 +216,21 @@ WRITES = [
 def with_row(h):
     out = torch.zeros(5, 4, dtype=h.dtype)
     return out, out[2]
+
+
+def sum_of(h):
+    return torch.zeros(5, 4, dtype=h.dtype).index_add_(0, EDGES[1][:5] % 4, h)
+
+
+def constant_view(out):
+    with torch.no_grad():
+        return out[1:].view(4, 4)[1]
+
+
+def changed_without_graph(out):
+    with torch.no_grad():
+        out.mul_(2)
+    return out.sin()
 
 
 def started_at_0(h):
@@ -236,6 +258,46 @@ VIEWS = [
     linear("a view of an operation without a rule", doubled_in(torch.atleast_3d)),
 ]
 
+EXTREMES = [
+    linear("a maximum that begins with -inf", lambda h: beginning_with(h, -torch.inf).scatter_reduce(0, AT, h, "amax")),
+    linear("a minimum that begins with inf", lambda h: beginning_with(h, torch.inf).scatter_reduce(0, AT, h, "amin")),
+    linear("a maximum of masked rows", lambda h: beginning_with(h, 0.0).scatter_reduce(0, AT, masked_row(h), "amax")),
+    linear(
+        "a mean without nan",
+        lambda h: beginning_with(h, torch.nan).scatter_reduce(0, AT, h, "mean", include_self=False),
+    ),
+    linear("logsumexp of a masked row", lambda h: masked_row(h).logsumexp(1).exp()),
+    linear("logsumexp of a masked row, dimensions kept", lambda h: masked_row(h).logsumexp((0, 1), keepdim=True)),
+    linear("special.logsumexp", lambda h: torch.special.logsumexp(masked_row(h), 1).exp()),
+    linear("logcumsumexp of a masked row", lambda h: masked_row(h).logcumsumexp(1).exp()),
+    linear("logaddexp of -inf", lambda h: torch.logaddexp(masked_row(h), masked_row(h[0])).exp()),
+    linear(
+        "cross-entropy of saturated probabilities",
+        lambda h: F.binary_cross_entropy((60 * h).sigmoid(), ROWS.sigmoid().round(), reduction="none"),
+    ),
+    linear(
+        "weighted cross-entropy of probabilities of 0 and 1",
+        lambda h: F.binary_cross_entropy(
+            (h > 0) + 1e-13 * (h - h.detach()), ROWS.sigmoid(), MASK + 1.0, reduction="none"
+        ),
+    ),
+]
+AT = torch.tensor([0, 1, 1, 2, 2])[:, None].expand(5, 4)
+
+
+def beginning_with(h, value):
+    return torch.full((3, 4), value, dtype=h.dtype)
+
+
+def masked_row(h):
+    """h with -inf in the third row and the second column."""
+    return (
+        h.index_fill(-1, torch.tensor([1]), -torch.inf)
+        if h.dim() == 1
+        else h.index_fill(0, torch.tensor([2]), -torch.inf)
+    )
+
+
 NOTHING = [
     Case(
         "a parameter without elements",
@@ -259,6 +321,7 @@ BETA = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta",
         *WRITES,
         *VIEWS,
         *BY_NAME,
+        *EXTREMES,
         *NOTHING,
         Case("expanded", Expanded, lambda m: m(ROWS).sum(1)),
     ],
@@ -272,7 +335,9 @@ def test_derivative(case, derivatives_of):
 
 @BETA
 @pytest.mark.parametrize(
-    "case", [*CONSTANTS, *ATTENTION, *OPERATIONS, *PACKED, *WRITES, *VIEWS[:-1], *BY_NAME], ids=lambda case: case.name
+    "case",
+    [*CONSTANTS, *ATTENTION, *OPERATIONS, *PACKED, *WRITES, *VIEWS[:-1], *BY_NAME, *EXTREMES],
+    ids=lambda case: case.name,
 )
 def test_the_fast_engine_takes_it(case, caplog):
     assert_derivatives(case, [(LowRank(1), 3)])

@@ -13,8 +13,7 @@ import json
 import os
 from pathlib import Path
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # before torch: silences its profiler
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # and its process groups
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch: silences its process groups
 
 import torch
 from rich.box import SIMPLE_HEAD

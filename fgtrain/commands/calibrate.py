@@ -8,11 +8,8 @@ minute of the three. --memory-steps 100 1000 10000 measures longer simulations.
 import argparse
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
-
-os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # before torch: silences its profiler
 
 import torch
 from rich.console import Console
@@ -74,14 +71,14 @@ def calibrate(args: argparse.Namespace) -> None:
     rates = {method: search(task, method, SEARCH, args.seconds, args.spread) for method in searched}
     jobs = [(method, start) for start in range(args.starts) for method in METHODS]
     shown = track(jobs, "calibrating", console=console, transient=True)
-    paths = [follow(task, method, rates[method], start, args.seconds, args.spread) for method, start in shown]
+    courses = [follow(task, method, rates[method], start, args.seconds, args.spread) for method, start in shown]
     with console.status("measuring memory"):
         memory = costs(_task(args), args.memory_steps, args.memory_limit)
-    save(draw(paths, memory), args.out / "calibration")
-    (args.out / "calibration.md").write_text(_page(args, rows_of(paths), memory))
-    found = {"paths": [path._asdict() for path in paths], "costs": [cost._asdict() for cost in memory]}
+    save(draw(courses, memory), args.out / "calibration")
+    (args.out / "calibration.md").write_text(_page(args, rows_of(courses), memory))
+    found = {"paths": [course._asdict() for course in courses], "costs": [cost._asdict() for cost in memory]}
     (args.out / "calibration.json").write_text(json.dumps(found) + "\n")
-    wide_console(110).print(table_of(paths))
+    wide_console(110).print(table_of(courses))
     print(f"calibration.md, calibration.json, calibration.png and calibration.svg in {args.out}")
 
 

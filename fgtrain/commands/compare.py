@@ -19,8 +19,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, NoReturn
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # before torch: silences its profiler
-os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # and its process groups
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch: silences its process groups
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn

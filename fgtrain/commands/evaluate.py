@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from fgtrain.runs.evaluate import SPLITS, evaluate
-from fgtrain.runs.messages import USER_ERRORS, OneLineParser, fail, silence_libraries
+from fgtrain.runs.messages import OneLineParser, errors_as_lines, silence_libraries
 
 
 def main() -> None:
@@ -19,10 +19,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="file for the results")
     args = parser.parse_args()
     silence_libraries()
-    try:
+    with errors_as_lines():
         results = evaluate(args.checkpoint, args.split, args.out)
-    except USER_ERRORS as error:
-        fail(error)
     console = Console()
     for name, value in results["metrics"].items():
         console.print(f"{name} {value:.6g}", highlight=False)

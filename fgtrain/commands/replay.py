@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from fgtrain.lightning.atomic_files import make_folder, save_atomically
-from fgtrain.runs.messages import USER_ERRORS, OneLineParser, fail, silence_libraries
+from fgtrain.runs.messages import OneLineParser, errors_as_lines, silence_libraries
 from fgtrain.runs.replay import replay
 
 
@@ -18,10 +18,8 @@ def main() -> None:
     parser.add_argument("weights", type=Path, help="file for the model's state_dict")
     arguments = parser.parse_args()
     silence_libraries()
-    try:
+    with errors_as_lines():
         make_folder(arguments.weights.parent)
         module, steps = replay(arguments.run)
         save_atomically(module.model.state_dict(), arguments.weights)
-    except USER_ERRORS as error:
-        fail(error)
     print(f"{steps} steps replayed: bit for bit the weights of the run, written to {arguments.weights}")

@@ -9,8 +9,6 @@ eval "$(fgtrain train -sc install=bash)" lets bash complete commands and argumen
 import os
 from pathlib import Path
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # before torch: silences its profiler
-
 from omegaconf import DictConfig
 
 from fgtrain.runs.cli import choices, run_app

@@ -1,20 +1,22 @@
 """Forward gradients by activity perturbation: directions in the space of layer outputs."""
 
 import logging
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, get_args
+from collections.abc import Mapping
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, add_grad, average_grads, require_positive_int
 from fgtrain.estimators.forward_gradient import ForwardGradient
-from fgtrain.forward_ad.passes import RepeatedPass
+from fgtrain.forward_ad.passes import LossFn
+from fgtrain.forward_ad.row_losses import Evaluated
 from fgtrain.layer_noise.layers import perturbed_layers, run_perturbed
 from fgtrain.layer_noise.noise import LayerCall, LayerNoise, LocalGrads, Noise, PerturbedPass
 from fgtrain.layer_noise.rows import ExaminedPass, Rows, gradient_of_head, per_example
 from fgtrain.layer_noise.second_pass import ReplayedPass
 from fgtrain.network.parameters import trainable_params
+from fgtrain.network.snapshot import Snapshot
 from fgtrain.random import draw_seeds
 from fgtrain.tangents import Rademacher, Tangents, law_or
 
@@ -131,18 +133,16 @@ class ActivityPerturbation(GradientEstimator):
 
     @torch.no_grad()
     def forward(
-        self,
-        model: nn.Module,
-        loss_fn: Callable[[Any], Tensor],
-        *,
-        generator: torch.Generator,
-        reduce: Reduce | None,
+        self, model: nn.Module, loss_fn: LossFn, *, generator: torch.Generator, reduce: Reduce | None
     ) -> Estimate:
+        # A pass perturbs the outputs of layers, and all other parameters along directions. It gives the derivatives of
+        # every example's loss, and `rows` tells which rows of an output belong to which example. From both, each call
+        # of a layer has the gradient of its output, which its local gradients turn into those of weight and bias. With
+        # memory="replay", a second pass makes these calls again. The others get a weighted sum of their directions.
         params = trainable_params(model)
         seed, *seeds = draw_seeds(generator, 1 + self.num_tangents)
         layers = perturbed_layers(model, loss_fn)
-        biases = {bias for bias in layers.biases.values() if bias is not None}
-        others = {name: p for name, p in params.items() if name not in layers.biases and name not in biases}
+        others = layers.others(params)
         directions = self.tangents.sample(others, seeds) if others else None
         perturbed = PerturbedPass(
             self.num_tangents,
@@ -153,7 +153,7 @@ class ActivityPerturbation(GradientEstimator):
             self.memory == "keep",
         )
         noises = {name: LayerNoise(name, perturbed) for name in layers.biases}
-        repeated = RepeatedPass(model) if self.memory == "replay" else None
+        before = Snapshot(model) if self.memory == "replay" else None
         examined = ExaminedPass(model, loss_fn)
         evaluated, calls = examined.run({**noises, **(directions or {})}), perturbed.calls
         of_head = gradient_of_head(examined, calls, layers.last, evaluated) if self.exact_head else None
@@ -162,24 +162,21 @@ class ActivityPerturbation(GradientEstimator):
             evaluated, rows = per_example(examined, calls, evaluated)
             if evaluated.losses.dim() == 0:
                 self._warn_of_scalar(calls)
-        losses, found = evaluated
-        units = perturbed.noise_size / (losses.numel() if rows else 1)
-        collected = _Collected(
-            losses, found[: self.num_tangents], of_head, rows, layers.biases, params, self._variance(units)
-        )
-        if repeated is None:
-            for call in perturbed.calls:
+        losses, derivatives = evaluated.losses, evaluated.derivatives[: self.num_tangents]
+        variance = self._variance(perturbed.noise_size / (losses.numel() if rows else 1))
+        found = _LayerGrads(Evaluated(losses, derivatives), of_head, rows, layers.biases, params, variance)
+        if before is None:
+            for call in calls:
                 assert call.local_grads is not None
-                collected.add(call, call.local_grads)
+                found.add(call, call.local_grads)
         else:
-            repeated.rewind()
-            replayed = ReplayedPass(perturbed, collected.add)
-            again = {name: LayerNoise(name, replayed) for name in layers.biases}
-            run_perturbed(model, loss_fn, again, follows=False)
+            before.restore()
+            second = ReplayedPass(perturbed, found.add)
+            run_perturbed(model, loss_fn, {name: LayerNoise(name, second) for name in layers.biases}, follows=False)
         if directions is not None:
-            weight = collected.length(losses.numel()) / self.num_tangents
-            collected.grads |= directions.weighted_sum(weight * collected.derivatives)
-        return Estimate(losses.mean(), average_grads(collected.grads, reduce), collected.derivatives)
+            weight = found.shrink(losses.numel()) / self.num_tangents
+            found.grads |= directions.weighted_sum(weight * found.derivatives)
+        return Estimate(losses.mean(), average_grads(found.grads, reduce), found.derivatives)
 
     def without_layers(self) -> GradientEstimator:
         return ForwardGradient(self.tangents, self.num_tangents, shrinkage=self.shrinkage)
@@ -204,12 +201,11 @@ class ActivityPerturbation(GradientEstimator):
         return f"num_tangents={self.num_tangents}, noise={self.noise!r}, exact_head={self.exact_head}"
 
 
-class _Collected:
-    """Gradients of the layers' parameters, from the derivatives of a pass and its calls.
+class _LayerGrads:
+    """The gradients of layers' parameters, added up from one call of a layer to the next.
 
     Args:
-        losses: the losses of the pass, (B,) or ().
-        found: their derivatives, (K, B) or (K,).
+        evaluated: the losses of the pass, (B,) or (), and their derivatives along the noise, (K, B) or (K,).
         of_head: the exact gradient of the last layer's output; None if this layer has noise too.
         rows: {name of a layer's weight: the rows of its output that belong to each example}.
         biases: {name of a layer's weight: name of its bias or None}.
@@ -218,48 +214,44 @@ class _Collected:
 
     Attributes:
         derivatives: derivatives of the mean loss, (K,).
-        grads: the gradients added up so far.
+        grads: the gradients so far.
     """
 
     def __init__(
         self,
-        losses: Tensor,
-        found: Tensor,
+        evaluated: Evaluated,
         of_head: Tensor | None,
         rows: Mapping[str, Rows],
         biases: Mapping[str, str | None],
         params: Mapping[str, Tensor],
         variance: float,
     ) -> None:
-        self.derivatives = found if losses.dim() == 0 else found.mean(1)
+        losses, derivatives = evaluated
+        self.derivatives = derivatives if losses.dim() == 0 else derivatives.mean(1)
         self.grads: dict[str, Tensor] = {}
-        self._per_example = found / losses.numel()
         self._num_examples = losses.numel()
+        self._per_example = derivatives / self._num_examples
         self._of_head = of_head
         self._rows = rows
         self._biases = biases
         self._params = params
         self._variance = variance
 
-    def length(self, num_rows: int) -> float:
+    def shrink(self, num_rows: int) -> float:
         """The shrinkage factor for the gradient of a layer with `num_rows` rows."""
-        return 1 / (1 + self._variance / num_rows**0.5)
+        return 1 / (1 + self._variance / max(num_rows, 1) ** 0.5)  # an expert may get no row
 
     def add(self, call: LayerCall, local_grads: LocalGrads) -> None:
-        """Add the local gradients of one call of a layer."""
-        if call.noise is None:
-            assert self._of_head is not None
-            grad_output = self._of_head
-        else:
-            grad_output = self._grad_output(call, self.length(call.shape.numel() // call.shape[call.channels]))
-        bias_name = self._biases[call.name]
-        for name, grad in zip((call.name, bias_name), local_grads(grad_output), strict=True):
+        """Add the gradients of weight and bias from one call of their layer."""
+        grad_output = self._of_head if call.noise is None else self._grad_output(call)
+        assert grad_output is not None
+        for name, grad in zip((call.name, self._biases[call.name]), local_grads(grad_output), strict=True):
             if name is not None:
-                grad = grad.to(self._params[name].dtype)
-                add_grad(self.grads, name, grad)
+                add_grad(self.grads, name, grad.to(self._params[name].dtype))
 
-    def _grad_output(self, call: LayerCall, length: float) -> Tensor:
+    def _grad_output(self, call: LayerCall) -> Tensor:
+        factor = self.shrink(call.shape.numel() // call.shape[call.channels])
         rows = self._rows.get(call.name)
         if rows is None or not rows.fits(call.shape, self._num_examples):
-            return call.grad_output(length * self.derivatives.unsqueeze(1))
-        return call.grad_output(length * rows.spread(self._per_example, call.shape), rows.dim)
+            return call.grad_output(factor * self.derivatives.unsqueeze(1))
+        return call.grad_output(factor * rows.spread(self._per_example, call.shape), rows.dim)

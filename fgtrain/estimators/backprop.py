@@ -1,14 +1,13 @@
 """Reverse mode: the exact gradient, the reference for every estimator."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from fgtrain.errors import NoTangent
 from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce, average_grads
-from fgtrain.forward_ad.passes import check_losses
+from fgtrain.forward_ad.passes import LossFn, check_losses
 from fgtrain.network.parameters import trainable_params
 
 
@@ -40,12 +39,7 @@ class Backprop(GradientEstimator):
         return 0.0
 
     def forward(
-        self,
-        model: nn.Module,
-        loss_fn: Callable[[Any], Tensor],
-        *,
-        generator: torch.Generator,
-        reduce: Reduce | None,
+        self, model: nn.Module, loss_fn: LossFn, *, generator: torch.Generator, reduce: Reduce | None
     ) -> Estimate:
         params = trainable_params(model)
         with torch.enable_grad():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fgtrain._torch import foreach_norm
 from fgtrain.errors import DivergenceError
+from fgtrain.forward_ad.passes import LossFn
 from fgtrain.network.parameters import one_at_a_time, require_estimable, slots_of
 
 Reduce = Callable[[Tensor], Tensor]
@@ -55,7 +56,8 @@ class GradientEstimator(nn.Module, ABC):
             scaled before it is differentiated.
         backward_pass: whether a vector-Jacobian product is taken: "none"; "within a block", if none crosses from one
             block into the next; or "whole", through the network.
-        loss_at_parameters: whether the loss of an estimate is that of the unperturbed parameters.
+        loss_at_parameters: whether the loss of an estimate, and what the model holds after it, are those of a plain
+            pass.
         shardable: whether it can train parameters whose rows are distributed over ranks.
         directions_at_a_time: number of directions that one pass carries.
         gives_derivatives: whether estimates hold derivatives along directions.
@@ -80,7 +82,7 @@ class GradientEstimator(nn.Module, ABC):
     def __call__(
         self,
         model: nn.Module,
-        loss_fn: Callable[[Any], Tensor],
+        loss_fn: LossFn,
         *,
         generator: torch.Generator | None = None,
         reduce: Reduce | None = None,
@@ -95,8 +97,10 @@ class GradientEstimator(nn.Module, ABC):
             reduce: mean over ranks of a tensor; None on one device.
 
         Raises:
+            LossError: the losses are not of shape (B,) or (), or depend on no trained parameter.
             ModelError: a parameter has a hook that only `.backward()` calls; or the method takes no whole backward
                 pass, but a parameter is complex or has a hook on its gradient.
+            UnsupportedOperation: the method cannot differentiate an operation of the model.
         """
         require_estimable(model, by_backward_pass=self.backward_pass == "whole")
         with one_at_a_time, torch.inference_mode(False):
@@ -110,12 +114,7 @@ class GradientEstimator(nn.Module, ABC):
 
     @abstractmethod
     def forward(
-        self,
-        model: nn.Module,
-        loss_fn: Callable[[Any], Tensor],
-        *,
-        generator: torch.Generator,
-        reduce: Reduce | None,
+        self, model: nn.Module, loss_fn: LossFn, *, generator: torch.Generator, reduce: Reduce | None
     ) -> Estimate:
         """The method, called by `__call__` with its arguments, outside inference mode."""
 
@@ -186,6 +185,22 @@ def buffers_in(state: Mapping[str, Tensor], prefix: str) -> nn.Module:
 def add_grad(grads: dict[str, Tensor], name: str, grad: Tensor) -> None:
     """Add the gradient of a parameter that is used several times to `grads`."""
     grads[name] = grads[name] + grad if name in grads else grad
+
+
+def of_mean_loss(losses: Tensor, derivatives: Tensor, reduce: Reduce | None, *, rowwise: bool = False) -> Tensor:
+    """The derivatives (K,) of the mean loss of all ranks; if `rowwise`, its parts (K, B) from the row of each example.
+
+    Args:
+        losses: (B,) or ().
+        derivatives: their derivatives, (K, B) or (K,).
+        reduce: mean over ranks.
+        rowwise: whether example i of the loss depends only on row i of every parameter.
+    """
+    if rowwise:
+        derivatives = derivatives / losses.numel()
+    elif losses.dim():
+        derivatives = derivatives.mean(1)
+    return derivatives if reduce is None else reduce(derivatives)
 
 
 def average_grads(grads: dict[str, Tensor], reduce: Reduce | None) -> dict[str, Tensor]:

@@ -1,15 +1,16 @@
 """The base of zeroth-order methods: directional derivatives from two losses instead of one JVP."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, require_positive_int
-from fgtrain.forward_ad.passes import RepeatedPass, plain_losses
+from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, of_mean_loss, require_positive_int
+from fgtrain.forward_ad.passes import LossFn, plain_losses
 from fgtrain.network.parameters import trainable_params
+from fgtrain.network.snapshot import Snapshot
 from fgtrain.random import draw_seeds
 from fgtrain.tangents import Tangents
 from fgtrain.tangents.combine import Shrinkage
@@ -74,22 +75,12 @@ class CentralDifferences(GradientEstimator):
 
     @torch.no_grad()
     def forward(
-        self,
-        model: nn.Module,
-        loss_fn: Callable[[Any], Tensor],
-        *,
-        generator: torch.Generator,
-        reduce: Reduce | None,
+        self, model: nn.Module, loss_fn: LossFn, *, generator: torch.Generator, reduce: Reduce | None
     ) -> Estimate:
         params = trainable_params(model)
         lines = self.lines(params, draw_seeds(generator, self.num_tangents))
         losses, derivatives = self._differences(model, loss_fn, lines)
-        if self.rowwise:
-            derivatives = derivatives / losses.numel()
-        elif losses.dim():
-            derivatives = derivatives.mean(1)
-        if reduce is not None:
-            derivatives = reduce(derivatives)
+        derivatives = of_mean_loss(losses, derivatives, reduce, rowwise=self.rowwise)
         return Estimate(losses.mean(), self._mean(lines, derivatives, params), derivatives.flatten())
 
     def replay(self, model: nn.Module, derivatives: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
@@ -100,17 +91,17 @@ class CentralDifferences(GradientEstimator):
     def _mean(self, lines: Lines, derivatives: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return lines.weighted_sum(derivatives / self.num_tangents * self.shrinkage.factor(params))
 
-    def _differences(self, model: nn.Module, loss_fn: Callable[[Any], Tensor], lines: Lines) -> tuple[Tensor, Tensor]:
+    def _differences(self, model: nn.Module, loss_fn: LossFn, lines: Lines) -> tuple[Tensor, Tensor]:
         """Losses (B,) or (), averaged over all passes, and derivatives (K, B) or (K,); leaves the state of one pass."""
-        repeated = RepeatedPass(model)
+        snapshot = Snapshot(model)
 
         def losses_at(k: int, distance: float) -> Tensor:
-            repeated.rewind()
+            snapshot.restore()
             return plain_losses(model, loss_fn, lines.at(k, distance))
 
         pairs = [(losses_at(k, self.epsilon), losses_at(k, -self.epsilon)) for k in range(self.num_tangents)]
         if any(True for _ in model.buffers()):
-            repeated.rewind()
+            snapshot.restore()
             plain_losses(model, loss_fn)
         plus, minus = (torch.stack(side) for side in zip(*pairs, strict=True))
         return (plus + minus).mean(0) / 2, (plus - minus) / (2 * self.epsilon)

@@ -15,10 +15,11 @@ from fgtrain._torch import eager_functions, tree_leaves
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.estimators.backprop import Backprop
 from fgtrain.estimators.base import Estimate, Reduce
+from fgtrain.forward_ad.passes import LossFn
 from fgtrain.network.blocks import forwards_replaced
 from fgtrain.network.chains import in_turn, is_chain, links
 from fgtrain.network.parameters import slots_of
-from fgtrain.network.segments import checkpointed, stored_by_input
+from fgtrain.network.repeated_steps import checkpointed, stored_by_input
 
 _log = logging.getLogger(__name__)
 
@@ -50,12 +51,7 @@ class CheckpointedBackprop(Backprop):
     """
 
     def forward(
-        self,
-        model: nn.Module,
-        loss_fn: Callable[[Any], Tensor],
-        *,
-        generator: torch.Generator,
-        reduce: Reduce | None,
+        self, model: nn.Module, loss_fn: LossFn, *, generator: torch.Generator, reduce: Reduce | None
     ) -> Estimate:
         # Functions are eager because compiled code would ignore replaced forwards.
         with eager_functions(), checkpointed() as repeated, _in_segments(model) as containers:
@@ -66,7 +62,14 @@ class CheckpointedBackprop(Backprop):
                     f"a block or a step of {type(model).__name__} computes something else when it runs again, for "
                     "example because it keeps a cache or has its own random generator; train with Backprop"
                 ) from error
-        warned = slots_of(model).kept(_in_segments, set)
+            except RuntimeError as error:
+                if "support saved tensor hooks" not in str(error):
+                    raise
+                raise UnsupportedOperation(
+                    "the model or its loss takes derivatives by torch.func, which activation checkpointing does not "
+                    "allow; train with Backprop"
+                ) from error
+        warned = slots_of(model).cached(_in_segments, set)
         if not (containers or repeated or warned):
             warned.add(True)
             _log.warning(

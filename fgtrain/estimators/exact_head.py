@@ -1,27 +1,27 @@
 """The exact gradient of the last layer and an estimate for the other parameters, from one pass."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
 from fgtrain.errors import LossError, UnsupportedOperation
 from fgtrain.estimators.base import Estimate, Reduce, average_grads
-from fgtrain.forward_ad.passes import RepeatedPass
+from fgtrain.forward_ad.passes import LossFn
 from fgtrain.forward_ad.row_losses import Evaluated
 from fgtrain.layer_noise.layers import perturbed_layers
 from fgtrain.layer_noise.noise import LayerNoise, PerturbedPass
 from fgtrain.layer_noise.rows import ExaminedPass, gradient_of_head
 from fgtrain.network.parameters import slots_of
+from fgtrain.network.snapshot import Snapshot
 from fgtrain.tangents.directions import Tangent, num_of
 
-Jvp = Callable[[nn.Module, Callable[[Any], Tensor], Mapping[str, Tangent]], tuple[Tensor, Tensor]]
+Jvp = Callable[[nn.Module, LossFn, Mapping[str, Tangent]], tuple[Tensor, Tensor]]
 
 
 def with_exact_head(
     estimate: Callable[[Mapping[str, Tensor], Jvp], Estimate],
     model: nn.Module,
-    loss_fn: Callable[[Any], Tensor],
+    loss_fn: LossFn,
     params: Mapping[str, Tensor],
     reduce: Reduce | None,
 ) -> Estimate:
@@ -40,9 +40,7 @@ def with_exact_head(
     """
     head, grads = _head_of(model, loss_fn), dict[str, Tensor]()
 
-    def jvp(
-        model: nn.Module, loss_fn: Callable[[Any], Tensor], directions: Mapping[str, Tangent]
-    ) -> tuple[Tensor, Tensor]:
+    def jvp(model: nn.Module, loss_fn: LossFn, directions: Mapping[str, Tangent]) -> tuple[Tensor, Tensor]:
         found, of_head = _pass_with_head(model, loss_fn, directions, head)
         grads.update(of_head)
         return found.losses, found.derivatives[: num_of(directions)]
@@ -52,27 +50,27 @@ def with_exact_head(
     return found._replace(grads=found.grads | average_grads(grads, reduce))
 
 
-def gradient_of_last_layer(model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> dict[str, Tensor]:
+def gradient_of_last_layer(model: nn.Module, loss_fn: LossFn) -> dict[str, Tensor]:
     """The exact gradient of the last layer alone; empty if no layer has one, which is remembered."""
-    refused: set[frozenset[str]] = slots_of(model).kept(gradient_of_last_layer, set)
-    trained, repeated = frozenset(slots_of(model).trainable()), RepeatedPass(model)
+    refused: set[frozenset[str]] = slots_of(model).cached(gradient_of_last_layer, set)
+    trained, snapshot = frozenset(slots_of(model).trainable()), Snapshot(model)
     if trained and trained not in refused:
         try:
             return _pass_with_head(model, loss_fn, {}, _head_of(model, loss_fn))[1]
         except (LossError, UnsupportedOperation):
             refused.add(trained)
-            repeated.rewind()
+            snapshot.restore()
     return {}
 
 
-def _head_of(model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> list[str]:
+def _head_of(model: nn.Module, loss_fn: LossFn) -> list[str]:
     """The names of the last layer's weight and bias."""
     layers = perturbed_layers(model, loss_fn)
     return [name for name in (layers.last, layers.biases[layers.last]) if name is not None]
 
 
 def _pass_with_head(
-    model: nn.Module, loss_fn: Callable[[Any], Tensor], directions: Mapping[str, Tangent], head: Sequence[str]
+    model: nn.Module, loss_fn: LossFn, directions: Mapping[str, Tangent], head: Sequence[str]
 ) -> tuple[Evaluated, dict[str, Tensor]]:
     """What a pass gives along directions, followed by those of the head; and the head's gradient."""
     perturbed = PerturbedPass(num_of(directions), seed=0, head=head[0])

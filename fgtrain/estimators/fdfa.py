@@ -1,16 +1,16 @@
 """Direct feedback alignment with feedback matrices that are learnt from forward-mode derivatives."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, average_grads, buffers_in, require_positive_int
+from fgtrain.forward_ad.passes import LossFn
 from fgtrain.layer_noise.layers import perturbed_layers
-from fgtrain.layer_noise.noise import LayerCall, LayerNoise, LocalGrads, PerturbedPass, passing
+from fgtrain.layer_noise.noise import LayerCall, LayerNoise, LocalGrads, PerturbedPass, as_input, passing
 from fgtrain.layer_noise.rows import ExaminedPass, Rows, gradient_of_head, per_example
 from fgtrain.network.parameters import trainable_params
 from fgtrain.random import draw_seeds
@@ -98,17 +98,12 @@ class FDFA(GradientEstimator):
 
     @torch.no_grad()
     def forward(
-        self,
-        model: nn.Module,
-        loss_fn: Callable[[Any], Tensor],
-        *,
-        generator: torch.Generator,
-        reduce: Reduce | None,
+        self, model: nn.Module, loss_fn: LossFn, *, generator: torch.Generator, reduce: Reduce | None
     ) -> Estimate:
         params = trainable_params(model)
         seed, *seeds = draw_seeds(generator, 1 + self.num_tangents)
         layers = perturbed_layers(model, loss_fn)
-        others = {name: p for name, p in params.items() if name not in {*layers.biases, *layers.biases.values()}}
+        others = layers.others(params)
         learns = self.feedback_every == 1 or int(self.num_calls) % self.feedback_every == 0
         directions = Rademacher().sample(others, seeds) if others and learns else None
         perturbed = (
@@ -161,27 +156,29 @@ class FDFA(GradientEstimator):
             total = total.view(-1, *call.shape[1:]) / self.num_tangents
             if reduce is not None:
                 total, passed = reduce(total), reduce(passed)
-            feedback = self._feedback_of(call, total)
+            feedback = self._feedback_of(call, rows)
             teaches = (passed > 0) & total.isfinite().all()  # skip batches that are not finite
             feedback.add_(torch.where(teaches, total / passed - feedback, 0), alpha=rate)
 
-    def _feedback_of(self, call: LayerCall, like: Tensor) -> Tensor:
-        key = call.name.replace(".", "/")  # buffers have no dots in their names
+    def _feedback_of(self, call: LayerCall, outputs: Tensor) -> Tensor:
+        """The feedback of a layer, (C, ..), for outputs of the network like these, (.., C)."""
+        key, shape = call.name.replace(".", "/"), (outputs.shape[-1], *call.shape[1:])  # buffers have no dots in names
         buffers = dict(self.feedback.named_buffers())
         if key not in buffers:
-            self.feedback.register_buffer(key, torch.zeros_like(like))
-            return self._feedback_of(call, like)
-        if buffers[key].shape != like.shape:
-            layer, now, before = call.name.removesuffix(".weight"), like.shape[1:], buffers[key].shape[1:]
+            dtype = torch.promote_types(outputs.dtype, torch.float32)
+            self.feedback.register_buffer(key, outputs.new_zeros(shape, dtype=dtype))
+            return self._feedback_of(call, outputs)
+        if buffers[key].shape != shape:
+            layer, now, before = call.name.removesuffix(".weight"), shape[1:], buffers[key].shape[1:]
             raise UnsupportedOperation(
-                f"the output of {layer} has shape {tuple(now)} per example but had {tuple(before)}; FDFA has "
-                "feedback for one size only: use inputs of one size, or ActivityPerturbation"
+                f"the output of {layer} has shape {tuple(now)} per example but had {tuple(before)}; FDFA has feedback "
+                "for one model and one size only: use inputs of one size, or ActivityPerturbation"
             )
         return buffers[key]
 
     def _through_feedback(self, error: Tensor, call: LayerCall) -> Tensor:
         """The gradient at the layer's output, from that at the network's output (B, C)."""
-        feedback = self.feedback.get_buffer(call.name.replace(".", "/"))
+        feedback = self._feedback_of(call, error)
         return call.cut_off((error @ feedback.flatten(1).to(error.dtype)).view(call.shape))
 
     def make_room(self, state: Mapping[str, Tensor]) -> None:
@@ -205,8 +202,8 @@ class _QuietPass(PerturbedPass):
         if name == self.head:
             return super().perturb(name, inputs, output, local_grads, channels)
         active = passing(output) if name in self.rectified else None
-        kept = inputs, inputs._version
-        self.calls.append(LayerCall(name, local_grads, None, None, channels, output.shape, kept, active=active))
+        call = LayerCall(name, local_grads, None, None, channels, output.shape, as_input(inputs), active=active)
+        self.calls.append(call)
         return output
 
 

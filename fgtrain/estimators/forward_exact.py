@@ -2,9 +2,8 @@
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +12,10 @@ from torch.nn import functional as F
 from fgtrain.errors import NoTangent
 from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce, require_positive_int
 from fgtrain.forward_ad import jvp
-from fgtrain.forward_ad.native import NO_TANGENT
-from fgtrain.forward_ad.passes import RepeatedPass
+from fgtrain.forward_ad.passes import NO_TANGENT, LossFn
 from fgtrain.network.parameters import trainable_params
 from fgtrain.network.sharding import like_parameter
+from fgtrain.network.snapshot import Snapshot
 from fgtrain.tangents.directions import LowRankTangent, Tangent, num_of
 
 _log = logging.getLogger(__name__)
@@ -64,19 +63,14 @@ class ForwardExact(GradientEstimator):
 
     @torch.no_grad()
     def forward(
-        self,
-        model: nn.Module,
-        loss_fn: Callable[[Any], Tensor],
-        *,
-        generator: torch.Generator,
-        reduce: Reduce | None,
+        self, model: nn.Module, loss_fn: LossFn, *, generator: torch.Generator, reduce: Reduce | None
     ) -> Estimate:
         params = trainable_params(model)
         self._warn(sum(p.numel() for p in params.values()))
-        repeated = RepeatedPass(model)
+        snapshot = Snapshot(model)
         losses, reason, found = None, NoTangent(NO_TANGENT), []
         for units in self._chunks(params):
-            repeated.rewind()
+            snapshot.restore()
             try:
                 losses, derivatives = jvp(model, loss_fn, units)
             except NoTangent as error:  # the loss does not depend on these parameters

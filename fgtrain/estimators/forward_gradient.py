@@ -1,16 +1,17 @@
 """Forward gradients by weight perturbation: directions in the space of the weights."""
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, get_args
+from collections.abc import Iterator, Mapping
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
-from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce, require_positive_int
+from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce, of_mean_loss, require_positive_int
 from fgtrain.estimators.exact_head import Jvp, with_exact_head
 from fgtrain.forward_ad import jvp
-from fgtrain.forward_ad.passes import RepeatedPass
+from fgtrain.forward_ad.passes import LossFn
 from fgtrain.network.parameters import trainable_params
+from fgtrain.network.snapshot import Snapshot
 from fgtrain.random import draw_seeds
 from fgtrain.tangents import Normal, Tangents, law_or
 from fgtrain.tangents.chunks import Chunks
@@ -53,6 +54,8 @@ class ForwardGradient(GradientEstimator):
 
     Raises:
         ValueError: an argument is out of its range.
+        LossError: with exact_head, there is not one loss for every row of the last layer.
+        UnsupportedOperation: with exact_head, examples are mixed after the last layer.
 
     Source: Baydin, Pearlmutter, Syme, Wood, Torr 2022, arXiv:2202.08587, equation 4; K directions: Fluegel et al.
     2024, arXiv:2410.17764; shrinkage: Shukla and Shin 2023, arXiv:2310.14168.
@@ -131,24 +134,14 @@ class ForwardGradient(GradientEstimator):
 
     @torch.no_grad()
     def forward(
-        self,
-        model: nn.Module,
-        loss_fn: Callable[[Any], Tensor],
-        *,
-        generator: torch.Generator,
-        reduce: Reduce | None,
+        self, model: nn.Module, loss_fn: LossFn, *, generator: torch.Generator, reduce: Reduce | None
     ) -> Estimate:
         params = trainable_params(model)
 
         def estimate(params: Mapping[str, Tensor], jvp: Jvp) -> Estimate:
             chunks = self._chunks(params, draw_seeds(generator, self.num_tangents))
             losses, derivatives = _along(chunks, jvp, model, loss_fn)
-            if self.rowwise:
-                derivatives = derivatives / losses.numel()  # of the mean loss, like all gradients here
-            elif losses.dim():
-                derivatives = derivatives.mean(1)
-            if reduce is not None:
-                derivatives = reduce(derivatives)
+            derivatives = of_mean_loss(losses, derivatives, reduce, rowwise=self.rowwise)
             if self.clip_derivative is not None:
                 derivatives = derivatives.clamp(-self.clip_derivative, self.clip_derivative)
             return Estimate(losses.mean(), self._combined(derivatives, chunks, params), derivatives.flatten())
@@ -176,13 +169,13 @@ class ForwardGradient(GradientEstimator):
         return f"tangents={self.tangents}, num_tangents={self.num_tangents}, combine={self.combine!r}{shrinkage}"
 
 
-def _along(chunks: Chunks, jvp: Jvp, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> tuple[Tensor, Tensor]:
+def _along(chunks: Chunks, jvp: Jvp, model: nn.Module, loss_fn: LossFn) -> tuple[Tensor, Tensor]:
     """Losses, and their derivatives along all directions."""
-    repeated = RepeatedPass(model) if len(chunks) > 1 else None
+    snapshot = Snapshot(model) if len(chunks) > 1 else None
     losses, found = None, []
     for i, directions in enumerate(chunks):
-        if repeated is not None and i:
-            repeated.rewind()
+        if snapshot is not None and i:
+            snapshot.restore()
         losses, derivatives = jvp(model, loss_fn, directions)
         found.append(derivatives)
     assert losses is not None

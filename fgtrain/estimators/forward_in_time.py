@@ -3,7 +3,7 @@
 Shapes: B sequences, T time steps of a chunk, I inputs and N units of a recurrence.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fgtrain.errors import DataError, UnsupportedOperation
 from fgtrain.estimators.backprop import Backprop
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, buffers_in
+from fgtrain.forward_ad.passes import LossFn
 from fgtrain.models.diagonal import DiagonalRecurrence, as_rows, as_units, refuse_no_sequences, scan, scan_gradients
 from fgtrain.network.blocks import forwards_replaced
 
@@ -68,12 +69,7 @@ class ForwardInTime(GradientEstimator):
         self.traces = nn.Module()
 
     def forward(
-        self,
-        model: nn.Module,
-        loss_fn: Callable[[Any], Tensor],
-        *,
-        generator: torch.Generator,
-        reduce: Reduce | None,
+        self, model: nn.Module, loss_fn: LossFn, *, generator: torch.Generator, reduce: Reduce | None
     ) -> Estimate:
         found = {name: module for name, module in model.named_modules() if isinstance(module, DiagonalRecurrence)}
         if not found:

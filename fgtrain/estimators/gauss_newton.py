@@ -1,7 +1,6 @@
 """Gauss-Newton steps in the span of random directions, with the curvature of the loss in the outputs."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 from fgtrain.errors import LossError
 from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce, require_positive_int
 from fgtrain.estimators.outputs import linearized
+from fgtrain.forward_ad.passes import LossFn
 from fgtrain.network.parameters import trainable_params
 from fgtrain.random import draw_seeds
 from fgtrain.tangents import LowRank, Tangents, law_or
@@ -29,7 +29,8 @@ class GaussNewton(GradientEstimator):
 
     Outputs: if the loss is the mean of one `F.cross_entropy` or `F.mse_loss`, with any options, the outputs are its
     input, and H has a closed form. For any other loss they are the values that the model, or the outermost modules that
-    are called, return to the loss function, or the parameters if no module is called. Forward mode over forward mode
+    are called, return to the loss function, or the parameters if no module is called or it is called inside
+    `torch.vmap`. Forward mode over forward mode
     through the loss alone then gives G. If the loss is not convex, |G| has the absolute eigenvalues of G. Parameters
     that the loss uses directly, besides outputs, count in d and not in G.
 
@@ -94,12 +95,7 @@ class GaussNewton(GradientEstimator):
 
     @torch.no_grad()
     def forward(
-        self,
-        model: nn.Module,
-        loss_fn: Callable[[Any], Tensor],
-        *,
-        generator: torch.Generator,
-        reduce: Reduce | None,
+        self, model: nn.Module, loss_fn: LossFn, *, generator: torch.Generator, reduce: Reduce | None
     ) -> Estimate:
         directions = self._directions(model, generator)
         loss, slopes, curvature = linearized(model, loss_fn, directions)

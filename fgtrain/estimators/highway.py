@@ -1,38 +1,29 @@
 """The gradient after the last residual block, sent back along the skips to every block."""
 
-from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fgtrain._torch import eager_functions, tree_map_only
-from fgtrain.errors import NoTangent, UnsupportedOperation
+from fgtrain._torch import eager_functions
+from fgtrain.errors import UnsupportedOperation
 from fgtrain.estimators.backprop import Backprop
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, add_grad, average_grads, require_positive_int
 from fgtrain.estimators.exact_head import gradient_of_last_layer
-from fgtrain.estimators.highway_backprop import Branches, by_backprop, learning
+from fgtrain.estimators.highway_backprop import by_backprop, learning_by_backprop
 from fgtrain.estimators.highway_checks import is_chain_of_blocks, refuse_other_paths
 from fgtrain.estimators.highway_forward import (
     delta_by_forward_mode,
     estimated,
     gradients_before,
-    gradients_within,
+    learning_by_estimator,
 )
-from fgtrain.forward_ad.native import value_of
-from fgtrain.forward_ad.passes import RepeatedPass, plain_losses
-from fgtrain.network.blocks import (
-    Forward,
-    find_blocks,
-    forwards_replaced,
-    frozen,
-    has_identity_skip,
-    hidden_of,
-    list_of_names,
-)
+from fgtrain.forward_ad.passes import LossFn, plain_losses
+from fgtrain.network.blocks import cut_between_blocks, find_blocks, frozen, has_identity_skip, list_of_names
 from fgtrain.network.parameters import slots_of, trainable_params
 from fgtrain.network.residual_blocks import ResidualBlocks
+from fgtrain.network.snapshot import Snapshot
 
 _NO_SKIP = "it does not return its input where its parameters are 0"
 
@@ -139,80 +130,76 @@ class Highway(GradientEstimator):
         self.backward_pass = "none" if self.estimator.backward_pass == "none" else "within a block"
 
     def forward(
-        self,
-        model: nn.Module,
-        loss_fn: Callable[[Any], Tensor],
-        *,
-        generator: torch.Generator,
-        reduce: Reduce | None,
+        self, model: nn.Module, loss_fn: LossFn, *, generator: torch.Generator, reduce: Reduce | None
     ) -> Estimate:
+        # A recorded pass finds the residual blocks that run one after the other, and what their branches add. Passes
+        # with these as constants give the gradient after the blocks (delta) and the gradients outside them, by
+        # backpropagation or by forward mode. In a last pass, every block gets its own gradients from delta as it runs.
         params = trainable_params(model)
-        repeated = RepeatedPass(model)
-        with eager_functions():  # compiled code would ignore replaced forwards
-            blocks, losses = self._recorded(model, loss_fn, repeated)
+        snapshot = Snapshot(model)
+        with eager_functions(), cut_between_blocks():  # compiled code would ignore replaced forwards
+            blocks, losses = self._recorded(model, loss_fn, snapshot)
             loss_fn = blocks.from_first(loss_fn)
-            repeated.rewind()
+            snapshot.restore()
             if self.backpropagates:
-                grads, branches = by_backprop(model, loss_fn, blocks, self.iterations, repeated)
-                learn = learning(blocks, branches)
+                grads, branches = by_backprop(model, loss_fn, blocks, self.iterations, snapshot)
+                learning = learning_by_backprop(blocks, branches)
             else:
                 deltas = list[Tensor | None]()
                 for segment in range(len(blocks.segments)):
                     deltas.append(delta_by_forward_mode(model, loss_fn, blocks, segment, self.chunk_size))
-                    repeated.rewind()
+                    snapshot.restore()
                 grads = gradients_before(model, loss_fn, blocks, deltas)
-                repeated.rewind()
+                snapshot.restore()
                 grads |= self._grads_of_rest(model, loss_fn, blocks, grads, generator)
-                learn = _learning(blocks, self.estimator, Branches([deltas]), generator)
-            repeated.rewind()
+                learning = learning_by_estimator(blocks, deltas, self.estimator, generator)
+            snapshot.restore()
             names = {id(p): name for name, p in params.items()}
-            with learn as found, torch.enable_grad():
+            with learning as found, torch.enable_grad():
                 loss_fn(model)
             for p, g in found:
                 add_grad(grads, names[id(p)], g)
         return Estimate(losses.mean(), average_grads({name: grads[name] for name in params if name in grads}, reduce))
 
-    def _recorded(
-        self, model: nn.Module, loss_fn: Callable[[Any], Tensor], repeated: RepeatedPass
-    ) -> tuple[ResidualBlocks, Tensor]:
+    def _recorded(self, model: nn.Module, loss_fn: LossFn, snapshot: Snapshot) -> tuple[ResidualBlocks, Tensor]:
         """The residual blocks of the model, with a recorded pass, and the losses of this pass.
 
         The first call finds out whether something else than the next block uses the output of a block. If so, every
         block is a segment of its own.
         """
         modules = self._blocks_of(model, loss_fn)
-        separate: dict[tuple[Any, ...], bool] = slots_of(model).kept(ResidualBlocks, dict)
+        separate: dict[tuple[Any, ...], bool] = slots_of(model).cached(ResidualBlocks, dict)
         key = self.backpropagates, *modules
         blocks = ResidualBlocks(model, modules, separate.get(key, False))
         with blocks.recording():
             losses = plain_losses(model, loss_fn)
         if key in separate:
             return blocks, losses
-        repeated.rewind()
+        snapshot.restore()
         refuse_other_paths(blocks, model, loss_fn, losses, weights_learn=self.backpropagates)
         separate[key] = not is_chain_of_blocks(blocks, model, loss_fn, losses)
-        return self._recorded(model, loss_fn, repeated) if separate[key] else (blocks, losses)
+        return self._recorded(model, loss_fn, snapshot) if separate[key] else (blocks, losses)
 
-    def _blocks_of(self, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> list[nn.Module]:
+    def _blocks_of(self, model: nn.Module, loss_fn: LossFn) -> list[nn.Module]:
         """The residual blocks, found at the first call by a pass whose effects are undone."""
-        kept: list[str] = slots_of(model).kept(self, list)
-        if not kept:
-            repeated = RepeatedPass(model)
+        cache: list[str] = slots_of(model).cached(self, list)
+        if not cache:
+            snapshot = Snapshot(model)
             with torch.no_grad():
-                kept[:] = find_blocks(model, lambda: loss_fn(model), has_identity_skip, self.blocks, _NO_SKIP)
-            repeated.rewind()
-        if not kept:
+                cache[:] = find_blocks(model, lambda: loss_fn(model), has_identity_skip, self.blocks, _NO_SKIP)
+            snapshot.restore()
+        if not cache:
             raise UnsupportedOperation(
                 f"{type(model).__name__} has no residual block: no member of an nn.Sequential or nn.ModuleList returns "
                 "its input where its parameters are 0; name the blocks, or train with another method"
             )
         modules = dict(model.named_modules())
-        return [modules[name] for name in kept]
+        return [modules[name] for name in cache]
 
     def _grads_of_rest(
         self,
         model: nn.Module,
-        loss_fn: Callable[[Any], Tensor],
+        loss_fn: LossFn,
         blocks: ResidualBlocks,
         known: Iterable[str],
         generator: torch.Generator,
@@ -220,61 +207,13 @@ class Highway(GradientEstimator):
         """The gradients of the parameters outside blocks, except the known ones: exact for the last layer."""
         params = slots_of(model).params
         with frozen([*blocks.params, *(params[name] for name in known)]), blocks.as_skips():
-            repeated = RepeatedPass(model)
+            snapshot = Snapshot(model)
             grads = gradient_of_last_layer(model, loss_fn)
             with frozen([params[name] for name in grads]):
                 if slots_of(model).trainable():
-                    repeated.rewind()
+                    snapshot.restore()
                     grads |= estimated(self.estimator, model, loss_fn, generator)
         return grads
 
     def extra_repr(self) -> str:
         return f"blocks={self.blocks}, chunk_size={self.chunk_size}, iterations={self.iterations}"
-
-
-@contextmanager
-def _learning(
-    blocks: ResidualBlocks, estimator: GradientEstimator, branches: Branches, generator: torch.Generator
-) -> Generator[list[tuple[nn.Parameter, Tensor]]]:
-    """As `fgtrain.estimators.highway_backprop.learning`, by an estimator.
-
-    Args:
-        blocks: the residual blocks of the model.
-        estimator: estimates the gradients; takes no backward pass.
-        branches: the gradients after the blocks.
-        generator: source of the directions.
-    """
-    found: list[tuple[nn.Parameter, Tensor]] = []
-    after_next = branches.after_blocks(blocks)
-
-    def learn(block: nn.Module, forward: Forward) -> Forward:
-        def run(*args: Any, **kwargs: Any) -> Any:
-            args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
-            delta = after_next(None)[1]
-            if delta is None or not any(p.requires_grad for p in block.parameters()):
-                with torch.no_grad():
-                    return forward(*args, **kwargs)
-            held: list[Any] = []
-
-            def output(_: object) -> Tensor:
-                out = forward(*args, **kwargs)
-                held[:] = [tree_map_only(Tensor, lambda x: value_of(x).detach(), out)]
-                return hidden_of(out)
-
-            repeated = None if estimator.loss_at_parameters else RepeatedPass(block)
-            try:
-                grads = gradients_within(estimator, block, output, delta, generator)
-            except NoTangent:  # the block left its branch out in this pass, as LayerDrop does
-                grads = {}
-            params = slots_of(block).params
-            found.extend((params[name], g) for name, g in grads.items())
-            if repeated is not None:  # the output is that of perturbed parameters
-                repeated.rewind()
-                with torch.no_grad():
-                    return forward(*args, **kwargs)
-            return held[0]
-
-        return run
-
-    with forwards_replaced({block: learn(block, forward) for block, forward in blocks.forwards.items()}):
-        yield found

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from fgtrain._torch import tree_map_only
 from fgtrain.errors import UnsupportedOperation
-from fgtrain.forward_ad.native import LossFn
-from fgtrain.forward_ad.passes import RepeatedPass, check_losses
+from fgtrain.forward_ad.passes import LossFn, check_losses
 from fgtrain.network.blocks import Forward, entering, forwards_replaced, hidden_of
 from fgtrain.network.parameters import slots_of
 from fgtrain.network.residual_blocks import BLOCKS_RUN_AGAIN, ResidualBlocks
+from fgtrain.network.snapshot import Snapshot
 
 Through = Callable[[Tensor], Tensor]
 """d -> J^T d, where d is a gradient after a residual block and J the Jacobian of its branch."""
@@ -89,7 +89,7 @@ class _BlockCall:
 
 
 @contextmanager
-def learning(blocks: ResidualBlocks, branches: Branches) -> Generator[list[tuple[nn.Parameter, Tensor]]]:
+def learning_by_backprop(blocks: ResidualBlocks, branches: Branches) -> Generator[list[tuple[nn.Parameter, Tensor]]]:
     """A context in which a call of a block appends its parameters' gradients to the yielded list.
 
     Args:
@@ -138,15 +138,15 @@ def _sums_through_branches(
 
 
 def by_backprop(
-    model: nn.Module, loss_fn: LossFn, blocks: ResidualBlocks, iterations: int, repeated: RepeatedPass
+    model: nn.Module, loss_fn: LossFn, blocks: ResidualBlocks, iterations: int, snapshot: Snapshot
 ) -> tuple[dict[str, Tensor], Branches]:
     """The gradients of all parameters outside blocks, and the gradients after the blocks, after some iterations."""
     branches = Branches()
     for _ in range(iterations):
         branches.deltas.append(_gradients_of_rest(model, loss_fn, blocks, branches)[1])
-        repeated.rewind()
+        snapshot.restore()
         branches.sums.append(_sums_through_branches(model, loss_fn, blocks, branches))
-        repeated.rewind()
+        snapshot.restore()
     grads, deltas = _gradients_of_rest(model, loss_fn, blocks, branches)
     branches.deltas.append(deltas)
     return grads, branches

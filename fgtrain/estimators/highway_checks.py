@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from fgtrain._torch import tree_leaves, tree_map_only
 from fgtrain.errors import UnsupportedOperation
-from fgtrain.forward_ad.native import LossFn
-from fgtrain.forward_ad.passes import RepeatedPass, plain_losses
+from fgtrain.forward_ad.passes import LossFn, plain_losses
 from fgtrain.network.blocks import Forward, with_hidden
 from fgtrain.network.parameters import slots_of
 from fgtrain.network.residual_blocks import ResidualBlocks
+from fgtrain.network.snapshot import Snapshot
 
 
 def is_chain_of_blocks(blocks: ResidualBlocks, model: nn.Module, loss_fn: LossFn, losses: Tensor) -> bool:
@@ -77,10 +77,10 @@ def _others_are_learnt(blocks: ResidualBlocks, model: nn.Module, loss_fn: LossFn
 
         return run
 
-    repeated = RepeatedPass(model)
+    snapshot = Snapshot(model)
     with torch.no_grad(), blocks.replaced_by(looked_at):
         loss_fn(model)
-    repeated.rewind()
+    snapshot.restore()
     return bool(found)
 
 
@@ -90,8 +90,8 @@ def _nan(x: Tensor) -> Tensor:
 
 def _are(losses: Tensor, model: nn.Module, loss_fn: LossFn, values: Mapping[str, Tensor] | None = None) -> bool:
     """Whether losses with `values` in place of some parameters are nan where `losses` are; the pass is undone."""
-    repeated = RepeatedPass(model)
+    snapshot = Snapshot(model)
     try:
         return torch.equal(plain_losses(model, loss_fn, values).isnan(), losses.isnan())
     finally:
-        repeated.rewind()
+        snapshot.restore()

@@ -4,24 +4,90 @@ Forward mode gives the gradient delta after the residual blocks. From delta foll
 a closed form, in the blocks and before them. An estimator gives the others, one layer at a time.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fgtrain.errors import LossError, UnsupportedOperation
+from fgtrain._torch import tree_map_only
+from fgtrain.errors import LossError, NoTangent, UnsupportedOperation
 from fgtrain.estimators.base import GradientEstimator
+from fgtrain.estimators.highway_backprop import Branches
 from fgtrain.forward_ad import jvp
 from fgtrain.forward_ad.native import value_of
-from fgtrain.forward_ad.passes import RepeatedPass
+from fgtrain.forward_ad.passes import LossFn
 from fgtrain.forward_ad.row_losses import Evaluated, WithRows, marks, reached
 from fgtrain.layer_noise.closed_forms import closed_forms
 from fgtrain.layer_noise.layers import candidates
-from fgtrain.network.blocks import frozen
+from fgtrain.network.blocks import Forward, forwards_replaced, frozen, hidden_of
 from fgtrain.network.parameters import slots_of
 from fgtrain.network.residual_blocks import ResidualBlocks
+from fgtrain.network.snapshot import Snapshot
+
+
+@contextmanager
+def learning_by_estimator(
+    blocks: ResidualBlocks, deltas: list[Tensor | None], estimator: GradientEstimator, generator: torch.Generator
+) -> Generator[list[tuple[nn.Parameter, Tensor]]]:
+    """A context in which a call of a block appends estimates of its parameters' gradients to the yielded list.
+
+    Args:
+        blocks: the residual blocks of the model.
+        deltas: the gradient after every segment; None for one that the loss does not depend on.
+        estimator: estimates the gradients; takes no backward pass.
+        generator: source of the directions.
+    """
+    found: list[tuple[nn.Parameter, Tensor]] = []
+    after_next = Branches([deltas]).after_blocks(blocks)
+
+    def learn(block: nn.Module, forward: Forward) -> Forward:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
+            delta = after_next(None)[1]
+            grads, out = _gradients_and_output(estimator, block, partial(forward, *args, **kwargs), delta, generator)
+            params = slots_of(block).params
+            found.extend((params[name], g) for name, g in grads.items())
+            return out
+
+        return run
+
+    with forwards_replaced({block: learn(block, forward) for block, forward in blocks.forwards.items()}):
+        yield found
+
+
+def _gradients_and_output(
+    estimator: GradientEstimator,
+    block: nn.Module,
+    run: Callable[[], Any],
+    delta: Tensor | None,
+    generator: torch.Generator,
+) -> tuple[dict[str, Tensor], Any]:
+    """The gradients of sum delta . output in the parameters of a block, and its output; `run` runs the block.
+
+    There are no gradients if the loss does not depend on the block (delta is None), if the block is frozen, or if it
+    left its branch out in this pass, as LayerDrop does.
+    """
+    if delta is None or not any(p.requires_grad for p in block.parameters()):
+        with torch.no_grad():
+            return {}, run()
+    held: list[Any] = []
+
+    def output(_: object) -> Tensor:
+        out = run()
+        held[:] = [tree_map_only(Tensor, lambda x: value_of(x).detach(), out)]
+        return hidden_of(out)
+
+    before, grads = None if estimator.loss_at_parameters else Snapshot(block), dict[str, Tensor]()
+    with suppress(NoTangent):
+        grads = gradients_within(estimator, block, output, delta, generator)
+    if before is None:
+        return grads, held[0]
+    before.restore()  # the output so far is that of perturbed parameters
+    with torch.no_grad():
+        return grads, run()
 
 
 def gradients_within(
@@ -44,19 +110,21 @@ def gradients_within(
         delta: the gradient of the output, in its shape.
         generator: source of the directions.
     """
-    repeated = RepeatedPass(block)
-    grads, ways = closed_forms(block, lambda module: output(module).flatten(), delta)
+    snapshot = Snapshot(block)
+    grads, dependence = closed_forms(block, lambda module: output(module).flatten(), delta)
 
     def estimate(names: Collection[str], losses: Callable[[Tensor], Tensor]) -> None:
         if names:
-            repeated.rewind()
+            snapshot.restore()
             others = (p for name, p in slots_of(block).params.items() if name not in names)
             with frozen(others):
                 grads.update(estimated(estimator, block, lambda m: losses(delta * output(m)), generator))
 
-    for name in ways.biases:
+    for name in dependence.biases:
         if name not in grads:
-            estimate(ways.params([name]), per_row if name in ways.by_rows and delta.dim() > 2 else per_example)
+            estimate(
+                dependence.params([name]), per_row if name in dependence.by_rows and delta.dim() > 2 else per_example
+            )
     estimate(slots_of(block).trainable().keys() - grads.keys(), per_example)
     return grads
 
@@ -67,7 +135,7 @@ def per_row(each: Tensor) -> Tensor:
 
 
 def estimated(
-    estimator: GradientEstimator, model: nn.Module, loss_fn: Callable[[Any], Tensor], generator: torch.Generator
+    estimator: GradientEstimator, model: nn.Module, loss_fn: LossFn, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """The gradients of an estimator, or of its substitute for a model without layers to perturb."""
     estimator = estimator if candidates(model) else estimator.without_layers()
@@ -76,11 +144,11 @@ def estimated(
 
 def per_example(each: Tensor) -> Tensor:
     """Losses (B,) whose mean is the sum of all elements (B, ..)."""
-    return each.reshape(len(each), -1).sum(1) * len(each)
+    return each.unsqueeze(-1).flatten(1).sum(1) * len(each)
 
 
 def gradients_before(
-    model: nn.Module, loss_fn: Callable[[Any], Tensor], blocks: ResidualBlocks, deltas: Sequence[Tensor | None]
+    model: nn.Module, loss_fn: LossFn, blocks: ResidualBlocks, deltas: Sequence[Tensor | None]
 ) -> dict[str, Tensor]:
     """The gradients of the layers outside blocks that have a closed form, because they are just before a segment.
 
@@ -91,19 +159,17 @@ def gradients_before(
         deltas: the gradient of every segment's hidden state; None if the loss does not depend on it.
     """
     grads: dict[str, Tensor] = {}
-    repeated = RepeatedPass(model)
+    snapshot = Snapshot(model)
     for segment, delta in enumerate(deltas):
         if delta is not None:
-            repeated.rewind()
+            snapshot.restore()
             run = partial(_hidden_and_rest, loss_fn=loss_fn, blocks=blocks, segment=segment)
             with frozen(blocks.params):
                 grads |= closed_forms(model, run, delta, segment)[0]
     return grads
 
 
-def _hidden_and_rest(
-    model: nn.Module, loss_fn: Callable[[Any], Tensor], blocks: ResidualBlocks, segment: int
-) -> Tensor:
+def _hidden_and_rest(model: nn.Module, loss_fn: LossFn, blocks: ResidualBlocks, segment: int) -> Tensor:
     """One vector: the hidden state after a segment, then the losses and the hidden states after earlier segments.
 
     A layer has a closed form only if it changes nothing but the first part: the other parts are its other paths.
@@ -131,7 +197,7 @@ class _Probed(nn.Module):
 
 
 def delta_by_forward_mode(
-    model: nn.Module, loss_fn: Callable[[Any], Tensor], blocks: ResidualBlocks, segment: int, chunk_size: int | None
+    model: nn.Module, loss_fn: LossFn, blocks: ResidualBlocks, segment: int, chunk_size: int | None
 ) -> Tensor:
     """The gradient after a segment, from the derivatives along unit directions of its hidden state.
 
@@ -140,19 +206,19 @@ def delta_by_forward_mode(
     """
     like = blocks.segments[segment].end
     probed = _Probed(model, like)
-    repeated = RepeatedPass(probed)
+    snapshot = Snapshot(probed)
     with_rows = WithRows(lambda _: loss_fn(model))
 
     def after_segment(s: int, x: Tensor) -> Tensor:
         return x + probed.probe if s == segment else x
 
     def run(direction: Tensor) -> tuple[Evaluated, Evaluated | None]:
-        repeated.rewind()
+        snapshot.restore()
         with blocks.as_skips(after_segment):
             return with_rows.split(*jvp(probed, with_rows, {"probe": direction.view(-1, *like.shape)}))
 
     choices = {"rows": like.flatten(0, -2), "examples": like.flatten(1)}
-    right: dict[int, str] = slots_of(model).kept(delta_by_forward_mode, dict)
+    right: dict[int, str] = slots_of(model).cached(delta_by_forward_mode, dict)
     for choice in sorted(choices, key=lambda c: c != right.get(segment, "rows")):  # the one of earlier calls first
         delta = _of_rows(run, choices[choice], chunk_size)
         if delta is not None:

@@ -1,21 +1,20 @@
 """A separate loss for every block, with any estimator for its gradient."""
 
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from fgtrain.errors import UnsupportedOperation
 from fgtrain.estimators.activity import ActivityPerturbation
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, add_grad, average_grads
-from fgtrain.estimators.local_heads import WHOLE, LocalHeads, Part, StandIn, joined
+from fgtrain.estimators.local_heads import LocalHeads, joined
 from fgtrain.estimators.local_tail import local_gradients
-from fgtrain.forward_ad.native import value_of
-from fgtrain.forward_ad.passes import check_losses
-from fgtrain.network.blocks import list_of_names
-from fgtrain.network.chains import SideBySide, in_turn
-from fgtrain.network.parameters import slots_of, trainable_params
+from fgtrain.forward_ad.passes import LossFn, check_losses, plain_losses
+from fgtrain.network.blocks import cut_between_blocks, list_of_names
+from fgtrain.network.chains import SideBySide
+from fgtrain.network.parameters import trainable_params
+from fgtrain.network.snapshot import Snapshot
 
 
 class LocalLosses(LocalHeads):
@@ -94,12 +93,13 @@ class LocalLosses(LocalHeads):
         self.loss_at_parameters = self.estimator.loss_at_parameters
 
     def forward(
-        self,
-        model: nn.Module,
-        loss_fn: Callable[[Any], Tensor],
-        *,
-        generator: torch.Generator,
-        reduce: Reduce | None,
+        self, model: nn.Module, loss_fn: LossFn, *, generator: torch.Generator, reduce: Reduce | None
+    ) -> Estimate:
+        with cut_between_blocks():
+            return self._estimate(model, loss_fn, generator, reduce)
+
+    def _estimate(
+        self, model: nn.Module, loss_fn: LossFn, generator: torch.Generator, reduce: Reduce | None
     ) -> Estimate:
         if self.head == "tail":
             losses, found = local_gradients(self.estimator, model, loss_fn, self.blocks, generator)
@@ -107,7 +107,7 @@ class LocalLosses(LocalHeads):
         names = {id(p): name for name, p in trainable_params(model).items()}
         grads: dict[str, Tensor] = {}
         estimate, hidden = None, None
-        for nets in self._nets(model, loss_fn):
+        for nets in self.nets_of(model, loss_fn):
             outputs = []
             for net in nets:
                 net.hidden = hidden
@@ -126,56 +126,17 @@ class LocalLosses(LocalHeads):
         assert estimate is not None
         return estimate._replace(grads=grads)
 
-    def _estimate_of(self, net: nn.Module, loss_fn: Callable[[Any], Tensor], generator: torch.Generator) -> Estimate:
+    def _estimate_of(self, net: nn.Module, loss_fn: LossFn, generator: torch.Generator) -> Estimate:
         if any(p.requires_grad for p in net.parameters()):
-            return self.estimator(net, loss_fn, generator=generator)
+            before = None if self.estimator.loss_at_parameters else Snapshot(net)
+            estimate = self.estimator(net, loss_fn, generator=generator)
+            if before is not None:  # the output is that of perturbed parameters
+                before.restore()
+                plain_losses(net, loss_fn)
+            return estimate
         with torch.no_grad():  # a frozen last block only gives the loss
             return Estimate(check_losses(loss_fn(net)).mean(), {})
 
     def parts_of(self, block: list[nn.Module]) -> list[list[nn.Module]]:
         only = block[0] if len(block) == 1 else None
         return [[module] for module in only] if isinstance(only, SideBySide) else [block]
-
-    def _nets(self, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> "list[list[LocalBlock]]":
-        """Every part of every block as a model; the models are reused, since engines store data with a model."""
-        blocks = self.blocks_with_heads(model, loss_fn)
-        kept = slots_of(model).kept(self, list)
-        if [[net.part for net in nets] for nets in kept] != blocks:
-            kept[:] = [[LocalBlock(part, self.features) for part in parts] for parts in blocks]
-        return kept
-
-    def extra_repr(self) -> str:
-        return f"head_lr={self.head_lr}, head_size={self.head_size}"
-
-
-class LocalBlock(StandIn):
-    """A part of a block and its head as a separate model.
-
-    Args:
-        part: see `Part`.
-        features: see `LocalHeads.features`.
-
-    Attributes:
-        hidden: the block's input; None for the first block, which takes the model's inputs.
-    """
-
-    def __init__(self, part: Part, features: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.part = part
-        self.block = nn.ModuleList(part.modules)
-        self.head = part.head
-        self.features = features
-        self.hidden: Tensor | None = None
-        self._output: Tensor | None = None
-
-    def forward(self, x: Any) -> Any:
-        x = in_turn(self.block, x if self.hidden is None else self.hidden)
-        self._output = value_of(x).detach()
-        return x if self.head is None else self.head(self.features(x))
-
-    def take_output(self) -> Tensor:
-        """Return the block's output, and free all tensors of the pass."""
-        if self._output is None:
-            raise UnsupportedOperation(WHOLE)
-        output, self._output, self.hidden = self._output, None, None
-        return output

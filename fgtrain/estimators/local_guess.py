@@ -1,17 +1,15 @@
 """Gradients of small local losses as directions, with exact directional derivatives as coefficients."""
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from fgtrain.estimators.base import Claim, Estimate, Reduce, average_grads
-from fgtrain.estimators.local_heads import LocalHeads, Part, Stage
+from fgtrain.estimators.base import Claim, Estimate, Reduce, average_grads, of_mean_loss
+from fgtrain.estimators.local_heads import LocalBlock, LocalHeads
 from fgtrain.forward_ad import jvp
-from fgtrain.forward_ad.passes import RepeatedPass, check_losses
+from fgtrain.forward_ad.passes import LossFn, check_losses
+from fgtrain.network.blocks import cut_between_blocks
 from fgtrain.network.parameters import trainable_params
+from fgtrain.network.snapshot import Snapshot
 from fgtrain.tangents.directions import LastTangent
 
 
@@ -58,32 +56,22 @@ class LocalGuess(LocalHeads):
     backward_pass = "within a block"
     claims: frozenset[Claim] = frozenset({"descent"})
 
-    def __init__(self, head_lr: float = 0.1, *, head_size: int = 2) -> None:
-        super().__init__(head_lr, head_size=head_size)
-
     def forward(
-        self,
-        model: nn.Module,
-        loss_fn: Callable[[Any], Tensor],
-        *,
-        generator: torch.Generator,
-        reduce: Reduce | None,
+        self, model: nn.Module, loss_fn: LossFn, *, generator: torch.Generator, reduce: Reduce | None
     ) -> Estimate:
         params = trainable_params(model)
         names = {id(p): name for name, p in params.items()}
-        blocks = self.blocks_with_heads(model, loss_fn)
-        repeated = RepeatedPass(model)
-        with torch.enable_grad():
-            guesses = self._guesses(blocks, loss_fn, reduce)
-        repeated.rewind()
+        snapshot = Snapshot(model)
+        with torch.enable_grad(), cut_between_blocks():
+            nets = [net for (net,) in self.nets_of(model, loss_fn)]
+            guesses = self._guesses(nets, loss_fn, reduce)
+        snapshot.restore()
         with torch.no_grad():
             tangents = {
                 names[id(p)]: LastTangent(v, num) for num, guess in enumerate(guesses, start=1) for p, v in guess
             }
             losses, derivatives = jvp(model, loss_fn, tangents)
-            derivatives = derivatives.mean(1) if losses.dim() else derivatives
-            if reduce is not None:
-                derivatives = reduce(derivatives)
+            derivatives = of_mean_loss(losses, derivatives, reduce)
             grads = {}
             for guess, d in zip(guesses, derivatives, strict=True):
                 square = torch.stack([v.square().sum() for _, v in guess]).sum()
@@ -92,17 +80,17 @@ class LocalGuess(LocalHeads):
         return Estimate(losses.mean(), grads, derivatives)
 
     def _guesses(
-        self, blocks: list[list[Part]], loss_fn: Callable[[Any], Tensor], reduce: Reduce | None
+        self, nets: list[LocalBlock], loss_fn: LossFn, reduce: Reduce | None
     ) -> list[list[tuple[nn.Parameter, Tensor]]]:
         """(parameter, direction) for every trainable parameter, block by block; also does the heads' step."""
         found, hidden, seen = [], None, set()
-        for ((block, head),) in blocks:
-            stage = Stage([block], hidden, None if head is None else partial(self._read, head))
-            loss = check_losses(loss_fn(stage)).mean()
-            (hidden,) = stage.outputs()
-            own = [p for module in block for p in module.parameters() if p.requires_grad and id(p) not in seen]
+        for net in nets:
+            net.hidden = hidden
+            loss = check_losses(loss_fn(net)).mean()
+            hidden = net.take_output()
+            own = [p for p in net.block.parameters() if p.requires_grad and id(p) not in seen]
             seen |= {id(p) for p in own}
-            wanted = [*own, *(head.parameters() if head is not None else ())]
+            wanted = [*own, *(net.head.parameters() if net.head is not None else ())]
             if not wanted:  # a frozen last block
                 continue
             slopes = torch.autograd.grad(loss, wanted, materialize_grads=True)
@@ -112,9 +100,3 @@ class LocalGuess(LocalHeads):
                 found.append(list(zip(own, slopes, strict=False)))
             self.descend(wanted[len(own) :], slopes[len(own) :])
         return found
-
-    def _read(self, head: nn.Module, hidden: Tensor) -> Tensor:
-        return head(self.features(hidden))
-
-    def extra_repr(self) -> str:
-        return f"head_lr={self.head_lr}, head_size={self.head_size}"

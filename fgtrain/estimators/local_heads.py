@@ -9,8 +9,11 @@ from torch.nn import functional as F
 
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.estimators.base import GradientEstimator
-from fgtrain.forward_ad.passes import RepeatedPass
+from fgtrain.forward_ad.native import value_of
+from fgtrain.forward_ad.passes import LossFn
 from fgtrain.network.chains import in_turn, is_chain, links
+from fgtrain.network.parameters import slots_of
+from fgtrain.network.snapshot import Snapshot
 
 
 class Part(NamedTuple):
@@ -50,7 +53,7 @@ class LocalHeads(GradientEstimator):
         self.head_size = head_size
         self.heads = nn.ModuleDict()
 
-    def blocks_with_heads(self, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> list[list[Part]]:
+    def _blocks_with_heads(self, model: nn.Module, loss_fn: LossFn) -> list[list[Part]]:
         """The parts of every block; creates missing heads, with a trial pass that has no side effects.
 
         Raises:
@@ -60,10 +63,10 @@ class LocalHeads(GradientEstimator):
         parts = {str(i): self.parts_of(block) for i, block in enumerate(blocks)}
         keys = {i: [i] if len(found) == 1 else [f"{i}-{k}" for k in range(len(found))] for i, found in parts.items()}
         if self.heads.keys() != {key for of_block in keys.values() for key in of_block}:
-            repeated = RepeatedPass(model)
+            snapshot = Snapshot(model)
             with torch.no_grad():
                 self._create_heads(parts, keys, last, loss_fn)
-            repeated.rewind()
+            snapshot.restore()
         heads = dict(self.heads.items())
         with_heads = [
             [Part(modules, heads[key]) for modules, key in zip(parts[i], keys[i], strict=True)] for i in parts
@@ -81,25 +84,34 @@ class LocalHeads(GradientEstimator):
             hidden = F.adaptive_avg_pool2d(hidden, (height, width))
         return hidden.flatten(1)
 
+    def nets_of(self, model: nn.Module, loss_fn: LossFn) -> "list[list[LocalBlock]]":
+        """Every part of every block as a model; the models are reused, since engines store data with a model."""
+        blocks = self._blocks_with_heads(model, loss_fn)
+        cache = slots_of(model).cached(self, list)
+        if [[net.part for net in nets] for nets in cache] != blocks:
+            cache[:] = [[LocalBlock(part, self.features) for part in parts] for parts in blocks]
+        return cache
+
     def _create_heads(
         self,
         parts: Mapping[str, list[list[nn.Module]]],
         keys: Mapping[str, list[str]],
         last: list[nn.Module],
-        loss_fn: Callable[[Any], Tensor],
+        loss_fn: LossFn,
     ) -> None:
-        stages = {key: Stage(parts[key]) for key in parts}
-        end = Stage([last])
-        loss_fn(Stages([*stages.values(), end]))
-        (logits,) = end.outputs()
+        trial = _RecordedBlocks([*parts.values(), [last]])
+        loss_fn(trial)
+        if not trial.outputs:
+            raise UnsupportedOperation(WHOLE)
+        *outputs, (logits,) = [[output.detach() for output in found] for found in trial.outputs]
         if logits.dim() != 2:
             raise UnsupportedOperation(
                 f"local losses need a model with outputs (B, classes), got {tuple(logits.shape)}; "
                 "train with another method"
             )
         self.heads.clear()
-        for of_block, stage in stages.items():
-            for key, output in zip(keys[of_block], stage.outputs(), strict=True):
+        for of_block, found in zip(parts, outputs, strict=True):
+            for key, output in zip(keys[of_block], found, strict=True):
                 self.add_head(key, self.features(output).shape[1], logits.shape[1], output)
 
     def add_head(self, key: str, num_features: int, num_outputs: int, like: Tensor) -> None:
@@ -122,6 +134,23 @@ class LocalHeads(GradientEstimator):
                 key = name.removeprefix("heads.").removesuffix(".weight")
                 self.add_head(key, weight.shape[1], weight.shape[0], weight)
 
+    def extra_repr(self) -> str:
+        return f"head_lr={self.head_lr}, head_size={self.head_size}"
+
+
+def read_by(head: nn.Module, features: Tensor) -> Tensor:
+    """The output of a linear head.
+
+    Raises:
+        UnsupportedOperation: the head was made for another number of features.
+    """
+    if features.shape[1] != head.in_features:
+        raise UnsupportedOperation(
+            f"the output of a block has {features.shape[1]} features per example, but its head was made for "
+            f"{head.in_features}: use inputs of one size, and another estimator for each model"
+        )
+    return head(features)
+
 
 def blocks_of(model: nn.Module) -> list[list[nn.Module]]:
     """Layers with parameters, each with the modules up to the next; modules before the first belong to it."""
@@ -143,52 +172,62 @@ class StandIn(nn.Module):
         raise UnsupportedOperation(WHOLE)
 
 
-class Stage(StandIn):
-    """A stand-in that runs only one block and its head.
+class LocalBlock(StandIn):
+    """A part of a block and its head as a separate model.
 
     Args:
-        parts: the block's parallel parts, each of them modules that run in turn.
+        part: see `Part`.
+        features: see `LocalHeads.features`.
+
+    Attributes:
         hidden: the block's input; None for the first block, which takes the model's inputs.
-        head: maps the block's output to an output of the model; None if it is one already.
     """
 
-    def __init__(
-        self,
-        parts: Sequence[Sequence[nn.Module]],
-        hidden: Tensor | None = None,
-        head: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
+    def __init__(self, part: Part, features: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self._parts = (parts, hidden, head)
-        self._outputs: list[Tensor] = []
+        self.part = part
+        self.block = nn.ModuleList(part.modules)
+        self.head = part.head
+        self.features = features
+        self.hidden: Tensor | None = None
+        self._output: Tensor | None = None
 
     def forward(self, x: Any) -> Any:
-        parts, hidden, head = self._parts
-        self._outputs = [in_turn(modules, x if hidden is None else hidden) for modules in parts]
-        x = joined(self._outputs)
-        return x if head is None else head(x)
+        x = in_turn(self.block, x if self.hidden is None else self.hidden)
+        self._output = value_of(x).detach()
+        return x if self.head is None else read_by(self.head, self.features(x))
 
-    def outputs(self) -> list[Tensor]:
-        """The output of each part."""
-        if not self._outputs:
+    def take_output(self) -> Tensor:
+        """Return the block's output, and free all tensors of the pass."""
+        if self._output is None:
             raise UnsupportedOperation(WHOLE)
-        return [output.detach() for output in self._outputs]
+        output, self._output, self.hidden = self._output, None, None
+        return output
+
+
+class _RecordedBlocks(StandIn):
+    """A stand-in that runs the whole model block by block.
+
+    Attributes:
+        outputs: the output of every part of every block.
+    """
+
+    def __init__(self, blocks: Sequence[Sequence[Sequence[nn.Module]]]) -> None:
+        super().__init__()
+        self._blocks = blocks
+        self.outputs: list[list[Tensor]] = []
+
+    def forward(self, x: Any) -> Any:
+        self.outputs.clear()
+        for parts in self._blocks:
+            self.outputs.append([in_turn(modules, x) for modules in parts])
+            x = joined(self.outputs[-1])
+        return x
 
 
 def joined(outputs: Sequence[Tensor]) -> Tensor:
     """The output of a block from the outputs of its parts."""
     return outputs[0] if len(outputs) == 1 else torch.cat(list(outputs), dim=1)
-
-
-class Stages(StandIn):
-    """A stand-in that runs the whole model block by block."""
-
-    def __init__(self, stages: list[Stage]) -> None:
-        super().__init__()
-        self.stages = stages
-
-    def forward(self, x: Any) -> Any:
-        return in_turn(self.stages, x)
 
 
 WHOLE = "local losses need a loss function that calls model(inputs), not parts of the model"

@@ -1,6 +1,6 @@
 """Local losses through the network's own tail: the output of a block skips the later blocks."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,22 +11,16 @@ from fgtrain._torch import eager_functions, tree_map_only
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.estimators.base import GradientEstimator, add_grad
 from fgtrain.forward_ad.native import value_of
-from fgtrain.forward_ad.passes import RepeatedPass, plain_losses
-from fgtrain.network.blocks import (
-    Forward,
-    entering,
-    find_blocks,
-    forwards_replaced,
-    frozen,
-    keeps_shape,
-)
+from fgtrain.forward_ad.passes import LossFn, plain_losses
+from fgtrain.network.blocks import Forward, entering, find_blocks, forwards_replaced, frozen, keeps_shape
 from fgtrain.network.parameters import slots_of, trainable_params
+from fgtrain.network.snapshot import Snapshot
 
 
 def local_gradients(
     estimator: GradientEstimator,
     model: nn.Module,
-    loss_fn: Callable[[Any], Tensor],
+    loss_fn: LossFn,
     blocks: Sequence[str] | None,
     generator: torch.Generator,
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -48,13 +42,15 @@ def local_gradients(
     """
     trained = {id(p): name for name, p in trainable_params(model).items()}
     grads: dict[str, Tensor] = {}
-    repeated = RepeatedPass(model)
+    snapshot = Snapshot(model)
     with eager_functions():
-        chain = slots_of(model).kept(estimator, lambda: _examined(model, loss_fn, blocks))
+        chains: dict[Any, _Chain] = slots_of(model).cached(_examined, dict)
+        key = None if blocks is None else tuple(blocks)
+        chain = chains.get(key) or chains.setdefault(key, _examined(model, loss_fn, blocks))
         modules = dict(model.named_modules())
         ahead: Any = None
         for i, name in enumerate(chain.names):
-            repeated.rewind()
+            snapshot.restore()
             own = {p for n in [name, *chain.around[i]] for p in modules[n].parameters(recurse=n == name)}
             run = _OneBlock([modules[n] for n in chain.names], chain.outputs, i, ahead)
             with frozen(p for p in model.parameters() if p not in own), forwards_replaced(run.forwards):
@@ -63,10 +59,10 @@ def local_gradients(
                     for at, g in found.items():
                         add_grad(grads, trained[id(slots_of(model).params[at])], g)  # tied: several local losses
                 if not run.held or not estimator.loss_at_parameters:
-                    repeated.rewind_random_state()
+                    snapshot.restore_random_state()
                     plain_losses(model, loss_fn)
             ahead = run.held[0]
-    repeated.rewind()
+    snapshot.restore()
     return plain_losses(model, loss_fn), grads
 
 
@@ -85,14 +81,14 @@ class _Chain:
     around: list[list[str]] = field(default_factory=list)
 
 
-def _examined(model: nn.Module, loss_fn: Callable[[Any], Tensor], blocks: Sequence[str] | None) -> _Chain:
+def _examined(model: nn.Module, loss_fn: LossFn, blocks: Sequence[str] | None) -> _Chain:
     """The blocks, found in trials that leave no trace."""
-    repeated = RepeatedPass(model)
+    snapshot = Snapshot(model)
     with torch.no_grad():
         found = find_blocks(
             model, lambda: loss_fn(model), keeps_shape, blocks, "it changes the shape of what enters it"
         )
-        repeated.rewind()
+        snapshot.restore()
         chain, calls = _Chain(list(found)), list[str]()
         names = {module: name for name, module in model.named_modules()}
         inner = {module for block in found.values() for module in block.modules()}
@@ -118,7 +114,7 @@ def _examined(model: nn.Module, loss_fn: Callable[[Any], Tensor], blocks: Sequen
         finally:
             for hook in hooks:
                 hook.remove()
-            repeated.rewind()
+            snapshot.restore()
     if not found:
         raise UnsupportedOperation(
             f"{type(model).__name__} has no block: no member of an nn.Sequential or nn.ModuleList returns what has the "
@@ -126,6 +122,18 @@ def _examined(model: nn.Module, loss_fn: Callable[[Any], Tensor], blocks: Sequen
         )
     if calls != chain.names:
         raise UnsupportedOperation("local losses need blocks that the model calls once each, one after the other")
+    if any(n is not None and n > 1 for n in chain.outputs):
+        skipped = {b: _OneBlock.identity(n) for b, n in zip(found.values(), chain.outputs, strict=True)}
+        try:
+            with forwards_replaced(skipped):
+                loss_fn(model)
+        except (TypeError, AttributeError) as error:
+            raise UnsupportedOperation(
+                "the model uses more of a block's output than its hidden state, but a skipped block has no more; train "
+                "with another method"
+            ) from error
+        finally:
+            snapshot.restore()
     # A module that holds parameters without being called (a list of them, say) counts as used first.
     uncalled = [names[module] for module in holding if names[module] not in around]
     chain.around = [[n for n, places in around.items() if i in places] for i in range(len(found))]
@@ -151,13 +159,13 @@ class _OneBlock:
 
     def __init__(self, blocks: Sequence[nn.Module], outputs: Sequence[int | None], i: int, ahead: Any) -> None:
         self.held: list[Any] = []
-        self.forwards = {b: self._identity(n) for b, n in zip(blocks, outputs, strict=True)}
+        self.forwards = {b: self.identity(n) for b, n in zip(blocks, outputs, strict=True)}
         if i:
             self.forwards[blocks[i - 1]] = lambda *_, **__: tree_map_only(Tensor, Tensor.clone, ahead)
         self.forwards[blocks[i]] = self._holding(blocks[i].forward)
 
     @staticmethod
-    def _identity(num_outputs: int | None) -> Forward:
+    def identity(num_outputs: int | None) -> Forward:
         def run(*args: Any, **kwargs: Any) -> Any:
             x = entering(args, kwargs).clone()
             return x if num_outputs is None else (x, *[None] * (num_outputs - 1))

@@ -48,12 +48,7 @@ class MeZO(CentralDifferences):
     """
 
     def __init__(
-        self,
-        tangents: Tangents | None = None,
-        num_tangents: int = 1,
-        *,
-        epsilon: float = 1e-3,
-        shrinkage: bool = False,
+        self, tangents: Tangents | None = None, num_tangents: int = 1, *, epsilon: float = 1e-3, shrinkage: bool = False
     ) -> None:
         super().__init__(law_or(tangents, Normal()), num_tangents, epsilon, shrinkage=shrinkage)
 

@@ -11,15 +11,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fgtrain._torch import call_of, calls_replaced, tree_flatten, tree_unflatten
+from fgtrain._torch import call_of, calls_replaced, is_inside_transform, tree_flatten, tree_unflatten
 from fgtrain.agreement import agree
 from fgtrain.errors import NoTangent
 from fgtrain.estimators.second_order import curvature_in_span
 from fgtrain.forward_ad import jvp
 from fgtrain.forward_ad.known_losses import KnownLoss, RecordedLosses, carries_tangent
-from fgtrain.forward_ad.native import NO_TANGENT, LossFn
-from fgtrain.forward_ad.passes import LightPass, RepeatedPass, TorchRandomState, check_losses
+from fgtrain.forward_ad.passes import NO_TANGENT, LossFn, check_losses
 from fgtrain.network.parameters import slots_of
+from fgtrain.network.snapshot import LightSnapshot, Snapshot, TorchRandomState
 from fgtrain.tangents.directions import Tangent, dense
 
 
@@ -41,12 +41,13 @@ class Linearized(NamedTuple):
 def linearized(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> Linearized:
     """The loss and its derivatives from one pass of the model, with the effects of one plain pass.
 
-    If the loss calls no module with trained parameters, the parameters are the outputs.
+    If the loss calls no module with trained parameters, or calls one inside torch.vmap or another transform, the
+    parameters are the outputs.
 
     Raises:
         LossError: the loss carries no tangent.
     """
-    before, seen = LightPass(slots_of(model)), _SeenLoss(model, loss_fn)
+    before, seen = LightSnapshot(slots_of(model)), _SeenLoss(model, loss_fn)
     found, derivatives = jvp(model, seen, tangents)
     *outputs, losses = found.split(seen.sizes)
     *output_slopes, slopes = derivatives.split(seen.sizes, 1)
@@ -56,8 +57,8 @@ def linearized(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent
         if agree(mean, loss) and agree(mean_slopes, slopes):
             return Linearized(loss, slopes, seen.known.curvature(outputs[-1], output_slopes[-1]))
         del outputs[-1], output_slopes[-1]  # the loss is not the mean of the known one
-    if not outputs:
-        before.rewind()
+    if not outputs or seen.is_inside_transform:
+        before.restore()
         everything = {name: dense(tangent) for name, tangent in tangents.items()}
         return Linearized(loss, slopes, curvature_in_span(model, loss_fn, everything)[2])
     return Linearized(loss, slopes, seen.curvature(outputs, output_slopes))
@@ -67,7 +68,7 @@ class _Call(NamedTuple):
     """The value that a call of a module has returned.
 
     Args:
-        leaves: its leaves, if it is nested; None in place of an output.
+        leaves: its leaves, if it is nested; `_OUTPUT` in place of an output.
         spec: its structure.
         random_state: the random state after the call.
     """
@@ -92,6 +93,7 @@ class _SeenLoss:
         sizes: the sizes of the parts.
         known: the loss with a closed form; None if there is none.
         known_is_all: whether its result is the losses.
+        is_inside_transform: whether a module was called inside a transform of torch.func, such as vmap.
     """
 
     def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
@@ -103,7 +105,7 @@ class _SeenLoss:
         self._calls: list[_Call] = []
         self.sizes: list[int] = []
         self.known: KnownLoss | None = None
-        self.known_is_all = False
+        self.known_is_all = self.is_inside_transform = False
 
     def __call__(self, model: nn.Module) -> Tensor:
         outputs: list[Tensor] = []
@@ -126,7 +128,7 @@ class _SeenLoss:
 
     def _kept(self, outputs: list[Tensor]) -> Any:
         """A context in which the outermost calls are kept, and their results put into `outputs`."""
-        depth = 0
+        depth, self.is_inside_transform = 0, False
         self._calls.clear()
 
         def kept(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -139,8 +141,11 @@ class _SeenLoss:
                     depth -= 1
                 if not depth:
                     leaves, spec = tree_flatten(result)
+                    if any(isinstance(leaf, Tensor) and is_inside_transform(leaf) for leaf in leaves):
+                        self.is_inside_transform = True
+                        return result
                     outputs.extend(filter(_is_output, leaves))
-                    others = [None if _is_output(leaf) else leaf for leaf in leaves]
+                    others = [_OUTPUT if _is_output(leaf) else leaf for leaf in leaves]
                     self._calls.append(_Call(others, spec, TorchRandomState([self._device])))
                 return result
 
@@ -155,20 +160,20 @@ class _SeenLoss:
             outputs: the outputs, as vectors (N,).
             slopes: their derivatives, (K, N).
         """
-        after = RepeatedPass(self._model)
+        after = Snapshot(self._model)
         self._calls[-1].random_state.restore()
         given = nn.ParameterList([x.view(shape) for x, shape in zip(outputs, self._shapes, strict=True)])
-        along = {str(i): t.view(-1, *shape) for i, (t, shape) in enumerate(zip(slopes, self._shapes, strict=True))}
-        with slots_of(self._model).exchanged({}):
+        along = {str(i): t.view(len(t), *shape) for i, (t, shape) in enumerate(zip(slopes, self._shapes, strict=True))}
+        with slots_of(self._model).params_replaced({}):
             _, _, curvature = curvature_in_span(given, self._of_outputs, along)
-        after.rewind()
+        after.restore()
         return curvature
 
     def _of_outputs(self, given: Any) -> Tensor:
         """The losses as a function of the outputs, which are given in the order in which modules returned them."""
         outputs = iter(given)
         results = [
-            tree_unflatten([next(outputs).clone() if leaf is None else leaf for leaf in call.leaves], call.spec)
+            tree_unflatten([next(outputs).clone() if leaf is _OUTPUT else leaf for leaf in call.leaves], call.spec)
             for call in self._calls
         ]
         turn = iter(results)
@@ -178,6 +183,10 @@ class _SeenLoss:
 
 def _is_output(x: Any) -> bool:
     return isinstance(x, Tensor) and x.is_floating_point()
+
+
+_OUTPUT = object()
+"""Stands for an output of a call, which may also hold other objects, such as None."""
 
 
 def _trained(module: nn.Module) -> list[nn.Module]:

@@ -1,6 +1,6 @@
 """Newton steps in the span of random directions, by forward mode over forward mode."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce, average_grads, require_positive_int
 from fgtrain.forward_ad.named_errors import named_errors
 from fgtrain.forward_ad.native import no_fast_paths
-from fgtrain.forward_ad.passes import RepeatedPass, check_losses
+from fgtrain.forward_ad.passes import LossFn, check_losses
 from fgtrain.forward_ad.second_derivatives import CorrectSecondDerivatives
 from fgtrain.network.parameters import slots_of, trainable_params
+from fgtrain.network.snapshot import Snapshot
 from fgtrain.random import draw_seeds
 from fgtrain.tangents import Normal, Tangents, law_or
 from fgtrain.tangents.directions import dense
@@ -53,6 +54,7 @@ class SecondOrder(GradientEstimator):
     """
 
     scalar_reducible = False
+    loss_at_parameters = False  # under torch.func, dropout may draw another mask
     claims: frozenset[Claim] = frozenset({"descent"})
 
     def __init__(self, tangents: Tangents | None = None, num_tangents: int = 4, *, damping: float = 1e-3) -> None:
@@ -69,12 +71,7 @@ class SecondOrder(GradientEstimator):
 
     @torch.no_grad()
     def forward(
-        self,
-        model: nn.Module,
-        loss_fn: Callable[[Any], Tensor],
-        *,
-        generator: torch.Generator,
-        reduce: Reduce | None,
+        self, model: nn.Module, loss_fn: LossFn, *, generator: torch.Generator, reduce: Reduce | None
     ) -> Estimate:
         params = trainable_params(model)
         seeds = draw_seeds(generator, self.num_tangents)
@@ -100,7 +97,7 @@ class SecondOrder(GradientEstimator):
 
 
 def curvature_in_span(
-    model: nn.Module, loss_fn: Callable[[Any], Tensor], tangents: Mapping[str, Tensor]
+    model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Mean loss (), first derivatives (K,) and second derivatives (K, K) along K directions.
 
@@ -109,7 +106,7 @@ def curvature_in_span(
         loss_fn: its loss function.
         tangents: {name: (K, *p.shape)}.
     """
-    slots, repeated = slots_of(model), RepeatedPass(model)
+    slots, snapshot = slots_of(model), Snapshot(model)
     jvp: Any = torch.func.jvp
     vmap: Any = torch.vmap
     names = list(tangents)
@@ -117,7 +114,7 @@ def curvature_in_span(
     stacked = tuple(tangents[name] for name in names)
 
     def loss_at(*values: Tensor) -> Tensor:
-        with slots.exchanged(dict(zip(names, values, strict=True))), _own_buffers(model):
+        with slots.params_replaced(dict(zip(names, values, strict=True))), _own_buffers(model):
             return check_losses(loss_fn(model)).mean()
 
     def slope(values: tuple[Tensor, ...], v: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -130,13 +127,13 @@ def curvature_in_span(
         (loss, slope), (_, curvature) = jvp(slopes, params, v)
         return loss, slope, curvature
 
-    repeated.rewind()
+    snapshot.restore()
     # Gradients are enabled because PyTorch then chooses rules that can be differentiated again; no graph is recorded.
     with no_fast_paths(), CorrectSecondDerivatives(), named_errors(model, second=True), torch.enable_grad():
         rows = vmap(row, randomness="same", out_dims=(None, None, 0))
         loss, first, second = rows(stacked)
     if any(True for _ in model.buffers()):
-        repeated.rewind()
+        snapshot.restore()
         loss_fn(model)
     return loss, first, (second + second.mT) / 2
 

@@ -20,18 +20,18 @@ from fgtrain._torch import is_compiled
 from fgtrain.agreement import agree
 from fgtrain.errors import NoTangent
 from fgtrain.forward_ad import native, sharded, stacked
-from fgtrain.forward_ad.native import NO_TANGENT, LossFn
-from fgtrain.forward_ad.passes import LightPass, NotIntercepted, RepeatedPass, Unprepared
+from fgtrain.forward_ad.passes import NO_TANGENT, LossFn, Unprepared, UnsupportedByEngine
 from fgtrain.memory import is_out_of_memory
 from fgtrain.network.parameters import ParameterSlots, one_at_a_time, slots_of
 from fgtrain.network.sharding import is_sharded
+from fgtrain.network.snapshot import LightSnapshot, Snapshot
 from fgtrain.tangents.directions import LastTangent, Tangent, num_of
 
 __all__ = ["directional_derivatives", "jvp"]
 
 _log = logging.getLogger(__name__)
-Before = RepeatedPass | LightPass
-Engine = Callable[[nn.Module, LossFn, Mapping[str, Tangent], Before], tuple[Tensor, Tensor]]
+AnySnapshot = Snapshot | LightSnapshot
+Engine = Callable[[nn.Module, LossFn, Mapping[str, Tangent], AnySnapshot], tuple[Tensor, Tensor]]
 
 
 def directional_derivatives(
@@ -87,7 +87,7 @@ def jvp(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> t
     if not tangents:
         raise NoTangent(NO_TANGENT)
     with one_at_a_time, torch.inference_mode(False), torch.no_grad():
-        return slots.kept(_Engines, lambda: _Engines(slots)).run(model, slots, loss_fn, tangents)
+        return slots.cached(_Engines, lambda: _Engines(slots)).run(model, slots, loss_fn, tangents)
 
 
 @dataclass
@@ -129,7 +129,7 @@ class _Engines:
         first = plan.first if plan is not None and plan.left else 0
         # If an engine is likely to fail, the state that a pass can change is saved; this takes longer than a step of a
         # small model.
-        before = RepeatedPass(model) if plan is None or first < plan.first else LightPass(slots)
+        before = Snapshot(model) if plan is None or first < plan.first else LightSnapshot(slots)
         failures: list[tuple[str, str]] = []
         for i in range(first, len(engines)):
             engine, failure = engines[i]
@@ -138,7 +138,7 @@ class _Engines:
             except Exception as reason:
                 if i + 1 == len(engines) or is_out_of_memory(reason):
                     raise
-                before.rewind()
+                before.restore()
                 failures.append((failure, str(reason).split("\n")[0]))
             else:
                 for message, cause in failures:
@@ -172,17 +172,17 @@ class _Engines:
         return [(self._run_compiled, "the derivatives of %s are computed uncompiled: %s"), *engines]
 
     def _run_compiled(
-        self, model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent], before: Before
+        self, model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent], before: AnySnapshot
     ) -> tuple[Tensor, Tensor]:
         """Run the compiled engine; the first result of a new compilation is compared with the stacked engine."""
         known = self._compiled.num_compilations
         found = self._compiled(model, loss_fn, tangents)
         if self._compiled.num_compilations == known:
             return found
-        before.rewind()
+        before.restore()
         expected = _stacked(model, loss_fn, tangents, before)
         if not all(map(agree, found, expected)):
-            raise NotIntercepted("the compiled derivatives differ")
+            raise UnsupportedByEngine("the compiled derivatives differ")
         return expected
 
     def _warn_once(self, message: str, *parts: str) -> None:
@@ -192,19 +192,23 @@ class _Engines:
 
 
 def _stacked(
-    model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent], before: Before
+    model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent], before: AnySnapshot
 ) -> tuple[Tensor, Tensor]:
     for _ in range(2):  # there are two things to be prepared for
         try:
             return stacked.jvp(model, loss_fn, tangents)
         except Unprepared:
-            before.rewind()
+            before.restore()
     return stacked.jvp(model, loss_fn, tangents)
 
 
-def _native(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent], _: Before) -> tuple[Tensor, Tensor]:
+def _native(
+    model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent], _: AnySnapshot
+) -> tuple[Tensor, Tensor]:
     return native.jvp(model, loss_fn, tangents)
 
 
-def _sharded(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent], _: Before) -> tuple[Tensor, Tensor]:
+def _sharded(
+    model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent], _: AnySnapshot
+) -> tuple[Tensor, Tensor]:
     return sharded.jvp(model, loss_fn, tangents)

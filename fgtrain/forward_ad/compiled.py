@@ -23,12 +23,11 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fgtrain._torch import compile_graph, no_fake_tensor_cache, plain_tensors, saved_tensor_hooks_as_they_were
 from fgtrain.errors import NoTangent, UserError
 from fgtrain.forward_ad.dual import Dual
-from fgtrain.forward_ad.native import NO_TANGENT
-from fgtrain.forward_ad.passes import NotIntercepted, TracedDraws, WritesWider, check_losses
+from fgtrain.forward_ad.passes import NO_TANGENT, LossFn, TracedDraws, UnsupportedByEngine, WritesWider, check_losses
 from fgtrain.forward_ad.running import running_pass
 from fgtrain.network.compilation import OPTIONS
 from fgtrain.network.parameters import slots_of
-from fgtrain.tangents.directions import LastTangent, LowRankTangent, Tangent, all_dense, num_of, num_of_last, padded
+from fgtrain.tangents.directions import LastTangent, LowRankTangent, Tangent, all_dense, num_of, padded, width_of
 
 
 def inductor(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
@@ -36,7 +35,7 @@ def inductor(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
     return compile_graph(graph, inputs, OPTIONS)
 
 
-class Carried:
+class CompiledJvp:
     """A function that is traced once, and then carries tangents as one compiled function.
 
     Args:
@@ -48,9 +47,7 @@ class Carried:
     """
 
     def __init__(
-        self,
-        function: FunctionType,
-        backend: Callable[[fx.GraphModule, list[Any]], Callable[..., Any]] = inductor,
+        self, function: FunctionType, backend: Callable[[fx.GraphModule, list[Any]], Callable[..., Any]] = inductor
     ) -> None:
         self._backend = backend
         self.num_compilations = 0
@@ -68,16 +65,16 @@ class Carried:
             args: of the function.
 
         Raises:
-            NotIntercepted: the function cannot be compiled.
+            UnsupportedByEngine: the function cannot be compiled.
         """
         self._tangents = tangents
         try:
             with torch.enable_grad():  # to recognise the model's no_grad
                 return self._run(*args), self._outputs
-        except (UserError, NotIntercepted):
+        except (UserError, UnsupportedByEngine):
             raise
         except Exception as error:
-            raise NotIntercepted(str(error).strip()) from error
+            raise UnsupportedByEngine(str(error).strip()) from error
         finally:
             self._tangents, self._outputs = {}, []
 
@@ -108,28 +105,26 @@ class CompiledPass:
         backend: turns a graph of plain tensors into a function.
 
     Raises:
-        NotIntercepted: the pass cannot be compiled; the stacked engine can run it, or name the error.
+        UnsupportedByEngine: the pass cannot be compiled; the stacked engine can run it, or name the error.
     """
 
     def __init__(self, backend: Callable[[fx.GraphModule, list[Any]], Callable[..., Any]] = inductor) -> None:
-        self._carried = Carried(_loss, backend)
+        self._jvp = CompiledJvp(_loss, backend)
         self._writes_wider = False
 
     @property
     def num_compilations(self) -> int:
         """The number of functions compiled so far."""
-        return self._carried.num_compilations
+        return self._jvp.num_compilations
 
-    def __call__(
-        self, model: nn.Module, loss_fn: Callable[[Any], Tensor], tangents: Mapping[str, Tangent]
-    ) -> tuple[Tensor, Tensor]:
+    def __call__(self, model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> tuple[Tensor, Tensor]:
         params = slots_of(model).params
         if self._writes_wider:
             tangents = all_dense(tangents)
         moving = {id(params[name]): tangent for name, tangent in tangents.items()}
         try:
             with saved_tensor_hooks_as_they_were():
-                found, computed = self._carried(moving, _with_defaults_as_keywords(loss_fn), model)
+                found, computed = self._jvp(moving, _with_defaults_as_keywords(loss_fn), model)
         except WritesWider:  # while it is traced, so nothing has run
             if self._writes_wider:
                 raise
@@ -142,11 +137,11 @@ class CompiledPass:
         return losses, padded(derivatives, num_of(tangents))
 
 
-def _loss(loss_fn: Callable[[Any], Tensor], model: nn.Module) -> Tensor:
+def _loss(loss_fn: LossFn, model: nn.Module) -> Tensor:
     return loss_fn(model)
 
 
-def _with_defaults_as_keywords(loss_fn: Callable[[Any], Tensor]) -> Callable[[Any], Tensor]:
+def _with_defaults_as_keywords(loss_fn: LossFn) -> Callable[[Any], Tensor]:
     """The same function. In torch 2.11 Dynamo guards keywords, but does not distinguish functions by their defaults."""
     if not isinstance(loss_fn, FunctionType) or not loss_fn.__defaults__:
         return loss_fn
@@ -172,7 +167,7 @@ def _form_of(tangent: Any) -> _Form:
         num = tangent.num
         return _Form((tangent.last,), (_layout(tangent.last), num), lambda last: LastTangent(last, num))
     if not isinstance(tangent, Tensor):
-        raise NotIntercepted(f"{type(tangent).__name__} is not a tensor")
+        raise UnsupportedByEngine(f"{type(tangent).__name__} is not a tensor")
     return _Form((tangent,), _layout(tangent), lambda t: t)
 
 
@@ -188,14 +183,14 @@ def _derived(
     Its outputs are those of `graph`, each followed by its tangents or None.
     """
     if not moving or next(graph.parameters(), None) is not None:
-        raise NotIntercepted("the parameters are not inputs of the traced graph")
+        raise UnsupportedByEngine("the parameters are not inputs of the traced graph")
 
     def along(*tensors: Any) -> list[Tensor | None]:
         values, parts = list(tensors[: len(inputs)]), iter(tensors[len(inputs) :])
         draws = TracedDraws()
         tangents = {i: form.remake(*(next(parts) for _ in form.parts)) for i, form in zip(moving, forms, strict=True)}
         with running_pass(draws=draws) as running:
-            running.width = num_of_last(tangents)
+            running.width = width_of(tangents)
             for i, tangent in tangents.items():
                 values[i] = Dual(values[i], tangent)
             with torch.enable_grad(), draws:
@@ -211,5 +206,5 @@ def _derived(
 
 def _unpacked(out: Any) -> tuple[Any, Any]:
     if not isinstance(out, Tensor):
-        raise NotIntercepted(f"the traced loss returns a {type(out).__name__}")
+        raise UnsupportedByEngine(f"the traced loss returns a {type(out).__name__}")
     return (out.primal, out.tangent) if isinstance(out, Dual) else (out, None)

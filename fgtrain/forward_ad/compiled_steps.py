@@ -11,10 +11,10 @@ from torch import Tensor, fx
 
 from fgtrain._torch import tree_leaves, tree_map
 from fgtrain.agreement import agree
-from fgtrain.forward_ad.compiled import Carried, inductor
-from fgtrain.forward_ad.dropped import is_differentiable
+from fgtrain.forward_ad.compiled import CompiledJvp, inductor
 from fgtrain.forward_ad.dual import Dual, primal_of, tangent_of
-from fgtrain.forward_ad.passes import NotIntercepted
+from fgtrain.forward_ad.lost_derivatives import is_differentiable
+from fgtrain.forward_ad.passes import UnsupportedByEngine
 from fgtrain.network.compilation import OPTIONS
 
 _log = logging.getLogger(__name__)
@@ -25,13 +25,13 @@ class CompiledSteps:
     """Runs the steps of simulations compiled; a step that cannot be compiled with its derivatives runs as it is.
 
     Args:
-        backend: as of `Carried`.
+        backend: as of `CompiledJvp`.
     """
 
     def __init__(self, backend: Callable[[fx.GraphModule, list[Any]], Callable[..., Any]] = inductor) -> None:
         own = FunctionType(_once.__code__.replace(), _once.__globals__)
         self._plain = torch.compile(own, options=OPTIONS, dynamic=False)
-        self._carried = Carried(_once, backend)
+        self._jvp = CompiledJvp(_once, backend)
         self._works = True
 
     def run(self, step: Step, state: Any, num_steps: int) -> Any:
@@ -50,18 +50,18 @@ class CompiledSteps:
         """One step of duals."""
         if not self._works:
             return step(state)
-        known = self._carried.num_compilations
+        known = self._jvp.num_compilations
         state = tree_map(lambda x: _as_dual(x, next(iter(tangents.values()))), state) if tangents else state
         moving = tangents | {id(x.primal): tangent_of(x) for x in tree_leaves(state) if isinstance(x, Dual)}
         values = tree_map(lambda x: x.primal if isinstance(x, Dual) else x, state)
         try:
             with torch.compiler.set_stance("default"):  # the pass around it is not compiled
-                found, computed = self._carried(moving, plain, values)
+                found, computed = self._jvp(moving, plain, values)
             after = {id(value): tangent for value, tangent in computed}
             found = tree_map(lambda x: x if (t := after.get(id(x))) is None else Dual(x, t), found)
-            if self._carried.num_compilations > known:
+            if self._jvp.num_compilations > known:
                 _compare(found, step(state))
-        except NotIntercepted as reason:
+        except UnsupportedByEngine as reason:
             self._works = False
             _log.warning("steps of the simulation run uncompiled: %s", str(reason).split("\n")[0])
             return step(state)
@@ -83,7 +83,7 @@ def _compare(found: Any, expected: Any) -> None:
     """Refuse compiled states or derivatives that differ from the uncompiled ones."""
     for x, y in zip(tree_leaves(found), tree_leaves(expected), strict=True):
         if not (_is_same(primal_of(x), primal_of(y)) and _is_same(tangent_of(x), tangent_of(y))):
-            raise NotIntercepted("the compiled derivatives differ")
+            raise UnsupportedByEngine("the compiled derivatives differ")
 
 
 def _is_same(found: Any, expected: Any) -> bool:

@@ -5,13 +5,14 @@ processes the value and all directions in a few large operations. It is a tensor
 `__torch_function__`, which looks up a rule. Other calls (such as those of a compiled extension) reach
 `__torch_dispatch__`, which refuses them. So a derivative can be slow or refused, but is never lost silently.
 
-A call is handled by the first of these that applies:
+A call is handled in the first of these ways that applies:
 
-1. a rule of `fgtrain.forward_ad.rules`, one of its module `small` before the others;
-2. a composition of other functions, whose calls are handled in turn;
-3. for a function that only reads values, a call on the values; for a change in place, a copy of the new result;
-4. for a function that PyTorch implements in Python, its body, whose calls are handled in turn;
-5. PyTorch's own forward mode, one direction at a time.
+1. a function without a rule that only reads values is called with the values;
+2. a short rule runs (`rules.short`), then a rule of the other modules of `fgtrain.forward_ad.rules`;
+3. a composition of other functions runs, whose calls are handled in turn;
+4. a change in place copies the result of the function that makes a new tensor;
+5. the body of a function that PyTorch implements in Python runs, and its calls are handled in turn;
+6. PyTorch's own forward mode runs, one direction at a time.
 
 A result without tangents is refused if backpropagation would differentiate it. A dual belongs to its pass: a later pass
 refuses it, and between passes it acts as its value.
@@ -26,13 +27,116 @@ from torch import Tensor
 
 from fgtrain._torch import overrides_of_tensors, plain_tensors, set_grad_enabled, tree_map_only
 from fgtrain.errors import UnsupportedOperation
-from fgtrain.forward_ad.dropped import is_differentiable, refuse_if_lost
-from fgtrain.forward_ad.kept import of_earlier_pass
-from fgtrain.forward_ad.passes import NotIntercepted, WritesIntoPlain, WritesWider
+from fgtrain.forward_ad.lost_derivatives import is_differentiable, refuse_if_lost
+from fgtrain.forward_ad.passes import UnsupportedByEngine, WritesIntoPlain, WritesWider
 from fgtrain.forward_ad.registry import FALLBACKS, Rule
 from fgtrain.forward_ad.rules.compositions import COMPOSITIONS, by_place
 from fgtrain.forward_ad.running import current, running_pass
+from fgtrain.forward_ad.stale import stale_message
 from fgtrain.tangents.directions import LastTangent, LowRankTangent, Tangent, padded
+
+
+class Dual(Tensor):
+    """A tensor and its derivatives along K directions.
+
+    Args:
+        primal: the value.
+        tangent: (K, *primal.shape), or a low-rank form of it (weights).
+    """
+
+    primal: Tensor
+    tangent: Any  # Tangent; the dual of a parameter has None between two passes
+    of_pass: running_pass | None
+    is_copy: bool = False  # a copy of another dual with more directions, whose value it shares
+
+    @staticmethod
+    def __new__(cls: type, primal: Tensor, tangent: Tangent, *_: Any) -> "Dual":
+        # requires_grad makes a custom autograd.Function detectable in its result, see `primal_of`.
+        make: Any = torch.Tensor._make_wrapper_subclass
+        return make(
+            cls, primal.shape, strides=primal.stride(), dtype=primal.dtype, device=primal.device, requires_grad=True
+        )
+
+    def __init__(self, primal: Tensor, tangent: Tangent) -> None:
+        self.primal = primal
+        self.renew(tangent)
+
+    def renew(self, tangent: Any) -> None:
+        """Set the tangent for the current pass."""
+        self.tangent = tangent
+        self.of_pass = current.running
+
+    @property
+    def aliased(self) -> bool:
+        """Whether the value shares memory with another dual's, but the tangents do not."""
+        return self.of_pass is not None and id(_base(self.primal)) in self.of_pass.aliased_memory
+
+    __hash__ = object.__hash__
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.primal.clone()
+
+    def __reduce_ex__(self, proto: Any) -> Any:
+        return self.primal.__reduce_ex__(proto)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return call(func, args, kwargs or {})
+
+    @classmethod  # torch's stub and its callers differ in the order of parameters
+    def __torch_dispatch__(  # ty: ignore[incompatible-method-override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        raise UnsupportedByEngine(f"{func} was called without passing a function of PyTorch")
+
+
+def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result of func(*args, **kwargs), some of whose arguments are duals."""
+    # Under the model's no_grad, results are constants, as for backpropagation; outside its pass a dual is a constant
+    # too.
+    running = current.running
+    if running is None or not torch.is_grad_enabled():
+        with plain_tensors():
+            return func(*values(args), **values(kwargs))
+    result = _call(running, func, args, kwargs)
+    if func in running.watched:
+        running.saw(func, args, kwargs, result)
+    return result
+
+
+def _call(running: running_pass, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The result by the first way that applies, in the order of the module's docstring."""
+    if func not in running.rules and func not in COMPOSITIONS and FALLBACKS[func].reads and "out" not in kwargs:
+        return _on_values(FALLBACKS[func].rule, args, kwargs)  # of a shape, a comparison
+    if kwargs:
+        args, kwargs = by_place(args, kwargs)
+    if running.width is not None:
+        widening = running.widening.get(func)
+        if widening is not None and (result := _on_values(widening, args, kwargs)) is not NotImplemented:
+            return result
+        if func in running.rules or not FALLBACKS[func].is_opened:  # the calls of a body are widened in turn
+            args, kwargs = _on_values(_widened, (func, args, kwargs), {})
+    short = running.short.get(func)
+    if short is not None and (result := short(running, args, kwargs)) is not NotImplemented:
+        return result
+    rule = running.rules.get(func)
+    if rule is not None and (result := _on_values(rule, args, kwargs)) is not NotImplemented:
+        return _checked(running, func, args, kwargs, result)
+    if func in COMPOSITIONS and (result := _as_user_code(COMPOSITIONS[func], args, kwargs)) is not NotImplemented:
+        return result  # its calls have been checked
+    if kwargs.get("out") is not None:
+        raise UnsupportedByEngine(f"{getattr(func, '__name__', func)} writes into its argument out")
+    fallback = FALLBACKS[func]
+    if fallback.is_opened:
+        return _as_user_code(fallback.rule, args, kwargs)
+    return _checked(running, func, args, kwargs, _on_values(fallback.rule, args, kwargs))
+
+
+def _checked(running: running_pass, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+    """`result`, unless it has lost a derivative."""
+    if not isinstance(result, Dual) and isinstance(result, (Tensor, tuple, list)) and running.follows:
+        _on_values(refuse_if_lost, (func, args, kwargs, result, _is_dual, _value_of), {})
+    return result
 
 
 def _widened(func: Any, args: Any, kwargs: Any) -> Any:
@@ -63,106 +167,6 @@ def _widened(func: Any, args: Any, kwargs: Any) -> Any:
     return tree_map_only(Dual, as_wide, (args, kwargs))
 
 
-class Dual(Tensor):
-    """A tensor and its derivatives along K directions.
-
-    Args:
-        primal: the value.
-        tangent: (K, *primal.shape), or a low-rank form of it (weights).
-    """
-
-    primal: Tensor
-    tangent: Any  # Tangent; a kept parameter has None between two passes
-    of_pass: running_pass | None
-    is_copy: bool = False  # a copy of another dual with more directions, whose value it shares
-
-    @staticmethod
-    def __new__(cls: type, primal: Tensor, tangent: Tangent, *_: Any) -> "Dual":
-        # requires_grad makes a custom autograd.Function detectable in its result, see `primal_of`.
-        make: Any = torch.Tensor._make_wrapper_subclass
-        return make(
-            cls, primal.shape, strides=primal.stride(), dtype=primal.dtype, device=primal.device, requires_grad=True
-        )
-
-    def __init__(self, primal: Tensor, tangent: Tangent) -> None:
-        self.primal = primal
-        self.renew(tangent)
-
-    def renew(self, tangent: Any) -> None:
-        """Set the tangent for the current pass."""
-        self.tangent = tangent
-        self.of_pass = current.one
-
-    @property
-    def aliased(self) -> bool:
-        """Whether the value shares memory with another dual's, but the tangents do not."""
-        torn = self.of_pass.torn if self.of_pass is not None else {}
-        return bool(torn) and id(_base(self.primal)) in torn
-
-    __hash__ = object.__hash__
-
-    def __deepcopy__(self, memo: Any) -> Tensor:
-        return self.primal.clone()
-
-    def __reduce_ex__(self, proto: Any) -> Any:
-        return self.primal.__reduce_ex__(proto)
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return call(func, args, kwargs or {})
-
-    @classmethod  # torch's stub and its callers differ in the order of parameters
-    def __torch_dispatch__(  # ty: ignore[incompatible-method-override]
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        raise NotIntercepted(f"{func} was called without passing a function of PyTorch")
-
-
-def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The result of func(*args, **kwargs), some of whose arguments are duals."""
-    # Under the model's no_grad, results are constants, as for backpropagation; outside its pass a dual is a constant
-    # too.
-    running = current.one
-    if running is None or not torch.is_grad_enabled():
-        with plain_tensors():
-            return func(*values(args), **values(kwargs))
-    result = _call(running, func, args, kwargs)
-    if func in running.watched:
-        running.saw(func, args, kwargs, result)
-    return result
-
-
-def _call(running: running_pass, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if func not in running.rules and func not in COMPOSITIONS and FALLBACKS[func].reads and "out" not in kwargs:
-        return _on_values(FALLBACKS[func].rule, args, kwargs)  # of a shape, a comparison
-    if kwargs:
-        args, kwargs = by_place(args, kwargs)
-    if running.width is not None:
-        widening = running.widening.get(func)
-        if widening is not None and (result := _on_values(widening, args, kwargs)) is not NotImplemented:
-            return result
-        if func in running.rules or not FALLBACKS[func].is_opened:  # the calls of a body are widened in turn
-            args, kwargs = _on_values(_widened, (func, args, kwargs), {})
-    small = running.small.get(func)
-    if small is not None and (result := small(running, args, kwargs)) is not NotImplemented:
-        return result
-    result = _on_values(running.rules[func], args, kwargs) if func in running.rules else NotImplemented
-    if result is NotImplemented and func in COMPOSITIONS:
-        result = _as_user_code(COMPOSITIONS[func], args, kwargs)
-        if result is not NotImplemented:
-            return result
-    if result is NotImplemented:
-        fallback = FALLBACKS[func]
-        if kwargs.get("out") is not None:
-            raise NotIntercepted(f"{getattr(func, '__name__', func)} writes into its argument out")
-        result = (_as_user_code if fallback.is_opened else _on_values)(fallback.rule, args, kwargs)
-        if fallback.is_opened:  # its calls have been checked
-            return result
-    if not isinstance(result, Dual) and isinstance(result, (Tensor, tuple, list)) and running.follows:
-        _on_values(refuse_if_lost, (func, args, kwargs, result, _is_dual, _value_of), {})
-    return result
-
-
 def _is_dual(x: Any) -> bool:
     return isinstance(x, Dual)
 
@@ -183,24 +187,24 @@ def _on_values(rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any
 
 def _as_user_code(rule: Rule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Run a body like code of the user's model."""
-    adopting = current.one.adopting if current.one is not None else None
-    with overrides_of_tensors(), adopting or _NOTHING:
+    promoted = current.running.promoted if current.running is not None else None
+    with overrides_of_tensors(), promoted or _NOTHING:
         return rule(*args, **kwargs)
 
 
 _NOTHING = nullcontext()
 
 
-def adopted(x: Tensor, name: str, num: int) -> Dual:
+def promoted(x: Tensor, name: str, num: int) -> Dual:
     """The dual of a plain tensor into which the function `name` writes duals of `num` directions.
 
     Raises:
         WritesIntoPlain: the pass was not prepared for it.
     """
-    assert current.one is not None
-    if current.one.adopting is None:
+    assert current.running is not None
+    if current.running.promoted is None:
         raise WritesIntoPlain(f"{name} writes into a tensor that has no tangent")
-    return current.one.adopting.adopt(x, num)
+    return current.running.promoted.promote(x, num)
 
 
 # --- helpers for rules --------------------------------------------------------------------------------------------
@@ -210,16 +214,17 @@ def primal_of(x: Any) -> Any:
     """The value of a dual, for rules; other objects are returned unchanged. Outside rules, use `native.value_of`.
 
     Raises:
-        NotIntercepted: the tensor was prepared for a backward pass. It is the result of a custom autograd.Function,
-            whose own rule was not used, or the loss differentiates with respect to it, as by torch.autograd.grad.
+        UnsupportedByEngine: the tensor was prepared for a backward pass. It is the result of a custom
+            autograd.Function, whose own rule was not used, or the loss differentiates with respect to it, as by
+            torch.autograd.grad.
     """
     if isinstance(x, Tensor):
         if x.grad_fn is not None:
-            raise NotIntercepted(f"{type(x.grad_fn).__name__} was recorded for a backward pass")
+            raise UnsupportedByEngine(f"{type(x.grad_fn).__name__} was recorded for a backward pass")
         if isinstance(x, Dual):
             return x.primal
         if x.requires_grad:
-            raise NotIntercepted("a tensor that is not a parameter of the model requires a gradient")
+            raise UnsupportedByEngine("a tensor that is not a parameter of the model requires a gradient")
     return x
 
 
@@ -231,8 +236,8 @@ def tangent_of(x: Any) -> Any:
     """
     if not isinstance(x, Dual):
         return None
-    if x.of_pass is not current.one:
-        raise UnsupportedOperation(of_earlier_pass(x))
+    if x.of_pass is not current.running:
+        raise UnsupportedOperation(stale_message(x))
     if not isinstance(x.tangent, Tensor):
         x.tangent = x.tangent.dense()
     return x.tangent
@@ -242,7 +247,7 @@ def joint_of(x: Any) -> Tensor | None:
     """The value and the tangents of a dual as one tensor (1 + K, *shape), if they are adjacent in memory; else None."""
     if not isinstance(x, Dual) or not isinstance(x.tangent, Tensor) or x.primal._base is None:
         return None
-    if x.of_pass is not current.one:
+    if x.of_pass is not current.running:
         return None
     joint, value, moved = x.primal._base, x.primal, x.tangent
     if moved._base is not joint or joint.shape != (1 + len(moved), *value.shape):
@@ -279,7 +284,7 @@ def dual(primal: Tensor, tangent: Tensor | None, *sources: Dual) -> Tensor:
     if tangent is None or not is_differentiable(primal):
         return primal
     if primal.layout != torch.strided:
-        raise NotIntercepted("a sparse tensor has a tangent")
+        raise UnsupportedByEngine("a sparse tensor has a tangent")
     if tangent.dtype != primal.dtype:
         tangent = tangent.to(primal.dtype)
     if tangent.shape[1:] != primal.shape:
@@ -289,7 +294,7 @@ def dual(primal: Tensor, tangent: Tensor | None, *sources: Dual) -> Tensor:
         share_tangents = _share_memory(tangent, tangent_of(source)) and not source.is_copy
         if _share_memory(primal, source.primal) != share_tangents:
             assert source.of_pass is not None
-            source.of_pass.torn |= {id(base): base for base in map(_base, (primal, source.primal))}
+            source.of_pass.aliased_memory |= {id(base): base for base in map(_base, (primal, source.primal))}
     return result
 
 

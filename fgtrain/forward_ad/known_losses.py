@@ -140,7 +140,7 @@ class RecordedLosses:
             return None
         func, z, target, options, autocast, result = self._calls[0]
         shape = value_of(z).shape
-        if any(map(carries_tangent, (target, *options.values()))):
+        if any(map(carries_tangent, (target, *options.values()))) or not shape.numel():
             return None
         if func is F.mse_loss and shape != target.shape:
             return None

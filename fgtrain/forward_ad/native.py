@@ -4,7 +4,7 @@ Parameters become dual numbers (p, v). Every operation of the model then compute
 and the loss is (f, grad f . v). Nothing is stored for a backward pass, so the memory use is that of inference.
 """
 
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,31 +13,18 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fgtrain._torch import (
-    REQUIRES_GRAD,
-    eager_functions,
-    is_inside_transform,
-    no_overrides,
-    tree_leaves,
-    tree_map_only,
-)
+from fgtrain._torch import REQUIRES_GRAD, eager_functions, is_inside_transform, no_overrides, tree_leaves, tree_map_only
 from fgtrain.errors import NoTangent, UnsupportedOperation
-from fgtrain.forward_ad.dropped import refuse_if_lost
 from fgtrain.forward_ad.dual import Dual
-from fgtrain.forward_ad.kept import is_kept, marked, of_earlier_pass, release
+from fgtrain.forward_ad.lost_derivatives import refuse_if_lost
 from fgtrain.forward_ad.named_errors import named_errors
-from fgtrain.forward_ad.passes import RepeatedPass, check_losses
+from fgtrain.forward_ad.passes import NO_TANGENT, LossFn, check_losses
 from fgtrain.forward_ad.rules.compositions import COMPOSITIONS, by_place, no_backward
 from fgtrain.forward_ad.rules.opened import opened
+from fgtrain.forward_ad.stale import as_stale, is_stale, release, stale_message
 from fgtrain.network.parameters import slots_of
+from fgtrain.network.snapshot import Snapshot
 from fgtrain.tangents.directions import Tangent, all_dense, num_of
-
-LossFn = Callable[[Any], Tensor]
-
-NO_TANGENT = (
-    "the loss carries no tangent: it depends on no trainable parameter, or the model left PyTorch's forward-mode AD "
-    "(.detach(), .item(), NumPy); check that loss_fn uses the model it is given"
-)
 
 
 def jvp(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> tuple[Tensor, Tensor]:
@@ -50,20 +37,20 @@ def jvp(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> t
     """
     slots = slots_of(model)
     num_tangents, directions = num_of(tangents), all_dense(tangents)
-    repeated = RepeatedPass(model) if num_tangents > 1 else None
+    snapshot = Snapshot(model) if num_tangents > 1 else None
     losses, derivatives = None, []
     with torch.enable_grad(), no_fast_paths(), named_errors(model):
         # Gradients are enabled so that the model's no_grad can be recognised; no graph is recorded for detached
         # parameters.
         for k in range(num_tangents):
-            if repeated and k:
-                repeated.rewind()
+            if snapshot and k:
+                snapshot.restore()
             with fwAD.dual_level():
                 duals = {n: fwAD.make_dual(slots.params[n].detach(), v[k]) for n, v in directions.items()}
-                with slots.exchanged(duals), _CheckedCalls(slots.params, duals) as calls:
+                with slots.params_replaced(duals), _CheckedCalls(slots.params, duals) as calls:
                     found = loss_fn(model)
                 pair = fwAD.unpack_dual(calls.checked(check_losses(found)))
-                release(model, lambda x: marked(value_of(x)) if has_tangent(x) else None)
+                release(model, lambda x: as_stale(value_of(x)) if has_tangent(x) else None)
                 if pair.tangent is None:
                     raise NoTangent(NO_TANGENT)
                 _require_repetition(losses, pair.primal)
@@ -144,13 +131,13 @@ class _CheckedCalls(TorchFunctionMode):
             UnsupportedOperation: it was computed from a parameter outside of this pass.
         """
         if isinstance(x, Dual):
-            raise UnsupportedOperation(of_earlier_pass(x))
+            raise UnsupportedOperation(stale_message(x))
         if is_inside_transform(x) or not x.requires_grad:
             return x
         if id(x) in self._names:
             return self._duals.get(self._names[id(x)], x.detach())
-        if is_kept(x) or (x.grad_fn is not None and self._leads_to_parameter(x.grad_fn)):
-            raise UnsupportedOperation(of_earlier_pass(x))
+        if is_stale(x) or (x.grad_fn is not None and self._leads_to_parameter(x.grad_fn)):
+            raise UnsupportedOperation(stale_message(x))
         return x
 
     def _leads_to_parameter(self, node: Any) -> bool:
@@ -161,7 +148,7 @@ class _CheckedCalls(TorchFunctionMode):
                 continue
             self._clean.add(node)
             leaf = getattr(node, "variable", None)
-            if leaf is not None and (id(leaf) in self._names or is_kept(leaf)):
+            if leaf is not None and (id(leaf) in self._names or is_stale(leaf)):
                 found.append(leaf)
             todo += [following for following, _ in node.next_functions]
         return bool(found)

@@ -5,16 +5,15 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from fgtrain.forward_ad.rules.compositions import functions_named
+from fgtrain._torch import FUNCTION_OWNERS
 
 Rule = Callable[..., Any]
 
 RULES: dict[Any, Rule] = {}
 """Rules for values and tangents; they may return NotImplemented."""
 
-SMALL: dict[Any, Rule] = {}
+SHORT: dict[Any, Rule] = {}
 """Short rules, called with the pass, the positional and the keyword arguments; they are tried first."""
-
 
 WIDENING: dict[Any, Rule] = {}
 """Rules for duals that differ in their number of directions; they are tried before the duals get as many."""
@@ -53,7 +52,7 @@ class _Tables(threading.local):
     """The rules for the passes that a thread starts."""
 
     rules: Mapping[Any, Rule] = RULES
-    small: Mapping[Any, Rule] = SMALL
+    short: Mapping[Any, Rule] = SHORT
     widening: Mapping[Any, Rule] = WIDENING
 
 
@@ -66,12 +65,17 @@ def without_rules() -> Generator[None]:
 
     Passes of other threads keep their rules.
     """
-    before = tables.rules, tables.small, tables.widening
-    tables.rules, tables.small, tables.widening = {}, {}, {}
+    before = tables.rules, tables.short, tables.widening
+    tables.rules, tables.short, tables.widening = {}, {}, {}
     try:
         yield
     finally:
-        tables.rules, tables.small, tables.widening = before
+        tables.rules, tables.short, tables.widening = before
+
+
+def functions_named(names: str) -> list[Any]:
+    """Every function of PyTorch that has one of these names."""
+    return [getattr(owner, name) for name in names.split() for owner in FUNCTION_OWNERS if hasattr(owner, name)]
 
 
 def register(names: str, table: dict[Any, Rule] = RULES) -> Callable[[Rule], Rule]:

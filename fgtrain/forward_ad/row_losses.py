@@ -3,16 +3,14 @@
 import functools
 import itertools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fgtrain.agreement import agree
-from fgtrain.forward_ad.dual import primal_of
 from fgtrain.forward_ad.known_losses import RecordedLosses
-from fgtrain.forward_ad.passes import check_losses
+from fgtrain.forward_ad.passes import LossFn, check_losses
 
 
 class Evaluated(NamedTuple):
@@ -50,14 +48,14 @@ class WithRows:
         loss_fn: maps the model to losses (B,) or ().
     """
 
-    def __init__(self, loss_fn: Callable[[Any], Tensor]) -> None:
+    def __init__(self, loss_fn: LossFn) -> None:
         self._loss_fn = loss_fn
         self._shape = torch.Size()
 
     def __call__(self, model: Any) -> Tensor:
         with RecordedLosses() as recorded:
             losses = self._loss_fn(model)
-        self._shape, found = check_losses(primal_of(losses)).shape, recorded.only()
+        self._shape, found = check_losses(losses).shape, recorded.only()
         if found is None or (found[2] is losses and self._shape):  # they are the losses of the rows
             return losses
         known, z, result = found
@@ -90,8 +88,8 @@ def num_marks(num: int) -> int:
 def marks(num: int, like: Tensor) -> Tensor:
     """Directions of `num` rows, (M, num), that tell by nan which rows a loss depends on, whatever the rounding.
 
-    Half of the M directions mark a row with nan; the other entries are 0. Every row has another half, so none has all
-    directions of another (Sperner 1928). If a loss depends on a row, even by a factor of 0, its derivatives are nan
+    In half of the M directions a row has nan, in the others 0. Each row has its own half, so no row has nan in all
+    directions of another one (Sperner 1928). If a loss depends on a row, even by a factor of 0, its derivatives are nan
     along all directions of the row. So a loss that depends on another row than its own always shows it.
 
     Args:

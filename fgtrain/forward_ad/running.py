@@ -15,61 +15,62 @@ class running_pass:  # noqa: N801 - a context manager used like a function
 
     Args:
         follows: whether to check that results without tangents have not lost them.
-        adopting: tracks plain tensors into which duals are written; None if the model does not do this.
+        promoted: tracks plain tensors into which duals are written; None if the model does not do this.
         draws: counts draws of random numbers; None unless the pass is traced.
 
     Attributes:
         rules: the rules that the pass uses: `RULES`, or none inside `without_rules`.
-        small: its short rules, likewise.
+        short: its short rules, likewise.
         widening: its rules for duals of different numbers of directions, likewise.
         width: the number of directions of the loss, if duals may have fewer; else None.
-        torn: {its id: memory that several duals share as their values, but not as their tangents}, as base tensors.
+        aliased_memory: {id of a base tensor: the tensor}. Several duals share this memory with their values, but not
+            with their tangents.
         watched: functions after whose calls `saw` is called: see `watch`.
     """
 
-    def __init__(self, *, follows: bool = True, adopting: Any = None, draws: TracedDraws | None = None) -> None:
+    def __init__(self, *, follows: bool = True, promoted: Any = None, draws: TracedDraws | None = None) -> None:
         self.follows = follows
-        self.adopting = adopting
+        self.promoted = promoted
         self.draws = draws
-        self.rules, self.small, self.widening = tables.rules, tables.small, tables.widening
+        self.rules, self.short, self.widening = tables.rules, tables.short, tables.widening
         self.width: int | None = None
-        self.torn: dict[int, Tensor] = {}
+        self.aliased_memory: dict[int, Tensor] = {}
         self.watched: Container[Any] = ()
         self.saw: Callable[..., None]
 
     def __enter__(self) -> "running_pass":
-        self._outer, current.one = current.one, self
+        self._outer, current.running = current.running, self
         return self
 
     def __exit__(self, *_: object) -> None:
-        current.one, self._outer = self._outer, None
+        current.running, self._outer = self._outer, None
 
 
 class _Current(threading.local):
     """The current pass of a thread."""
 
-    one: running_pass | None = None
+    running: running_pass | None = None
 
 
 current = _Current()
-"""Its attribute `one` is the pass that runs in this thread, or None."""
+"""Its attribute `running` is the pass that runs in this thread, or None."""
 
 
 def widen(num: int) -> None:
     """Allow duals with fewer than `num` directions; combined with a dual of more, they get zeros for the others."""
-    assert current.one is not None
-    current.one.width = num
+    assert current.running is not None
+    current.running.width = num
 
 
 def watch(funcs: Container[Any], saw: Callable[..., None]) -> bool:
     """Call saw(func, args, kwargs, result) after each call of these functions with a dual; False if no pass runs."""
-    if current.one is None:
+    if current.running is None:
         return False
-    current.one.watched, current.one.saw = funcs, saw
+    current.running.watched, current.running.saw = funcs, saw
     return True
 
 
 def num_traced_draws() -> int:
     """The draws of random numbers so far, if the pass is traced; else 0."""
-    running = current.one
+    running = current.running
     return 0 if running is None or running.draws is None else running.draws.count

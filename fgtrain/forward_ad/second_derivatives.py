@@ -66,11 +66,7 @@ def _per_channel(values: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 def _layer_norm(
-    x: Tensor,
-    shape: Sequence[int],
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
+    x: Tensor, shape: Sequence[int], weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-5
 ) -> Tensor:
     return _affine(_normalized(x, range(-len(shape), 0), eps), weight, bias)
 

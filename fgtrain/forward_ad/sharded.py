@@ -4,7 +4,7 @@ FSDP2 gathers them in a hook before the forward pass and frees them in a hook af
 engine replace them by duals. There is no gradient, so none is gathered or scattered.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -15,14 +15,13 @@ from fgtrain._torch import eager_functions, set_grad_enabled
 from fgtrain.errors import NoTangent, UnsupportedOperation
 from fgtrain.forward_ad.dual import Dual, primal_of, tangent_of
 from fgtrain.forward_ad.named_errors import named_errors
-from fgtrain.forward_ad.native import NO_TANGENT
-from fgtrain.forward_ad.passes import NotIntercepted, check_losses
+from fgtrain.forward_ad.passes import NO_TANGENT, LossFn, UnsupportedByEngine, check_losses
 from fgtrain.forward_ad.running import running_pass
 from fgtrain.network.sharding import is_sharded
 from fgtrain.tangents.directions import LowRankTangent, Tangent, dense
 
 
-def jvp(model: nn.Module, loss_fn: Callable[[Any], Tensor], tangents: Mapping[str, Tangent]) -> tuple[Tensor, Tensor]:
+def jvp(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> tuple[Tensor, Tensor]:
     """Losses (B,) or () and their derivatives (K, B) or (K,), as `fgtrain.forward_ad.jvp`.
 
     Raises:
@@ -39,7 +38,7 @@ def jvp(model: nn.Module, loss_fn: Callable[[Any], Tensor], tangents: Mapping[st
             with _DualsInForward(model, tangents), torch.enable_grad():
                 found = loss_fn(model)
             values, derivatives = check_losses(primal_of(found)), tangent_of(found)
-    except NotIntercepted as reason:
+    except UnsupportedByEngine as reason:
         raise UnsupportedOperation(
             f"sharded parameters need the stacked engine, which cannot run this model: {reason}"
         ) from None

@@ -1,7 +1,7 @@
 """The fast engine: one pass of stacked dual numbers for the value and all K directions."""
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,18 +18,17 @@ import fgtrain.forward_ad.rules.matrix_products
 import fgtrain.forward_ad.rules.operations
 import fgtrain.forward_ad.rules.sampling
 import fgtrain.forward_ad.rules.sequence
-import fgtrain.forward_ad.rules.small  # noqa: F401 - these register their rules and bodies
+import fgtrain.forward_ad.rules.short  # noqa: F401 - these register their rules and bodies
 from fgtrain._torch import eager_functions, plain_tensors
 from fgtrain.errors import NoTangent
-from fgtrain.forward_ad.adopted import Adopting
 from fgtrain.forward_ad.dual import Dual, primal_of, tangent_of
-from fgtrain.forward_ad.kept import marked, release
 from fgtrain.forward_ad.named_errors import named_errors
-from fgtrain.forward_ad.native import NO_TANGENT
-from fgtrain.forward_ad.passes import WritesIntoPlain, WritesWider, check_losses
+from fgtrain.forward_ad.passes import NO_TANGENT, LossFn, WritesIntoPlain, WritesWider, check_losses
+from fgtrain.forward_ad.promoted import PromotedTensors
 from fgtrain.forward_ad.running import running_pass
+from fgtrain.forward_ad.stale import as_stale, release
 from fgtrain.network.parameters import ParameterSlots, slots_of
-from fgtrain.tangents.directions import Tangent, all_dense, num_of_last, padded
+from fgtrain.tangents.directions import Tangent, all_dense, padded, width_of
 
 
 @dataclass
@@ -47,12 +46,12 @@ class _Known:
     writes_wider: bool = False
 
 
-def jvp(model: nn.Module, loss_fn: Callable[[Any], Tensor], tangents: Mapping[str, Tangent]) -> tuple[Tensor, Tensor]:
+def jvp(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> tuple[Tensor, Tensor]:
     """Losses (B,) or () and their derivatives (K, B) or (K,), as `fgtrain.forward_ad.jvp`.
 
     Raises:
         Unprepared: the model does something for the first time that the next pass, which is prepared, handles.
-        NotIntercepted: the model does something that stacked duals cannot handle.
+        UnsupportedByEngine: the model does something that stacked duals cannot handle.
     """
     values, derivatives = evaluate(model, loss_fn, tangents)
     if derivatives is None:
@@ -61,7 +60,7 @@ def jvp(model: nn.Module, loss_fn: Callable[[Any], Tensor], tangents: Mapping[st
 
 
 def evaluate(
-    model: nn.Module, loss_fn: Callable[[Any], Tensor], tangents: Mapping[str, Any], *, follows: bool = True
+    model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Any], *, follows: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """As `jvp`; the derivatives are None if the loss carries none.
 
@@ -72,10 +71,10 @@ def evaluate(
         follows: as in `running_pass`.
     """
     slots = slots_of(model)
-    known = slots.kept(_Known, _Known)
-    adopting = Adopting() if known.writes_into_plain else None
-    with running_pass(follows=follows, adopting=adopting) as running:
-        running.width = num_of_last(tangents)
+    known = slots.cached(_Known, _Known)
+    promoted = PromotedTensors() if known.writes_into_plain else None
+    with running_pass(follows=follows, promoted=promoted) as running:
+        running.width = width_of(tangents)
         if running.width is not None and known.writes_wider:
             tangents = all_dense(tangents)
         duals = _parameter_duals(slots, known.duals, tangents)
@@ -84,12 +83,12 @@ def evaluate(
             with (
                 named_errors(model),
                 eager_functions(),
-                slots.exchanged(duals),
+                slots.params_replaced(duals),
                 torch.enable_grad(),  # so that a custom autograd.Function is detected, see `primal_of`
-                adopting or nullcontext(),
+                promoted or nullcontext(),
             ):
                 found = loss_fn(model)
-            found = found if adopting is None else adopting.dual_of(found)
+            found = found if promoted is None else promoted.dual_of(found)
             with plain_tensors():
                 losses, derivatives = check_losses(primal_of(found)), tangent_of(found)
             if derivatives is not None and running.width is not None:
@@ -105,7 +104,7 @@ def evaluate(
             if sys.getrefcount(running) > references:  # duals of this pass are still alive
                 _release(model, slots, duals)
             for dual in duals.values():
-                dual.tangent = None  # duals are kept, directions are freed
+                dual.tangent = None  # duals are cached, directions are freed
     return losses, derivatives
 
 
@@ -116,16 +115,16 @@ def _release(model: nn.Module, slots: ParameterSlots, duals: Mapping[str, Dual])
     def replacement(x: Tensor) -> Tensor | None:
         if not isinstance(x, Dual):
             return None
-        return slots.params[names[id(x)]] if id(x) in names else marked(x.primal)
+        return slots.params[names[id(x)]] if id(x) in names else as_stale(x.primal)
 
     release(model, replacement)
 
 
-def _parameter_duals(slots: ParameterSlots, kept: dict[str, Dual], tangents: Mapping[str, Any]) -> dict[str, Dual]:
+def _parameter_duals(slots: ParameterSlots, cache: dict[str, Dual], tangents: Mapping[str, Any]) -> dict[str, Dual]:
     """The parameters as duals; only those whose memory has moved are created again."""
     for name, tangent in tangents.items():
-        p, dual = slots.params[name], kept.get(name)
+        p, dual = slots.params[name], cache.get(name)
         if dual is None or dual.primal.data_ptr() != p.data_ptr():
-            kept[name] = dual = Dual(p.detach(), tangent)
+            cache[name] = dual = Dual(p.detach(), tangent)
         dual.renew(tangent)
-    return {name: kept[name] for name in tangents}
+    return {name: cache[name] for name in tangents}

@@ -17,17 +17,17 @@ from fgtrain.agreement import agree
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.forward_ad.dual import Dual, primal_of, tangent_of
 from fgtrain.forward_ad.output_tangent import LocalGrads
-from fgtrain.forward_ad.passes import RepeatedPass
 from fgtrain.layer_noise.layers import PERTURBED, find_layers, run_perturbed
 from fgtrain.layer_noise.noise import LayerNoise
 from fgtrain.network.parameters import slots_of
+from fgtrain.network.snapshot import Snapshot
 
 Run = Callable[[Any], Tensor]
 """Maps a model to one vector: y, then everything else that may depend on the layers before y."""
 
 
 @dataclass
-class Ways:
+class Dependence:
     """How y depends on the layers before it.
 
     Args:
@@ -45,7 +45,7 @@ class Ways:
         return {p for name in names for p in (name, self.biases[name]) if p is not None}
 
 
-def closed_forms(model: nn.Module, run: Run, delta: Tensor, part: int = 0) -> tuple[dict[str, Tensor], Ways]:
+def closed_forms(model: nn.Module, run: Run, delta: Tensor, part: int = 0) -> tuple[dict[str, Tensor], Dependence]:
     """The gradients of the parameters of diagonal layers, and how y depends on all layers, found at the first call.
 
     Every call tests again that the layers are diagonal, and leaves out those that no longer are.
@@ -56,31 +56,31 @@ def closed_forms(model: nn.Module, run: Run, delta: Tensor, part: int = 0) -> tu
         delta: the gradient of y, in its shape.
         part: a number for this y, if the model has several.
     """
-    kept: dict[tuple[int, frozenset[str]], Ways] = slots_of(model).kept(closed_forms, dict)
+    cache: dict[tuple[int, frozenset[str]], Dependence] = slots_of(model).cached(closed_forms, dict)
     key = part, frozenset(slots_of(model).trainable())
-    if key not in kept:
-        kept[key] = _found(model, run, delta)
-    ways, grads, params = kept[key], dict[str, Tensor](), slots_of(model).params
-    for name, grad_output, local_grads in _diagonal(model, run, delta, ways.diagonal):
-        for param, grad in zip((name, ways.biases[name]), local_grads(grad_output), strict=True):
+    if key not in cache:
+        cache[key] = _found(model, run, delta)
+    dependence, grads, params = cache[key], dict[str, Tensor](), slots_of(model).params
+    for name, grad_output, local_grads in _diagonal(model, run, delta, dependence.diagonal):
+        for param, grad in zip((name, dependence.biases[name]), local_grads(grad_output), strict=True):
             if param is not None:
                 grads[param] = grad.to(params[param].dtype)  # autocast may have rounded the output
-    return grads, ways
+    return grads, dependence
 
 
-def _found(model: nn.Module, run: Run, delta: Tensor) -> Ways:
-    repeated = RepeatedPass(model)
+def _found(model: nn.Module, run: Run, delta: Tensor) -> Dependence:
+    snapshot = Snapshot(model)
     try:
-        ways = Ways(find_layers(model, run, (*PERTURBED, nn.Embedding)).biases)
-        repeated.rewind()
-        ways.diagonal = {name for name, *_ in _diagonal(model, run, delta, ways.biases)}
-        repeated.rewind()
-        ways.by_rows = _by_rows(model, run, delta, ways.biases)
+        dependence = Dependence(find_layers(model, run, (*PERTURBED, nn.Embedding)).biases)
+        snapshot.restore()
+        dependence.diagonal = {name for name, *_ in _diagonal(model, run, delta, dependence.biases)}
+        snapshot.restore()
+        dependence.by_rows = _by_rows(model, run, delta, dependence.biases)
     except UnsupportedOperation:
-        ways = Ways({})
+        dependence = Dependence({})
     finally:
-        repeated.rewind()
-    return ways
+        snapshot.restore()
+    return dependence
 
 
 class _Probe:
@@ -142,9 +142,9 @@ def _spreads(shape: torch.Size, to: torch.Size) -> bool:
 
 
 def _by_rows(model: nn.Module, run: Run, delta: Tensor, names: Iterable[str]) -> set[str]:
-    """The layers by rows: marks in a random half of the rows reach only that half, and those in the others the others.
+    """The layers by rows: marks in a random half of the rows reach only that half, and marks in the rest only the rest.
 
-    A half, because a single row may be one that no other depends on, such as an isolated node of a graph.
+    A mark in a single row would not do, since no other row may depend on it, as on an isolated node of a graph.
     """
     if delta.dim() < 3:
         return set()

@@ -1,17 +1,20 @@
 """The layers of a model that can be perturbed at their outputs, found in a trial pass."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.forward_ad import stacked
-from fgtrain.forward_ad.passes import NotIntercepted, RepeatedPass, WritesIntoPlain, WritesWider
+from fgtrain.forward_ad.passes import LossFn, UnsupportedByEngine, WritesIntoPlain, WritesWider
 from fgtrain.layer_noise.noise import WITHOUT_HEAD, LayerNoise, PerturbedPass, UsedElsewhere
 from fgtrain.network.parameters import slots_of
+from fgtrain.network.snapshot import Snapshot
+
+T = TypeVar("T")
 
 PERTURBED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -29,26 +32,29 @@ class PerturbedLayers(NamedTuple):
     last: str
     rectified: frozenset[str]
 
+    def others(self, params: Mapping[str, T]) -> dict[str, T]:
+        """The parameters that do not belong to these layers."""
+        own = {*self.biases, *self.biases.values()}
+        return {name: p for name, p in params.items() if name not in own}
 
-def perturbed_layers(model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> PerturbedLayers:
+
+def perturbed_layers(model: nn.Module, loss_fn: LossFn) -> PerturbedLayers:
     """Linear layers and convolutions whose weight is trained and not used elsewhere, found in a trial pass.
 
     Raises:
         UnsupportedOperation: there is none.
     """
     slots = slots_of(model)
-    kept, trained = slots.kept(perturbed_layers, dict), frozenset(slots.trainable())
-    if trained not in kept:
-        kept[trained] = find_layers(model, loss_fn, PERTURBED)
-    return kept[trained]
+    cache, trained = slots.cached(perturbed_layers, dict), frozenset(slots.trainable())
+    if trained not in cache:
+        cache[trained] = find_layers(model, loss_fn, PERTURBED)
+    return cache[trained]
 
 
-def find_layers(
-    model: nn.Module, loss_fn: Callable[[Any], Tensor], kinds: tuple[type[nn.Module], ...]
-) -> PerturbedLayers:
-    """As `perturbed_layers`, for layers of these kinds; nothing is kept."""
+def find_layers(model: nn.Module, loss_fn: LossFn, kinds: tuple[type[nn.Module], ...]) -> PerturbedLayers:
+    """As `perturbed_layers`, for layers of these kinds; nothing is cached."""
     biases, used_elsewhere = candidates(model, kinds), ""
-    before = RepeatedPass(model)
+    before = Snapshot(model)
     while biases:
         trial = PerturbedPass(1, seed=0)
         try:
@@ -62,7 +68,7 @@ def find_layers(
         except WritesIntoPlain:
             continue
         finally:
-            before.rewind()
+            before.restore()
         used = [call.name for call in trial.calls]
         if used:
             rectified = frozenset(call.name for call in trial.calls if call.is_rectified)
@@ -76,19 +82,16 @@ def find_layers(
     )
 
 
-def _try_other_parameters(
-    model: nn.Module, loss_fn: Callable[[Any], Tensor], layers: PerturbedLayers, before: RepeatedPass
-) -> None:
+def _try_other_parameters(model: nn.Module, loss_fn: LossFn, layers: PerturbedLayers, before: Snapshot) -> None:
     """A pass with tangents of the parameters outside the layers, since the model may write these into plain tensors.
 
     `evaluate` keeps that in mind. The pass of an estimate, which cannot be repeated, is then prepared for it.
     """
-    of_layers = {*layers.biases, *layers.biases.values()}
-    others = {name: p for name, p in slots_of(model).trainable().items() if name not in of_layers}
+    others = layers.others(slots_of(model).trainable())
     if others:
         with suppress(WritesIntoPlain, UnsupportedOperation):  # the pass of the estimate names what it cannot follow
             run_perturbed(model, loss_fn, {name: torch.zeros_like(p)[None] for name, p in others.items()})
-        before.rewind()
+        before.restore()
 
 
 def candidates(model: nn.Module, kinds: tuple[type[nn.Module], ...] = PERTURBED) -> dict[str, str | None]:
@@ -107,7 +110,7 @@ def candidates(model: nn.Module, kinds: tuple[type[nn.Module], ...] = PERTURBED)
 
 
 def run_perturbed(
-    model: nn.Module, loss_fn: Callable[[Any], Tensor], tangents: Mapping[str, Any], *, follows: bool = True
+    model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Any], *, follows: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """Losses and derivatives of a pass with noise; `follows` is False if its layers give no tangents.
 
@@ -124,7 +127,7 @@ def run_perturbed(
             f"the exact gradient of the last layer cannot follow this model: {reason}; use the out-of-place form, or "
             f"{WITHOUT_HEAD}"
         ) from reason
-    except NotIntercepted as reason:
+    except UnsupportedByEngine as reason:
         raise UnsupportedOperation(
             f"activity perturbation cannot follow this model: {reason}; use ForwardGradient"
         ) from reason

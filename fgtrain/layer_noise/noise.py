@@ -1,8 +1,13 @@
 """Noise on the outputs of layers: the pass of activity perturbation.
 
 A layer that is linear in its weight W has, for one example with input x and output z, the weight gradient g_z x^T. So
-it is enough to perturb z, which is far smaller than W. Here a weight's tangent is a `LayerNoise`: the rule of the layer
-adds noise u_k to the tangents of its output and records the parts of the local gradient.
+it is enough to perturb z, which is far smaller than W.
+
+The tangent of a weight is a `LayerNoise`, whose layer's rule passes the output to a `PerturbedPass`. The pass draws the
+noise u_k, adds it to the tangents of the output, and records the call of the layer in a `LayerCall`. The output is a
+`PerturbedDual`, which tells its `LayerCall` which functions use it, since units behind a ReLU may have no gradient.
+After the pass, `LayerCall.grad_output` turns the derivatives of the losses into the gradient of z, and `local_grads`
+turns this into the gradients of weight and bias.
 
 Shapes: K directions, B examples, q channels of a layer's output z (B, .., q), or (B, q, ..) of a convolution.
 """
@@ -15,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fgtrain.errors import UnsupportedOperation
-from fgtrain.forward_ad.dropped import only_reads
+from fgtrain.errors import LossError, UnsupportedOperation
 from fgtrain.forward_ad.dual import Dual, call, duals_in, primal_of, tangent_of
+from fgtrain.forward_ad.lost_derivatives import only_reads
 from fgtrain.forward_ad.output_tangent import LocalGrads, OutputTangent
 from fgtrain.forward_ad.row_losses import marks
 from fgtrain.forward_ad.running import widen
@@ -34,6 +39,11 @@ _RELU = {torch.relu, torch.Tensor.relu, F.relu, torch.relu_, torch.Tensor.relu_,
 def passing(output: Tensor) -> Tensor:
     """1 where a ReLU passes the output, 0 elsewhere; numbers, because multiplying by bools takes five times as long."""
     return output.sign().clamp_(min=0)
+
+
+def as_input(x: Tensor) -> tuple[Tensor, int]:
+    """A layer's input, and its version, which counts changes in place; tensors made in inference mode have none."""
+    return x, 0 if x.is_inference() else x._version
 
 
 class UsedElsewhere(Exception):
@@ -114,7 +124,7 @@ class LayerCall:
         """Refuse local gradients if the layer's input was changed in place after the call."""
         assert self.inputs is not None
         inputs, version = self.inputs
-        if inputs._version != version:
+        if as_input(inputs)[1] != version:
             raise UnsupportedOperation(
                 f"the input of {self.name.removesuffix('.weight')} is changed in place after the layer has used it; "
                 "use the out-of-place form, memory='replay', or ForwardGradient"
@@ -200,7 +210,7 @@ class PerturbedPass:
         else:
             noise, pattern = self.draw(primal, channels)
             tangent = _add_noise(tangent, noise, pattern, primal, channels)
-        layer = LayerCall(name, local_grads, noise, pattern, channels, primal.shape, (inputs, inputs._version), of_head)
+        layer = LayerCall(name, local_grads, noise, pattern, channels, primal.shape, as_input(inputs), of_head)
         if not self.keeps:
             layer.forget()
         self.calls.append(layer)
@@ -230,6 +240,10 @@ class PerturbedPass:
             raise UnsupportedOperation(
                 f"the exact gradient of the last layer needs outputs (.., C), but {layer} gives {tuple(primal.shape)}; "
                 f"{WITHOUT_HEAD}"
+            )
+        if not primal.numel():
+            raise LossError(
+                f"the exact gradient of the last layer needs a row, but {layer} gives {tuple(primal.shape)}"
             )
         if any(call.name == name for call in self.calls):
             raise UnsupportedOperation(f"{layer}, the last layer, is called twice; {WITHOUT_HEAD}")
@@ -261,7 +275,7 @@ def _add_noise(tangent: Tensor | None, noise: Tensor, pattern: Tensor | None, ou
     return tangent.addcmul_(factors, noise)
 
 
-class Owner(Protocol):
+class PerturbingPass(Protocol):
     """A pass that may replace the outputs of layers."""
 
     @property
@@ -279,20 +293,20 @@ class LayerNoise(OutputTangent):
 
     Args:
         name: name of the weight.
-        owner: the pass.
+        of_pass: the pass.
     """
 
-    def __init__(self, name: str, owner: Owner) -> None:
+    def __init__(self, name: str, of_pass: PerturbingPass) -> None:
         self.name = name
-        self.owner = owner
+        self.of_pass = of_pass
 
     @property
     def num(self) -> int:
         """K, the number of directions."""
-        return self.owner.num_tangents
+        return self.of_pass.num_tangents
 
     def dense(self) -> Tensor:
         raise UsedElsewhere(self.name)
 
     def perturb(self, inputs: Tensor, output: Tensor, local_grads: LocalGrads, channels: int) -> Tensor:
-        return self.owner.perturb(self.name, inputs, output, local_grads, channels)
+        return self.of_pass.perturb(self.name, inputs, output, local_grads, channels)

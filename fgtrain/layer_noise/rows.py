@@ -5,7 +5,7 @@ loss depends on its own rows only.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from fgtrain.errors import LossError, NoTangent, UnsupportedOperation
 from fgtrain.forward_ad.dual import Dual, primal_of, tangent_of
-from fgtrain.forward_ad.native import NO_TANGENT
-from fgtrain.forward_ad.passes import RepeatedPass
+from fgtrain.forward_ad.passes import NO_TANGENT, LossFn
 from fgtrain.forward_ad.row_losses import Evaluated, WithRows, marks, num_marks, reached
 from fgtrain.layer_noise.layers import run_perturbed
 from fgtrain.layer_noise.noise import WITHOUT_HEAD, LayerCall, LayerNoise, LocalGrads
 from fgtrain.network.parameters import slots_of
+from fgtrain.network.snapshot import Snapshot
 
 
 class Rows(NamedTuple):
@@ -64,7 +64,7 @@ class ExaminedPass:
         rows: the losses of the rows of the model's last output and their derivatives, if the losses are their mean.
     """
 
-    def __init__(self, model: nn.Module, loss_fn: Callable[[Any], Tensor]) -> None:
+    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
         self.model = model
         self.rows: Evaluated | None = None
         self._loss_fn = loss_fn
@@ -85,11 +85,11 @@ class ExaminedPass:
 
     def reached(self, rows: Mapping[str, Rows], num_examples: int) -> Tensor:
         """As `row_losses.reached`, for the rows of layers in another pass."""
-        marked, with_rows, after = _Marked(rows, num_examples), WithRows(self._loss_fn), RepeatedPass(self.model)
+        marked, with_rows, after = _Marked(rows, num_examples), WithRows(self._loss_fn), Snapshot(self.model)
         try:
             losses, found = run_perturbed(self.model, with_rows, {name: LayerNoise(name, marked) for name in rows})
         finally:
-            after.rewind()
+            after.restore()
         if found is None:
             return torch.zeros(2, num_examples, dtype=torch.bool)
         evaluated, of_rows = with_rows.split(losses, found)
@@ -112,13 +112,13 @@ def rows_of_examples(examined: ExaminedPass, calls: Sequence[LayerCall], losses:
     """
     if losses.numel() == 1:
         return {}
-    kept, choices = slots_of(examined.model).kept(rows_of_examples, dict), _choices(calls, losses.numel())
+    cache, choices = slots_of(examined.model).cached(rows_of_examples, dict), _choices(calls, losses.numel())
     key = examined.model.training, tuple(choices.items())
-    if key not in kept:
+    if key not in cache:
         if not losses.isfinite().all():
             return {}
-        kept[key] = _find_rows(examined, choices, losses.numel())
-    return kept[key]
+        cache[key] = _find_rows(examined, choices, losses.numel())
+    return cache[key]
 
 
 def per_example(

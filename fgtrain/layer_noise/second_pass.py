@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fgtrain.layer_noise.noise import LayerCall, LocalGrads, PerturbedPass, passing
+from fgtrain.layer_noise.noise import LayerCall, LocalGrads, PerturbedPass, as_input, passing
 
 
 @dataclass(eq=False)
@@ -33,7 +33,7 @@ class ReplayedPass:
     def perturb(self, name: str, inputs: Tensor, output: Tensor, local_grads: LocalGrads, channels: int) -> Tensor:
         """Collect the layer's gradient; the output is unchanged."""
         call = next(self._remaining)
-        call.inputs = (inputs, inputs._version)
+        call.inputs = as_input(inputs)
         if name != self.first.head:
             call.noise, _ = self._again.draw(output, channels)
             call.active = passing(output) if call.is_rectified else None

@@ -45,6 +45,11 @@ def restart_loaders(trainer: Any) -> None:
     iter(trainer.fit_loop._data_fetcher)
 
 
+def restarts_short_loaders(trainer: Any) -> bool:
+    """Whether an epoch lasts until the longest of its loaders ends, and the others begin again until then."""
+    return trainer.fit_loop._combined_loader._mode == "max_size_cycle"
+
+
 class Counters(NamedTuple):
     """The position of a run, as the counters in a checkpoint record it.
 

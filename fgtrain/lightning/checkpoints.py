@@ -136,7 +136,7 @@ def name_other_machine(checkpoint: Mapping[str, Any], device: torch.device) -> N
         print(f"fgtrain: the checkpoint was written with {'; '.join(other)}: the last bits may differ", file=sys.stderr)
 
 
-def take_along(checkpoint: Mapping[str, Any], callbacks: Iterable[Callback], origin: Path, writes: bool) -> None:
+def carry_over(checkpoint: Mapping[str, Any], callbacks: Iterable[Callback], origin: Path, writes: bool) -> None:
     """Copy the best checkpoints so far into the folder of a resumed run, keep their scores and use its own patience.
 
     Args:

@@ -15,11 +15,12 @@ from fgtrain._torch import is_wrapped
 from fgtrain.distributed import Ranks, TangentsOver
 from fgtrain.errors import ConfigError, LossError
 from fgtrain.estimators import Estimate, GradientEstimator, write_grads
+from fgtrain.forward_ad.passes import LossFn
 from fgtrain.lightning._lightning import compiler_of
 from fgtrain.lightning.divergence import Divergence
-from fgtrain.lightning.observed import BACKWARD_CALLED, LossFn, ObservedStep
+from fgtrain.lightning.observed import BACKWARD_CALLED, ObservedStep
 from fgtrain.lightning.optimizers import step_together
-from fgtrain.lightning.step import StepEstimates, estimate_for_step
+from fgtrain.lightning.step import StepEstimates, estimate_for_step, scaler_of
 
 Module = TypeVar("Module", bound=L.LightningModule)
 
@@ -141,12 +142,11 @@ class _Converted(L.LightningModule):
         if isinstance(trainer.strategy.model, DistributedDataParallel):
             trainer.strategy.model.require_backward_grad_sync = False  # there is no backward pass
         estimate = self._estimate_by(step.estimator, trainer.fit_loop.batch_idx)
-        scales = getattr(trainer.precision_plugin, "scaler", None) is not None  # it skips such steps itself
 
-        def is_sound(found: Estimate) -> bool:
-            return scales or step.divergence.inspect(found, trainer)
+        def is_usable(found: Estimate) -> bool:
+            return scaler_of(trainer.precision_plugin) is not None or step.divergence.inspect(found, trainer)
 
-        return step.run(self, args, estimate, is_sound)
+        return step.run(self, args, estimate, is_usable)
 
     def _estimate_by(self, estimator: GradientEstimator, batch_idx: int) -> Callable[[LossFn], Estimate]:
         trainer, step = self.trainer, self._step
@@ -168,7 +168,7 @@ class _Converted(L.LightningModule):
         def estimate(estimator: GradientEstimator, batch: Any, batch_idx: int) -> Estimate | None:
             takes_index = is_param_in_hook_signature(self.training_step, "batch_idx", min_args=2)  # as in Lightning
             args = (batch, batch_idx) if takes_index else (batch,)
-            return self._step.look(self, args, self._estimate_by(estimator, batch_idx))
+            return self._step.peek(self, args, self._estimate_by(estimator, batch_idx))
 
         step, micro_batches = self._step, self.trainer.accumulate_grad_batches
         return StepEstimates(step.estimator, self, step.ranks, step.tangents, micro_batches, estimate)

@@ -67,7 +67,7 @@ class Divergence(L.Callback):
         self._batches = 0
         self._first_loss: float | None = None
         self._smoothed = self._lowest = math.inf
-        self._sound = True
+        self._is_finite = True
         self._buffers: list[Tensor] = []
         self._copies: list[Tensor] = []
 
@@ -77,7 +77,7 @@ class Divergence(L.Callback):
             "in_a_row": self._in_a_row,
             "above_in_a_row": self._above_in_a_row,
             "first_loss": self._first_loss,
-            "sound": self._sound,
+            "sound": self._is_finite,
             "batches": self._batches,
             "smoothed_loss": self._smoothed,
             "lowest_loss": self._lowest,
@@ -86,7 +86,7 @@ class Divergence(L.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.skipped_steps = state_dict["skipped_steps"]
         self._in_a_row, self._above_in_a_row = state_dict["in_a_row"], state_dict["above_in_a_row"]
-        self._first_loss, self._sound = state_dict["first_loss"], state_dict["sound"]
+        self._first_loss, self._is_finite = state_dict["first_loss"], state_dict["sound"]
         self._batches = state_dict.get("batches", 0)
         self._smoothed = state_dict.get("smoothed_loss", math.inf)
         self._lowest = state_dict.get("lowest_loss", math.inf)
@@ -117,7 +117,7 @@ class Divergence(L.Callback):
             self._in_a_row = 0
             self._watch(loss, trainer)
             return True
-        self._sound = False
+        self._is_finite = False
         self._in_a_row += 1
         self.skipped_steps += 1
         if self._buffers:
@@ -136,10 +136,10 @@ class Divergence(L.Callback):
             )
         return False
 
-    def step_is_sound(self) -> bool:
+    def step_is_finite(self) -> bool:
         """Whether all estimates since the last call were finite, so that the optimizer step can be done."""
-        sound, self._sound = self._sound, True
-        return sound
+        is_finite, self._is_finite = self._is_finite, True
+        return is_finite
 
     def _watch(self, loss: float, trainer: L.Trainer) -> None:
         if self.detect_divergence is None:

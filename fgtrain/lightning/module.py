@@ -18,18 +18,18 @@ from fgtrain.distributed import Ranks, TangentsOver
 from fgtrain.errors import ConfigError
 from fgtrain.estimators import Estimate, GradientEstimator, write_grads
 from fgtrain.lightning.checkpoints import (
+    carry_over,
     machine,
     name_other_machine,
     refuse_foreign,
     refuse_other_optimizer,
     refuse_unclaimed,
-    take_along,
 )
 from fgtrain.lightning.divergence import Divergence
 from fgtrain.lightning.exchange import Exchange, Gradients, average_weights, exchange_of
 from fgtrain.lightning.length import total_steps
 from fgtrain.lightning.position import Position
-from fgtrain.lightning.step import StepEstimates, estimate_for_step
+from fgtrain.lightning.step import StepEstimates, estimate_for_step, scaler_of
 from fgtrain.lightning.strategy import shard_model
 from fgtrain.network.sharding import like_parameter, whole
 from fgtrain.tasks import Task
@@ -37,6 +37,11 @@ from fgtrain.tasks import Task
 
 class EstimatorModule(L.LightningModule):
     """Trains `model` on `task` with gradients from `estimator`; methods differ only in the estimator.
+
+    A training step estimates the gradient of the batch, together with the other processes. `divergence` checks the
+    estimate, and the gradient is written to `.grad`, or added to it. After the last batch of an optimizer step, the
+    gradient is clipped and the optimizer and the scheduler step, unless an estimate was not finite. `position` and the
+    hooks of checkpoints make a resumed run equal to an undisturbed one.
 
     Args:
         model: the network.
@@ -175,7 +180,7 @@ class EstimatorModule(L.LightningModule):
         if trainer.is_global_zero:
             name_other_machine(checkpoint, trainer.strategy.root_device)
         if trainer.ckpt_path is not None:
-            take_along(checkpoint, trainer.callbacks, Path(trainer.ckpt_path), trainer.is_global_zero)
+            carry_over(checkpoint, trainer.callbacks, Path(trainer.ckpt_path), trainer.is_global_zero)
         self._saved_grads = dict(checkpoint.get("accumulated_grads", {}))
         for saved in checkpoint.get("optimizer_states", []):
             refuse_other_optimizer(saved, self._optimizer())
@@ -217,19 +222,18 @@ class EstimatorModule(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         trainer, micro_batch = self.trainer, batch_idx % self.accumulate_grad_batches
         estimate = self.estimate(self.estimator, batch, batch_idx, self._exchange)
-        scales = getattr(trainer.precision_plugin, "scaler", None) is not None
-        sound = scales or self.divergence.inspect(estimate, trainer)  # a loss scaler skips such steps itself
+        is_usable = scaler_of(trainer.precision_plugin) is not None or self.divergence.inspect(estimate, trainer)
         self.ranks.bytes_sent += self._gathered_bytes
         write_grads(self.model, estimate.grads, accumulate=micro_batch > 0, check_finite=False)  # checked above
         due = micro_batch + 1 == self.accumulate_grad_batches or trainer.is_last_batch
         self._is_accumulating = not due
-        if due and self.divergence.step_is_sound():
+        if due and self.divergence.step_is_finite():
             self._optimizer_step(partial(self._evaluate_again, batch, batch_idx))
         return {
             "loss": estimate.loss,
             "directional_derivatives": estimate.directional_derivatives,
             "replayed": estimate.replayed,
-            "skipped": not sound,
+            "skipped": not is_usable,
         }
 
     def _evaluate_again(self, batch: Any, batch_idx: int) -> Tensor:
@@ -242,7 +246,7 @@ class EstimatorModule(L.LightningModule):
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         if self.clip_grad_norm is not None:
-            scaler = getattr(self.trainer.precision_plugin, "scaler", None)  # optimizer.step() divides by its scale
+            scaler = scaler_of(self.trainer.precision_plugin)  # optimizer.step() divides by its scale
             scale = 1.0 if scaler is None else scaler.get_scale()
             nn.utils.clip_grad_norm_(self.model.parameters(), self.clip_grad_norm * scale)
         optimizer.step(closure) if self._searches else optimizer.step()

@@ -13,10 +13,10 @@ from fgtrain._torch import is_compiled_function
 from fgtrain.distributed import Ranks, TangentsOver
 from fgtrain.errors import LossError
 from fgtrain.estimators import Estimate, GradientEstimator
-from fgtrain.forward_ad.native import LossFn
+from fgtrain.forward_ad.passes import LossFn
 from fgtrain.lightning._lightning import last_result, set_last_result
 from fgtrain.lightning.divergence import Divergence
-from fgtrain.lightning.kept_state import KeptState, without_tangents
+from fgtrain.lightning.step_snapshot import StepSnapshot, without_tangents
 
 BACKWARD_CALLED = (
     "training_step calls backward itself; return the loss and leave its gradient to the estimator "
@@ -62,17 +62,17 @@ class ObservedStep:
         module: Any,
         args: tuple[Any, ...],
         estimate: Callable[[LossFn], Estimate],
-        is_sound: Callable[[Estimate], bool],
+        is_usable: Callable[[Estimate], bool],
     ) -> Any:
         """The return value of training_step for Lightning: the user's output without tangents, with the estimated loss.
 
         It is None, which skips the batch, if the user's step returned None or the estimate is not finite.
         """
-        found, output = self._observe(module, args, estimate, self._keep(module))
+        found, output = self._observe(module, args, estimate, self._snapshot(module))
         for log in self._logs:
             log.replay(module)
         self._logs.clear()
-        if found is None or not is_sound(found):
+        if found is None or not is_usable(found):
             return None
         self._grads = found.grads
         extra = without_tangents(dict(output)) if isinstance(output, Mapping) else {}
@@ -80,21 +80,17 @@ class ObservedStep:
             extra["directional_derivatives"] = found.directional_derivatives
         return extra | {"loss": found.loss}
 
-    def look(self, module: Any, args: tuple[Any, ...], estimate: Callable[[LossFn], Estimate]) -> Estimate | None:
+    def peek(self, module: Any, args: tuple[Any, ...], estimate: Callable[[LossFn], Estimate]) -> Estimate | None:
         """The estimate, without logging and without a change of metrics; None if training_step skips the batch."""
-        kept = self._keep(module)
+        snapshot = self._snapshot(module)
         try:
-            return self._observe(module, args, estimate, kept)[0]
+            return self._observe(module, args, estimate, snapshot)[0]
         finally:
             self._logs.clear()
-            kept.restore()
+            snapshot.restore()
 
     def _observe(
-        self,
-        module: Any,
-        args: tuple[Any, ...],
-        estimate: Callable[[LossFn], Estimate],
-        kept: KeptState,
+        self, module: Any, args: tuple[Any, ...], estimate: Callable[[LossFn], Estimate], snapshot: StepSnapshot
     ) -> tuple[Estimate | None, Any]:
         """The estimate, or None if the batch is skipped, and the return value of training_step."""
         output: Any = None
@@ -102,8 +98,8 @@ class ObservedStep:
         def loss_fn(model: nn.Module) -> Tensor:
             nonlocal output
             self._logs.clear()
-            kept.restore()
-            with _backward_refused(), kept.metrics_noticed():
+            snapshot.restore()
+            with _backward_refused(), snapshot.metrics_noticed():
                 output = self.user_step(module, *args)
             return _loss_of(output)
 
@@ -114,11 +110,11 @@ class ObservedStep:
             pass
         finally:
             self._running = False
-            kept.drop_tangents()
+            snapshot.drop_tangents()
         return found, output
 
-    def _keep(self, module: Any) -> KeptState:
-        return KeptState(module, is_compiled=is_compiled_function(self.user_step))
+    def _snapshot(self, module: Any) -> StepSnapshot:
+        return StepSnapshot(module, is_compiled=is_compiled_function(self.user_step))
 
     def take_grads(self) -> dict[str, Tensor]:
         """Return the gradients of the last batch and forget them."""

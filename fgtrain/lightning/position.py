@@ -1,9 +1,9 @@
 """The position of a run in its data, saved in checkpoints and restored from them for Lightning's own loops."""
 
+import copy
 import math
 import warnings
-from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fgtrain.distributed import of_all_ranks
 from fgtrain.errors import CheckpointError
-from fgtrain.lightning._lightning import Counters, raise_limits, restart_loaders
+from fgtrain.lightning._lightning import Counters, raise_limits, restart_loaders, restarts_short_loaders
 from fgtrain.lightning.length import batches_per_epoch, train_loaders
 from fgtrain.random import preserved_random_state, random_state, set_random_state
 
@@ -57,6 +57,8 @@ class Position(L.Callback):
         self._leaves = False  # its last step was the last of an epoch
         self._is_complete = False  # it leaves nothing to do
         self._loses_place = False  # a training loader cannot restore its position
+        self._is_ahead = False  # a training loader has no length, and its position is one batch ahead
+        self._data_state: dict[str, Any] = {}  # of the data module
 
     def limits(self, trainer: Any) -> tuple[int, int]:
         """`max_steps` and `max_epochs` of the run."""
@@ -81,6 +83,8 @@ class Position(L.Callback):
         if not trainer.reload_dataloaders_every_n_epochs:  # else loaders start anew in an undisturbed run too
             of_ranks = fit["state_dict"].get("generators", [])[trainer.global_rank :]
             self._generators = of_ranks[0] if of_ranks else []
+        if trainer.datamodule is not None:
+            self._data_state = copy.deepcopy(checkpoint.get(type(trainer.datamodule).__qualname__, {}))
         loaders = train_loaders(trainer)
         able = len(self._loaders) if loaders is None else len(_stateful(loaders))  # Lightning checks those of `fit`
         if self._loaders and len(self._loaders) != able:
@@ -89,41 +93,40 @@ class Position(L.Callback):
                 "run's can restore one, so it would train on other batches; use the data the run began with"
             )
         self._loses_place = loaders is not None and able < len(loaders.flattened)
+        self._is_ahead = loaders is not None and any(sized_len(loader) is None for loader in _stateful(loaders))
         self._enter(trainer, fit, checkpoint["global_step"])
 
     def _enter(self, trainer: Any, fit: dict[str, Any], step: int) -> None:
-        """Set the counters of the loops to a state from which Lightning continues correctly."""
-        found = Counters.of(fit)
-        epoch, batch, total = found.epochs, found.batch, found.total
-        is_inside = batch > 0 and (found.in_epoch or not found.is_last)  # also if the run ended within it
-        if is_inside and not found.in_epoch:
-            epoch -= 1
-        steps_reached, epochs_reached = 0 <= trainer.max_steps <= step, 0 <= trainer.max_epochs <= epoch
-        stopped = self.keeps_stop and fit["state_dict"].get("should_stop", False)
-        stops = stopped and found.epochs >= (trainer.min_epochs or 0) and step >= (trainer.min_steps or 0)
-        is_over = stops or steps_reached or epochs_reached
-        owes_end = is_inside and found.in_epoch
-        due = _validation_is_due(trainer, epoch, total, batch, is_last=found.is_last)
-        validates = owes_end and not found.step_is_over and (due or (stops and trainer.enable_validation))
-        self.ends_epoch = owes_end and not validates and (found.is_last or is_over)
-        self._is_complete = is_over and not owes_end
-        self._was_last = found.is_last if self.ends_epoch else None
-
-        self._added_steps = step + 1 - trainer.max_steps if steps_reached else 0
-        self._added_epochs = epoch + 1 - trainer.max_epochs if epochs_reached else 0
-        raise_limits(trainer, self._added_steps, self._added_epochs)
-        self._stops = stopped and is_over
-        trainer.should_stop = trainer.should_stop or (stopped and not is_over)
-
-        batch, total = batch - self.ends_epoch if is_inside else 0, total - self.ends_epoch
-        # Lightning adds a step to the x axis of its logs if a validation is due here, even if it was done before.
-        adds = validates or (not self._is_complete and _validation_is_due(trainer, epoch, total, batch, is_last=False))
-        state = Counters(epoch, is_inside, batch, total, validates and found.is_last, not validates)
-        state.write(fit, total + self.ends_epoch - adds)
-        self._validates = validates
+        """Raise the limits and set the counters, so that Lightning's loops do next what the run would have done."""
+        found, stopped = Counters.of(fit), self.keeps_stop and fit["state_dict"].get("should_stop", False)
+        here = _Place.of(found, trainer, step, stopped=stopped)
+        self.ends_epoch, self._validates, self._is_complete = here.ends_epoch, here.validates, here.is_complete
+        self._was_last = found.is_last if here.ends_epoch else None
         self._leaves = found.total > 0 and found.is_last
-        self._random = random_state() if self.ends_epoch or self._generators or (validates and found.is_last) else None
-        if is_inside and not (found.is_last or is_over) and self._loses_place:
+        self._added_steps = max(0, step + 1 - trainer.max_steps) if trainer.max_steps >= 0 else 0
+        self._added_epochs = max(0, here.epoch + 1 - trainer.max_epochs) if trainer.max_epochs >= 0 else 0
+        raise_limits(trainer, self._added_steps, self._added_epochs)
+        self._stops = stopped and here.is_over
+        trainer.should_stop = trainer.should_stop or (stopped and not here.is_over)
+
+        batch, total = found.batch - here.ends_epoch if here.is_inside else 0, found.total - here.ends_epoch
+        # Lightning adds a step to the x axis of its logs if a validation is due here, even if it was done before.
+        adds = here.validates or (
+            not here.is_complete and _validation_is_due(trainer, here.epoch, total, batch, is_last=False)
+        )
+        is_last = here.validates and found.is_last
+        state = Counters(here.epoch, here.is_inside, batch, total, is_last, not here.validates)
+        state.write(fit, total + here.ends_epoch - adds)
+        if self._leaves:  # its loaders have no batch left to fetch: `_end_passes` restores them
+            fit["state_dict"]["combined_loader"] = []
+        self._random = random_state() if here.ends_epoch or self._generators or self._leaves else None
+        is_amid = here.is_inside and not (found.is_last or here.is_over)
+        if is_amid and self._is_ahead:
+            rank_zero_warn(
+                "the run continues in the middle of an epoch, but its training loader has no length: Lightning had "
+                "fetched a batch ahead, and this one batch is left out; give the loader a __len__ to continue exactly"
+            )
+        if is_amid and self._loses_place:
             rank_zero_warn(
                 "the run continues in the middle of an epoch, but its training loader has no state_dict and "
                 "load_state_dict: it starts over, so that some examples come twice and others not at all"
@@ -141,22 +144,21 @@ class Position(L.Callback):
         if self._reads:
             self._refuse_early_loader(trainer)
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_start(self, trainer: Any, pl_module: L.LightningModule) -> None:
         if not self._reads:
             return
         self._reads = False
         trainer.callback_metrics.update(self._metrics)
+        every = trainer.reload_dataloaders_every_n_epochs
+        if self._leaves and not self.ends_epoch and not (every and trainer.current_epoch % every == 0):
+            self._end_passes(trainer)
         if self._validates:  # whatever the step
             self._intervals = trainer.val_check_batch, trainer.check_val_every_n_epoch
             trainer.val_check_batch, trainer.check_val_every_n_epoch = 1, None
             self._restore_random_state(trainer)
-        elif self._generators and not self.ends_epoch:
+        elif (self._generators or self._leaves) and not self.ends_epoch:
             self._restore_random_state(trainer)
             restart_loaders(trainer)
-        if self._leaves and not self.ends_epoch:
-            with preserved_random_state():
-                for loader in filter(partial(_is_limited, trainer), _loaders(trainer)):
-                    next(iter(loader), None)  # starting the next pass ends an unfinished one
         if self._is_complete:
             self._restore_limits(trainer)
         elif trainer.global_step > 0 and _has_random_workers(trainer):
@@ -174,14 +176,30 @@ class Position(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._restore_limits(trainer)
 
-    def leave_epoch(self, trainer: L.Trainer) -> None:
-        """Reset the loaders after an epoch was entered only to end it."""
+    def leave_epoch(self, trainer: Any) -> None:
+        """Restore the data after an epoch was entered only to end it."""
         self.ends_epoch = False
-        for loader, state in zip(_loaders(trainer), self._loaders, strict=False):
-            if not (self._leaves and _is_limited(trainer, loader)):
+        if self._leaves:
+            self._end_passes(trainer)
+        else:
+            for loader, state in zip(_loaders(trainer), self._loaders, strict=False):
                 loader.load_state_dict(state)
+        if self._data_state:  # its hooks saw the batch that was fetched
+            trainer.datamodule.load_state_dict(self._data_state)
         self._restore_random_state(trainer)
         self._restore_limits(trainer)
+
+    def _end_passes(self, trainer: Any) -> None:
+        """Restore the loaders of a finished epoch, so that their next iterators begin another pass.
+
+        Of two kinds of loaders with the state of a finished pass, one begins another one, and the other, such as
+        torchdata's StatefulDataLoader, has nothing left to give. An unfinished pass ends when the next one begins.
+        """
+        with preserved_random_state():
+            for loader, state in zip(_loaders(trainer), self._loaders, strict=False):
+                loader.load_state_dict(copy.deepcopy(state))
+                if next(iter(loader), None) is not None and _has_ended(trainer, loader):
+                    loader.load_state_dict(state)
 
     def _restore_random_state(self, trainer: Any) -> None:
         if self._random is not None:
@@ -201,6 +219,48 @@ class Position(L.Callback):
             self._intervals = None
 
 
+class _Place(NamedTuple):
+    """The place of a run in its epochs, and what is pending there.
+
+    Attributes:
+        epoch: the number of epochs before this place.
+        is_inside: whether a step of the epoch has been done, and its end has not been left behind.
+        is_over: whether a limit or a stop ends the run here.
+        validates: whether the validation after the last step is pending.
+        ends_epoch: whether the end of the epoch is pending, and no validation before it.
+    """
+
+    epoch: int
+    is_inside: bool
+    is_over: bool
+    validates: bool
+    ends_epoch: bool
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.is_over and not (self.validates or self.ends_epoch)
+
+    @classmethod
+    def of(cls, found: Counters, trainer: Any, step: int, *, stopped: bool) -> "_Place":
+        """Find it from the counters of a checkpoint.
+
+        Args:
+            found: the counters.
+            trainer: the trainer of the run.
+            step: the number of optimizer steps.
+            stopped: whether the run was stopped early.
+        """
+        is_inside = found.batch > 0 and (found.in_epoch or not found.is_last)  # also if the run ended within it
+        epoch = found.epochs - (is_inside and not found.in_epoch)
+        stops = stopped and found.epochs >= (trainer.min_epochs or 0) and step >= (trainer.min_steps or 0)
+        is_over = stops or 0 <= trainer.max_steps <= step or 0 <= trainer.max_epochs <= epoch
+        owes_end = is_inside and found.in_epoch
+        due = _validation_is_due(trainer, epoch, found.total, found.batch, is_last=found.is_last)
+        validates = owes_end and not found.step_is_over and (due or (stops and trainer.enable_validation))
+        return cls(epoch, is_inside, is_over, validates, owes_end and not validates and (found.is_last or is_over))
+
+
 def _loaders(trainer: Any) -> list[Any]:
     """The loaders of the run that have a position."""
     return _stateful(CombinedLoader(trainer.train_dataloader))
@@ -218,10 +278,12 @@ def _generators(trainer: Any) -> list[torch.Generator]:
     return list(found.values())
 
 
-def _is_limited(trainer: Any, loader: Any) -> bool:
-    """Whether an epoch ends before its loader does."""
-    length = sized_len(loader)
-    return length is not None and trainer.num_training_batches < length
+def _has_ended(trainer: Any, loader: Any) -> bool:
+    """Whether the pass of a loader ends with the epoch."""
+    length, batches = sized_len(loader), trainer.num_training_batches
+    if length is None:
+        return math.isinf(batches)
+    return batches % length == 0 if restarts_short_loaders(trainer) else batches >= length
 
 
 def _stateful(loaders: CombinedLoader) -> list[Any]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fgtrain.distributed import Ranks, TangentsOver
 from fgtrain.estimators import Estimate, GradientEstimator
+from fgtrain.forward_ad.passes import LossFn
 from fgtrain.lightning.exchange import Exchange
 
 
@@ -39,7 +40,7 @@ def estimate_for_step(
     ranks: Ranks,
     estimator: GradientEstimator,
     model: nn.Module,
-    loss_fn: Callable[[Any], Tensor],
+    loss_fn: LossFn,
     *,
     key: tuple[int, ...],
     tangents: TangentsOver = "shared",
@@ -52,7 +53,7 @@ def estimate_for_step(
     by the loss scale, which the optimizer step removes. Autocast applies to the loss only: gradients are computed from
     derivatives in the precision of the parameters.
     """
-    scaler = getattr(plugin, "scaler", None)
+    scaler = scaler_of(plugin)
     is_scaled = micro_batches > 1 or scaler is not None
 
     def scaled(tensors: Any) -> Any:
@@ -74,6 +75,11 @@ def estimate_for_step(
         if scaler is not None:
             grads = dict(zip(grads, scaled(list(grads.values())), strict=True))
         return estimate._replace(grads=grads)
+
+
+def scaler_of(plugin: Any) -> Any:
+    """The loss scaler of `16-mixed`, which skips steps that are not finite itself; None for other precisions."""
+    return getattr(plugin, "scaler", None)
 
 
 def _full_precision(plugin: Any) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fgtrain._torch import is_inside_transform
 from fgtrain.errors import DataError
-from fgtrain.network.segments import in_segments, is_checkpointed
+from fgtrain.network.repeated_steps import in_segments, is_checkpointed
 
 
 class DiagonalRecurrence(nn.Module):

@@ -1,1 +1,1 @@
-"""The user's network: its parameters, chains of modules, shards, compiled form."""
+"""The user's network: its parameters and other state, its blocks, its shards, its compiled form."""

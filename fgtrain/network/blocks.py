@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from fgtrain._torch import is_inside_transform
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.network.chains import is_chain
 
@@ -74,6 +75,32 @@ def forwards_replaced(forwards: Mapping[nn.Module, Forward], method: str = "forw
 
 
 @contextmanager
+def cut_between_blocks() -> Generator[None]:
+    """A context whose passes cut derivatives between blocks, so that a loss cannot take any across them.
+
+    Raises:
+        UnsupportedOperation: the loss takes a derivative itself.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not any(part in str(error) for part in _OF_A_LOSS):
+            raise
+        raise UnsupportedOperation(
+            "the loss function takes derivatives itself, as those in its inputs, and this method cuts them between "
+            "blocks; train with another method"
+        ) from error
+
+
+_OF_A_LOSS = (
+    "does not require grad and does not have a grad_fn",
+    "appears to not have been used in the graph",
+    "escaped from inside a function being vmapped",
+)
+"""Parts of PyTorch's messages for such a loss."""
+
+
+@contextmanager
 def frozen(params: Iterable[nn.Parameter]) -> Generator[None]:
     """A context in which these parameters are not trained."""
     trained = {p for p in params if p.requires_grad}
@@ -109,7 +136,8 @@ def find_blocks(
         otherwise: why a named module that does not pass cannot be a block, for the error message.
 
     Raises:
-        UnsupportedOperation: one of `names` is not a module of the model, or does not pass the test.
+        UnsupportedOperation: one of `names` is not a module of the model, or does not pass the test; or a block runs
+            inside a transform of torch.func.
     """
     candidates = _named(model, names) if names is not None else _candidates(model)
     forwards = {module: module.forward for module in candidates.values()}
@@ -120,6 +148,11 @@ def find_blocks(
         def forward(*args: Any, **kwargs: Any) -> Any:
             nonlocal testing
             out = forwards[module](*args, **kwargs)
+            if any(isinstance(x, Tensor) and is_inside_transform(x) for x in (entering(args, kwargs), hidden_of(out))):
+                raise UnsupportedOperation(
+                    "the loss function runs a block inside torch.vmap or torch.func.grad, where its output cannot be "
+                    "kept; train with another method"
+                )
             if not testing:
                 testing = True
                 try:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fgtrain._torch import plain_tensors, tree_map
+from fgtrain._torch import outside_transforms, plain_tensors, tree_map
 
 
 class Displaced(Tensor):
@@ -26,7 +26,11 @@ class Displaced(Tensor):
         return make(cls, p.shape, strides=p.stride(), dtype=p.dtype, device=p.device)
 
     def __init__(self, p: Tensor, moved: Callable[[int, Tensor], Tensor], index: int) -> None:
-        self._value = lambda: moved(index, p)
+        def value() -> Tensor:
+            with outside_transforms():
+                return moved(index, p)
+
+        self._value = value
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

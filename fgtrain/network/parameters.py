@@ -46,7 +46,7 @@ class ParameterSlots:
             (held, key, names[id(p)]) for held, _ in self._parts for key, p in held.items() if p is not None
         ]
         self._fingerprint = self._take_fingerprint()
-        self._kept: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
+        self._cache: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
     def _take_fingerprint(self) -> list[str | int]:
         """The names and ids of all parts; one flat list, because it is made at every step."""
@@ -70,24 +70,24 @@ class ParameterSlots:
         """The parameters with requires_grad=True."""
         return {name: p for name, p in self.params.items() if p.requires_grad}
 
-    def kept(self, owner: Any, make: Callable[[], T]) -> T:
-        """A value that `owner` stores with this model: computed at the first call, discarded when the model changes.
+    def cached(self, owner: Any, make: Callable[[], T]) -> T:
+        """A value that `owner` caches with this model: computed at the first call, discarded when the model changes.
 
         Args:
             owner: a function, class or estimator.
             make: computes the value.
         """
         try:
-            return self._kept[owner]
+            return self._cache[owner]
         except KeyError:
-            return self._kept.setdefault(owner, make())
+            return self._cache.setdefault(owner, make())
 
-    def exchanged(self, values: Mapping[str, Tensor]) -> "_Exchanged":
+    def params_replaced(self, values: Mapping[str, Tensor]) -> "_ParamsReplaced":
         """A context in which `values` replace the model's parameters; parameters without a value are detached."""
-        return _Exchanged(self._places, self.params, values)
+        return _ParamsReplaced(self._places, self.params, values)
 
 
-class _Exchanged:
+class _ParamsReplaced:
     def __init__(self, places: Any, params: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
         self._places = places
         self._params = params

@@ -13,10 +13,7 @@ import yaml
 
 from fgtrain.runs.config import CONF
 
-_ALWAYS = {
-    "_target_": "called with the other keys",
-    "_partial_": "the run adds arguments of its own",
-}
+_ALWAYS = {"_target_": "called with the other keys", "_partial_": "the run adds arguments of its own"}
 _WIDTH = 44
 
 Name = tuple[str, ...]

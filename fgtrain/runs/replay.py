@@ -1,6 +1,6 @@
 """Train again from a replay log: the same loop, with an estimator that reads derivatives instead of computing them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from fgtrain.data import Steps
 from fgtrain.errors import CheckpointError
 from fgtrain.estimators import Estimate, GradientEstimator
 from fgtrain.estimators.base import Reduce
+from fgtrain.forward_ad.passes import LossFn
 from fgtrain.lightning.callbacks.replay_log import FORMAT, PARTS, digest
 from fgtrain.lightning.checkpoints import read_checked
 from fgtrain.lightning.module import EstimatorModule
@@ -35,12 +36,7 @@ class Replayed(GradientEstimator):
         self.rows: Iterator[Tensor] = iter(derivatives)
 
     def forward(
-        self,
-        model: nn.Module,
-        loss_fn: Callable[[Any], Tensor],
-        *,
-        generator: torch.Generator,
-        reduce: Reduce | None,
+        self, model: nn.Module, loss_fn: LossFn, *, generator: torch.Generator, reduce: Reduce | None
     ) -> Estimate:
         row = next(self.rows).to(next(model.parameters()).device)
         with torch.no_grad():

@@ -65,7 +65,7 @@ class Course(NamedTuple):
         lr: the learning rate.
         start: the seed of the guess.
         seconds: CPU time after every evaluation of the loss and its gradient.
-        errors: see above, beside `seconds`; infinite if no loss was finite.
+        errors: the error at each of these times; infinite until a loss is finite.
     """
 
     method: str
@@ -96,7 +96,7 @@ def follow(task: Calibration, method: str, lr: float, start: int, seconds: float
     torch.manual_seed(start)
     guess = Guess(task, spread)
     estimator, optimizer = METHODS[method].estimator, METHODS[method].optimizer(guess.parameters(), lr=lr)
-    path, lowest, losses = Course(method, lr, start, [], []), math.inf, []
+    course, lowest, losses = Course(method, lr, start, [], []), math.inf, []
     spent = 0.0
 
     def evaluate() -> Tensor:
@@ -107,9 +107,9 @@ def follow(task: Calibration, method: str, lr: float, start: int, seconds: float
         spent += time.process_time() - began
         loss, error = estimate.loss.item(), task.relative_errors(guess().detach()).square().mean().sqrt().item()
         is_better = loss < lowest
-        lowest = min(loss, lowest) if is_better else lowest
-        path.seconds.append(spent)
-        path.errors.append(error if is_better else path.errors[-1] if path.errors else math.inf)
+        lowest = loss if is_better else lowest
+        course.seconds.append(spent)
+        course.errors.append(error if is_better else course.errors[-1] if course.errors else math.inf)
         losses.append(lowest)
         if spent > seconds or not math.isfinite(loss) or (len(losses) > 8 and lowest > 0.9999 * losses[-9]):
             raise _Over
@@ -124,7 +124,7 @@ def follow(task: Calibration, method: str, lr: float, start: int, seconds: float
                 optimizer.step()
     except _Over:
         pass
-    return path
+    return course
 
 
 class Cost(NamedTuple):
@@ -193,22 +193,22 @@ def _expected(before: Sequence[Cost], steps: int) -> float:
     return last.mib * (steps / last.steps) ** power
 
 
-def table_of(paths: Sequence[Course]) -> Table:
+def table_of(courses: Sequence[Course]) -> Table:
     """Of every method: the starts that fail, and of the others the median error, time to it and evaluations."""
     grid = Table(title=f"calibration; a start fails above an error of {FAILED:.0%}")
     for name in HEADINGS:
         grid.add_column(name, justify="left" if name == "method" else "right")
-    for row in rows_of(paths):
+    for row in rows_of(courses):
         grid.add_row(*row)
     return grid
 
 
-def rows_of(paths: Sequence[Course]) -> list[tuple[str, ...]]:
+def rows_of(courses: Sequence[Course]) -> list[tuple[str, ...]]:
     """The rows of the table."""
     rows = []
-    for method in dict.fromkeys(path.method for path in paths):
-        own = [path for path in paths if path.method == method]
-        sound = [path for path in own if not path.failed]
+    for method in dict.fromkeys(course.method for course in courses):
+        own = [course for course in courses if course.method == method]
+        sound = [course for course in own if not course.failed]
         cells = ["-"] * 2
         if sound:
             cells = [f"{median(p.errors[-1] for p in sound):.2%}", f"{median(map(_seconds_to_twice, sound)):.2f}"]
@@ -227,25 +227,25 @@ def rows_of(paths: Sequence[Course]) -> list[tuple[str, ...]]:
     return rows
 
 
-def _seconds_to_twice(path: Course) -> float:
+def _seconds_to_twice(course: Course) -> float:
     """When the error was at most twice the last one, and stayed so."""
-    late = [i for i, error in enumerate(path.errors) if error > 2 * path.errors[-1]]
-    return path.seconds[late[-1] + 1 if late else 0]
+    late = [i for i, error in enumerate(course.errors) if error > 2 * course.errors[-1]]
+    return course.seconds[late[-1] + 1 if late else 0]
 
 
 @house_style
-def draw(paths: Sequence[Course], measured: Sequence[Cost]) -> Figure:
+def draw(courses: Sequence[Course], measured: Sequence[Cost]) -> Figure:
     """Error against time, failed starts in thin lines, beside memory and time of a gradient against steps."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)
     styles = looks(_look_of(name) for name in METHODS)
-    for path in paths:
-        colour, dashes = styles[_look_of(path.method)]
-        label = path.method if path.start == paths[0].start else None
-        errors = [min(error, 10) for error in path.errors]
+    for course in courses:
+        colour, dashes = styles[_look_of(course.method)]
+        label = course.method if course.start == courses[0].start else None
+        errors = [min(error, 10) for error in course.errors]
         left.step(
-            path.seconds, errors, where="post", label=label, color=colour, linestyle=dashes,
-            linewidth=0.6 if path.failed else 1.4,
+            course.seconds, errors, where="post", label=label, color=colour, linestyle=dashes,
+            linewidth=0.6 if course.failed else 1.4,
         )  # fmt: skip
     left.set(xscale="log", yscale="log", xlabel="CPU seconds", ylabel="relative error of the parameters")
     for method in dict.fromkeys(cost.method for cost in measured):

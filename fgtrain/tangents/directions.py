@@ -100,7 +100,7 @@ def all_dense(tangents: Mapping[str, Tangent]) -> dict[str, Tensor]:
     return {name: padded(dense(tangent), num) for name, tangent in tangents.items()}
 
 
-def num_of_last(tangents: Mapping[Any, Any]) -> int | None:
+def width_of(tangents: Mapping[Any, Any]) -> int | None:
     """The number of directions if the tangents may differ in it, since they are `LastTangent`s; else None."""
     return num_of(tangents) if isinstance(next(iter(tangents.values()), None), LastTangent) else None
 

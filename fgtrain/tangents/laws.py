@@ -174,6 +174,9 @@ class LowRank(Tangents):
         rank: r >= 1.
         factors: law of the factors' entries.
 
+    Raises:
+        ValueError: an argument is out of its range.
+
     Source: low-rank perturbations in evolution strategies, Sarkar et al. 2025, arXiv:2511.16652 (EGGROLL); here they
     are tangents of an exact directional derivative. Variances: derived here, checked by tests/test_tangents.py.
     """

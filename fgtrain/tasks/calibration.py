@@ -19,7 +19,7 @@ solver, such as torchdiffeq's `odeint`. In a file mine.py it is trained by
 With K directions for K parameters, forward mode has the exact gradient in one pass, in the memory of K + 1 states at
 any number of steps; backpropagation stores every step. `fgtrain.tasks.simulators.rk4` is a solver that
 `CheckpointedBackprop` cuts into segments, and whose step `task.compile=true` compiles. Another solver has both if its
-loop is `y = fgtrain.network.segments.repeat(step, y, steps)`.
+loop is `y = fgtrain.network.repeated_steps.repeat(step, y, steps)`.
 """
 
 import math
@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fgtrain.network.compilation import require_compiler
-from fgtrain.network.segments import run_by
+from fgtrain.network.repeated_steps import run_by
 from fgtrain.tasks.base import Task
 from fgtrain.tasks.simulators import SIMULATORS
 

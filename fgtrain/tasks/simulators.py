@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from fgtrain.network.segments import repeat
+from fgtrain.network.repeated_steps import repeat
 
 
 def rk4(field: Callable[[Tensor], Tensor], start: Tensor, times: Tensor, steps: int) -> Tensor:

@@ -5,32 +5,22 @@ return NotImplemented if the function itself can be used.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fgtrain._torch import FUNCTION_OWNERS, standard_gamma, standard_gamma_grad
+from fgtrain._torch import standard_gamma, standard_gamma_grad
+from fgtrain.forward_ad.registry import register
 from fgtrain.forward_ad.rules.opened import opened
 
 COMPOSITIONS: dict[Any, Callable[..., Any]] = {}
 """{function of PyTorch: its composition}."""
 
-
-def functions_named(names: str) -> list[Any]:
-    """Every function of PyTorch that has one of these names."""
-    return [getattr(owner, name) for name in names.split() for owner in FUNCTION_OWNERS if hasattr(owner, name)]
-
-
-def composition_of(names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make the decorated function the composition of every function of PyTorch with one of these names."""
-
-    def decorate(composition: Callable[..., Any]) -> Callable[..., Any]:
-        COMPOSITIONS.update(dict.fromkeys(functions_named(names), composition))
-        return composition
-
-    return decorate
+composition_of = partial(register, table=COMPOSITIONS)
+"""Makes the decorated function the composition of every function of PyTorch with one of the given names."""
 
 
 def by_place(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -38,6 +28,11 @@ def by_place(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, 
     names = ("condition", "input", "other") if "mat1" in kwargs else ("condition", "input", "other", "mat2")
     moved = tuple(kwargs[name] for name in names if name in kwargs)
     return ((*args, *moved), {k: x for k, x in kwargs.items() if k not in names}) if moved else (args, kwargs)
+
+
+def _change(x: Tensor) -> Tensor:
+    """0 with the derivative of x, also where x is infinite."""
+    return (x - x.detach()).nan_to_num(0.0, 0.0, 0.0)
 
 
 def no_backward(*_: Any, **__: Any) -> Any:
@@ -208,11 +203,51 @@ def _logcumsumexp(x: Tensor, dim: int) -> Tensor:
     return torch.logsumexp(rows.unsqueeze(-2).masked_fill(later, -torch.inf), -1).movedim(-1, dim)
 
 
-# --- losses of margins --------------------------------------------------------------------------------------------
+@composition_of("logsumexp")
+def _logsumexp(x: Tensor, dim: Any, keepdim: bool = False) -> Any:
+    """PyTorch's forward mode gives nan where all terms are -inf, as in a masked row, and backpropagation gives 0."""
+    if x.is_complex() or not x.numel():
+        return NotImplemented
+    greatest = x.detach().amax(dim, keepdim=True)
+    greatest = greatest.masked_fill(greatest.isinf(), 0)
+    total = (x - greatest).exp().sum(dim, keepdim=keepdim)
+    is_empty = total == 0
+    found = total.masked_fill(is_empty, 1).log() + (greatest if keepdim else greatest.sum(dim))
+    return found.masked_fill(is_empty, -torch.inf).to(x.dtype)
+
+
+COMPOSITIONS[torch.special.logsumexp] = _logsumexp
+
+
+@composition_of("logaddexp")
+def _logaddexp(x: Tensor, y: Tensor) -> Any:
+    """As logsumexp."""
+    return torch.logsumexp(torch.stack(torch.broadcast_tensors(x, y)), 0)
+
+
+# --- losses -------------------------------------------------------------------------------------------------------
 
 
 def _reduced(losses: Tensor, reduction: int) -> Tensor:
     return (losses, losses.mean(), losses.sum())[reduction]  # torch.nn._reduction
+
+
+@composition_of("binary_cross_entropy")
+def _binary_cross_entropy(x: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = 1) -> Tensor:
+    """-y log x - (1 - y) log(1 - x); PyTorch's forward mode gives nan where x is 0 or 1, as of a saturated sigmoid.
+
+    There the logarithms are at least -100, and the derivative is that of backpropagation, about (x - y) / 1e-12.
+    """
+    at = x.detach()
+    F.binary_cross_entropy(at, target.detach())  # refuses an x outside of [0, 1]
+    flat = at * (1 - at) < 1e-12
+    inside = x.masked_fill(flat, 0.5)
+    log_x = torch.where(flat, at.log().clamp(min=-100), inside.log())
+    log_rest = torch.where(flat, (1 - at).log().clamp(min=-100), (1 - inside).log())
+    slope = torch.ops.aten.binary_cross_entropy_backward(torch.ones_like(at), at, target.detach(), None, 0)
+    change = torch.where(flat, (x - at) * slope, 0)
+    losses = change - target * log_x - (1 - target) * log_rest
+    return _reduced(losses if weight is None else losses * weight, reduction)
 
 
 @composition_of("multi_margin_loss")
@@ -269,9 +304,8 @@ def _ctc_loss(
         leaf = log_probs.detach().requires_grad_()
         found = torch.ctc_loss(leaf, targets, input_lengths, target_lengths, blank, 0, zero_infinity)
         (slopes,) = torch.autograd.grad(found.sum(), leaf)
-    change = slopes * (log_probs - leaf.detach()).nan_to_num(0.0, 0.0, 0.0)
     losses = found.detach()
-    losses = torch.where(losses.isfinite(), losses + change.sum((0, -1)), losses)
+    losses = torch.where(losses.isfinite(), losses + (slopes * _change(log_probs)).sum((0, -1)), losses)
     if reduction == 1:
         return (losses / torch.as_tensor(target_lengths, device=losses.device).clamp_min(1)).mean()
     return losses.sum() if reduction == 2 else losses
@@ -292,7 +326,8 @@ def _scatter_reduce(x: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str
     old, new = x.detach(), src.detach()
     counts = torch.ones_like(old) if include_self else 1 - torch.zeros_like(old).scatter(dim, index, 1)  # the old value
     if reduce == "mean":
-        return (x * counts).scatter_add(dim, index, src) / counts.scatter_add(dim, index, torch.ones_like(new))
+        kept = torch.where(counts > 0, x, 0)
+        return kept.scatter_add(dim, index, src) / counts.scatter_add(dim, index, torch.ones_like(new))
     result = torch.scatter_reduce(old, dim, index, new, reduce, include_self=include_self)
     if reduce == "prod":
         slope_old, slope_new = _products_of_others(old, dim, index, new, counts)
@@ -301,7 +336,7 @@ def _scatter_reduce(x: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str
         slope_new = (new == result.gather(dim, index)).to(new.dtype)
         ties = slope_old.scatter_add(dim, index, slope_new)  # ties share the derivative
         slope_old, slope_new = slope_old / ties, slope_new / ties.gather(dim, index)
-    return (result + slope_old * (x - old)).scatter_add(dim, index, slope_new * (src - new))
+    return (result + slope_old * _change(x)).scatter_add(dim, index, slope_new * _change(src))
 
 
 def _products_of_others(x: Tensor, dim: int, index: Tensor, src: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,11 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fgtrain._torch import FUNCTION_OWNERS, REQUIRES_GRAD, tree_leaves
-from fgtrain.forward_ad.dropped import is_differentiable, only_reads
-from fgtrain.forward_ad.dual import Dual, adopted, call, num_directions, primal_of, tangent_of, values
-from fgtrain.forward_ad.passes import NotIntercepted
-from fgtrain.forward_ad.registry import FALLBACKS, Fallback, Rule
+from fgtrain._torch import REQUIRES_GRAD, tree_leaves
+from fgtrain.forward_ad.dual import Dual, call, num_directions, primal_of, promoted, tangent_of, values
+from fgtrain.forward_ad.lost_derivatives import is_differentiable, only_reads
+from fgtrain.forward_ad.passes import UnsupportedByEngine
+from fgtrain.forward_ad.registry import FALLBACKS, Fallback, Rule, functions_named
 from fgtrain.forward_ad.rules.compositions import no_backward
 from fgtrain.forward_ad.rules.opened import opened
 from fgtrain.forward_ad.rules.per_direction import per_direction
@@ -39,7 +39,7 @@ FALLBACKS.find = find_fallback
 
 def _requires_grad(x: Any, requires_grad: bool = True) -> Any:
     if not requires_grad:
-        raise NotIntercepted("requires_grad_(False)")
+        raise UnsupportedByEngine("requires_grad_(False)")
     return x
 
 
@@ -60,7 +60,7 @@ def _reading(func: Any) -> Rule:
 
 
 def _of_lists(*_: Any, **__: Any) -> Any:
-    raise NotIntercepted("a change of a list of tensors in place")
+    raise UnsupportedByEngine("a change of a list of tensors in place")
 
 
 # --- changes in place ---------------------------------------------------------------------------------------------
@@ -69,16 +69,16 @@ def _of_lists(*_: Any, **__: Any) -> Any:
 def _target(x: Any, name: str, *sources: Any) -> tuple[Dual, Tensor, Tensor]:
     """The argument that is changed in place, as a dual, with its value and its tangents."""
     if not isinstance(x, Dual):
-        x = adopted(primal_of(x), name, num_directions(*tree_leaves(sources)))
+        x = promoted(primal_of(x), name, num_directions(*tree_leaves(sources)))
     if x.aliased:
-        raise NotIntercepted(f"{name} changes memory that other tensors share")
+        raise UnsupportedByEngine(f"{name} changes memory that other tensors share")
     tangent = tangent_of(x)
     return x, primal_of(x), tangent
 
 
 def _in_place(name: str) -> Rule:
     """A rule for `name`, such as add_: compute the out-of-place result and copy it into the argument's memory."""
-    outside = next((getattr(owner, name[:-1]) for owner in FUNCTION_OWNERS if hasattr(owner, name[:-1])), None)
+    outside = next(iter(functions_named(name[:-1])), None)
 
     def rule(x: Any, *args: Any, **kwargs: Any) -> Any:
         if not is_differentiable(x):
@@ -89,7 +89,7 @@ def _in_place(name: str) -> Rule:
         elif name in ("copy_", "fill_"):
             result = args[0] if args else kwargs.get("value", kwargs.get("src"))
         elif outside is None:
-            raise NotIntercepted(f"{name} has no out-of-place form")
+            raise UnsupportedByEngine(f"{name} has no out-of-place form")
         else:
             with torch.enable_grad():
                 result = call(outside, (x, *args), kwargs)

@@ -13,9 +13,8 @@ from torch.nn import functional as F
 
 from fgtrain._torch import tree_flatten, tree_map, tree_unflatten
 from fgtrain.forward_ad.dual import Dual, dual, primal_of, tangent_of
-from fgtrain.forward_ad.registry import RULES, Rule, register
+from fgtrain.forward_ad.registry import RULES, Rule, functions_named, register
 from fgtrain.forward_ad.rules.arithmetic import aligned
-from fgtrain.forward_ad.rules.compositions import functions_named
 from fgtrain.forward_ad.rules.per_direction import laid_out
 
 
@@ -27,7 +26,7 @@ def _register_family(names: str, family: Callable[[Any], Rule]) -> None:
 
 
 def linear(func: Any, of_tangents: Any = None) -> Rule:
-    """f(v_1, .., v_K) for an f that is linear in its first argument, a tensor or a list of tensors.
+    """f(v_1), .., f(v_K) for an f that is linear in its first argument, a tensor.
 
     The other arguments (an index, a mask, a size, a tensor of which only the shape or dtype is used) have no tangents;
     their values are used.
@@ -38,35 +37,40 @@ def linear(func: Any, of_tangents: Any = None) -> Rule:
     """
     of_tangents = of_tangents or func
 
-    def rule(*args: Any, **kwargs: Any) -> Any:
-        if not args:
-            args = (kwargs.pop("tensors"),)
-        first, *rest = args
-        rest = [x.primal if isinstance(x, Dual) else x for x in rest]
-        if kwargs:
-            kwargs = {name: x.primal if isinstance(x, Dual) else x for name, x in kwargs.items()}
-        if isinstance(first, Tensor):
-            primal = func(primal_of(first), *rest, **kwargs)
-            if not isinstance(first, Dual):
-                return primal
-            return _zip_duals(primal, map_directions(lambda v: of_tangents(v, *rest, **kwargs), [first]), [first])
-        sources = [x for x in first if isinstance(x, Dual)]
-        primals = [primal_of(x) for x in first]
-        primal = func(primals, *rest, **kwargs)
+    def rule(x: Any, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = _plain(args, kwargs)
+        primal = func(primal_of(x), *args, **kwargs)
+        if not isinstance(x, Dual):
+            return primal
+        return _zip_duals(primal, map_directions(lambda v: of_tangents(v, *args, **kwargs), [x]), [x])
+
+    return rule
+
+
+def linear_in_list(func: Any) -> Rule:
+    """As `linear`, for an f of a list of tensors; those without tangents get zeros."""
+
+    def rule(tensors: Any, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = _plain(args, kwargs)
+        primals = [primal_of(x) for x in tensors]
+        primal, sources = func(primals, *args, **kwargs), [x for x in tensors if isinstance(x, Dual)]
         if not sources:
             return primal
-        moves = [isinstance(x, Dual) for x in first]
-        still = [None if move else torch.zeros_like(x) for move, x in zip(moves, primals, strict=True)]
+        still = [None if isinstance(x, Dual) else torch.zeros_like(p) for x, p in zip(tensors, primals, strict=True)]
 
         def along(*tangents: Tensor) -> Any:
             moving = iter(tangents)
-            return of_tangents(
-                [next(moving) if move else zero for move, zero in zip(moves, still, strict=True)], *rest, **kwargs
-            )
+            return func([next(moving) if zero is None else zero for zero in still], *args, **kwargs)
 
         return _zip_duals(primal, map_directions(along, sources), sources)
 
     return rule
+
+
+def _plain(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with every dual among them replaced by its value."""
+    named = {name: x.primal if isinstance(x, Dual) else x for name, x in kwargs.items()}
+    return tuple(x.primal if isinstance(x, Dual) else x for x in args), named
 
 
 def map_directions(along: Any, sources: list[Dual]) -> Any:
@@ -97,12 +101,13 @@ _register_family(
     reshape_as ravel
     contiguous clone narrow select unbind chunk split split_with_sizes tensor_split flip rot90 repeat tile
     repeat_interleave broadcast_to index_select gather take take_along_dim masked_select diagonal diag diag_embed tril
-    triu unfold fold __getitem__ cat concat stack hstack vstack dstack sum mean cumsum trace neg
+    triu unfold fold __getitem__ sum mean cumsum trace neg
     pixel_shuffle pixel_unshuffle channel_shuffle to float double half bfloat16 type
     type_as as_strided real adjoint hsplit vsplit dsplit view_as_complex view_as_real
     """,
     linear,
 )
+_register_family("cat concat stack hstack vstack dstack", linear_in_list)
 
 
 @register("roll")

@@ -7,11 +7,12 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
 from fgtrain._torch import tree_flatten, tree_unflatten
-from fgtrain.forward_ad.dropped import is_differentiable
 from fgtrain.forward_ad.dual import Dual, dual, primal_of, tangent_of
-from fgtrain.forward_ad.passes import NotIntercepted, TorchRandomState
+from fgtrain.forward_ad.lost_derivatives import is_differentiable
+from fgtrain.forward_ad.passes import UnsupportedByEngine
 from fgtrain.forward_ad.registry import Rule
 from fgtrain.forward_ad.running import num_traced_draws
+from fgtrain.network.snapshot import TorchRandomState
 
 
 def per_direction(func: Any) -> Rule:
@@ -29,7 +30,7 @@ def per_direction(func: Any) -> Rule:
         for k in range(num_tangents):
             if random_state is not None:
                 if num_traced_draws() != drawn:
-                    raise NotIntercepted("random numbers that must be the same for every direction")
+                    raise UnsupportedByEngine("random numbers that must be the same for every direction")
                 random_state.restore()
             if k:  # earlier directions may have changed running statistics
                 for i, leaf in zip(plain, untouched, strict=True):

@@ -17,12 +17,12 @@ from fgtrain._torch import eager_functions, tree_flatten, tree_map
 from fgtrain.data.in_memory import refuse_other_examples
 from fgtrain.errors import ConfigError, DataError, ModelError, UserError
 from fgtrain.estimators import GradientEstimator
-from fgtrain.forward_ad.passes import RepeatedPass
 from fgtrain.lightning.callbacks.monitor import LOGGED
 from fgtrain.lightning.length import first_batch
 from fgtrain.lightning.module import EstimatorModule
 from fgtrain.memory import free_memory, is_out_of_memory
 from fgtrain.network.parameters import trainable_params
+from fgtrain.network.snapshot import Snapshot
 from fgtrain.random import preserved_random_state
 from fgtrain.tasks import Classification
 
@@ -30,7 +30,13 @@ from fgtrain.tasks import Classification
 class FirstBatch(L.Callback):
     """Refuses data that the model cannot be trained on, and reports values that are not finite.
 
-    Changes nothing: the batch comes from a separate loader, and two of its examples go through the model once.
+    Before training, it takes the first batch from a separate loader. It checks the types, shapes and labels of the
+    batch. Two examples of it go through the model, which shows whether the model accepts them, which metrics there are,
+    and how large the outputs of layers are. So it can refuse a callback that waits for another metric, and directions
+    that do not fit into memory. Nothing is changed.
+
+    During training, it remembers the batch in progress. If a step fails, `bad_batches_named` compares this batch with
+    the first one.
 
     Raises:
         DataError: there is no batch, or it has the wrong types, shapes or labels.
@@ -46,30 +52,23 @@ class FirstBatch(L.Callback):
         if stage != "fit" or trainer.datamodule is None:
             return
         assert isinstance(pl_module, EstimatorModule)
-        data, model = trainer.datamodule, pl_module.model
         free = free_memory(trainer.strategy.root_device)
         with preserved_random_state():
             batch = first_batch(trainer)
             if batch is None:
-                raise DataError(f"the training set of {type(data).__name__} is empty: its loader yields no batch")
-            if trainer.limit_val_batches != 0 and trainer.is_global_zero:
-                is_missing = not is_overridden("val_dataloader", data)
-                if is_missing or sized_len(data.val_dataloader()) == 0:
-                    what = "missing (no val_dataloader)" if is_missing else "empty"
-                    print(f"fgtrain: the validation split of {type(data).__name__} is {what}", file=sys.stderr)
+                raise DataError(
+                    f"the training set of {type(trainer.datamodule).__name__} is empty: its loader yields no batch"
+                )
             self._form = _form_of(batch)
+            _report_missing_validation(trainer)
             self._refuse_unclassifiable(batch, "the first batch", trainer)
             if type(trainer.precision_plugin) is Precision:
-                _refuse_other_precision(batch, model)
-            bad = [
-                i for i, leaf in enumerate(_tensors(batch)) if leaf.is_floating_point() and not leaf.isfinite().all()
-            ]
-            if bad and trainer.is_global_zero:
-                print(f"fgtrain: part {bad[0]} of the first batch holds nan or infinity", file=sys.stderr)
+                _refuse_other_precision(batch, pl_module.model)
+            _report_non_finite(trainer, batch)
             with eager_functions():  # two examples are not worth a compilation
-                metrics, largest = self._try(batch, pl_module, trainer)
+                metrics, largest = _try_two_examples(trainer, pl_module, batch)
             refuse_unknown_monitors(trainer, {f"val/{name}" for name in metrics})
-            refuse_too_many_directions(pl_module.estimator, model, free, largest)
+            refuse_too_many_directions(pl_module.estimator, pl_module.model, free, largest)
 
     def on_train_batch_start(self, trainer: Any, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         self._current = batch, f"batch {batch_idx} of epoch {trainer.current_epoch}"
@@ -126,34 +125,51 @@ class FirstBatch(L.Callback):
                 f"{_in_words(self._form)}; correct or remove it"
             )
 
-    def _try(self, batch: Any, module: EstimatorModule, trainer: Any) -> tuple[list[str], int]:
-        """Run two examples through the model, its loss and its metrics.
 
-        Returns:
-            The metrics' names, and the bytes of the largest output of a module for the whole batch, of those that
-            depend on trained parameters; 0 if the method carries one direction at a time.
-        """
-        few = tree_map(lambda leaf: leaf[:2] if isinstance(leaf, Tensor) and leaf.dim() else leaf, batch)
-        dtype = next((p.dtype for p in module.model.parameters() if p.is_floating_point()), torch.float32)
-        if type(trainer.precision_plugin) is not Precision:  # it will convert batch and model later
-            few = tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, few)
-        before = RepeatedPass(module.model)
-        try:
-            carries_several = module.estimator.directions_at_a_time > 1
-            with torch.set_grad_enabled(carries_several), _sizes_of_outputs(module.model) as sizes:
-                module.task.losses(module.model, few)
-            with torch.no_grad():
-                metrics = list(module.task.metrics(module.model, few))
-            return metrics, max(sizes, default=0) * _num_examples(batch) // _num_examples(few)
-        except Exception as error:
-            shapes = ", ".join(f"{tuple(leaf.shape)} {_name(leaf)}" for leaf in _tensors(few))
-            reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-            raise ModelError(
-                f"the model and its loss cannot take two examples of the data, {shapes}: {reason}; HYDRA_FULL_ERROR=1 "
-                "shows the place"
-            ) from error
-        finally:
-            before.rewind()
+def _report_missing_validation(trainer: Any) -> None:
+    data = trainer.datamodule
+    if trainer.limit_val_batches != 0 and trainer.is_global_zero:
+        is_missing = not is_overridden("val_dataloader", data)
+        if is_missing or sized_len(data.val_dataloader()) == 0:
+            what = "missing (no val_dataloader)" if is_missing else "empty"
+            print(f"fgtrain: the validation split of {type(data).__name__} is {what}", file=sys.stderr)
+
+
+def _report_non_finite(trainer: Any, batch: Any) -> None:
+    tensors = enumerate(_tensors(batch))
+    bad = [i for i, leaf in tensors if leaf.is_floating_point() and not leaf.isfinite().all()]
+    if bad and trainer.is_global_zero:
+        print(f"fgtrain: part {bad[0]} of the first batch holds nan or infinity", file=sys.stderr)
+
+
+def _try_two_examples(trainer: Any, module: EstimatorModule, batch: Any) -> tuple[list[str], int]:
+    """Run two examples through the model, its loss and its metrics.
+
+    Returns:
+        The metrics' names, and the bytes of the largest output of a module for the whole batch, of those that depend on
+        trained parameters; 0 if the method carries one direction at a time.
+    """
+    few = tree_map(lambda leaf: leaf[:2] if isinstance(leaf, Tensor) and leaf.dim() else leaf, batch)
+    dtype = next((p.dtype for p in module.model.parameters() if p.is_floating_point()), torch.float32)
+    if type(trainer.precision_plugin) is not Precision:  # it will convert batch and model later
+        few = tree_map(lambda x: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x, few)
+    before = Snapshot(module.model)
+    try:
+        carries_several = module.estimator.directions_at_a_time > 1
+        with torch.set_grad_enabled(carries_several), _sizes_of_outputs(module.model) as sizes:
+            module.task.losses(module.model, few)
+        with torch.no_grad():
+            metrics = list(module.task.metrics(module.model, few))
+        return metrics, max(sizes, default=0) * _num_examples(batch) // _num_examples(few)
+    except Exception as error:
+        shapes = ", ".join(f"{tuple(leaf.shape)} {_dtype_name(leaf)}" for leaf in _tensors(few))
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise ModelError(
+            f"the model and its loss cannot take two examples of the data, {shapes}: {reason}; HYDRA_FULL_ERROR=1 "
+            "shows the place"
+        ) from error
+    finally:
+        before.restore()
 
 
 def refuse_unclassifiable(name: str, batch: Any, num_classes: int | None, input_shape: Any) -> None:
@@ -169,8 +185,8 @@ def refuse_unclassifiable(name: str, batch: Any, num_classes: int | None, input_
     inputs, labels = batch
     if labels.dtype not in (torch.int64, torch.uint8) or labels.dim() != 1:
         raise DataError(
-            f"labels of {name} are {_name(labels)} of shape {tuple(labels.shape)}; classification needs class indices, "
-            "int64 of shape (B,): labels.long()"
+            f"labels of {name} are {_dtype_name(labels)} of shape {tuple(labels.shape)}; classification needs class "
+            "indices, int64 of shape (B,): labels.long()"
         )
     refuse_other_examples(name, inputs, labels, num_classes, input_shape)
     if int(labels.min()) < 0:
@@ -231,8 +247,8 @@ def _refuse_other_precision(batch: Any, model: nn.Module) -> None:
     for leaf in _tensors(batch):
         if leaf.is_floating_point() and own and leaf.dtype not in own:
             raise DataError(
-                f"the data gives {_name(leaf)}, but the model has {_name(next(iter(own)))} parameters; convert the "
-                "data (inputs.float()), or train in its precision (trainer.precision=64-true)"
+                f"the data gives {_dtype_name(leaf)}, but the model has {_dtype_name(next(iter(own)))} parameters; "
+                "convert the data (inputs.float()), or train in its precision (trainer.precision=64-true)"
             )
 
 
@@ -270,7 +286,7 @@ def _describe(batch: Any) -> str:
 def _form_of(batch: Any) -> list[Any]:
     """For every leaf of a batch its dtype and the shape of an example, or its type if it is no tensor."""
     return [
-        (_name(leaf), tuple(leaf.shape[1:])) if isinstance(leaf, Tensor) else (type(leaf).__name__,)
+        (_dtype_name(leaf), tuple(leaf.shape[1:])) if isinstance(leaf, Tensor) else (type(leaf).__name__,)
         for leaf in tree_flatten(batch)[0]
     ]
 
@@ -279,5 +295,5 @@ def _in_words(form: list[Any]) -> str:
     return ", ".join(name + "".join(f" {shape}" for shape in shapes) for name, *shapes in form) or "nothing"
 
 
-def _name(value: Tensor | Any) -> str:
+def _dtype_name(value: Tensor | torch.dtype) -> str:
     return str(getattr(value, "dtype", value)).removeprefix("torch.")

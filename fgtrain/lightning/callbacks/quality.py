@@ -8,9 +8,9 @@ import torch
 
 from fgtrain.errors import ConfigError
 from fgtrain.estimators import Backprop
-from fgtrain.forward_ad.passes import RepeatedPass
 from fgtrain.lightning.module import EstimatorModule
 from fgtrain.lightning.step import StepEstimates
+from fgtrain.network.snapshot import Snapshot
 from fgtrain.quality import quality
 
 
@@ -53,13 +53,13 @@ class GradientQuality(L.Callback):
     def compare(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> dict[str, float]:
         """The metrics of one comparison, without side effects; empty if training_step skips the batch."""
         step = _step_of(module)
-        before = RepeatedPass(step.model)
+        before = Snapshot(step.model)
         estimator = copy.deepcopy(step.estimator)  # the comparison must not change its state
         with trainer.precision_plugin.train_step_context():
             reference = step.estimate(Backprop(), batch, batch_idx)
-            before.rewind()
+            before.restore()
             estimate = step.estimate(estimator, batch, batch_idx)
-        before.rewind()
+        before.restore()
         if reference is None or estimate is None:
             return {}
         metrics, exact = {}, reference.grads

@@ -9,11 +9,11 @@ from rich.console import Console
 from rich.table import Table
 
 from fgtrain.distributed import Ranks
-from fgtrain.forward_ad.passes import RepeatedPass
 from fgtrain.lightning.length import first_batch
 from fgtrain.lightning.module import EstimatorModule
 from fgtrain.lightning.step import estimate_for_step
 from fgtrain.memory import peak_mib
+from fgtrain.network.snapshot import Snapshot
 
 
 class Summary(L.Callback):
@@ -30,9 +30,9 @@ class Summary(L.Callback):
         if not trainer.is_global_zero:
             return
         assert isinstance(pl_module, EstimatorModule)
-        before = RepeatedPass(pl_module.model)
+        before = Snapshot(pl_module.model)
         lines = describe(pl_module, _first_batch(trainer))
-        before.rewind()
+        before.restore()
         table = Table.grid(padding=(0, 2))
         for name, value in lines.items():
             table.add_row(name, value)

@@ -13,22 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from fgtrain.forward_ad.dual import Dual
-from fgtrain.forward_ad.registry import SMALL
+from fgtrain.forward_ad.registry import SHORT, functions_named, register
 from fgtrain.forward_ad.rules.arithmetic import aligned
-from fgtrain.forward_ad.rules.compositions import functions_named
 
 Part = tuple[Any, Any]
 """A value, and its tangents (K, *shape) or None."""
-
-
-def _register(names: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Make the decorated function the short rule of every function of PyTorch with one of these names."""
-
-    def decorate(rule: Callable[..., Any]) -> Callable[..., Any]:
-        SMALL.update(dict.fromkeys(functions_named(names), rule))
-        return rule
-
-    return decorate
 
 
 def _part(x: Any, running: Any) -> Part | None:
@@ -87,7 +76,7 @@ def _binary(rule: Callable[[Any, Any, Any, Any], Any]) -> Callable[..., Any]:
     return short
 
 
-@_register("add __add__ __radd__")
+@register("add __add__ __radd__", SHORT)
 @_binary
 def _add(px: Any, py: Any, xt: Any, yt: Any) -> tuple[Tensor, Tensor]:
     # A tangent is copied, since the result may be changed in place.
@@ -98,11 +87,11 @@ def _difference(px: Any, py: Any, xt: Any, yt: Any) -> tuple[Tensor, Tensor]:
     return px - py, xt.clone() if yt is None else yt.neg() if xt is None else xt - yt
 
 
-_register("sub __sub__ subtract")(_binary(_difference))
-_register("rsub __rsub__")(_binary(lambda px, py, xt, yt: _difference(py, px, yt, xt)))
+register("sub __sub__ subtract", SHORT)(_binary(_difference))
+register("rsub __rsub__", SHORT)(_binary(lambda px, py, xt, yt: _difference(py, px, yt, xt)))
 
 
-@_register("mul __mul__ __rmul__ multiply")
+@register("mul __mul__ __rmul__ multiply", SHORT)
 @_binary
 def _mul(px: Any, py: Any, xt: Any, yt: Any) -> tuple[Tensor, Tensor]:
     value = px * py
@@ -117,7 +106,7 @@ def _mul(px: Any, py: Any, xt: Any, yt: Any) -> tuple[Tensor, Tensor]:
     return value, right.addcmul_(xt, py) if right.shape[1:] == value.shape else left + right
 
 
-@_register("div __truediv__ true_divide divide")
+@register("div __truediv__ true_divide divide", SHORT)
 @_binary
 def _div(px: Any, py: Any, xt: Any, yt: Any) -> tuple[Tensor, Tensor]:
     value = px / py
@@ -157,10 +146,10 @@ _SLOPES: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "square": lambda x, _: 2 * x,
 }
 for _name, _slope in _SLOPES.items():
-    _register(_name)(_unary(getattr(torch, _name.strip("_")), _slope))
+    register(_name, SHORT)(_unary(getattr(torch, _name.strip("_")), _slope))
 
 
-@_register("pow __pow__")
+@register("pow __pow__", SHORT)
 def _pow(running: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A power with a constant exponent of at least 1."""
     part = _part(args[0], running) if len(args) == 2 and not kwargs else None
@@ -170,7 +159,7 @@ def _pow(running: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return Dual(x**n, tangents * (n * x ** (n - 1)))
 
 
-@_register("unbind")
+@register("unbind", SHORT)
 def _unbind(running: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Along the first dimension."""
     part = _part(args[0], running) if args[1:] in ((), (0,)) and not kwargs else None
@@ -179,7 +168,7 @@ def _unbind(running: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return tuple(map(Dual, part[0].unbind(), part[1].unbind(1)))
 
 
-@_register("__getitem__")
+@register("__getitem__", SHORT)
 def _get_item(running: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """By numbers and slices."""
     part, index = _part(args[0], running), args[1] if type(args[1]) is tuple else (args[1],)
@@ -206,11 +195,11 @@ def _joined(func: Callable[..., Tensor]) -> Callable[..., Any]:
     return short
 
 
-_register("stack")(_joined(torch.stack))
-_register("cat concat")(_joined(torch.cat))
+register("stack", SHORT)(_joined(torch.stack))
+register("cat concat", SHORT)(_joined(torch.cat))
 
 
-@_register("matmul __matmul__ mm mv")
+@register("matmul __matmul__ mm mv", SHORT)
 def _matmul(running: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A product of matrices, of a matrix and a vector, or of two vectors."""
     operands = _operands(running, args) if len(args) == 2 and not kwargs else None
@@ -237,7 +226,7 @@ def _read(func: Callable[..., Any]) -> Callable[..., Any]:
     return short
 
 
-SMALL.update({func: _read(func) for func in functions_named("dim size numel __len__")})
-SMALL.update(
+SHORT.update({func: _read(func) for func in functions_named("dim size numel __len__")})
+SHORT.update(
     {get: _read(get) for name in ("shape", "dtype", "device", "ndim") for get in [getattr(Tensor, name).__get__]}
 )

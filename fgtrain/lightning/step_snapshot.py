@@ -16,7 +16,7 @@ from fgtrain.forward_ad.native import value_of
 from fgtrain.lightning._lightning import SET_FIRST
 
 
-class KeptState:
+class StepSnapshot:
     """A copy of the state that a training step may change: attributes of the module, its lists, metrics.
 
     A metric is copied when it is first used, so it may be stored anywhere, and unused metrics cost nothing.
@@ -66,7 +66,7 @@ class KeptState:
             vars(metric).update({name: _copied(value) for name, value in before.items()})
 
     def drop_tangents(self) -> None:
-        """Reduce the state of metrics to values; the engine handles other parts, see `forward_ad.kept`."""
+        """Reduce the state of metrics to values; the engine handles other parts, see `forward_ad.stale`."""
         for metric, _ in self._metrics.values():
             vars(metric).update({name: _without_graph(value) for name, value in _attributes_of(metric)})
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fgtrain._torch import is_inside_transform, tree_flatten, tree_leaves, tree_unflatten
-from fgtrain.forward_ad.passes import TorchRandomState
+from fgtrain.network.snapshot import TorchRandomState
 
 READS_THE_VALUE = frozenset(
     """

@@ -263,3 +263,10 @@ def test_self_check_of_second_derivatives_with_dropout():
     layers = [nn.TransformerEncoderLayer(4, 2, 6, dropout=0.3, batch_first=True, norm_first=True) for _ in range(2)]
     x = torch.randn(2, 3, 4)
     assert self_check(nn.Sequential(*layers), lambda m: m(x).sin().sum((1, 2)), SecondOrder()) == []
+
+
+@pytest.mark.parametrize("estimator", [LocalLosses(head="tail"), LocalLosses(SPSA(), head="tail")])
+def test_self_check_of_local_tails_with_dropout(estimator):
+    torch.manual_seed(0)
+    blocks = [Residual(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Dropout(0.3))) for _ in range(3)]
+    assert self_check(nn.Sequential(nn.Linear(3, 4), *blocks, nn.Linear(4, 3)), losses, estimator) == []

@@ -59,6 +59,7 @@ def local_gradients(
                     for at, g in found.items():
                         add_grad(grads, trained[id(slots_of(model).params[at])], g)  # tied: several local losses
                 if not run.held or not estimator.loss_at_parameters:
+                    run.held.clear()
                     snapshot.restore_random_state()
                     plain_losses(model, loss_fn)
             ahead = run.held[0]
@@ -154,7 +155,8 @@ class _OneBlock:
 
     Attributes:
         forwards: {module: forward}.
-        held: output of the block in the last pass, as the only item.
+        held: output of the block in the first pass, as the only item. A later pass, such as one that examines the
+            losses at the first call, may draw another dropout mask.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], outputs: Sequence[int | None], i: int, ahead: Any) -> None:
@@ -175,7 +177,8 @@ class _OneBlock:
     def _holding(self, forward: Forward) -> Forward:
         def run(*args: Any, **kwargs: Any) -> Any:
             out = forward(*args, **kwargs)
-            self.held[:] = [tree_map_only(Tensor, lambda x: value_of(x).detach().clone(), out)]
+            if not self.held:
+                self.held.append(tree_map_only(Tensor, lambda x: value_of(x).detach().clone(), out))
             return out
 
         return run

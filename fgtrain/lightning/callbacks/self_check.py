@@ -1,7 +1,6 @@
 """The self-check of a run, on its first batch."""
 
 import sys
-from functools import partial
 from typing import Any
 
 import lightning as L
@@ -32,10 +31,10 @@ class SelfCheck(L.Callback):
         state = random_state()
         batch = trainer.precision_plugin.convert_input(first_batch(trainer))
         batch = self._few(trainer.strategy.batch_to_device(batch))
-        loss_fn = partial(pl_module.task.losses, batch=batch)
+        task = pl_module.task
         try:
             with trainer.precision_plugin.train_step_context():
-                noticed = self_check(pl_module.model, loss_fn, pl_module.estimator)
+                noticed = self_check(pl_module.model, lambda net: task.losses(net, batch), pl_module.estimator)
         finally:
             set_random_state(state)
         if trainer.is_global_zero:

@@ -252,6 +252,8 @@ def test_exact_head_refuses_a_last_layer_called_twice():
         UnsupportedOperation, match="the last layer, is called twice; train without it: exact_head=False"
     ):
         estimated_grads(ActivityPerturbation(exact_head=True), case)
+    with pytest.raises(UnsupportedOperation, match="or ActivityPerturbation instead of FDFA"):
+        estimated_grads(FDFA(), case)
 
 
 @pytest.mark.parametrize("estimator", [ActivityPerturbation(exact_head=True), ForwardGradient(exact_head=True), FDFA()])

@@ -33,7 +33,7 @@ def test_other_errors_are_quoted():
 
 def test_methods_have_these_options():
     keys = {key for path in CONF.glob("method/*.yaml") for key in yaml.safe_load(path.read_text()).get("method", {})}
-    names = ("chunk_size", "clip_derivative", "memory", "num_tangents", "shrinkage")
+    names = ("chunk_size", "clip_derivative", "exact_head", "memory", "num_tangents", "shrinkage")
     assert keys.issuperset(names)
     assert all(one_line(ConfigError(f"{name}=1")) == f"method.{name}=1" for name in names)
 

@@ -78,6 +78,52 @@ def test_a_class_of_ones_own_has_its_own_defaults(project):
     assert len(list(folder.glob("runs/*/*_Doubled_*"))) >= 2
 
 
+LOADERS = """
+
+from lightning.pytorch.utilities import CombinedLoader
+from fgtrain.tasks import Task
+
+
+class Pair(MyData):
+    def train_dataloader(self):
+        return {"a": self._loader(), "b": self._loader()}
+
+    def val_dataloader(self):
+        return CombinedLoader(self.train_dataloader(), "min_size")
+
+    test_dataloader = val_dataloader
+
+
+class PairTask(Task):
+    def losses(self, net, pair):
+        (inputs, labels), (others, _) = pair["a"], pair["b"]
+        return nn.functional.cross_entropy(net(inputs), labels, reduction="none") + (net(others) ** 2).mean(1)
+
+    def metrics(self, net, pair):
+        return {"loss": self.losses(net, pair)}
+
+
+class Several(MyData):
+    def val_dataloader(self):
+        return [self._loader(), self._loader()]
+"""
+
+
+@pytest.mark.slow
+def test_a_task_of_ones_own_on_a_pair_of_loaders(project):
+    folder, name = project
+    (folder / f"{name}.py").write_text(PACKAGE + LOADERS)
+    model = f"model._target_={name}.MyNet"
+    options = [f"data._target_={name}.Pair", f"task._target_={name}.PairTask"]
+    monitor = ["callbacks.checkpoint.monitor=val/loss", "callbacks.checkpoint.mode=min"]
+    status, _, err = train(folder, model, *options, *monitor, *SHORT)
+    assert status == 0, err
+    assert "test/loss" in results_under(folder)[0]["metrics"]
+    status, _, err = train(folder, model, f"data._target_={name}.Several", *SHORT)
+    assert (status, err.count("\n")) == (2, 1)
+    assert "val_dataloader of Several returns 2 loaders, but a run validates on one: join" in err
+
+
 def test_a_config_directory(project):
     folder, _ = project
     status, _, err = train(folder, "--config-dir", "my_conf", "experiment=ours")

@@ -233,6 +233,7 @@ BAD = [
     ("lr=${nope}", r"Interpolation key 'nope' not found"),
     ("model._target_=builtins.int", r"model: _target_ 'builtins.int' is built in and has no signature"),
     ("lr", r"missing EQUAL"),
+    ("hydra=null", r"hydra is not one value: set its keys, such as hydra.run.dir=..."),
     ("data=7", r"data takes the name of a file: cifar10, .*; ~data leaves the group out"),
     ("scheduler=null", r"scheduler takes the name of a file: constant, cosine, exponential; ~scheduler leaves"),
     ("trainer.check_val_every_n_epoch=0", r"trainer.check_val_every_n_epoch must be above 0, got 0; null counts the"),
@@ -260,9 +261,10 @@ ACCUMULATE = "+callbacks.x={_target_: lightning.pytorch.callbacks.GradientAccumu
             "trainer.check_val_every_n_epoch=1",
             r"`val_check_interval` \(500\) must be less than .*; trainer.val_check_interval=1.0 validates after",
         ),
+        ("trainer.overfit_batches=0.01", r"You requested to check .*; trainer.overfit_batches and limit_.* also take"),
         (ACCUMULATE, "Automatic gradient accumulation .* is not supported for manual optimization"),
     ],
-    ids=["loop", "callback"],
+    ids=["loop", "share", "callback"],
 )
 def test_what_lightning_refuses_is_one_line(argument, message, tmp_path):
     status, _, err = train(tmp_path, argument, "quiet=true")

@@ -31,7 +31,7 @@ from fgtrain.tangents import Rademacher
 
 Noise = Literal["balanced", "rademacher", "normal"]
 
-WITHOUT_HEAD = "train without it: exact_head=False"
+WITHOUT_HEAD = "train without it: exact_head=False, or ActivityPerturbation instead of FDFA"
 
 _RELU = {torch.relu, torch.Tensor.relu, F.relu, torch.relu_, torch.Tensor.relu_, F.relu_}
 

@@ -201,7 +201,7 @@ class EstimatorModule(L.LightningModule):
             self.ranks,
             estimator,
             self.model,
-            partial(self.task.losses, batch=batch),
+            lambda model: self.task.losses(model, batch),
             key=(self.seed, trainer.global_step, batch_idx % self.accumulate_grad_batches),
             tangents=self.distributed_tangents,
             micro_batches=self.accumulate_grad_batches,

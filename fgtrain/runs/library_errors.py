@@ -11,6 +11,7 @@ from fgtrain.memory import is_out_of_memory
 
 _REMEDIES = {
     "Early stopping conditioned on": "trainer.log_every_n_steps sets how often train/... is logged",
+    "You requested to check": "trainer.overfit_batches and limit_..._batches also take numbers of batches, from 1 on",
     "`val_check_interval`": "trainer.val_check_interval=1.0 validates after an epoch",
 }
 """What to do, by the beginning of the message."""

@@ -23,7 +23,10 @@ from fgtrain.runs.suggestions import for_file, for_key
 USER_ERRORS = (UserError, HydraException, OmegaConfBaseException)
 _OPTIONS = {
     "ckpt_path": "resume",
-    **{name: f"method.{name}" for name in ("chunk_size", "clip_derivative", "memory", "num_tangents", "shrinkage")},
+    **{
+        name: f"method.{name}"
+        for name in ("chunk_size", "clip_derivative", "exact_head", "memory", "num_tangents", "shrinkage")
+    },
 }
 """{argument in Python that a message may name in its remedy: the option on the command line}."""
 
@@ -147,6 +150,8 @@ def one_line(error: BaseException | str) -> str:
         text = re.sub(r"\nConfig search path:.*", "", text, flags=re.DOTALL).rstrip() + for_file(*missing_file.groups())
     elif text.startswith("Config group override must be a string or a list") and (group := _group_without_file()):
         text = f"{group} takes the name of a file: {', '.join(groups()[group])}; ~{group} leaves the group out"
+    elif text.startswith("Config group override must be a string or a list"):
+        text = "hydra is not one value: set its keys, such as hydra.run.dir=..."
     elif isinstance(error, HydraException) and cause and not text.startswith("In "):
         text = f"{text}: {cause}"
     text = re.sub(r"\nConfig search path:.*", "", text, flags=re.DOTALL)

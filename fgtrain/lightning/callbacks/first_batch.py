@@ -10,6 +10,7 @@ import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
@@ -60,7 +61,7 @@ class FirstBatch(L.Callback):
                     f"the training set of {type(trainer.datamodule).__name__} is empty: its loader yields no batch"
                 )
             self._form = _form_of(batch)
-            _report_missing_validation(trainer)
+            _check_validation(trainer)
             self._refuse_unclassifiable(batch, "the first batch", trainer)
             if type(trainer.precision_plugin) is Precision:
                 _refuse_other_precision(batch, pl_module.model)
@@ -126,11 +127,17 @@ class FirstBatch(L.Callback):
             )
 
 
-def _report_missing_validation(trainer: Any) -> None:
+def _check_validation(trainer: Any) -> None:
     data = trainer.datamodule
     if trainer.limit_val_batches != 0 and trainer.is_global_zero:
         is_missing = not is_overridden("val_dataloader", data)
-        if is_missing or sized_len(data.val_dataloader()) == 0:
+        loaders = None if is_missing else data.val_dataloader()
+        if isinstance(loaders, (list, tuple, dict)) and len(loaders) > 1:
+            raise DataError(
+                f"val_dataloader of {type(data).__name__} returns {len(loaders)} loaders, but a run validates on one: "
+                "join their data sets (torch.utils.data.ConcatDataset)"
+            )
+        if is_missing or (not isinstance(loaders, CombinedLoader) and sized_len(loaders) == 0):
             what = "missing (no val_dataloader)" if is_missing else "empty"
             print(f"fgtrain: the validation split of {type(data).__name__} is {what}", file=sys.stderr)
 

@@ -1,7 +1,6 @@
 """The self-check of a run, on its first batch."""
 
 import sys
-from functools import partial
 from typing import Any
 
 import lightning as L
@@ -32,11 +31,11 @@ class SelfCheck(L.Callback):
         state = random_state()
         batch = trainer.precision_plugin.convert_input(first_batch(trainer))
         batch = self._few(trainer.strategy.batch_to_device(batch))
-        loss_fn = partial(pl_module.task.losses, batch=batch)
+        task = pl_module.task
         try:
             # A few examples are not worth a compilation; compiled derivatives are checked when they are compiled.
             with trainer.precision_plugin.train_step_context(), eager_functions():
-                noticed = self_check(pl_module.model, loss_fn, pl_module.estimator)
+                noticed = self_check(pl_module.model, lambda net: task.losses(net, batch), pl_module.estimator)
         finally:
             set_random_state(state)
         if trainer.is_global_zero:

@@ -1,7 +1,6 @@
 """The summary that a run prints before training."""
 
 import copy
-from functools import partial
 from typing import Any
 
 import lightning as L
@@ -53,12 +52,12 @@ def describe(module: EstimatorModule, batch: Any) -> dict[str, str]:
         quality = f"{error**0.5:.3g} times the gradient's length, cosine {estimator.expected_cosine(equal):.2g}"
         lines["expected error"] = quality if error else "none: the exact gradient of each batch"
     if batch is not None:
-        loss_fn = partial(module.task.losses, batch=batch)
         watched = copy.deepcopy(estimator)  # the summary must not change its state
 
         def step() -> None:
             plugin = module.trainer.precision_plugin
-            estimate_for_step(plugin, Ranks(), watched, model, loss_fn, key=(module.seed,))
+            task = module.task
+            estimate_for_step(plugin, Ranks(), watched, model, lambda net: task.losses(net, batch), key=(module.seed,))
 
         peak = peak_mib(step, next(iter(params.values())).device)
         lines["memory per step"] = f"{peak:.3g} MiB for tensors at the peak, besides parameters and data"

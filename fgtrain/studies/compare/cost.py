@@ -2,9 +2,8 @@
 
 import time
 from collections.abc import Callable, Mapping
-from functools import partial
 from statistics import median
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric.utilities import move_data_to_device
@@ -94,7 +93,10 @@ def _step(cfg: DictConfig, device: torch.device) -> _Step:
     model = module.model.to(device)
     loaders = CombinedLoader(data.train_dataloader(), "max_size_cycle")  # as Lightning takes them
     batch = move_data_to_device(next(iter(loaders))[0], device)
-    losses = partial(module.task.losses, batch=batch)
+
+    def losses(net: Any) -> Tensor:
+        return module.task.losses(net, batch)
+
     optimizer = module.make_optimizer(p for p in model.parameters() if p.requires_grad)
 
     def step() -> None:

@@ -1,5 +1,6 @@
 """Estimators and what writes their gradients."""
 
+import copy
 import itertools
 
 import pytest
@@ -7,8 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fgtrain import Backprop, ForwardGradient, LowRank, Normal, write_grads
-from fgtrain.errors import DivergenceError
+from fgtrain import (
+    FDFA,
+    Backprop,
+    ForwardGradient,
+    ForwardInTime,
+    LocalGuess,
+    LocalLosses,
+    LowRank,
+    Normal,
+    write_grads,
+)
+from fgtrain.errors import DivergenceError, UnsupportedOperation
+from fgtrain.models import DiagonalRNN
 from fgtrain.tasks import Points, Rosenbrock
 from tests import properties
 from tests.cases import CASES, INPUTS, LABELS, Case
@@ -219,3 +231,55 @@ def test_exact_head_under_autocast(dtype):
 def test_options_that_cannot_be(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         ForwardGradient(**options)
+
+
+def network():
+    return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3)).double()
+
+
+def of_rows(model):
+    return F.cross_entropy(model(INPUTS), LABELS, reduction="none")
+
+
+def of_stream(model):
+    return model(torch.tensor([[0, 1, 1]])).square().sum()
+
+
+KEEPING = pytest.mark.parametrize(
+    ("make", "build", "loss"),
+    [
+        (LocalLosses, network, of_rows),
+        (LocalGuess, network, of_rows),
+        (FDFA, network, of_rows),
+        (ForwardInTime, lambda: DiagonalRNN(2, width=3), of_stream),
+    ],
+    ids=["local", "local_guess", "fdfa", "forward_in_time"],
+)
+
+
+@KEEPING
+def test_the_state_of_a_model_serves_no_other(make, build, loss):
+    estimator, first, second = make(), build(), build()
+    estimator(first, loss)
+    with pytest.raises(UnsupportedOperation, match=r"keeps the .* of the model that it was called with before"):
+        estimator(second, loss)
+    estimator(nn.Sequential(*first) if isinstance(first, nn.Sequential) else first, loss)  # the same parameters
+    estimator.load_state_dict(make().state_dict(), strict=False)
+    estimator(second, loss)
+
+
+@KEEPING
+def test_a_copy_of_the_estimator_serves_a_copy_of_the_model(make, build, loss):
+    pair = build(), make()
+    pair[1](pair[0], loss)
+    copied = copy.deepcopy(pair)
+    found, expected = (
+        estimator(model, loss, generator=torch.Generator().manual_seed(1)).grads for model, estimator in (copied, pair)
+    )
+    assert torch.equal(flat(found), flat(expected))
+
+
+def test_local_losses_by_the_tail_keep_nothing():
+    estimator, build = LocalLosses(head="tail"), lambda: nn.Sequential(*[nn.Linear(3, 3) for _ in range(3)]).double()
+    for model in (build(), build()):
+        estimator(model, of_rows)

@@ -85,6 +85,26 @@ class Lbfgs(Plain):
         return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=3)
 
 
+class SometimesNan(Lbfgs):
+    """Its third batch has no loss, and its fourth a loss that is not finite."""
+
+    def training_step(self, batch, batch_idx):
+        return (
+            None if batch_idx == 2 else super().training_step(batch, batch_idx) * (torch.nan if batch_idx == 3 else 1)
+        )
+
+
+@pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
+def test_lbfgs_skips_batches_without_a_loss(tmp_path):
+    module = made(SometimesNan, Backprop())
+    weights = []
+    record = LambdaCallback(on_train_batch_end=lambda *_: weights.append(module.net[0].weight.clone()))
+    fit(module, tmp_path, callbacks=[record])
+    assert all(torch.equal(weights[1], weights[i]) for i in (2, 3))
+    assert not torch.equal(weights[3], weights[4])
+    assert weights[-1].isfinite().all()
+
+
 class OwnStep(Lists):
     """Warm-up by hand, in Lightning's hooks."""
 

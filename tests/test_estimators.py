@@ -7,20 +7,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 
 from fgtrain import (
     FDFA,
+    ActivityPerturbation,
     Backprop,
+    CheckpointedBackprop,
     ForwardGradient,
     ForwardInTime,
+    Highway,
     LocalGuess,
     LocalLosses,
     LowRank,
     Normal,
     write_grads,
 )
-from fgtrain.errors import DivergenceError, UnsupportedOperation
-from fgtrain.models import DiagonalRNN
+from fgtrain.errors import DivergenceError, LossError, UnsupportedOperation
+from fgtrain.models import DiagonalRNN, Residual
 from fgtrain.tasks import Points, Rosenbrock
 from tests import properties
 from tests.cases import CASES, INPUTS, LABELS, Case
@@ -283,3 +287,34 @@ def test_local_losses_by_the_tail_keep_nothing():
     estimator, build = LocalLosses(head="tail"), lambda: nn.Sequential(*[nn.Linear(3, 3) for _ in range(3)]).double()
     for model in (build(), build()):
         estimator(model, of_rows)
+
+
+def residual():
+    return nn.Sequential(nn.Linear(3, 4), Residual(nn.Linear(4, 4)), nn.Linear(4, 3)).double()
+
+
+@pytest.mark.parametrize("estimator", [Highway(ActivityPerturbation()), FDFA(), LocalLosses()], ids=str)
+def test_an_empty_batch_is_one_line(estimator):
+    with pytest.raises(LossError, match=r"needs (an example|a row), but [^\n]*$"):
+        estimator(residual(), lambda m: m(INPUTS[:0]).square().sum())
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [Backprop(), CheckpointedBackprop(), Highway(), Highway(ActivityPerturbation()), LocalGuess()],
+    ids=str,
+)
+def test_inputs_of_inference_mode_are_named(estimator):
+    with torch.inference_mode():
+        inputs = INPUTS.clone()
+    with pytest.raises(UnsupportedOperation, match=r"made in torch.inference_mode\(\), [^\n]* clone them first$"):
+        estimator(residual(), lambda m: F.cross_entropy(m(inputs), LABELS, reduction="none"))
+
+
+@pytest.mark.parametrize("estimator", [CheckpointedBackprop(), Highway()], ids=str)
+def test_other_parameters_by_functional_call_are_named(estimator):
+    def loss(m):
+        return functional_call(m, {name: 2 * p for name, p in m.named_parameters()}, (INPUTS,)).square().sum()
+
+    with pytest.raises(UnsupportedOperation, match=r"torch.func.functional_call[^\n]*Backprop$"):
+        estimator(residual(), loss)

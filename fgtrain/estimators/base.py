@@ -4,7 +4,8 @@ import functools
 import math
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -110,7 +111,8 @@ class GradientEstimator(nn.Module, ABC):
         require_estimable(model, by_backward_pass=self.backward_pass == "whole")
         with one_at_a_time, torch.inference_mode(False):
             self._refuse_other_model(model)
-            estimate = super().__call__(model, loss_fn, generator=generator or self.own_generator(), reduce=reduce)
+            with _inference_tensors_named():
+                estimate = super().__call__(model, loss_fn, generator=generator or self.own_generator(), reduce=reduce)
             if self.state_of_model and not self._served:
                 self._served = [weakref.ref(x) for x in (model, *model.parameters())]
             return estimate
@@ -190,6 +192,20 @@ class GradientEstimator(nn.Module, ABC):
 def _make_room(estimator: GradientEstimator, state: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
     estimator._served = []
     estimator.make_room({name.removeprefix(prefix): saved for name, saved in state.items() if name.startswith(prefix)})
+
+
+@contextmanager
+def _inference_tensors_named() -> Generator[None]:
+    """A context in which PyTorch's errors about tensors of inference mode say what to do here."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "Inference tensors" not in str(error):
+            raise
+        raise UnsupportedOperation(
+            "the model or its loss uses tensors that were made in torch.inference_mode(), of which backpropagation "
+            "stores nothing; make them under torch.no_grad(), or clone them first"
+        ) from error
 
 
 def require_positive_int(name: str, value: object) -> None:

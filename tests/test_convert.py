@@ -105,6 +105,30 @@ def test_lbfgs_skips_batches_without_a_loss(tmp_path):
     assert weights[-1].isfinite().all()
 
 
+class Fragile(Plain):
+    """A network whose loss is nan as soon as its last bias is above 1."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.options = options
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx) - self.net.get_parameter("4.bias").sum()
+        return torch.where(self.net.get_parameter("4.bias").detach().amax() > 1, torch.nan, loss)
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.LBFGS(self.parameters(), lr=1.0, max_iter=8, **self.options)
+        return [optimizer], [ExponentialLR(optimizer, 0.9)]
+
+
+@pytest.mark.parametrize("options", [{}, {"line_search_fn": "strong_wolfe"}], ids=["plain", "line search"])
+def test_a_step_of_lbfgs_through_nan_is_taken_back(options, tmp_path):
+    module = convert(Fragile(**options), Backprop())
+    fit(module, tmp_path)
+    assert module.net.get_parameter("4.bias").amax() <= 1
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
 class OwnStep(Lists):
     """Warm-up by hand, in Lightning's hooks."""
 

@@ -1,7 +1,6 @@
 """Any LightningModule, trained with any estimator."""
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -11,7 +10,6 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import LBFGS
 
 from fgtrain._torch import is_wrapped
 from fgtrain.distributed import Ranks, TangentsOver
@@ -178,11 +176,6 @@ class _Converted(L.LightningModule):
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         write_grads(self, self._step.take_grads(), accumulate=True, check_finite=False)
 
-    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Any = None) -> None:
-        if isinstance(optimizer, LBFGS) and optimizer_closure is not None:
-            optimizer_closure = _never_none(optimizer_closure)
-        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-
     def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         raise LossError(BACKWARD_CALLED)
 
@@ -199,16 +192,6 @@ class _Converted(L.LightningModule):
         super().on_load_checkpoint(checkpoint)
         if state := checkpoint.get("fgtrain_estimator"):
             self._step.estimator.load_state_dict(state)
-
-
-def _never_none(closure: Callable[[], Any]) -> Callable[[], Any]:
-    """A closure for L-BFGS, which needs a number: without gradients it stops, and nan says that there was no loss."""
-
-    def run() -> Any:
-        loss = closure()
-        return math.nan if loss is None else loss
-
-    return run
 
 
 @functools.cache

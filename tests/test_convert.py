@@ -85,6 +85,50 @@ class Lbfgs(Plain):
         return torch.optim.LBFGS(self.parameters(), lr=0.1, max_iter=3)
 
 
+class SometimesNan(Lbfgs):
+    """Its third batch has no loss, and its fourth a loss that is not finite."""
+
+    def training_step(self, batch, batch_idx):
+        return (
+            None if batch_idx == 2 else super().training_step(batch, batch_idx) * (torch.nan if batch_idx == 3 else 1)
+        )
+
+
+@pytest.mark.filterwarnings("ignore:.training_step. returned .None.")
+def test_lbfgs_skips_batches_without_a_loss(tmp_path):
+    module = made(SometimesNan, Backprop())
+    weights = []
+    record = LambdaCallback(on_train_batch_end=lambda *_: weights.append(module.net[0].weight.clone()))
+    fit(module, tmp_path, callbacks=[record])
+    assert all(torch.equal(weights[1], weights[i]) for i in (2, 3))
+    assert not torch.equal(weights[3], weights[4])
+    assert weights[-1].isfinite().all()
+
+
+class Fragile(Plain):
+    """A network whose loss is nan as soon as its last bias is above 1."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.options = options
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx) - self.net.get_parameter("4.bias").sum()
+        return torch.where(self.net.get_parameter("4.bias").detach().amax() > 1, torch.nan, loss)
+
+    def configure_optimizers(self):
+        optimizer = torch.optim.LBFGS(self.parameters(), lr=1.0, max_iter=8, **self.options)
+        return [optimizer], [ExponentialLR(optimizer, 0.9)]
+
+
+@pytest.mark.parametrize("options", [{}, {"line_search_fn": "strong_wolfe"}], ids=["plain", "line search"])
+def test_a_step_of_lbfgs_through_nan_is_taken_back(options, tmp_path):
+    module = convert(Fragile(**options), Backprop())
+    fit(module, tmp_path)
+    assert module.net.get_parameter("4.bias").amax() <= 1
+    assert all(p.isfinite().all() for p in module.parameters())
+
+
 class OwnStep(Lists):
     """Warm-up by hand, in Lightning's hooks."""
 

@@ -1,14 +1,30 @@
 """Estimators and what writes their gradients."""
 
+import copy
 import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 
-from fgtrain import Backprop, ForwardGradient, LowRank, Normal, write_grads
-from fgtrain.errors import DivergenceError
+from fgtrain import (
+    FDFA,
+    ActivityPerturbation,
+    Backprop,
+    CheckpointedBackprop,
+    ForwardGradient,
+    ForwardInTime,
+    Highway,
+    LocalGuess,
+    LocalLosses,
+    LowRank,
+    Normal,
+    write_grads,
+)
+from fgtrain.errors import DivergenceError, LossError, UnsupportedOperation
+from fgtrain.models import DiagonalRNN, Residual
 from fgtrain.tasks import Points, Rosenbrock
 from tests import properties
 from tests.cases import CASES, INPUTS, LABELS, Case
@@ -219,3 +235,86 @@ def test_exact_head_under_autocast(dtype):
 def test_options_that_cannot_be(options):
     with pytest.raises(ValueError, match=next(iter(options))):
         ForwardGradient(**options)
+
+
+def network():
+    return nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 3)).double()
+
+
+def of_rows(model):
+    return F.cross_entropy(model(INPUTS), LABELS, reduction="none")
+
+
+def of_stream(model):
+    return model(torch.tensor([[0, 1, 1]])).square().sum()
+
+
+KEEPING = pytest.mark.parametrize(
+    ("make", "build", "loss"),
+    [
+        (LocalLosses, network, of_rows),
+        (LocalGuess, network, of_rows),
+        (FDFA, network, of_rows),
+        (ForwardInTime, lambda: DiagonalRNN(2, width=3), of_stream),
+    ],
+    ids=["local", "local_guess", "fdfa", "forward_in_time"],
+)
+
+
+@KEEPING
+def test_the_state_of_a_model_serves_no_other(make, build, loss):
+    estimator, first, second = make(), build(), build()
+    estimator(first, loss)
+    with pytest.raises(UnsupportedOperation, match=r"keeps the .* of the model that it was called with before"):
+        estimator(second, loss)
+    estimator(nn.Sequential(*first) if isinstance(first, nn.Sequential) else first, loss)  # the same parameters
+    estimator.load_state_dict(make().state_dict(), strict=False)
+    estimator(second, loss)
+
+
+@KEEPING
+def test_a_copy_of_the_estimator_serves_a_copy_of_the_model(make, build, loss):
+    pair = build(), make()
+    pair[1](pair[0], loss)
+    copied = copy.deepcopy(pair)
+    found, expected = (
+        estimator(model, loss, generator=torch.Generator().manual_seed(1)).grads for model, estimator in (copied, pair)
+    )
+    assert torch.equal(flat(found), flat(expected))
+
+
+def test_local_losses_by_the_tail_keep_nothing():
+    estimator, build = LocalLosses(head="tail"), lambda: nn.Sequential(*[nn.Linear(3, 3) for _ in range(3)]).double()
+    for model in (build(), build()):
+        estimator(model, of_rows)
+
+
+def residual():
+    return nn.Sequential(nn.Linear(3, 4), Residual(nn.Linear(4, 4)), nn.Linear(4, 3)).double()
+
+
+@pytest.mark.parametrize("estimator", [Highway(ActivityPerturbation()), FDFA(), LocalLosses()], ids=str)
+def test_an_empty_batch_is_one_line(estimator):
+    with pytest.raises(LossError, match=r"needs (an example|a row), but [^\n]*$"):
+        estimator(residual(), lambda m: m(INPUTS[:0]).square().sum())
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [Backprop(), CheckpointedBackprop(), Highway(), Highway(ActivityPerturbation()), LocalGuess()],
+    ids=str,
+)
+def test_inputs_of_inference_mode_are_named(estimator):
+    with torch.inference_mode():
+        inputs = INPUTS.clone()
+    with pytest.raises(UnsupportedOperation, match=r"made in torch.inference_mode\(\), [^\n]* clone them first$"):
+        estimator(residual(), lambda m: F.cross_entropy(m(inputs), LABELS, reduction="none"))
+
+
+@pytest.mark.parametrize("estimator", [CheckpointedBackprop(), Highway()], ids=str)
+def test_other_parameters_by_functional_call_are_named(estimator):
+    def loss(m):
+        return functional_call(m, {name: 2 * p for name, p in m.named_parameters()}, (INPUTS,)).square().sum()
+
+    with pytest.raises(UnsupportedOperation, match=r"torch.func.functional_call[^\n]*Backprop$"):
+        estimator(residual(), loss)

@@ -109,14 +109,16 @@ def test_heads_learn_by_gradient_descent():
     torch.testing.assert_close(estimator.state_dict()["heads.0.weight"], -0.5 * slope)
 
 
-def test_it_follows_another_model():
-    estimator = LocalLosses(Backprop())
-    first, second = mlp(), mlp()
-    with torch.no_grad():
-        second[0].weight.mul_(2)
-    estimator(first, losses)
-    expected = local_gradients(second, estimator.heads)
-    torch.testing.assert_close(flat(estimator(second, losses).grads), flat(expected))
+@pytest.mark.parametrize("make", [lambda: LocalLosses(Backprop()), LocalGuess])
+def test_heads_of_another_dtype_are_named(make):
+    model, estimator = mlp(), make()
+    estimator(model, losses)
+    model.float()
+    loss = lambda m: F.cross_entropy(m(INPUTS.float()), LABELS)
+    with pytest.raises(UnsupportedOperation, match=r"float32 on cpu, but its head is torch.float64 on cpu: move the"):
+        estimator(model, loss)
+    estimator.to(torch.float32)
+    assert estimator(model, loss).loss.dtype == torch.float32
 
 
 def test_every_module_side_by_side_has_a_loss_of_its_own():

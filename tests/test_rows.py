@@ -1,5 +1,6 @@
 """Losses of rows that a scalar loss, or the losses of sequences, are the mean of."""
 
+import copy
 import itertools
 
 import pytest
@@ -63,6 +64,18 @@ def test_a_scalar_loss_is_as_good_as_the_losses_of_its_examples(name, estimator,
 
     assert_is(estimated_grads(estimator, of_inputs(SCALAR[name])), estimated_grads(estimator, of_inputs(losses)))
     assert not caplog.records
+
+
+@pytest.mark.parametrize("estimator", [ActivityPerturbation(2), ActivityPerturbation(2, exact_head=True), FDFA()])
+def test_a_loss_of_one_element_is_a_scalar(estimator, caplog):
+    for loss in (lambda z: F.cross_entropy(z, LABELS).view(1), lambda z: F.mse_loss(z, TARGETS)[None]):
+        scalar = lambda z, loss=loss: loss(z)[0]
+        found, expected = (estimated_grads(copy.deepcopy(estimator), of_inputs(of)) for of in (loss, scalar))
+        assert_is(found, expected)
+    assert not caplog.records
+    if not isinstance(estimator, FDFA) and not estimator.exact_head:
+        estimated_grads(estimator, of_inputs(lambda z: z.logsumexp(1).mean().view(1)))
+        assert "got one loss for 4 rows" in caplog.text
 
 
 class Sequences(nn.Module):

@@ -64,6 +64,7 @@ TWICE = [
     layers("batch norm in use", nn.Conv1d(4, 4, 3), nn.BatchNorm1d(4).eval(), nn.SiLU(), nn.Conv1d(4, 2, 1)),
     layers("instance norm", nn.Conv1d(4, 4, 3), nn.InstanceNorm1d(4, affine=True), nn.SiLU(), nn.Conv1d(4, 2, 1)),
     layers("group norm", nn.Conv1d(4, 4, 3), nn.GroupNorm(2, 4), nn.SiLU(), nn.Conv1d(4, 2, 1)),
+    layers("a random slope that is the mean", nn.Linear(6, 6), nn.RReLU().eval(), nn.Linear(6, 2), nn.Tanh()),
     layers("rms norm", nn.Linear(6, 6), nn.RMSNorm(6), nn.SiLU(), nn.Linear(6, 2)),
     Case("no_grad", Taught, lambda m: m(SEQUENCE).square().sum((1, 2))),
     Case(
@@ -91,6 +92,7 @@ def test_curvature_is_exact(case):
     [
         (lambda m: Doubled.apply(m(ROWS)).sum(1), "a custom autograd.Function without setup_context"),
         (lambda m: slopes(m).square().sum(1), "a derivative with respect to its own input"),
+        (lambda m: torch.rrelu_(m(ROWS) * 1, training=True).sum(1), "aten::rrelu_with_noise_"),
     ],
 )
 def test_what_cannot_be_differentiated_twice_is_one_line(loss, operation):
@@ -194,3 +196,21 @@ def test_a_loss_without_second_derivatives(estimator):
 
     with pytest.raises(UnsupportedOperation, match=r"ctc_loss, which has no second derivative in .* ForwardGradient$"):
         estimator(nn.Linear(4, 5), loss)
+
+
+def test_slopes_drawn_at_random_are_those_of_a_leaky_relu():
+    """With both bounds equal nothing is random."""
+    case = Case(
+        "rrelu",
+        lambda: nn.Sequential(nn.Linear(6, 6), nn.RReLU(0.2, 0.2), nn.Tanh()),
+        lambda m: m(SEQUENCE).square().sum((1, 2)),
+    )
+    tangents, v = sampled(case.build(), 2)
+    with torch.no_grad():
+        _, found, _ = curvature_in_span(case.build(), case.loss, tangents)
+    torch.testing.assert_close(found, v.T @ flat(exact_grads(case)))
+
+
+def test_a_loss_of_nan_gives_steps_of_nan():
+    estimate = SecondOrder()(nn.Linear(3, 2), lambda m: m(ROWS).sum() * torch.nan)
+    assert all(g.isnan().all() for g in estimate.grads.values())

@@ -160,7 +160,7 @@ class ActivityPerturbation(GradientEstimator):
         rows: Mapping[str, Rows] = {}
         if self.examples == "independent":
             evaluated, rows = per_example(examined, calls, evaluated)
-            if evaluated.losses.dim() == 0:
+            if evaluated.losses.numel() == 1:
                 self._warn_of_scalar(calls)
         losses, derivatives = evaluated.losses, evaluated.derivatives[: self.num_tangents]
         variance = self._variance(perturbed.noise_size / (losses.numel() if rows else 1))

@@ -2,15 +2,17 @@
 
 import functools
 import math
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from fgtrain._torch import foreach_norm
-from fgtrain.errors import DivergenceError
+from fgtrain.errors import DivergenceError, UnsupportedOperation
 from fgtrain.forward_ad.passes import LossFn
 from fgtrain.network.parameters import one_at_a_time, require_estimable, slots_of
 
@@ -62,6 +64,7 @@ class GradientEstimator(nn.Module, ABC):
         directions_at_a_time: number of directions that one pass carries.
         gives_derivatives: whether estimates hold derivatives along directions.
         lacks_shrinkage: whether the method has an option `shrinkage` that would shorten the estimates but is off.
+        state_of_model: what the method keeps from call to call for the one model that it serves; "" if nothing.
     """
 
     scalar_reducible: bool
@@ -73,10 +76,12 @@ class GradientEstimator(nn.Module, ABC):
     directions_at_a_time: int = 0
     gives_derivatives: bool = True
     lacks_shrinkage: bool = False
+    state_of_model: str = ""
 
     def __init__(self) -> None:  # nn.Module's accepts any argument; this signature checks configurations
         super().__init__()
         self._generator: torch.Generator | None = None
+        self._served: list[weakref.ref[Any]] = []  # the model and its parameters
         self.register_load_state_dict_pre_hook(_make_room)
 
     def __call__(
@@ -100,11 +105,32 @@ class GradientEstimator(nn.Module, ABC):
             LossError: the losses are not of shape (B,) or (), or depend on no trained parameter.
             ModelError: a parameter has a hook that only `.backward()` calls; or the method takes no whole backward
                 pass, but a parameter is complex or has a hook on its gradient.
-            UnsupportedOperation: the method cannot differentiate an operation of the model.
+            UnsupportedOperation: the method cannot differentiate an operation of the model, or keeps the state of
+                another one.
         """
         require_estimable(model, by_backward_pass=self.backward_pass == "whole")
         with one_at_a_time, torch.inference_mode(False):
-            return super().__call__(model, loss_fn, generator=generator or self.own_generator(), reduce=reduce)
+            self._refuse_other_model(model)
+            with _inference_tensors_named():
+                estimate = super().__call__(model, loss_fn, generator=generator or self.own_generator(), reduce=reduce)
+            if self.state_of_model and not self._served:
+                self._served = [weakref.ref(x) for x in (model, *model.parameters())]
+            return estimate
+
+    def _refuse_other_model(self, model: nn.Module) -> None:
+        """Refuse a model if the one whose state is kept still exists and shares no parameter with it."""
+        served = [x for x in (ref() for ref in self._served) if x is not None]
+        now = {id(x) for x in (model, *slots_of(model).params.values())} if served else set()
+        if not served:
+            self._served = []
+        elif not any(id(x) in now for x in served):
+            raise UnsupportedOperation(
+                f"{type(self).__name__} keeps {self.state_of_model} of the model that it was called with before, and "
+                "this is another one; make an estimator for each model"
+            )
+
+    def __getstate__(self) -> dict[str, Any]:  # the next model of a copy is the one whose state it keeps
+        return self.__dict__ | {"_served": []}
 
     def own_generator(self) -> torch.Generator:
         """The source of directions if the caller passes no generator."""
@@ -164,7 +190,22 @@ class GradientEstimator(nn.Module, ABC):
 
 
 def _make_room(estimator: GradientEstimator, state: Mapping[str, Tensor], prefix: str, *_: Any) -> None:
+    estimator._served = []
     estimator.make_room({name.removeprefix(prefix): saved for name, saved in state.items() if name.startswith(prefix)})
+
+
+@contextmanager
+def _inference_tensors_named() -> Generator[None]:
+    """A context in which PyTorch's errors about tensors of inference mode say what to do here."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "Inference tensors" not in str(error):
+            raise
+        raise UnsupportedOperation(
+            "the model or its loss uses tensors that were made in torch.inference_mode(), of which backpropagation "
+            "stores nothing; make them under torch.no_grad(), or clone them first"
+        ) from error
 
 
 def require_positive_int(name: str, value: object) -> None:

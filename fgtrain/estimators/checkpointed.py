@@ -60,7 +60,8 @@ class CheckpointedBackprop(Backprop):
             except CheckpointError as error:
                 raise UnsupportedOperation(
                     f"a block or a step of {type(model).__name__} computes something else when it runs again, for "
-                    "example because it keeps a cache or has its own random generator; train with Backprop"
+                    "example because it keeps a cache, has its own random generator, or had other parameters "
+                    "(torch.func.functional_call); train with Backprop"
                 ) from error
             except RuntimeError as error:
                 if "support saved tensor hooks" not in str(error):

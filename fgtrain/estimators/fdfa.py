@@ -79,6 +79,7 @@ class FDFA(GradientEstimator):
     """
 
     scalar_reducible = False
+    state_of_model = "the feedback"
 
     def __init__(self, num_tangents: int = 1, *, feedback_lr: float = 0.01, feedback_every: int = 1) -> None:
         super().__init__()

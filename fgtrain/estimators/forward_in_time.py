@@ -62,6 +62,7 @@ class ForwardInTime(GradientEstimator):
     backpropagates = True
     gives_derivatives = False
     backward_pass = "whole"
+    state_of_model = "the state and the traces"
     loss_at_parameters = False  # it is that of the stream; a plain pass starts from the state 0
 
     def __init__(self) -> None:

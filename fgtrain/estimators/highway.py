@@ -157,6 +157,11 @@ class Highway(GradientEstimator):
             names = {id(p): name for name, p in params.items()}
             with learning as found, torch.enable_grad():
                 loss_fn(model)
+            if any(id(p) not in names for p, _ in found):
+                raise UnsupportedOperation(
+                    "the blocks run with other tensors in place of their parameters, as by torch.func.functional_call; "
+                    "call the model with its own parameters, or train with Backprop"
+                )
             for p, g in found:
                 add_grad(grads, names[id(p)], g)
         return Estimate(losses.mean(), average_grads({name: grads[name] for name in params if name in grads}, reduce))

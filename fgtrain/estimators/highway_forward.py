@@ -205,6 +205,10 @@ def delta_by_forward_mode(
     they are those of an example.
     """
     like = blocks.segments[segment].end
+    if not like.numel():
+        raise LossError(
+            f"forward mode needs an example, but the hidden state after a block has shape {tuple(like.shape)}"
+        )
     probed = _Probed(model, like)
     snapshot = Snapshot(probed)
     with_rows = WithRows(lambda _: loss_fn(model))

@@ -85,6 +85,7 @@ class LocalLosses(LocalHeads):
         if blocks is not None and head != "tail":
             raise ValueError("blocks are named for head='tail'; linear heads follow the layers of an nn.Sequential")
         self.head = head
+        self.state_of_model = LocalHeads.state_of_model if head == "linear" else ""
         self.blocks = list_of_names(blocks)
         self.estimator = estimator or ActivityPerturbation(exact_head=True, shrinkage=True)
         self.backpropagates = self.estimator.backpropagates

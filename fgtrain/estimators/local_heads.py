@@ -43,6 +43,8 @@ class LocalHeads(GradientEstimator):
         ValueError: an argument is out of its range.
     """
 
+    state_of_model = "the heads"
+
     def __init__(self, head_lr: float = 0.1, *, head_size: int = 2) -> None:
         super().__init__()
         if not head_lr > 0:
@@ -142,12 +144,18 @@ def read_by(head: nn.Module, features: Tensor) -> Tensor:
     """The output of a linear head.
 
     Raises:
-        UnsupportedOperation: the head was made for another number of features.
+        UnsupportedOperation: the head was made for another number of features, another dtype or another device.
     """
     if features.shape[1] != head.in_features:
         raise UnsupportedOperation(
             f"the output of a block has {features.shape[1]} features per example, but its head was made for "
             f"{head.in_features}: use inputs of one size, and another estimator for each model"
+        )
+    now, then = (features.dtype, features.device), (head.weight.dtype, head.weight.device)
+    if now != then and (now[1] != then[1] or not torch.is_autocast_enabled(now[1].type)):
+        raise UnsupportedOperation(
+            f"the output of a block is {now[0]} on {now[1]}, but its head is {then[0]} on {then[1]}: move the "
+            "estimator as you have moved the model, by estimator.to(...)"
         )
     return head(features)
 

@@ -82,7 +82,9 @@ class SecondOrder(GradientEstimator):
         return Estimate(loss, average_grads(grads, reduce), slopes)
 
     def _newton(self, gram: Tensor, curvature: Tensor, slopes: Tensor) -> Tensor:
-        """The weights of the directions, (K,), found in an orthonormal basis of their span."""
+        """The weights of the directions, (K,), found in an orthonormal basis of their span; nan if a slope is."""
+        if not curvature.isfinite().all():
+            return torch.full_like(slopes, torch.nan)
         lengths, axes = torch.linalg.eigh(gram)
         keep = lengths > 1e-12 * lengths[-1]  # directions may be linearly dependent
         basis = axes[:, keep] * lengths[keep].rsqrt()  # (K, rank)

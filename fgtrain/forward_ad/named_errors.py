@@ -61,6 +61,7 @@ _REFUSALS = {
     "Nested forward mode AD": "forward-mode AD of its own",
     "\nRuntimeError: \n": "a TorchScript function",  # its interpreter repeats an exception of Python without the text
     "Cannot access data pointer of Tensor": "an operation that reads memory itself",
+    "ZeroTensors are immutable": "a change in place of a result that does not move",
 }
 """{part of PyTorch's message: the operation}."""
 
@@ -70,8 +71,10 @@ def _refused_operation(error: BaseException) -> str | None:
     message = str(error)
     if any(isinstance(owner, BackwardHook) for owner in _owners(error)):
         return "a full backward hook"
-    match = re.search(r"forward AD with (.+?) that", message)
-    return match.group(1) if match else next((name for part, name in _REFUSALS.items() if part in message), None)
+    match = re.search(r"forward AD with (.+?) that|(?:do not yet support|not implemented for) (aten::\w+)", message)
+    if match:
+        return match.group(1) or match.group(2)
+    return next((name for part, name in _REFUSALS.items() if part in message), None)
 
 
 def _where(model: nn.Module, error: BaseException) -> str:

@@ -4,7 +4,7 @@ Parameters become dual numbers (p, v). Every operation of the model then compute
 and the loss is (f, grad f . v). Nothing is stored for a backward pass, so the memory use is that of inference.
 """
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from fgtrain.forward_ad.passes import NO_TANGENT, LossFn, check_losses
 from fgtrain.forward_ad.rules.compositions import COMPOSITIONS, by_place, no_backward
 from fgtrain.forward_ad.rules.opened import opened
 from fgtrain.forward_ad.stale import as_stale, is_stale, release, stale_message
+from fgtrain.forward_ad.steep import STEEP, where_moved
 from fgtrain.network.parameters import slots_of
 from fgtrain.network.snapshot import Snapshot
 from fgtrain.tangents.directions import Tangent, all_dense, num_of
@@ -122,7 +123,7 @@ class _CheckedCalls(TorchFunctionMode):
                 return body(*args, **kwargs)
         result = func(*args, **kwargs)
         refuse_if_lost(func, args, kwargs, result, has_tangent, value_of)
-        return result
+        return _where_moved(result, tree_leaves((args, kwargs))) if func in STEEP else result
 
     def checked(self, x: Tensor) -> Tensor:
         """`x`, or its dual if it is a parameter that the loss accesses directly, not through the model.
@@ -152,6 +153,16 @@ class _CheckedCalls(TorchFunctionMode):
                 found.append(leaf)
             todo += [following for following, _ in node.next_functions]
         return bool(found)
+
+
+def _where_moved(result: Tensor, leaves: Sequence[Any]) -> Tensor:
+    """The result of a steep function, with the tangent 0 where no argument moves."""
+    sources = [_unpacked(x).tangent for x in leaves if isinstance(x, Tensor) and has_tangent(x)]
+    if not sources or not has_tangent(result):
+        return result
+    with no_overrides():
+        value, tangent = fwAD.unpack_dual(result)
+        return fwAD.make_dual(value, where_moved(tangent, sources))
 
 
 def has_tangent(x: Tensor) -> bool:

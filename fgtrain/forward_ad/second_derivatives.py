@@ -138,12 +138,22 @@ def _binary_cross_entropy_with_logits(
     return _reduced(each if weight is None else each * weight, reduction)
 
 
+def _rrelu(
+    x: Tensor, lower: float = 1 / 8, upper: float = 1 / 3, training: bool = False, inplace: bool = False
+) -> Tensor:
+    if inplace:
+        return NotImplemented
+    slope = lower + (upper - lower) * torch.rand_like(x.detach()) if training else (lower + upper) / 2
+    return torch.where(x > 0, x, slope * x)
+
+
 _ONLY_FIRST_DERIVATIVES = {torch.scatter_reduce, torch.Tensor.scatter_reduce, standard_gamma, torch.ctc_loss}
 
 _FOR_SECOND_DERIVATIVES = {
     F.layer_norm: _layer_norm,
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,
+    F.rrelu: _rrelu,
     F.huber_loss: _huber_loss,
     F.binary_cross_entropy_with_logits: _binary_cross_entropy_with_logits,
 }

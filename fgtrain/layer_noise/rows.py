@@ -126,14 +126,14 @@ def per_example(
 ) -> tuple[Evaluated, Mapping[str, Rows]]:
     """The losses per example with their derivatives, and `rows_of_examples`.
 
-    A scalar loss is replaced by the losses of the rows, if these are the losses of the examples.
+    A single loss, () or (1,), is replaced by the losses of the rows, if these are the losses of the examples.
 
     Args:
         examined: the pass.
         calls: the layer calls of the pass.
         found: what the pass gave.
     """
-    if found.losses.dim() == 0 and examined.rows is not None:
+    if found.losses.numel() == 1 and examined.rows is not None:
         rows = rows_of_examples(examined, calls, examined.rows.losses)
         if rows.keys() == {call.name for call in calls}:
             return examined.rows, rows

@@ -1,9 +1,12 @@
 """Several optimizers as one, since Lightning's automatic optimization accepts only one; and L-BFGS."""
 
+import math
 from collections import ChainMap
 from collections.abc import Callable, Iterable
+from functools import partial, update_wrapper
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import LBFGS, Optimizer
 
@@ -62,12 +65,65 @@ class _States(ChainMap[Any, Any]):
         return next((state for state in self.maps if key in state), self.maps[0])
 
 
+def _searched(optimizer: Optimizer, step: Callable[..., Any], closure: Callable[[], Any]) -> None:
+    Search(optimizer, closure).run(step)
+
+
 def step_together(configured: Any) -> Any:
-    """The return value of configure_optimizers, with several optimizers merged into one; a single one is unchanged."""
+    """The return value of configure_optimizers, with several optimizers merged into one; L-BFGS steps by `Search`."""
     if configured is None:
         return None
     optimizers, schedulers, _ = configure_optimizers(configured)
+    for optimizer in optimizers:
+        if isinstance(optimizer, LBFGS):
+            searched = partial(_searched, optimizer, optimizer.step)
+            setattr(optimizer, "step", update_wrapper(searched, optimizer.step))  # a scheduler marks it
     return configured if len(optimizers) < 2 else ([Together(optimizers)], schedulers)
+
+
+class _Failed(Exception):
+    """A later evaluation of a step of L-BFGS was not finite."""
+
+
+class Search:
+    """A step of L-BFGS, which is taken back if a loss or gradient on its way is not finite.
+
+    If the first is not, it gets no gradient, with which L-BFGS does not move.
+
+    Args:
+        optimizer: L-BFGS; if its step is taken back, it forgets its history, which led there.
+        evaluate: writes the gradients and returns the loss; None if one of them is not finite.
+    """
+
+    def __init__(self, optimizer: Optimizer, evaluate: Callable[[], Any]) -> None:
+        self._optimizer = optimizer
+        self._evaluate = evaluate
+        self._params = [p for group in optimizer.param_groups for p in group["params"]]
+        self._before = [p.detach().clone() for p in self._params]
+        self._evaluations = 0
+
+    def run(self, step: Callable[[Callable[[], Any]], Any]) -> None:
+        """Do the step, which gets the closure."""
+        try:
+            step(self._closure)
+        except BaseException as error:
+            with torch.no_grad():
+                for p, before in zip(self._params, self._before, strict=True):
+                    p.copy_(before)
+            self._optimizer.state.clear()
+            if not isinstance(error, _Failed):
+                raise
+
+    def _closure(self) -> Any:
+        self._evaluations += 1
+        loss = self._evaluate()
+        if loss is not None:
+            return loss
+        if self._evaluations > 1:
+            raise _Failed
+        for p in self._params:
+            p.grad = None
+        return math.nan
 
 
 def lbfgs(params: Iterable[nn.Parameter], lr: float = 1.0, max_iter: int = 20, weight_decay: float = 0.0) -> Optimizer:

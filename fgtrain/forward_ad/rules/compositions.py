@@ -250,6 +250,13 @@ def _binary_cross_entropy(x: Tensor, target: Tensor, weight: Tensor | None = Non
     return _reduced(losses if weight is None else losses * weight, reduction)
 
 
+@composition_of("kl_div")
+def _kl_div(x: Tensor, target: Tensor, reduction: int = 1, *, log_target: bool = False) -> Tensor:
+    """y (log y - x), also where y is 0 and does not move; there PyTorch's forward mode gives nan."""
+    losses = target.exp() * (target - x) if log_target else torch.xlogy(target, target) - target * x
+    return _reduced(losses, reduction)
+
+
 @composition_of("multi_margin_loss")
 def _multi_margin_loss(
     x: Tensor, target: Tensor, p: float = 1, margin: float = 1, weight: Tensor | None = None, reduction: int = 1

@@ -16,6 +16,7 @@ from fgtrain.forward_ad.dual import Dual, dual, primal_of, tangent_of
 from fgtrain.forward_ad.registry import RULES, Rule, functions_named, register
 from fgtrain.forward_ad.rules.arithmetic import aligned
 from fgtrain.forward_ad.rules.per_direction import laid_out
+from fgtrain.forward_ad.steep import STEEP, where_moved
 
 
 def _register_family(names: str, family: Callable[[Any], Rule]) -> None:
@@ -236,7 +237,10 @@ def elementwise(func: Any) -> Rule:
             primal = laid_out(primal_of(x))
             positional, keywords = tree_unflatten([fwAD.make_dual(primal, torch.ones_like(primal)), *others], spec)
             value, slope = fwAD.unpack_dual(func(*positional, **keywords))
-        return dual(value, None if slope is None else tangent_of(x) * slope)
+        if slope is None:
+            return value
+        tangent = tangent_of(x)
+        return dual(value, where_moved(tangent * slope, [tangent]) if func in STEEP else tangent * slope)
 
     return rule
 

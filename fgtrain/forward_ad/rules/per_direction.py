@@ -12,6 +12,7 @@ from fgtrain.forward_ad.lost_derivatives import is_differentiable
 from fgtrain.forward_ad.passes import UnsupportedByEngine
 from fgtrain.forward_ad.registry import Rule
 from fgtrain.forward_ad.running import num_traced_draws
+from fgtrain.forward_ad.steep import STEEP, where_moved
 from fgtrain.network.snapshot import TorchRandomState
 
 
@@ -40,7 +41,10 @@ def per_direction(func: Any) -> Rule:
                     leaves[i] = fwAD.make_dual(primal, tangent[k])
                 positional, keywords = tree_unflatten(leaves, spec)
                 outputs, out_spec = tree_flatten(func(*positional, **keywords))
-                columns.append([fwAD.unpack_dual(o) if is_differentiable(o) else (o, None) for o in outputs])
+                found = [fwAD.unpack_dual(o) if is_differentiable(o) else (o, None) for o in outputs]
+            if func in STEEP:
+                found = [(o, t if t is None else where_moved(t, [v[k] for _, _, v in pairs])) for o, t in found]
+            columns.append(found)
         assert out_spec is not None
         results = []
         for parts in zip(*columns, strict=True):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fgtrain.forward_ad.dual import Dual
 from fgtrain.forward_ad.registry import SHORT, functions_named, register
 from fgtrain.forward_ad.rules.arithmetic import aligned
+from fgtrain.forward_ad.steep import STEEP, where_moved
 
 Part = tuple[Any, Any]
 """A value, and its tangents (K, *shape) or None."""
@@ -128,7 +129,8 @@ def _unary(func: Callable[..., Tensor], slope: Callable[[Tensor, Tensor], Any]) 
         if part is None or part[0].is_complex():
             return NotImplemented
         value = func(part[0])
-        return Dual(value, part[1] * slope(part[0], value))
+        tangent = part[1] * slope(part[0], value)
+        return Dual(value, where_moved(tangent, [part[1]]) if func in STEEP else tangent)
 
     return short
 

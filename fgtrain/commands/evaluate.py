@@ -5,10 +5,8 @@ The run's config.yaml says which model and data to use. The results are written 
 
 from pathlib import Path
 
-from rich.console import Console
-
 from fgtrain.runs.evaluate import SPLITS, evaluate
-from fgtrain.runs.messages import OneLineParser, errors_as_lines, silence_libraries
+from fgtrain.runs.messages import OneLineParser, errors_as_lines, plain_console, silence_libraries
 
 
 def main() -> None:
@@ -21,7 +19,7 @@ def main() -> None:
     silence_libraries()
     with errors_as_lines():
         results = evaluate(args.checkpoint, args.split, args.out)
-    console = Console()
+    console = plain_console()
     for name, value in results["metrics"].items():
         console.print(f"{name} {value:.6g}", highlight=False)
     console.print(f"results in {results['written']}", soft_wrap=True, highlight=False)

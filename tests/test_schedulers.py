@@ -48,9 +48,9 @@ SCHEDULES = {
 def test_an_optimizer_is_the_same_after_the_changes_of_its_scheduler(make, momentum):
     """Settings that the scheduler leaves alone, and its own start, must be equal."""
 
-    def optimizer(**changes):
-        settings = {"lr": 2.0, "momentum": momentum, "weight_decay": 0.1} | changes
-        return torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], **settings)
+    def optimizer(lr=2.0, weight_decay=0.1):
+        parameter = torch.nn.Parameter(torch.zeros(1))
+        return torch.optim.SGD([parameter], lr=lr, momentum=momentum, weight_decay=weight_decay)
 
     trained = optimizer()
     schedule = make(trained)

@@ -53,6 +53,8 @@ def study(args: argparse.Namespace) -> None:
     lengths = args.lengths or ([100, 1000] if args.quick else [100, 1000, 10_000])
     if min(*lags, *lengths, *([] if args.updates is None else [args.updates])) < 2:
         raise ConfigError("--lags, --lengths and --updates must be at least 2")
+    if not 0 <= args.seed < 2**32 - 1:  # the next one is the seed of the search
+        raise ConfigError(f"--seed must be from 0 to {2**32 - 2}, got {args.seed}")
     make_folder(args.out)
     console = plain_console(stderr=True)
     trained = [way for way in WAYS if way not in SAME_GRADIENTS]

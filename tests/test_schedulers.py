@@ -74,5 +74,5 @@ def test_an_optimizer_is_the_same_after_the_changes_of_its_scheduler(make, momen
     ],
 )
 def test_a_scheduler_that_a_run_cannot_step_is_refused(make, message):
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=f"^scheduler: {message}"):
         _try_out(torch.optim.SGD, make)

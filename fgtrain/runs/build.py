@@ -109,13 +109,13 @@ def _try_out(optimizer: Callable[..., Any], scheduler: Callable[..., Any] | None
 
 def _refuse_other_schedulers(made: Any) -> None:
     if not callable(getattr(made, "step", None)):
-        raise ConfigError(f"scheduler: a run needs a scheduler like those of PyTorch, got {type(made).__name__}")
+        raise ConfigError(f"a run needs a scheduler like those of PyTorch, got {type(made).__name__}")
     required = [
         p.name for p in signature(made.step).parameters.values() if p.default is p.empty and p.kind < p.VAR_POSITIONAL
     ]
     if required:
         raise ConfigError(
-            f"scheduler: {type(made).__name__} needs {', '.join(required)} at every step, which a run does not pass; "
+            f"{type(made).__name__} needs {', '.join(required)} at every step, which a run does not pass; "
             "choose a schedule that depends on the step only, such as scheduler=cosine"
         )
 

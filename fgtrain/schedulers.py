@@ -1,7 +1,10 @@
 """Learning-rate schedules that PyTorch does not have in this form."""
 
+import inspect
 import logging
 import math
+from collections.abc import Callable
+from typing import Any
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -29,3 +32,8 @@ def cosine(optimizer: Optimizer, total_steps: int, warmup_steps: int = 0) -> Lam
         return (1 + math.cos(math.pi * min(1.0, progress))) / 2
 
     return LambdaLR(optimizer, factor)
+
+
+def some_length(make_scheduler: Callable[..., Any]) -> dict[str, int]:
+    """The option `total_steps` of a long run, for a scheduler that is only tried out; empty if it takes none."""
+    return {"total_steps": 10**6} if "total_steps" in inspect.signature(make_scheduler).parameters else {}

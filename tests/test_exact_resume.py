@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 import warnings
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -37,6 +38,7 @@ SCHEDULERS = {
     "cosine": cosine,
     "warm-up": lambda optimizer, total_steps: cosine(optimizer, total_steps, warmup_steps=3),
     "exponential": lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9),
+    "one cycle": partial(torch.optim.lr_scheduler.OneCycleLR, max_lr=0.1),
 }
 TIMES = ("train/step_ms",)
 
@@ -245,6 +247,7 @@ LONGER = st.sampled_from([{"max_steps": 17}, {"max_steps": -1, "max_epochs": 5},
 @given(plan=PLANS)
 @settings(max_examples=12, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 @example(plan=Plan(EPOCHS, save_every=5, cuts=((18, True), (12, True))))
+@example(plan=Plan(EPOCHS, "one cycle", cuts=((18, True), (12, True))))
 def test_any_run_cut_up_to_three_times(plan):
     assert_exact(plan)
 

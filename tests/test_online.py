@@ -80,10 +80,17 @@ def test_the_command_writes_a_table_and_figures(tmp_path, monkeypatch, capsys):
     assert len(found["costs"]) == 2 * len(WAYS)
 
 
-@pytest.mark.parametrize("option", ["--lags", "--lengths", "--updates"])
-def test_a_bad_number_is_one_line(option, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["online", option, "0"])
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [(name, "0", "--lags, --lengths and --updates must be at least 2") for name in ("--lags", "--lengths", "--updates")]
+    + [
+        ("--seed", value, f"--seed must be from 0 to 4294967294, got {value}")
+        for value in ("-1", "99999999999999999999")
+    ],
+)
+def test_a_bad_number_is_one_line(option, value, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["online", option, value])
     with pytest.raises(SystemExit) as end:
         run_command()
     err = capsys.readouterr().err
-    assert (end.value.code, err) == (2, "fgtrain: --lags, --lengths and --updates must be at least 2\n")
+    assert (end.value.code, err) == (2, f"fgtrain: {message}\n")

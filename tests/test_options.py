@@ -60,6 +60,14 @@ def test_help_describes_the_command_before_the_options(tmp_path):
     assert "channels: 64 " in out
 
 
+def test_resolve_shows_values_without_a_folder(tmp_path):
+    status, out, err = train(tmp_path, "--cfg", "job", "--resolve", "lr=0.5")
+    assert (status, err) == (0, "")
+    shown = yaml.safe_load(out)
+    assert (shown["optimizer"]["lr"], shown["callbacks"]["recovery"]["dirpath"]) == (0.5, "RUN_DIR/checkpoints")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -6,6 +6,8 @@ import textwrap
 import pytest
 from omegaconf import OmegaConf
 
+from fgtrain.commands.evaluate import main as evaluate_command
+from fgtrain.commands.replay import main as replay_command
 from tests.commands import PACKAGE, results_under, train
 
 
@@ -57,6 +59,24 @@ def test_targets_on_the_command_line(project):
     assert (results["model"], results["data"]) == (f"{name}.MyNet", f"{name}.MyData")
     assert results["steps"] == 4
     assert "test/acc" in results["metrics"]
+
+
+@pytest.mark.slow
+def test_evaluate_and_replay_find_modules_in_the_current_folder(project, monkeypatch, capsys):
+    """Installed, the commands have the folder of the program in the path of imports, not the current one."""
+    folder, name = project
+    path = [entry for entry in sys.path if entry not in ("", str(folder))]
+    overrides = [f"model._target_={name}.MyNet", f"data._target_={name}.MyData", "callbacks=replay_log", *SHORT]
+    status, _, err = train(folder, *overrides, "hydra.run.dir=run", "quiet=true")
+    assert status == 0, err
+    monkeypatch.chdir(folder)
+    for command, *arguments in ((evaluate_command, "--split", "val"), (replay_command, "weights.pt")):
+        del sys.modules[name]
+        monkeypatch.setattr("sys.path", [*path])
+        monkeypatch.setattr(sys, "argv", ["fgtrain", "run", *arguments])
+        command()
+    assert "val/acc" in capsys.readouterr().out
+    assert (folder / "weights.pt").is_file()
 
 
 @pytest.mark.slow

@@ -235,6 +235,7 @@ BAD = [
     ("lr", r"missing EQUAL"),
     ("hydra=null", r"hydra is not one value: set its keys, such as hydra.run.dir=..."),
     ("data=7", r"data takes the name of a file: cifar10, .*; ~data leaves the group out"),
+    ("logger=null", r"logger takes the name of a file: csv, .*; logger=none leaves the group out"),
     ("scheduler=null", r"scheduler takes the name of a file: constant, cosine, exponential; ~scheduler leaves"),
     ("trainer.check_val_every_n_epoch=0", r"trainer.check_val_every_n_epoch must be above 0, got 0; null counts the"),
     ("+trainer.logger=false", r"trainer.logger: the run sets this argument; use logger=..."),

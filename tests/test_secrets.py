@@ -4,8 +4,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from fgtrain.runs.config import to_plain, to_saved
-from tests.commands import results_under, train
+from fgtrain.runs.config import to_plain, to_saved, typed
+from tests.commands import composed, results_under, train
 
 SECRET = "hunter2"
 SHORT = ("trainer.max_steps=4", "trainer.val_check_interval=2", "quiet=true", "method=backprop", "data=text")
@@ -50,6 +50,20 @@ def test_a_run_repeated_and_resumed(folder, monkeypatch):
     status, _, err = train(folder, *SHORT, "hydra.run.dir=run", "resume=auto", "lr=0.1", "trainer.max_steps=8")
     assert (status, err.count("\n")) == (2, 1)
     assert "lr is ${oc.env:RATE} in the run of" in err
+    assert leaks(folder) == []
+
+
+def test_another_process_gets_the_same_values(folder):
+    """They are strings in the environment; the top level of the configuration has types."""
+    cfg = composed("lr='${oc.env:RATE}'", "seed='${oc.env:BATCH}'", "max_skipped_share='${oc.env:RATE}'")
+    assert to_plain(typed(to_saved(cfg))) == to_plain(cfg)
+
+
+@pytest.mark.slow
+def test_several_processes(folder):
+    processes = ("trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu", "callbacks=none")
+    status, _, err = train(folder, *SHORT, *processes, "seed='${oc.env:BATCH}'")
+    assert status == 0, err
     assert leaks(folder) == []
 
 

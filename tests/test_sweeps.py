@@ -5,6 +5,7 @@ import importlib.util
 import json
 import math
 import re
+import shlex
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -66,6 +67,30 @@ def test_the_title_names_the_value_that_orders_the_runs(name, tmp_path, capsys, 
     assert [float(found[1]) for line in lines if (found := re.search(r"lr=([\d.]+)", line))] == [1, 2, 3]
     with (tmp_path / "sweep.csv").open() as file:
         assert [float(row[name]) for row in csv.DictReader(file)] == [1, 2, 3]
+
+
+def test_names_with_brackets_and_colons_are_shown_as_they_are(tmp_path, capsys, monkeypatch):
+    """Rich would take them for markup and emoji."""
+    folder = tmp_path / "a [b] :smile:"
+    (folder / "0").mkdir(parents=True)
+    (folder / "0" / "overrides.yaml").write_text(json.dumps(["data.paths=[/x/y]", "logger=[csv]"]))
+    (folder / "0" / "results.json").write_text(json.dumps({"metrics": {"loss": 1.0}, "steps": 4, "train_seconds": 1.0}))
+    monkeypatch.setattr(SweepTable, "_folder", folder)
+    SweepTable.close()
+    out = capsys.readouterr().out
+    assert "data.paths=[/x/y] logger=[csv]" in out
+    assert f"sweep.csv in {folder}\n" in out
+    assert shlex.split(out.splitlines()[-1])[-1] == str(folder)
+
+
+def test_a_sweep_started_again_continues_in_its_folders(tmp_path):
+    command = ["-m", "lr=0.1,-1", "method=backprop", "trainer.max_steps=2", "quiet=true", "hydra.sweep.dir=sweep"]
+    assert train(tmp_path, *command)[0] == 2
+    before = sorted(tmp_path.glob("sweep/*_*"))
+    assert "job 0_lr=0.1,method=backprop failed: run_dir=" in train(tmp_path, *command)[2]
+    failed, *_ = train(tmp_path, *command, "resume=auto")[2].splitlines()
+    assert failed == "fgtrain: job 1_lr=-1,method=backprop failed: lr must be positive, got -1.0"
+    assert sorted(tmp_path.glob("sweep/*_*")) == before
 
 
 def test_names_of_runs_are_short(sweep):

@@ -17,13 +17,12 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch: silences 
 
 import torch
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from fgtrain.lightning.atomic_files import make_folder
 from fgtrain.memory import keep_freed_memory
-from fgtrain.runs.messages import OneLineParser, errors_as_lines, silence_libraries, wide_console
+from fgtrain.runs.messages import OneLineParser, errors_as_lines, plain_console, silence_libraries
 from fgtrain.studies.benchmarks.chains import chains_table, measure_chains
 from fgtrain.studies.benchmarks.loop import loop_overhead
 from fgtrain.studies.benchmarks.methods import methods_of
@@ -100,12 +99,12 @@ def bench(args: argparse.Namespace) -> None:
     if args.compile:
         methods += [method._replace(compiled=True) for method in (*REFERENCES, *methods)]
     rows = []
-    with Console(stderr=True).status("") as status:
+    with plain_console(stderr=True).status("") as status:
         for model in args.models:
             for batch_size in args.batch_sizes:
                 options = {"precision": args.precision, "rounds": args.rounds, "progress": status.update}
                 rows += measure(model, batch_size, [*methods, *peers], device, **options)
-    wide_console(150).print(table(rows))
+    plain_console(150).print(table(rows))
     if args.json:
         args.json.write_text(json.dumps([row.as_dict() for row in rows], indent=2) + "\n")
 
@@ -137,13 +136,13 @@ def print_loop_overhead(methods: list[str]) -> None:
     for method in methods:
         found = loop_overhead(method)
         grid.add_row(method, *(f"{found[name]:.0f}" for name in list(found)[:-1]), f"{found['to_plain']:.2f}")
-    Console().print(grid)
+    plain_console().print(grid)
 
 
 def print_chains(args: argparse.Namespace) -> None:
     """Print the forward passes that derivatives along chains of small operations take."""
     rows = measure_chains(args.widths, args.rounds)
-    wide_console(150).print(chains_table(rows))
+    plain_console(150).print(chains_table(rows))
     if args.json:
         args.json.write_text(json.dumps([row._asdict() for row in rows], indent=2) + "\n")
 
@@ -158,7 +157,7 @@ def print_scaling(args: argparse.Namespace, device: torch.device) -> None:
     ]
     links = [Link(gbit * 1e9 / 8, args.latency_us / 1e6) for gbit in args.gbit]
     rows = rows_of(computes, args.ranks, links)
-    wide_console(150).print(scaling_table(rows, f"ms a step, compute measured on {device}, link modelled"))
+    plain_console(150).print(scaling_table(rows, f"ms a step, compute measured on {device}, link modelled"))
     if args.json:
         args.json.write_text(json.dumps(rows, indent=2) + "\n")
 
@@ -178,9 +177,9 @@ def print_thin_wire(args: argparse.Namespace) -> None:
     make_folder(args.out)
     jobs = [(data, method, rate) for data in problems for rate in mbit for method in methods]
     measured: list[Measured] = []
-    console, progress = Console(), Console(stderr=True)
+    console, progress = plain_console(), plain_console(stderr=True)
     for data, method, rate in track(jobs, "training over the link", console=progress, transient=True):
         measured.append(measure_pair(data, method, rate, problems[data]))
         page = write_report(measured, problems, args.out)
-    console.print(page, soft_wrap=True, highlight=False, markup=False)
+    console.print(page, soft_wrap=True, highlight=False)
     console.print(f"thin_wire.md, thin_wire.json, thin_wire.png and thin_wire.svg in {args.out}", soft_wrap=True)

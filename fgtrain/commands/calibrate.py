@@ -12,13 +12,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.progress import track
 
 from fgtrain.figures import save
 from fgtrain.lightning.atomic_files import make_folder
 from fgtrain.memory import keep_freed_memory
-from fgtrain.runs.messages import OneLineParser, errors_as_lines, silence_libraries, wide_console
+from fgtrain.runs.messages import OneLineParser, errors_as_lines, plain_console, silence_libraries
 from fgtrain.studies.calibration import HEADINGS, METHODS, Cost, costs, draw, follow, rows_of, search, table_of
 from fgtrain.studies.compare.table import markdown_table
 from fgtrain.tasks import Calibration
@@ -62,7 +61,7 @@ def calibrate(args: argparse.Namespace) -> None:
             f"--memory-steps must be at least 1 and --memory-limit a number, got {args.memory_steps} and "
             f"{args.memory_limit}"
         )
-    task, console = _task(args), Console(stderr=True)
+    task, console = _task(args), plain_console(stderr=True)
     make_folder(args.out)
     with console.status("compiling"):
         for method in METHODS:
@@ -78,7 +77,7 @@ def calibrate(args: argparse.Namespace) -> None:
     (args.out / "calibration.md").write_text(_page(args, rows_of(courses), memory))
     found = {"paths": [course._asdict() for course in courses], "costs": [cost._asdict() for cost in memory]}
     (args.out / "calibration.json").write_text(json.dumps(found) + "\n")
-    wide_console(110).print(table_of(courses))
+    plain_console(110).print(table_of(courses))
     print(f"calibration.md, calibration.json, calibration.png and calibration.svg in {args.out}")
 
 

@@ -26,7 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fgtrain.errors import ConfigError, Interrupted
 from fgtrain.memory import keep_freed_memory
-from fgtrain.runs.messages import USER_ERRORS, fail, silence_libraries, wide_console
+from fgtrain.runs.messages import USER_ERRORS, fail, plain_console, silence_libraries, tensorboard_command
 from fgtrain.studies.compare import compare, parse, write_report
 from fgtrain.studies.compare.plan import describe_arguments
 from fgtrain.studies.compare.report import statement
@@ -59,7 +59,7 @@ def run(arguments: Sequence[str]) -> None:
     program = ["python", "scripts/compare.py"] if sys.argv[0].endswith(".py") else ["fgtrain", "compare"]
     options = _options(arguments, " ".join(program))
     command = shlex.join([*program, *arguments])
-    out = wide_console(140)
+    out = plain_console(140)
     if any(argument.startswith("suite=") for argument in options.arguments):
         folder, rungs = read_suite(options.arguments, options.config_dir)
         with _progress() as tell:
@@ -76,14 +76,14 @@ def run(arguments: Sequence[str]) -> None:
     figures = sorted(path.name for path in plan.folder.glob("*.png"))
     written = ", ".join(["table.md", "table.json", "table.csv", *figures])
     out.print(f"{written} in {plan.folder}; each figure is also an .svg", soft_wrap=True, highlight=False)
-    out.print(f"look at it: tensorboard --host 127.0.0.1 --logdir {plan.folder}", soft_wrap=True, highlight=False)
+    out.print(tensorboard_command(plan.folder), soft_wrap=True, highlight=False)
 
 
 @contextmanager
 def _progress() -> Generator[Tell]:
     """A function that shows how far the runs are, as a bar on a terminal and as lines in a file."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    console = plain_console(stderr=True)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn())
     times = (TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, *times, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("comparing")
@@ -91,7 +91,7 @@ def _progress() -> Generator[Tell]:
         def tell(text: str, done: int, total: int) -> None:
             progress.update(bar, description=text, completed=done, total=total)
             if not console.is_terminal:
-                console.print(f"[{done}/{total}] {text}", markup=False, highlight=False, soft_wrap=True)
+                console.print(f"[{done}/{total}] {text}", highlight=False, soft_wrap=True)
 
         yield tell
 

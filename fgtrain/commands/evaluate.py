@@ -3,12 +3,12 @@
 The run's config.yaml says which model and data to use. The results are written in the format of results.json.
 """
 
+import os
+import sys
 from pathlib import Path
 
-from rich.console import Console
-
 from fgtrain.runs.evaluate import SPLITS, evaluate
-from fgtrain.runs.messages import OneLineParser, errors_as_lines, silence_libraries
+from fgtrain.runs.messages import OneLineParser, errors_as_lines, plain_console, silence_libraries
 
 
 def main() -> None:
@@ -19,9 +19,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="file for the results")
     args = parser.parse_args()
     silence_libraries()
+    sys.path.append(os.getcwd())  # _target_ may name a module in the current folder
     with errors_as_lines():
         results = evaluate(args.checkpoint, args.split, args.out)
-    console = Console()
+    console = plain_console()
     for name, value in results["metrics"].items():
         console.print(f"{name} {value:.6g}", highlight=False)
     console.print(f"results in {results['written']}", soft_wrap=True, highlight=False)

@@ -15,14 +15,13 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch: silences 
 
 import torch
 from hydra.utils import instantiate
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from fgtrain.errors import ConfigError
 from fgtrain.figures import save
 from fgtrain.lightning.atomic_files import make_folder
-from fgtrain.runs.messages import OneLineParser, errors_as_lines, silence_libraries, wide_console
+from fgtrain.runs.messages import OneLineParser, errors_as_lines, plain_console, silence_libraries
 from fgtrain.studies.compare.plan import compose_run
 from fgtrain.studies.online import RATES, SAME_GRADIENTS, WAYS, Cost, Recalled, cost, draw, learn, table_of
 
@@ -54,8 +53,10 @@ def study(args: argparse.Namespace) -> None:
     lengths = args.lengths or ([100, 1000] if args.quick else [100, 1000, 10_000])
     if min(*lags, *lengths, *([] if args.updates is None else [args.updates])) < 2:
         raise ConfigError("--lags, --lengths and --updates must be at least 2")
+    if not 0 <= args.seed < 2**32 - 1:  # the next one is the seed of the search
+        raise ConfigError(f"--seed must be from 0 to {2**32 - 2}, got {args.seed}")
     make_folder(args.out)
-    console = Console(stderr=True)
+    console = plain_console(stderr=True)
     trained = [way for way in WAYS if way not in SAME_GRADIENTS]
     searched = track(trained, "searching learning rates", console=console, transient=True)
     rates = {way: _best_rate(way, min(lags), _updates(args, min(lags)) // 3, args.seed + 1) for way in searched}
@@ -72,7 +73,7 @@ def study(args: argparse.Namespace) -> None:
         table.add_column(name, justify="left" if name == "way" else "right")
     for row in rows:
         table.add_row(*(str(row[name]) for name in rows[0]))
-    wide_console(140).print(table)
+    plain_console(140).print(table)
     print(f"online.json, online.png and online.svg in {args.out}")
 
 

@@ -14,14 +14,13 @@ from pathlib import Path
 
 import torch
 from hydra.utils import instantiate
-from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 from fgtrain.errors import ConfigError
 from fgtrain.figures import save
 from fgtrain.lightning.atomic_files import make_folder
-from fgtrain.runs.messages import OneLineParser, errors_as_lines, silence_libraries
+from fgtrain.runs.messages import OneLineParser, errors_as_lines, plain_console, silence_libraries
 from fgtrain.studies.compare.plan import compose_run
 from fgtrain.studies.profiles import draw, problems, share_solved, solve, speed_of_batching
 from fgtrain.tasks import Rosenbrock
@@ -63,7 +62,7 @@ def profile(args: argparse.Namespace) -> None:
     rates = [10 ** (-k / 2) for k in range(args.rates)]
     found = []
     jobs = [(m, f) for f in problems(args.dims, args.starts * args.rates) for m in args.methods]
-    for method, function in track(jobs, "solving", console=Console(stderr=True), transient=True):
+    for method, function in track(jobs, "solving", console=plain_console(stderr=True), transient=True):
         estimator = instantiate(configs[method].method)
         options = {"tolerance": args.tolerance, "seed": args.seed}
         found.append(solve(function, method, estimator, rates, args.starts, args.evaluations, **options))
@@ -78,7 +77,7 @@ def profile(args: argparse.Namespace) -> None:
     for method in args.methods:
         shares = share_solved([s for s in found if s.method == method], budgets)
         table.add_row(method, *(f"{share:.2f}" for share in shares.tolist()))
-    Console().print(table)
+    plain_console().print(table)
     estimator, rows_at_once = instantiate(configs[args.methods[-1]].method), args.starts * args.rates
     faster = speed_of_batching(lambda count: Rosenbrock(count, "domain", dim=max(args.dims)), estimator, rows_at_once)
     print(f"one iteration of {rows_at_once} starts and learning rates is {faster:.0f} times faster than one at a time")

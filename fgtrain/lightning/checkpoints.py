@@ -1,6 +1,7 @@
 """Checkpoints on disk: written whole or not at all, read without running code, refused when damaged."""
 
 import sys
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch.optim import Optimizer
 from fgtrain.errors import CheckpointError
 from fgtrain.estimators import GradientEstimator
 from fgtrain.lightning.atomic_files import atomically, make_folder, save_atomically
+from fgtrain.schedulers import some_length
 
 NAMES = ("last.ckpt", "previous.ckpt")
 PARTS = ("state_dict", "optimizer_states", "loops", "pytorch-lightning_version")  # required to continue a run
@@ -164,16 +166,25 @@ def carry_over(checkpoint: Mapping[str, Any], callbacks: Iterable[Callback], ori
         state["dirpath"] = callback.dirpath
 
 
-def refuse_other_optimizer(saved: Mapping[str, Any], own: Optimizer) -> None:
+def refuse_other_optimizer(
+    saved: Mapping[str, Any], own: Optimizer, make_scheduler: Callable[..., Any] | None = None
+) -> None:
     """Raise unless the settings in an optimizer's saved state, which would replace those of `own`, are the same.
+
+    Settings that the scheduler changes during a run are not compared, such as the momentum under OneCycleLR.
 
     Raises:
         CheckpointError: the message names the first difference.
     """
-    for before, group in zip(saved["param_groups"], own.param_groups, strict=False):
-        asked = {name: value for name, value in group.items() if name not in ("params", "lr")}
+    at_start = [dict(group) for group in own.param_groups]
+    if make_scheduler is not None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch misses the step of the optimizer
+            make_scheduler(own, **some_length(make_scheduler)).step()
+    for before, start, group in zip(saved["param_groups"], at_start, own.param_groups, strict=False):
+        asked = {name: value for name, value in start.items() if name not in ("params", "lr") and group[name] == value}
         if "initial_lr" in before:  # the scheduler's start; without a scheduler lr may have changed
-            asked["initial_lr"] = group["lr"]
+            asked["initial_lr"] = group.get("initial_lr", start["lr"])
         if before.keys() - group.keys() - {"initial_lr"} and asked.keys() - before.keys():
             raise CheckpointError(f"the checkpoint is of another run: its optimizer was not {type(own).__name__}")
         for name in sorted(asked.keys() & before.keys()):

@@ -183,7 +183,7 @@ class EstimatorModule(L.LightningModule):
             carry_over(checkpoint, trainer.callbacks, Path(trainer.ckpt_path), trainer.is_global_zero)
         self._saved_grads = dict(checkpoint.get("accumulated_grads", {}))
         for saved in checkpoint.get("optimizer_states", []):
-            refuse_other_optimizer(saved, self._optimizer())
+            refuse_other_optimizer(saved, self._optimizer(), self.make_scheduler)
 
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, ModelParallelStrategy) and not self._gathered_bytes:

@@ -20,6 +20,7 @@ from fgtrain.runs.config import signature_of, to_plain, to_saved
 from fgtrain.runs.config_check import check
 from fgtrain.runs.loggers import loggers_of
 from fgtrain.runs.world import plan
+from fgtrain.schedulers import some_length
 
 DATA_FACTS = ("input_shape", "num_classes", "vocab_size", "context")
 """Attributes of the data that are passed to the model's constructor if it takes them."""
@@ -101,9 +102,22 @@ def _try_out(optimizer: Callable[..., Any], scheduler: Callable[..., Any] | None
         trial = optimizer([torch.nn.Parameter(torch.zeros(1))])
         part = "scheduler"
         if scheduler is not None:
-            scheduler(trial, **({"total_steps": 10**9} if "total_steps" in signature(scheduler).parameters else {}))
+            _refuse_other_schedulers(scheduler(trial, **some_length(scheduler)))
     except (TypeError, ValueError, IndexError) as error:  # an IndexError for too short a list
         raise ConfigError(f"{part}: {error}") from error
+
+
+def _refuse_other_schedulers(made: Any) -> None:
+    if not callable(getattr(made, "step", None)):
+        raise ConfigError(f"a run needs a scheduler like those of PyTorch, got {type(made).__name__}")
+    required = [
+        p.name for p in signature(made.step).parameters.values() if p.default is p.empty and p.kind < p.VAR_POSITIONAL
+    ]
+    if required:
+        raise ConfigError(
+            f"{type(made).__name__} needs {', '.join(required)} at every step, which a run does not pass; "
+            "choose a schedule that depends on the step only, such as scheduler=cosine"
+        )
 
 
 def _model(node: DictConfig, known: Mapping[str, Any]) -> torch.nn.Module:

@@ -24,9 +24,8 @@ from fgtrain.runs.ctrl_c import ctrl_c_named
 from fgtrain.runs.messages import USER_ERRORS, cannot_write, fail, one_line, silence_libraries
 from fgtrain.runs.options import commented, groups
 from fgtrain.runs.starters import is_follower
-from fgtrain.runs.sweeps import SweepTable
+from fgtrain.runs.sweeps import ERROR_FILE, SweepTable
 
-ERROR_FILE = "error.txt"
 _HELP = ("-h", "--help", "--info")
 
 
@@ -168,6 +167,9 @@ def _hydra_main(task: Callable[[DictConfig], Any], config_name: str, description
             reason = "kept from the chosen file, since the new _target_ has no default"
             print(f"fgtrain: {reason}: {', '.join(kept)}", file=sys.stderr)
         return task(cfg)
+
+    if "--resolve" in sys.argv and not any(argument.startswith("run_dir=") for argument in sys.argv):
+        sys.argv.append("run_dir=RUN_DIR")  # a configuration that is only shown has no folder
 
     main = hydra.main(config_path=str(CONF), config_name=config_name, version_base="1.3")(job)
     asked = {*_HELP} & {*sys.argv}

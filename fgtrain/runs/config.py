@@ -101,6 +101,17 @@ OmegaConf.register_new_resolver("method_name", lambda _root_: _method_name(_root
 OmegaConf.register_new_resolver("file_name", lambda _root_: _file_name(_root_))  # names the folder of a run in a sweep
 
 
+def typed(plain: Mapping[Any, Any]) -> DictConfig:
+    """The configuration of plain values, such as `to_saved`; `TrainConfig` converts values from the environment.
+
+    Raises:
+        ConfigKeyError: a key is not one of `TrainConfig`.
+    """
+    cfg = OmegaConf.merge(OmegaConf.structured(TrainConfig), dict(plain))
+    assert isinstance(cfg, DictConfig)
+    return cfg
+
+
 def to_plain(cfg: DictConfig) -> dict[str, Any]:
     """The configuration as plain dicts and lists, interpolations resolved."""
     plain = OmegaConf.to_container(cfg, resolve=True)

@@ -29,10 +29,10 @@ from typing import Any, Self
 
 import torch.multiprocessing as mp
 from lightning.fabric.plugins.environments.lightning import find_free_network_port
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from fgtrain.errors import Interrupted, RankFailed, UserError, disk_error
-from fgtrain.runs.config import to_plain, to_saved
+from fgtrain.runs.config import to_plain, to_saved, typed
 from fgtrain.runs.config_check import check
 from fgtrain.runs.messages import USER_ERRORS, cannot_write, one_line, silence_libraries
 from fgtrain.runs.owner import owned
@@ -150,7 +150,7 @@ def _worker(rank: int, plain: dict[str, Any], choices: dict[str, str], size: int
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
     try:
-        results = run(OmegaConf.create(plain), choices)
+        results = run(typed(plain), choices)
     except (*USER_ERRORS, OSError) as error:
         if isinstance(error, OSError) and disk_error(error) is None:
             raise

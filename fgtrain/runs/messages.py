@@ -3,11 +3,13 @@
 import argparse
 import logging
 import re
+import shlex
 import sys
 import threading
 import warnings
 from collections.abc import Generator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import NoReturn
 
 import yaml
@@ -71,11 +73,21 @@ class OneLineParser(argparse.ArgumentParser):
         fail(f"{message}; --help describes the arguments")
 
 
-def wide_console(width: int) -> Console:
-    """A console of at least `width` columns, so that tables are not folded in a file or a narrow window."""
-    console = Console()
+def plain_console(width: int = 0, *, stderr: bool = False) -> Console:
+    """A console that prints brackets and colons of names as they are, not as markup or emoji.
+
+    Args:
+        width: the least number of columns, so that tables are not folded in a file or a narrow window.
+        stderr: whether it prints on stderr.
+    """
+    console = Console(stderr=stderr, markup=False, emoji=False)
     console.width = max(console.width, width)
     return console
+
+
+def tensorboard_command(folder: Path) -> str:
+    """The line that says how to look at the curves in a folder."""
+    return f"look at it: tensorboard --host 127.0.0.1 --logdir {shlex.quote(str(folder))}"
 
 
 def fail(error: BaseException | str) -> NoReturn:
@@ -149,7 +161,9 @@ def one_line(error: BaseException | str) -> str:
     elif missing_file := re.match(r"In '.*': Could not find '([\w/]+)/([^'/]+)'", text):
         text = re.sub(r"\nConfig search path:.*", "", text, flags=re.DOTALL).rstrip() + for_file(*missing_file.groups())
     elif text.startswith("Config group override must be a string or a list") and (group := _group_without_file()):
-        text = f"{group} takes the name of a file: {', '.join(groups()[group])}; ~{group} leaves the group out"
+        names = groups()[group]
+        out = f"{group}=none" if "none" in names else f"~{group}"
+        text = f"{group} takes the name of a file: {', '.join(names)}; {out} leaves the group out"
     elif text.startswith("Config group override must be a string or a list"):
         text = "hydra is not one value: set its keys, such as hydra.run.dir=..."
     elif isinstance(error, HydraException) and cause and not text.startswith("In "):

@@ -16,7 +16,7 @@ from yaml import AliasToken, YAMLError, scan
 
 from fgtrain.errors import ConfigError
 from fgtrain.lightning.atomic_files import write_atomically
-from fgtrain.runs.config import TrainConfig, to_saved
+from fgtrain.runs.config import to_saved, typed
 
 PACKAGES = ("fgtrain", "torch", "torchvision", "lightning", "hydra-core", "numpy", "scikit-learn", "tensorboard")
 _RUN_DIR = "<run_dir>"
@@ -78,7 +78,7 @@ def load_config(run_dir: Path) -> DictConfig:
         raise ConfigError(f"{path} is not the configuration of a run: it holds a {type(saved).__name__}")
     own = {name: value for name, value in saved.items() if name not in ("defaults", "hydra")}
     try:
-        return OmegaConf.merge(OmegaConf.structured(TrainConfig), own, {"run_dir": str(run_dir)})  # ty: ignore
+        return typed(own | {"run_dir": str(run_dir)})
     except ConfigKeyError as error:
         raise ConfigError(f"{path} is not the configuration of a run: {str(error).splitlines()[0]}") from error
 

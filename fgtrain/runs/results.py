@@ -5,10 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from fgtrain.errors import ConfigError
+from fgtrain.runs.messages import plain_console, tensorboard_command
 
 RESULTS = "results.json"
 
@@ -48,8 +48,8 @@ def print_results(results: Mapping[str, Any], run_dir: Path) -> None:
             else [f"{x:.5f}" for x in solution]
         )
         table.add_row("solution", ", ".join(values[:6]))
-    console = Console()
+    console = plain_console()
     console.print(table)
     console.print(f"results in {run_dir}", soft_wrap=True, highlight=False)
     if any(run_dir.glob("events.out.tfevents.*")):
-        console.print(f"look at it: tensorboard --host 127.0.0.1 --logdir {run_dir}", soft_wrap=True, highlight=False)
+        console.print(tensorboard_command(run_dir), soft_wrap=True, highlight=False)

@@ -18,9 +18,10 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
-from fgtrain.runs.messages import wide_console
+from fgtrain.runs.messages import plain_console, tensorboard_command
 from fgtrain.runs.seed_curves import write_seed_curves
 
+ERROR_FILE = "error.txt"
 OBJECTIVES = ("val/loss", "loss", "train/loss")  # a run uses the first that it has
 SHOWN = ("test/acc", "val/acc", "val/loss", "loss", "distance_to_minimum")
 
@@ -64,6 +65,7 @@ class SweepTable(Callback):
             folder = Path(config.hydra.runtime.output_dir)
             folder.mkdir(parents=True, exist_ok=True)
             OmegaConf.save(config.hydra.overrides.task, folder / "overrides.yaml")
+            (folder / ERROR_FILE).unlink(missing_ok=True)  # of an earlier start in the same folder
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         if job_return.status == JobStatus.FAILED:
@@ -85,10 +87,10 @@ class SweepTable(Callback):
             writer.writerows(rows)
         finished = [path for path in sorted(folder.glob("*/overrides.yaml")) if (path.parent / "results.json").exists()]
         write_seed_curves(folder, [(path.parent, _list_of(path)) for path in finished])
-        console = wide_console(120)
+        console = plain_console(120)
         console.print(_table(rows))
         console.print(f"sweep.csv in {folder}", soft_wrap=True, highlight=False)
-        console.print(f"look at it: tensorboard --host 127.0.0.1 --logdir {folder}", soft_wrap=True, highlight=False)
+        console.print(tensorboard_command(folder), soft_wrap=True, highlight=False)
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ class StepProgress(L.Callback):
     refresh_seconds = 0.5
 
     def __init__(self) -> None:
-        self.console = Console(stderr=True)
+        self.console = Console(stderr=True, markup=False, emoji=False)
         self._bar: Progress | None = None
         self._total = 0
         self._first_step = 0
@@ -33,7 +33,12 @@ class StepProgress(L.Callback):
         self._total = total_steps(trainer, getattr(pl_module, "accumulate_grad_batches", 1)) or 0
         self._next_line = self._first_step + self._line_every() if trainer.is_global_zero else math.inf
         if trainer.is_global_zero and self.console.is_terminal:
-            columns = (TextColumn("training"), BarColumn(), TextColumn("{task.fields[status]}"), TimeRemainingColumn())
+            columns = (
+                TextColumn("training"),
+                BarColumn(),
+                TextColumn("{task.fields[status]}", markup=False),
+                TimeRemainingColumn(),
+            )
             self._bar = Progress(*columns, console=self.console, auto_refresh=False)
             self._bar.add_task("", total=self._total or None, status="")
             self._bar.start()

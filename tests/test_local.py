@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fgtrain import ActivityPerturbation, Backprop, LocalGuess, LocalLosses
+from fgtrain import FDFA, ActivityPerturbation, Backprop, LocalGuess, LocalLosses
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.models import LocalMixer
 from fgtrain.network.chains import SideBySide
@@ -184,3 +184,9 @@ def test_mixer_of_parts_that_do_not_fit():
 def test_what_it_refuses(model, loss_fn, message):
     with pytest.raises(UnsupportedOperation, match=message):
         LocalLosses()(model, loss_fn)
+
+
+def test_an_estimator_with_a_state_cannot_serve_all_blocks():
+    with pytest.raises(ValueError, match="FDFA keeps the feedback of one model and cannot serve several blocks"):
+        LocalLosses(FDFA())
+    LocalLosses(FDFA(), head="tail")

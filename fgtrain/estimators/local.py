@@ -88,6 +88,11 @@ class LocalLosses(LocalHeads):
         self.state_of_model = LocalHeads.state_of_model if head == "linear" else ""
         self.blocks = list_of_names(blocks)
         self.estimator = estimator or ActivityPerturbation(exact_head=True, shrinkage=True)
+        if head == "linear" and self.estimator.state_of_model:
+            raise ValueError(
+                f"{type(self.estimator).__name__} keeps {self.estimator.state_of_model} of one model and cannot serve "
+                "several blocks with linear heads; use another estimator, or head='tail'"
+            )
         self.backpropagates = self.estimator.backpropagates
         self.backward_pass = "none" if self.estimator.backward_pass == "none" else "within a block"
         self.gives_derivatives = head == "linear" and self.estimator.gives_derivatives

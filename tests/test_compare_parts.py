@@ -76,9 +76,8 @@ def test_the_loggers_of_a_comparison_are_its_own(argument):
         parse(["methods=[backprop]", argument])
 
 
-def test_a_key_given_twice_is_told():
-    with pytest.raises(ConfigError, match=r"^seeds is given 2 times; a comparison takes one value of it$"):
-        parse(["methods=[backprop]", "seeds=1", "seeds=2"])
+def test_of_a_key_given_twice_the_last_counts_as_in_train():
+    assert parse(["methods=[backprop]", "seeds=1", "seeds=2"]).seeds == 2
 
 
 def test_a_list_without_brackets_is_told():

@@ -97,7 +97,6 @@ BAD = [
     ("suite=mine.yaml", "- {name: A b, methods: [mezo]}\n- {name: a-b, methods: [mezo]}", "A b and a-b would share"),
     ("suite=mine.yaml", "- {name: 1, methods: [mezo], overrides: [logger=csv]}", "the rung 1: .*; leave logger="),
     ("suite=mine.yaml methods=mezo", SUITE, r"methods takes a list in brackets: methods=\[mezo\]"),
-    ("suite=mine.yaml suite=quick", SUITE, "suite is given 2 times; a comparison takes one value of it"),
     ("suite=mine.yaml seeds=0", SUITE, "seeds must be at least 1, got 0"),
 ]
 

@@ -61,10 +61,13 @@ def launch(cfg: DictConfig, choices: Mapping[str, str]) -> dict[str, Any]:
     if multiprocessing.get_start_method() not in multiprocessing.get_all_start_methods():
         multiprocessing.set_start_method(None, force=True)  # joblib's start method is unknown to children
     multiprocessing.set_forkserver_preload(["fgtrain.runs.run"])
+    environ = dict(os.environ)  # a fork server keeps the environment of its own start
+    environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(find_free_network_port()), "NODE_RANK": "0"}
+    environ |= {"WORLD_SIZE": str(world.size), "LOCAL_WORLD_SIZE": str(world.size)}
     with tempfile.TemporaryDirectory() as folder, _Sigterm() as sigterm:
         context = mp.start_processes(
             _worker,
-            (to_saved(cfg), dict(choices), world.size, find_free_network_port(), folder),
+            (to_saved(cfg), dict(choices), environ, folder),
             world.size,
             join=False,
             start_method=_start_method(world.strategy),
@@ -142,13 +145,11 @@ class _Sigterm:
             self._processes[rank].kill()
 
 
-def _worker(rank: int, plain: dict[str, Any], choices: dict[str, str], size: int, port: int, folder: str) -> None:
+def _worker(rank: int, plain: dict[str, Any], choices: dict[str, str], environ: dict[str, str], folder: str) -> None:
     silence_libraries()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a fork inherits the launcher's handler
     threading.Thread(target=_end_without_leader, daemon=True).start()
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "NODE_RANK": "0"}
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-    os.environ |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    os.environ |= environ | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     try:
         results = run(typed(plain), choices)
     except (*USER_ERRORS, OSError) as error:

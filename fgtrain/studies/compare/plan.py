@@ -190,12 +190,8 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """The arguments of a comparison, and those for scripts/train.py.
 
     Raises:
-        ConfigError: a list is not in brackets, or a key is given twice.
+        ConfigError: a list is not in brackets.
     """
-    keys = [argument.partition("=")[0] for argument in arguments]
-    for key in (*OWN, "suite"):
-        if keys.count(key) > 1:
-            raise ConfigError(f"{key} is given {keys.count(key)} times; a comparison takes one value of it")
     mine = [argument for argument in arguments if argument.partition("=")[0] in OWN]
     for key, _, value in (argument.partition("=") for argument in mine):
         if key in LISTS and not value.startswith("["):

@@ -55,7 +55,6 @@ def read_suite(arguments: Sequence[str], config_dir: str | None = None) -> tuple
     Raises:
         ConfigError: there is no such suite, or one of its rungs makes no sense.
     """
-    split(arguments)  # refuses a key that is given twice
     chosen = dict(argument.split("=", 1) for argument in arguments if argument.startswith(("suite=", "out=")))
     mine, shared = split([argument for argument in arguments if not argument.startswith(("suite=", "out="))])
     path = SUITES / f"{chosen['suite']}.yaml"

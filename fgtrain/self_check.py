@@ -273,9 +273,8 @@ def _hidden_change(trial: _Trial, grads: Mapping[str, Tensor], norm: float) -> I
         name = _farthest(grads, direction, lambda v: trial.difference_along(v, step)[0])
         yield (
             f"along the gradient the loss changes by {change:.4g} per unit, but its derivative is {norm:.4g}, with the "
-            f"largest difference for parameter {name!r}: "
-            "something between it and the loss is hidden from differentiation (.detach(), .item(), NumPy, rounding, a "
-            "branch on values)"
+            f"largest difference for parameter {name!r}: something between it and the loss is hidden from "
+            "differentiation (.detach(), .item(), NumPy, rounding, a branch on values)"
         )
 
 

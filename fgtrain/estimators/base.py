@@ -4,8 +4,7 @@ import functools
 import math
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -111,8 +110,11 @@ class GradientEstimator(nn.Module, ABC):
         require_estimable(model, by_backward_pass=self.backward_pass == "whole")
         with one_at_a_time, torch.inference_mode(False):
             self._refuse_other_model(model)
-            with _inference_tensors_named():
+            try:
                 estimate = super().__call__(model, loss_fn, generator=generator or self.own_generator(), reduce=reduce)
+            except RuntimeError as error:
+                _name_inference_tensors(error)
+                raise
             if self.state_of_model and not self._served:
                 self._served = [weakref.ref(x) for x in (model, *model.parameters())]
             return estimate
@@ -194,14 +196,9 @@ def _make_room(estimator: GradientEstimator, state: Mapping[str, Tensor], prefix
     estimator.make_room({name.removeprefix(prefix): saved for name, saved in state.items() if name.startswith(prefix)})
 
 
-@contextmanager
-def _inference_tensors_named() -> Generator[None]:
-    """A context in which PyTorch's errors about tensors of inference mode say what to do here."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "Inference tensors" not in str(error):
-            raise
+def _name_inference_tensors(error: RuntimeError) -> None:
+    """Raise an error that says what to do if `error` is PyTorch's about tensors of inference mode."""
+    if "Inference tensors" in str(error):
         raise UnsupportedOperation(
             "the model or its loss uses tensors that were made in torch.inference_mode(), of which backpropagation "
             "stores nothing; make them under torch.no_grad(), or clone them first"
@@ -275,7 +272,8 @@ def write_grads(
         DivergenceError: a gradient is not finite.
     """
     params = slots_of(model).params
-    if unknown := grads.keys() - params.keys():
+    if not grads.keys() <= params.keys():
+        unknown = grads.keys() - params.keys()
         raise ValueError(
             f"gradients for {', '.join(sorted(unknown))}, which the model's named_parameters() do not list; write "
             "them to the model that the estimator was called with"
@@ -291,7 +289,7 @@ def write_grads(
 
 def _refuse_non_finite(grads: Mapping[str, Tensor]) -> None:
     tensors = list(grads.values())
-    if tensors and not torch.stack(norms(tensors)).isfinite().all():
+    if tensors and not math.isfinite(torch.stack(norms(tensors)).amax()):  # amax of nan is nan
         name = next(name for name, g in grads.items() if not norms([g])[0].isfinite())
         raise DivergenceError(
             f"the gradient of {name!r} is not finite (so the loss or a derivative was not): nothing was written; skip "

@@ -162,7 +162,8 @@ class ForwardGradient(GradientEstimator):
 
     def _combined(self, derivatives: Tensor, chunks: Chunks, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         weights = coefficients(self.combine, derivatives, chunks.gram)
-        return chunks.weighted_sum(weights * self.shrinkage.factor(params))
+        factor = self.shrinkage.factor(params)
+        return chunks.weighted_sum(weights if factor == 1 else weights * factor)
 
     def extra_repr(self) -> str:
         shrinkage = ", shrinkage=True" if self.shrinkage.on else ""

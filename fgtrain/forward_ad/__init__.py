@@ -61,7 +61,8 @@ def directional_derivatives(
     (tensor(9.), tensor([6.]))
     """
     _refuse_other_shapes(model, tangents)
-    losses, derivatives = jvp(model, loss_fn, tangents)
+    with one_at_a_time, torch.inference_mode(False), torch.no_grad():
+        losses, derivatives = jvp(model, loss_fn, tangents)
     return losses, derivatives if losses.dim() == 0 else derivatives.mean(1)
 
 
@@ -80,14 +81,16 @@ def _refuse_other_shapes(model: nn.Module, tangents: Mapping[str, Tangent]) -> N
 
 
 def jvp(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> tuple[Tensor, Tensor]:
-    """As `directional_derivatives`, with the derivative of every example: losses (B,), derivatives (K, B)."""
+    """As `directional_derivatives`, with the derivative of every example: losses (B,), derivatives (K, B).
+
+    For estimators, which call it under torch.no_grad().
+    """
     slots = slots_of(model)
     if unknown := [name for name in tangents if name not in slots.params]:
         raise ValueError(f"tangents for {', '.join(sorted(unknown))}, which the model's named_parameters() do not list")
     if not tangents:
         raise NoTangent(NO_TANGENT)
-    with one_at_a_time, torch.inference_mode(False), torch.no_grad():
-        return slots.cached(_Engines, lambda: _Engines(slots)).run(model, slots, loss_fn, tangents)
+    return slots.cached(_Engines, lambda: _Engines(slots)).run(model, slots, loss_fn, tangents)
 
 
 @dataclass

@@ -18,7 +18,8 @@ import fgtrain.forward_ad.rules.matrix_products
 import fgtrain.forward_ad.rules.operations
 import fgtrain.forward_ad.rules.sampling
 import fgtrain.forward_ad.rules.sequence
-import fgtrain.forward_ad.rules.short  # noqa: F401 - these register their rules and bodies
+import fgtrain.forward_ad.rules.short
+import fgtrain.forward_ad.rules.views  # noqa: F401 - these register their rules and bodies
 from fgtrain._torch import eager_functions, plain_tensors
 from fgtrain.errors import NoTangent
 from fgtrain.forward_ad.dual import Dual, primal_of, tangent_of

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fgtrain._torch import foreach_norm
+from fgtrain._torch import foreach_copy, foreach_norm
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.network.parameters import ParameterSlots, slots_of
 from fgtrain.network.sharding import is_sharded
@@ -80,7 +80,10 @@ class Buffers:
 
     def __init__(self, slots: ParameterSlots) -> None:
         self._buffers = [(held, dict(held)) for held in slots.buffers if held]
-        self._values = [b.clone() for _, buffers in self._buffers for b in buffers.values() if b is not None]
+        present = [b for _, buffers in self._buffers for b in buffers.values() if b is not None]
+        self._values = [torch.empty_like(b) for b in present]
+        if present:
+            foreach_copy(self._values, present)
 
     def restore(self) -> None:
         """Restore the values; `.data` avoids a version change, which autograd would report as an in-place change."""

@@ -28,7 +28,8 @@ def coefficients(combine: Combine, derivatives: Tensor, gram: Callable[[], Tenso
         gram: returns the inner products of the directions, (K, K) or (N, K, K); called only for "projection".
     """
     if combine == "mean":
-        return derivatives / derivatives.shape[0]
+        num = derivatives.shape[0]
+        return derivatives if num == 1 else derivatives / num
     inverse = torch.linalg.pinv(gram(), hermitian=True)  # (K, K) or (N, K, K)
     solution = inverse @ derivatives.to(inverse.dtype).t().unsqueeze(-1)
     return solution.squeeze(-1).t().to(derivatives.dtype)

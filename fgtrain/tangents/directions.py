@@ -4,7 +4,7 @@ K directions of one parameter are a *tangent*: a tensor (K, *p.shape), or a `Low
 represents one.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -39,7 +39,8 @@ class LowRankTangent:
     @property
     def factors(self) -> tuple[Tensor, Tensor]:
         """The u (K, r, m) and the z (K, r, n)."""
-        return self.left.unflatten(0, (-1, self.rank)), self.right.unflatten(0, (-1, self.rank))
+        num, rank, (left, right) = self.num, self.rank, (self.left, self.right)
+        return left.view(num, rank, left.shape[1]), right.view(num, rank, right.shape[1])
 
     def dense(self) -> Tensor:
         """The directions as one dense tensor (K, *shape)."""
@@ -91,7 +92,7 @@ def padded(tangent: Tensor, num: int, *, at_start: bool = False) -> Tensor:
 
 def num_of(tangents: Mapping[Any, Tangent]) -> int:
     """K, the number of directions; 0 if there are no tangents."""
-    return max((len(t) if isinstance(t, Tensor) else t.num for t in tangents.values()), default=0)
+    return max((t.shape[0] if isinstance(t, Tensor) else t.num for t in tangents.values()), default=0)
 
 
 def all_dense(tangents: Mapping[str, Tangent]) -> dict[str, Tensor]:
@@ -121,7 +122,7 @@ class Piece(NamedTuple):
     part: int = 0
 
 
-class Directions(Mapping[str, Drawn]):
+class Directions(dict[str, Drawn]):
     """K directions, {parameter name: tangent}, stored in one buffer.
 
     Args:
@@ -141,8 +142,8 @@ class Directions(Mapping[str, Drawn]):
         for i, piece in enumerate(pieces):
             self._places.setdefault(piece.name, []).insert(piece.part, i)  # u before z, whichever comes first
         self._is_dense = len(pieces) == len(self._places)
-        blocks = buffer.split(self._sizes, dim=-1)
-        self._tangents = {name: self._tangent(name, [blocks[i] for i in at]) for name, at in self._places.items()}
+        blocks = torch.split_with_sizes(buffer, self._sizes, dim=-1)
+        super().__init__({name: self._tangent(name, [blocks[i] for i in at]) for name, at in self._places.items()})
 
     def _tangent(self, name: str, blocks: list[Tensor]) -> Drawn:
         like = self._likes[name]
@@ -150,20 +151,11 @@ class Directions(Mapping[str, Drawn]):
             blocks = [block.to(like.dtype) for block in blocks]
         if len(blocks) == 1:
             is_in_shape = like.dim() == 1 and self.buffer.dim() == 2
-            return blocks[0] if is_in_shape else blocks[0].view(len(self.buffer), *like.shape)
+            return blocks[0] if is_in_shape else blocks[0].view(self.buffer.shape[0], *like.shape)
         if self.rank == 1:
             return LowRankTangent(*blocks, 1, like.shape)
         left, right = (block.reshape(len(block) * self.rank, block.shape[1] // self.rank) for block in blocks)
         return LowRankTangent(left, right / self.rank**0.5, self.rank, like.shape)
-
-    def __getitem__(self, name: str) -> Drawn:
-        return self._tangents[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._tangents)
-
-    def __len__(self) -> int:
-        return len(self._tangents)
 
     def weighted_sum(self, weights: Tensor, *, consume: bool = False) -> dict[str, Tensor]:
         """{name: sum_k weights[k] v_k}, shaped like the parameters.
@@ -174,15 +166,15 @@ class Directions(Mapping[str, Drawn]):
         """
         weights = weights.to(self.buffer.dtype)
         if self.buffer.shape[0] == 1:
-            only, weight = self.buffer[0], weights[0].unsqueeze(-1)
-            summed = only.mul_(weight) if consume and self._is_dense else only * weight
+            weight = weights.unsqueeze(-1)
+            summed = (self.buffer.mul_(weight) if consume and self._is_dense else self.buffer * weight)[0]
         elif weights.dim() == 1:
             summed = (weights @ self.buffer.flatten(1)).view(self.buffer.shape[1:])
         else:
             summed = torch.einsum("kn,kns->ns", weights, self.buffer)
-        blocks, sums = summed.split(self._sizes, dim=-1), {}
+        blocks, sums = torch.split_with_sizes(summed, self._sizes, dim=-1), {}
         for name, at in self._places.items():
-            like, tangent = self._likes[name], self._tangents[name]
+            like, tangent = self._likes[name], self[name]
             if is_sharded(like):
                 sums[name] = from_own_rows(_own_part(tangent, weights, own_rows(like)), like)
             elif isinstance(tangent, Tensor):
@@ -191,7 +183,7 @@ class Directions(Mapping[str, Drawn]):
                 sums[name] = total if total.dtype == like.dtype else total.to(like.dtype)
             else:
                 if self.buffer.shape[0] == 1:  # the u of a single direction is weighted already
-                    left = blocks[at[0]].view(self.rank, len(blocks[at[0]]) // self.rank)
+                    left = blocks[at[0]].view(self.rank, tangent.left.shape[1])
                 else:
                     left = _weighted(tangent, weights)
                 sums[name] = product(left.to(like.dtype), tangent.right, like.shape)
@@ -201,7 +193,7 @@ class Directions(Mapping[str, Drawn]):
         """Inner products with `others`, by default with these directions: (K, L), or (N, K, L) per row, in float64."""
         others = self if others is None else others
         total: Tensor | None = None
-        for name, tangent in self._tangents.items():
+        for name, tangent in self.items():
             other = others[name]
             if isinstance(tangent, LowRankTangent) and isinstance(other, LowRankTangent):
                 left, right = (factor.double() for factor in tangent.factors)
@@ -215,7 +207,7 @@ class Directions(Mapping[str, Drawn]):
 
     def _rows(self, name: str) -> Tensor:
         """The directions of a dense parameter as vectors, (K, size) or (N, K, size), in float64."""
-        tangent = self._tangents[name]
+        tangent = self[name]
         assert isinstance(tangent, Tensor)
         if self.buffer.dim() == 3:
             return tangent.double().unsqueeze(-1).flatten(2).transpose(0, 1)

@@ -5,12 +5,15 @@ without materialising it. For large matrices, this needs no memory for the gradi
 For small ones, calls cost more than elements, and the product is a plain tensor.
 """
 
+from collections.abc import Sequence
+from functools import reduce
+from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fgtrain._torch import no_torch_function, tree_map
+from fgtrain._torch import foreach_norm, no_torch_function, tree_map
 
 aten = torch.ops.aten
 
@@ -67,7 +70,7 @@ class FactoredGrad(Tensor):
         if func is aten._foreach_add_.List:  # optimizers on a GPU
             return _add_to_all(*args, **kwargs)
         if func in _NORMS and _is_euclidean(args, kwargs):
-            return [_norm(x) for x in args[0]] if isinstance(args[0], (list, tuple)) else _norm(args[0])
+            return _norms(args[0]) if isinstance(args[0], (list, tuple)) else _norms(args[:1])[0]
         result = func(*tree_map(_plain, args), **tree_map(_plain, kwargs))
         changed = args[0] if args and isinstance(args[0], FactoredGrad) else None
         return changed if changed is not None and result is changed.written else result
@@ -80,12 +83,6 @@ class FactoredGrad(Tensor):
         else:
             matrix.addmm_(self.left.t(), self.right, alpha=alpha)
         return param
-
-    def norm_of_factors(self) -> Tensor:
-        """The Euclidean norm, whose square is (left left^T) . (right right^T)."""
-        if len(self.left) == 1:
-            return self.left.norm() * self.right.norm()
-        return ((self.left @ self.left.t()) * (self.right @ self.right.t())).sum().clamp(min=0).sqrt()
 
     def dense(self) -> Tensor:
         """The gradient as a plain tensor."""
@@ -142,9 +139,21 @@ def _is_euclidean(args: Any, kwargs: Any) -> bool:
     return not kwargs and len(args) <= 2 and (len(args) < 2 or args[1] == 2)
 
 
-def _norm(x: Tensor) -> Tensor:
-    stays = isinstance(x, FactoredGrad) and x.written is None
-    return x.norm_of_factors() if stays else torch.linalg.vector_norm(_plain(x))
+def _norms(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The Euclidean norms, by one call for all tensors."""
+    parts = [_of_norm(x) for x in tensors]
+    found = iter(foreach_norm([part for several in parts for part in several], 2))
+    return [reduce(torch.mul, islice(found, len(several))) for several in parts]
+
+
+def _of_norm(x: Tensor) -> list[Tensor]:
+    """Tensors, the product of whose norms is the norm of x."""
+    if not isinstance(x, FactoredGrad) or x.written is not None:
+        return [_plain(x)]
+    if x.left.shape[0] == 1:
+        return [x.left, x.right]
+    square = ((x.left @ x.left.t()) * (x.right @ x.right.t())).sum()  # of the norm of left^T right
+    return [square.clamp(min=0).sqrt()]
 
 
 def _plain(x: Any) -> Any:

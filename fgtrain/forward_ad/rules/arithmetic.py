@@ -19,9 +19,12 @@ def aligned(tangent: Any, ndim: int) -> Any:
 
 def each(push: Callable[[Tensor], Tensor], tangents: Tensor) -> Tensor:
     """push(v_1), .., push(v_K) as one tensor."""
-    if len(tangents) == 1:
-        return push(tangents[0]).unsqueeze(0)
-    return torch.stack([push(tangent) for tangent in tangents])
+    return stacked([push(tangent) for tangent in tangents.unbind()])
+
+
+def stacked(tensors: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+    """torch.stack, without a copy if there is only one tensor."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
 
 
 @register("add __add__ __radd__")

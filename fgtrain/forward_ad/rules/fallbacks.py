@@ -54,7 +54,7 @@ _OF_A_BACKWARD_PASS: dict[Any, Rule] = {
 
 def _reading(func: Any) -> Rule:
     def rule(*args: Any, **kwargs: Any) -> Any:
-        return func(*[primal_of(x) for x in args], **{name: primal_of(x) for name, x in kwargs.items()})
+        return func(*map(primal_of, args), **{name: primal_of(x) for name, x in kwargs.items()})
 
     return rule
 

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fgtrain.forward_ad.dual import Dual, dual, joint_of, num_directions, primal_of, tangent_of
+from fgtrain.forward_ad.dual import Dual, dual, joint_of, primal_of, tangent_of
 from fgtrain.forward_ad.registry import RULES, register
-from fgtrain.forward_ad.rules.arithmetic import aligned, each
+from fgtrain.forward_ad.rules.arithmetic import aligned, each, stacked
 
 aten = torch.ops.aten
 
@@ -23,7 +23,7 @@ def _relu(x: Dual, inplace: bool = False) -> Any:
     primal, tangent, joint = primal_of(x), tangent_of(x), joint_of(x)
     if joint is None:
         primal = torch.relu(primal)
-        return dual(primal, aten.threshold_backward(tangent, primal, 0))
+        return dual(primal, aten.threshold_backward.default(tangent, primal, 0))
     result = torch.empty_like(joint)
     primal = torch.clamp_min(primal, 0, out=result[0])
     return dual(primal, aten.threshold_backward.grad_input(tangent, primal, 0, grad_input=result[1:]))
@@ -99,25 +99,39 @@ def _batch_norm(
     )
     if not training:
         mean, scale = running_mean, (running_var + eps).rsqrt()
-    # A tangent t becomes t * slope + x * factor + shift per channel; two sums of t determine the factors.
+    # A tangent t becomes t * slope + x * factor * scale + shift per channel; two sums of t determine the factors.
     slope = scale if pw is None else scale * pw
-    factor, shift = scale.new_zeros(2, num_directions(x, weight, bias), len(scale))
+    factor, shift = wt, bt  # (K, C)
     if training and xt is not None:
-        per_channel = px.numel() // px.shape[1]
+        per_example = slope * (-px.shape[1] / px.numel())
         ones = torch.ones_like(scale)  # CUDA's kernel needs a weight; the two sums do not depend on it
-        for k, t in enumerate(xt):
-            _, with_x, alone = aten.native_batch_norm_backward(
+        sums = [
+            aten.native_batch_norm_backward.default(
                 t, px, ones, running_mean, running_var, mean, scale, True, eps, [False, True, True]
-            )
-            factor[k], shift[k] = -slope * with_x / per_channel, -slope * alone / per_channel
-    factor = (factor if wt is None else factor + wt) * scale
-    shift = (shift if bt is None else shift + bt) - factor * mean
+            )[1:]
+            for t in xt.unbind()
+        ]
+        with_x, alone = map(stacked, zip(*sums, strict=True))
+        factor = _plus_product(factor, with_x, per_example)
+        shift = _plus_product(shift, alone, per_example)
+    if factor is not None:
+        factor = factor * scale
+        shift = _plus_product(shift, factor, mean, -1)
 
     def channels(values: Tensor) -> Tensor:
         return values.to(px.dtype).view(*values.shape[:-1], 1, -1, *[1] * (px.dim() - 2))
 
-    tangent = torch.addcmul(channels(shift), px, channels(factor))
-    return dual(primal, tangent if xt is None else tangent.addcmul_(xt, channels(slope)))
+    if factor is not None and shift is not None:
+        tangent = torch.addcmul(channels(shift), px, channels(factor))
+        return dual(primal, tangent if xt is None else tangent.addcmul_(xt, channels(slope)))
+    moved = None if xt is None else xt * channels(slope)
+    return dual(primal, moved if shift is None else channels(shift) if moved is None else moved.add_(channels(shift)))
+
+
+def _plus_product(total: Tensor | None, a: Tensor, b: Tensor, sign: int = 1) -> Tensor:
+    """total + sign a b, in the dtype of a; `total` may be None."""
+    b = b.to(a.dtype)
+    return sign * a * b if total is None else torch.addcmul(total.to(a.dtype), a, b, value=sign)
 
 
 @register("layer_norm")
@@ -130,7 +144,7 @@ def _layer_norm(
     unit, mean, scale = torch.native_layer_norm(px, shape, None, None, eps)
 
     def push(t: Tensor) -> Tensor:
-        return aten.native_layer_norm_backward(t, px, shape, mean, scale, None, None, [True, False, False])[0]
+        return aten.native_layer_norm_backward.default(t, px, shape, mean, scale, None, None, [True, False, False])[0]
 
     return _affine(unit, each(push, xt), weight, bias, lambda values: aligned(values, px.dim()))
 
@@ -147,7 +161,7 @@ def _group_norm(
 
     def push(t: Tensor) -> Tensor:
         only_input = [True, False, False]
-        return aten.native_group_norm_backward(t.contiguous(), px, mean, scale, None, *sizes, only_input)[0]
+        return aten.native_group_norm_backward.default(t.contiguous(), px, mean, scale, None, *sizes, only_input)[0]
 
     spatial = [1] * (px.dim() - 2)
     return _affine(unit, each(push, xt), weight, bias, lambda values: values.view(len(values), 1, -1, *spatial))

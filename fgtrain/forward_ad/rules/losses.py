@@ -21,7 +21,7 @@ def _softmax(x: Dual, dim: int, dtype: Any = None) -> Any:
     tangent = tangent_of(x).to(primal.dtype)  # autocast may have changed it
 
     def push(t: Tensor) -> Tensor:  # the Jacobian is symmetric
-        return aten._softmax_backward_data(t, primal, dim, primal.dtype)
+        return aten._softmax_backward_data.default(t, primal, dim, primal.dtype)
 
     return dual(primal, each(push, tangent))
 
@@ -50,11 +50,11 @@ def _cross_entropy(
     if torch.is_autocast_enabled(px.device.type):  # which does not know the functions below
         px, weight = (x if x is None else x.to(torch.promote_types(x.dtype, torch.float)) for x in (px, weight))
     log_p = torch.log_softmax(px, 1)
-    primal, total_weight = aten.nll_loss_forward(log_p, target, weight, reduction, ignore_index)
-    slope = aten.nll_loss_backward(
+    primal, total_weight = aten.nll_loss_forward.default(log_p, target, weight, reduction, ignore_index)
+    slope = aten.nll_loss_backward.default(
         torch.ones_like(primal), log_p, target, weight, reduction, ignore_index, total_weight
     )
-    slope = aten._log_softmax_backward_data(slope, log_p, 1, log_p.dtype)  # of each loss in its logits
+    slope = aten._log_softmax_backward_data.default(slope, log_p, 1, log_p.dtype)  # of each loss in its logits
     return dual(primal, (tangent * slope).sum((1, 2) if primal.dim() == 0 else 2))
 
 

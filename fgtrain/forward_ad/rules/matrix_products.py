@@ -64,9 +64,9 @@ def _goes_jointly(x: Tensor, weight: Any, bias: Any) -> bool:
 def _linear_jointly(x: Any, weight: Dual, bias: Dual | None) -> tuple[Tensor, Tensor]:
     """Value (B, out) and tangents (K, B, out), joint in memory; a joint input needs one product for both."""
     px, transposed, tangent = primal_of(x), weight.primal.t(), weight.tangent
-    result = px.new_empty(1 + tangent.num, len(px), transposed.shape[1])
+    result = px.new_empty(1 + tangent.num, px.shape[0], transposed.shape[1])
     value, moved = result[0], result[1:]
-    left, right = tangent.left.unsqueeze(1), F.linear(px, tangent.right).t().unsqueeze(2)  # (K, 1, out), (K, B, 1)
+    left, right = tangent.left.unsqueeze(1), (tangent.right @ px.t()).unsqueeze(2)  # (K, 1, out), (K, B, 1)
     if bias is None:
         torch.mul(left, right, out=moved)
     else:
@@ -196,7 +196,9 @@ def _add_convolved(total: Tensor | None, convolve: Any, x: Tensor, weight: Dual,
     left, right = tangent.factors
     num, rank, out = left.shape
     filters = right.reshape(num * rank, *tangent.shape[1:])
-    maps = convolve(x, filters.repeat(groups, *[1] * (filters.dim() - 1)))  # (N, groups K r, ..)
+    if groups > 1:
+        filters = filters.repeat(groups, *[1] * (filters.dim() - 1))
+    maps = convolve(x, filters)  # (N, groups K r, ..)
     maps = maps.view(len(x), groups, num, rank, 1, *maps.shape[2:]).movedim((2, 3), (0, 1))
     left = left.reshape(num, rank, 1, groups, out // groups, *[1] * (x.dim() - 2)).to(maps.dtype)
     for r in range(rank):  # (K, N, groups, 1, ..) * (K, 1, groups, out / groups, ..)

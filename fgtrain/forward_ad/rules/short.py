@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fgtrain.forward_ad.dual import Dual
-from fgtrain.forward_ad.registry import SHORT, functions_named, register
+from fgtrain.forward_ad.registry import SHORT, register
 from fgtrain.forward_ad.rules.arithmetic import aligned
 from fgtrain.forward_ad.steep import STEEP, where_moved
 
@@ -216,19 +216,3 @@ def _matmul(running: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return Dual(value, term if total is None else total + term)
     assert total is not None
     return Dual(value, total)
-
-
-def _read(func: Callable[..., Any]) -> Callable[..., Any]:
-    """A short rule for a function that reads facts about a tensor."""
-
-    def short(running: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        x = args[0] if args else None
-        return func(x.primal, *args[1:], **kwargs) if type(x) is Dual else NotImplemented
-
-    return short
-
-
-SHORT.update({func: _read(func) for func in functions_named("dim size numel __len__")})
-SHORT.update(
-    {get: _read(get) for name in ("shape", "dtype", "device", "ndim") for get in [getattr(Tensor, name).__get__]}
-)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fgtrain.estimators import Backprop, GradientEstimator, write_grads
+from fgtrain.estimators import GradientEstimator, write_grads
 from fgtrain.memory import peak_mib
 from fgtrain.models import CNN, MLP, torchvision_model
 from fgtrain.network.compilation import compile_model
@@ -87,7 +87,7 @@ class Method(NamedTuple):
 
     Args:
         name: the method's name.
-        estimator: the estimator of the step; None for a forward pass without gradients, or with `make_step`.
+        estimator: the estimator of the step; None with `make_step`.
         tangents: law of its directions, "" if it has none.
         num_tangents: K, 0 if it has no directions.
         compiled: whether the model is compiled.
@@ -102,7 +102,32 @@ class Method(NamedTuple):
     make_step: Callable[[Problem, int], Callable[[], None]] | None = None
 
 
-REFERENCES = (Method(FORWARD, None), Method(BACKPROP, Backprop()))
+def _forward_pass(problem: Problem, _: int) -> Callable[[], None]:
+    """A forward pass without gradients."""
+
+    def step() -> None:
+        with torch.no_grad():
+            problem.losses(problem.model).mean()
+
+    return step
+
+
+def _backprop_step(problem: Problem, _: int) -> Callable[[], None]:
+    """A step of plain PyTorch, as in any training loop."""
+    optimizer = _sgd(problem.model)
+
+    def step() -> None:
+        problem.losses(problem.model).mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+REFERENCES = (
+    Method(FORWARD, None, make_step=_forward_pass),
+    Method(BACKPROP, None, make_step=_backprop_step),
+)
 
 
 @dataclass
@@ -155,12 +180,13 @@ def measure(
     methods = [*REFERENCES, *methods]
     problem = make_problem(name, batch_size, device, precision)
     compiled = _compiled(problem) if any(method.compiled for method in methods) else problem
-    steps = [
-        _step(compiled if method.compiled else problem, method.estimator)
-        if method.make_step is None
-        else method.make_step(problem, method.num_tangents)
-        for method in methods
-    ]
+    steps = []
+    for method in methods:
+        solved = compiled if method.compiled else problem
+        if method.estimator is not None:
+            steps.append(_estimated_step(solved, method.estimator))
+        elif method.make_step is not None:
+            steps.append(method.make_step(solved, method.num_tangents))
     peaks = []
     for method, step in zip(methods, steps, strict=True):
         progress(f"{name} batch {batch_size}: memory of {method.name}")
@@ -211,27 +237,23 @@ def _compiled(problem: Problem) -> Problem:
     return problem._replace(model=model)
 
 
-def _step(problem: Problem, estimator: GradientEstimator | None) -> Callable[[], None]:
-    """One training step: gradient and plain SGD."""
-    model = problem.model
-    if estimator is None:
-
-        def forward() -> None:
-            with torch.no_grad():
-                problem.losses(model).mean()
-
-        return forward
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+def _estimated_step(problem: Problem, estimator: GradientEstimator) -> Callable[[], None]:
+    """A step along an estimated gradient, as in the README's loop."""
+    model, optimizer = problem.model, _sgd(problem.model)
     generator = torch.Generator().manual_seed(0)
 
     def step() -> None:
         estimate = estimator(model, problem.losses, generator=generator)
-        write_grads(model, estimate.grads, check_finite=False)
+        write_grads(model, estimate.grads)
         del estimate
         optimizer.step()
         optimizer.zero_grad()
 
     return step
+
+
+def _sgd(model: nn.Module) -> torch.optim.SGD:
+    return torch.optim.SGD(model.parameters(), lr=1e-6)
 
 
 def _seconds(step: Callable[[], None], repeats: int, device: torch.device) -> float:

@@ -43,7 +43,7 @@ def linear(func: Any, of_tangents: Any = None) -> Rule:
         primal = func(primal_of(x), *args, **kwargs)
         if not isinstance(x, Dual):
             return primal
-        return zip_duals(primal, map_directions(lambda v: of_tangents(v, *args, **kwargs), [x]), [x])
+        return _zip_duals(primal, map_directions(lambda v: of_tangents(v, *args, **kwargs), [x]), [x])
 
     return rule
 
@@ -63,7 +63,7 @@ def linear_in_list(func: Any) -> Rule:
             moving = iter(tangents)
             return func([next(moving) if zero is None else zero for zero in still], *args, **kwargs)
 
-        return zip_duals(primal, map_directions(along, sources), sources)
+        return _zip_duals(primal, map_directions(along, sources), sources)
 
     return rule
 
@@ -87,7 +87,7 @@ def map_directions(along: Any, sources: list[Dual]) -> Any:
         return tree_map(lambda *outs: torch.stack(outs), *results)
 
 
-def zip_duals(primals: Any, tangents: Any, sources: list[Dual]) -> Any:
+def _zip_duals(primals: Any, tangents: Any, sources: list[Dual]) -> Any:
     """One dual per output."""
     if isinstance(primals, Tensor):
         return dual(primals, tangents, *sources)

@@ -36,6 +36,12 @@ def _part(x: Any, running: Any) -> Part | None:
     return None
 
 
+def dual_part(x: Any, running: Any) -> tuple[Tensor, Tensor] | None:
+    """The value and the tangents of a dual; None if it needs the general rule, or is a constant."""
+    part = _part(x, running)
+    return None if part is None or part[1] is None else part
+
+
 def _operands(running: Any, args: Sequence[Any]) -> list[Part] | None:
     """The parts of operands of one dtype and device; None if they need the general rule."""
     parts, first = [], None
@@ -125,7 +131,7 @@ def _unary(func: Callable[..., Tensor], slope: Callable[[Tensor, Tensor], Any]) 
     """
 
     def short(running: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        part = _part(args[0], running) if len(args) == 1 and not kwargs else None
+        part = dual_part(args[0], running) if len(args) == 1 and not kwargs else None
         if part is None or part[0].is_complex():
             return NotImplemented
         value = func(part[0])
@@ -154,27 +160,18 @@ for _name, _slope in _SLOPES.items():
 @register("pow __pow__", SHORT)
 def _pow(running: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A power with a constant exponent of at least 1."""
-    part = _part(args[0], running) if len(args) == 2 and not kwargs else None
-    if part is None or part[1] is None or type(args[1]) not in (int, float) or args[1] < 1 or part[0].is_complex():
+    part = dual_part(args[0], running) if len(args) == 2 and not kwargs else None
+    if part is None or type(args[1]) not in (int, float) or args[1] < 1 or part[0].is_complex():
         return NotImplemented
     (x, tangents), n = part, args[1]
     return Dual(x**n, tangents * (n * x ** (n - 1)))
 
 
-@register("unbind", SHORT)
-def _unbind(running: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Along the first dimension."""
-    part = _part(args[0], running) if args[1:] in ((), (0,)) and not kwargs else None
-    if part is None or not part[0].dim():
-        return NotImplemented
-    return tuple(map(Dual, part[0].unbind(), part[1].unbind(1)))
-
-
 @register("__getitem__", SHORT)
 def _get_item(running: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """By numbers and slices."""
-    part, index = _part(args[0], running), args[1] if type(args[1]) is tuple else (args[1],)
-    if part is None or part[1] is None or not all(type(i) in (int, slice, NoneType, EllipsisType) for i in index):
+    part, index = dual_part(args[0], running), args[1] if type(args[1]) is tuple else (args[1],)
+    if part is None or not all(type(i) in (int, slice, NoneType, EllipsisType) for i in index):
         return NotImplemented
     return Dual(part[0][index], part[1][(slice(None), *index)])
 

@@ -108,7 +108,8 @@ class GradientEstimator(nn.Module, ABC):
                 another one.
         """
         require_estimable(model, by_backward_pass=self.backward_pass == "whole")
-        with one_at_a_time, torch.inference_mode(False):
+        outside = torch.inference_mode(False) if torch.is_inference_mode_enabled() else torch.enable_grad()
+        with one_at_a_time, outside:
             self._refuse_other_model(model)
             try:
                 estimate = super().__call__(model, loss_fn, generator=generator or self.own_generator(), reduce=reduce)
@@ -121,6 +122,8 @@ class GradientEstimator(nn.Module, ABC):
 
     def _refuse_other_model(self, model: nn.Module) -> None:
         """Refuse a model if the one whose state is kept still exists and shares no parameter with it."""
+        if not self._served:
+            return
         served = [x for x in (ref() for ref in self._served) if x is not None]
         now = {id(x) for x in (model, *slots_of(model).params.values())} if served else set()
         if not served:
@@ -144,7 +147,7 @@ class GradientEstimator(nn.Module, ABC):
     def forward(
         self, model: nn.Module, loss_fn: LossFn, *, generator: torch.Generator, reduce: Reduce | None
     ) -> Estimate:
-        """The method, called by `__call__` with its arguments, outside inference mode."""
+        """The method, called by `__call__` with its arguments, outside inference mode and no_grad."""
 
     def make_room(self, state: Mapping[str, Tensor]) -> None:
         """Create the tensors of a saved state that otherwise the first call creates; few methods have any."""

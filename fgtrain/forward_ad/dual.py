@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fgtrain._torch import overrides_of_tensors, plain_tensors, set_grad_enabled, tree_map_only
 from fgtrain.errors import UnsupportedOperation
-from fgtrain.forward_ad.lost_derivatives import is_differentiable, refuse_if_lost
+from fgtrain.forward_ad.lost_derivatives import refuse_if_lost
 from fgtrain.forward_ad.passes import UnsupportedByEngine, WritesIntoPlain, WritesWider
 from fgtrain.forward_ad.registry import FALLBACKS, Rule
 from fgtrain.forward_ad.rules.compositions import COMPOSITIONS, by_place
@@ -53,13 +53,11 @@ class Dual(Tensor):
     def __new__(cls: type, primal: Tensor, tangent: Tangent, *_: Any) -> "Dual":
         # requires_grad makes a custom autograd.Function detectable in its result, see `primal_of`.
         make: Any = torch.Tensor._make_wrapper_subclass
-        return make(
+        dual: Dual = make(
             cls, primal.shape, strides=primal.stride(), dtype=primal.dtype, device=primal.device, requires_grad=True
         )
-
-    def __init__(self, primal: Tensor, tangent: Tangent) -> None:
-        self.primal = primal
-        self.renew(tangent)
+        dual.primal, dual.tangent, dual.of_pass = primal, tangent, current.running
+        return dual
 
     def renew(self, tangent: Any) -> None:
         """Set the tangent for the current pass."""
@@ -250,11 +248,11 @@ def joint_of(x: Any) -> Tensor | None:
     if x.of_pass is not current.running:
         return None
     joint, value, moved = x.primal._base, x.primal, x.tangent
-    if moved._base is not joint or joint.shape != (1 + len(moved), *value.shape):
+    if moved._base is not joint or joint.shape != (1 + moved.shape[0], *value.shape):
         return None
-    offsets = [t.storage_offset() - joint.storage_offset() for t in (value, moved)]
-    in_order = offsets == [0, value.numel()] and all(t.is_contiguous() for t in (joint, value, moved))
-    return joint if in_order else None
+    start = joint.storage_offset()
+    adjacent = value.storage_offset() == start and moved.storage_offset() == start + value.numel()
+    return joint if adjacent and joint.is_contiguous() and value.is_contiguous() and moved.is_contiguous() else None
 
 
 def duals_in(tree: Any) -> Iterator[Dual]:
@@ -281,7 +279,7 @@ def dual(primal: Tensor, tangent: Tensor | None, *sources: Dual) -> Tensor:
         sources: duals whose memory the result may share. If it shares the memory of their value or of their tangent
             alone, changes in place are refused.
     """
-    if tangent is None or not is_differentiable(primal):
+    if tangent is None or not (primal.is_floating_point() or primal.is_complex()):
         return primal
     if primal.layout != torch.strided:
         raise UnsupportedByEngine("a sparse tensor has a tangent")

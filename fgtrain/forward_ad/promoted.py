@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fgtrain._torch import tree_leaves, tree_map_only
-from fgtrain.forward_ad.dual import Dual, duals_in, is_differentiable
+from fgtrain.forward_ad.dual import Dual, duals_in
+from fgtrain.forward_ad.lost_derivatives import is_differentiable
 from fgtrain.forward_ad.passes import UnsupportedByEngine
 
 

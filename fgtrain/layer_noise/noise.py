@@ -157,8 +157,7 @@ class PerturbedDual(Dual):
     layer: LayerCall
 
     def __init__(self, primal: Tensor, tangent: Tensor, layer: LayerCall) -> None:
-        super().__init__(primal, tangent)
-        self.layer = layer
+        self.layer = layer  # Dual.__new__ sets the others
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

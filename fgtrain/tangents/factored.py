@@ -29,7 +29,7 @@ def product(left: Tensor, right: Tensor, shape: torch.Size) -> Tensor:
 
 
 def _multiplied(left: Tensor, right: Tensor) -> Tensor:
-    return (torch.mul if len(left) == 1 else torch.mm)(left.t(), right)
+    return (torch.mul if left.shape[0] == 1 else torch.mm)(left.t(), right)
 
 
 class FactoredGrad(Tensor):
@@ -78,7 +78,7 @@ class FactoredGrad(Tensor):
     def add_to(self, param: Tensor, alpha: float) -> Tensor:
         """Add alpha left^T right to `param`."""
         matrix = param.view(self.left.shape[1], self.right.shape[1])
-        if len(self.left) == 1:  # faster than a matrix kernel for an outer product
+        if self.left.shape[0] == 1:  # faster than a matrix kernel for an outer product
             matrix.addcmul_(self.left.t(), self.right, value=alpha)
         else:
             matrix.addmm_(self.left.t(), self.right, alpha=alpha)

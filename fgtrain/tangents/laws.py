@@ -237,8 +237,8 @@ def draw(
     """Draw directions from `law`, one per seed."""
     device, dtype = _common_device_and_dtype([piece.like for piece in pieces])
     # Pieces whose size is a multiple of 16 come first, and rows are padded to one, to align addresses for kernels.
-    pieces = sorted(pieces, key=lambda piece: piece.size % 16 != 0)
-    total = sum(piece.size for piece in pieces)
+    pieces = [p for p in pieces if p.size % 16 == 0] + [p for p in pieces if p.size % 16]
+    total = sum([piece.size for piece in pieces])
     buffer = torch.empty(len(seeds), num_rows or 1, total + -total % 16, dtype=dtype, device=device)
     generator = torch.Generator(device)
     for k, seed in enumerate(seeds):

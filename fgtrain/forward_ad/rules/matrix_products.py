@@ -26,12 +26,13 @@ CONVOLUTIONS = torch.conv1d, torch.conv2d, torch.conv3d
 
 @register("linear")
 def _linear(x: Any, weight: Any, bias: Any = None) -> Any:
+    if _goes_jointly(x, weight, bias):
+        return dual(*_linear_jointly(x, weight, bias))
     px, pw = primal_of(x), primal_of(weight)
     if isinstance(weight, Dual) and isinstance(weight.tangent, OutputTangent):
         output = _linear(x, pw, bias) if isinstance(x, Dual) else F.linear(x, pw, bias)
         return weight.tangent.perturb(px, output, partial(_linear_grads, px), -1)
-    jointly = _goes_jointly(px, weight, bias)
-    return dual(*(_linear_jointly if jointly else _linear_apart)(x, weight, bias))
+    return dual(*_linear_apart(x, weight, bias))
 
 
 def _linear_apart(x: Any, weight: Any, bias: Any) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -104,3 +105,18 @@ def run_compare(folder, *arguments):
 
 def results_under(folder):
     return [json.loads(path.read_text()) for path in sorted(folder.rglob("results.json"))]
+
+
+SWEEP_ON_TWO_PROCESSES = (
+    *("-m", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", "trainer.max_steps=2", "callbacks=none"),
+    *("method=fwdgrad", "lr=0.1,-1"),
+)
+
+
+def assert_every_other_job_failed(folder, status, err, methods=("fwdgrad",)):
+    """Of each method's two jobs the first ran, on two processes; the second is named. All jobs share a folder."""
+    assert status == 2, err
+    assert {(r["method"], r["world_size"]) for r in results_under(folder)} == {(method, 2) for method in methods}
+    assert len(list((folder / "multirun").glob("*/*"))) == 1
+    for job in range(1, 2 * len(methods), 2):
+        assert re.search(rf"fgtrain: job {job}_\S*lr=-1\S* failed: lr must be positive, got -1.0", err), err

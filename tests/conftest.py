@@ -31,6 +31,13 @@ def pytest_runtest_teardown(item, nextitem):
         pytest_collection_finish()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compilations(tmp_path_factory, worker_id):
+    """A folder for what torch.compile makes, of all workers and processes: the first use of one takes 25 seconds."""
+    own = tmp_path_factory.getbasetemp()
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str((own if worker_id == "master" else own.parent) / "inductor")
+
+
 @pytest.fixture
 def float64():
     """Double precision for tensors made without a dtype."""

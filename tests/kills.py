@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._inductor import codecache
 from torch.distributed.launcher.api import elastic_launch
 from torch.distributed.run import config_from_args, parse_args
 from torch.utils import tensorboard
@@ -27,7 +28,7 @@ from fgtrain.runs import cli, launch, run
 from fgtrain.studies import hosts
 
 ROOT = Path(__file__).resolve().parents[1]
-IMPORTED = (cli, data, launch, run, tensorboard)
+IMPORTED = (cli, codecache, data, launch, run, tensorboard)  # codecache keeps PyTorch's headers where TMPDIR is now
 PATIENCE = 600
 """Seconds after which a process counts as one that hangs: on a busy machine, its start alone takes a minute."""
 _CHANGES = {"os.rename", "os.link", "os.remove", "os.mkdir"}

@@ -28,16 +28,9 @@ from tests.derivatives import COVERAGE, InTurn, assert_derivatives
 from tests.small import Small, make, trainer
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """A folder without earlier compilations. Tests share it, since it holds the precompiled headers of PyTorch too."""
-    return tmp_path_factory.mktemp("inductor")
-
-
 @pytest.fixture
-def fresh(monkeypatch, cache):
-    """Start without earlier compilations, and restore all changes."""
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(cache))
+def fresh():
+    """Start without what this process has compiled, and restore all changes."""
     torch.compiler.reset()
     yield
     torch.compiler.reset()

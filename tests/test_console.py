@@ -18,7 +18,7 @@ import fgtrain
 from fgtrain import __main__ as console
 from fgtrain.errors import ConfigError, UserError
 from fgtrain.runs.library_errors import library_errors_named
-from tests.commands import ROOT, results_under
+from tests.commands import ROOT, SWEEP_ON_TWO_PROCESSES, assert_every_other_job_failed, results_under
 
 
 @pytest.fixture
@@ -193,11 +193,12 @@ def test_wheel_away_from_the_checkout(installed, tmp_path):
     (metadata,) = [file for file in os.listdir(site) if file.endswith(".dist-info")]
     assert metadata == f"fgtrain-{fgtrain.__version__}.dist-info"
     assert os.path.exists(f"{site}/fgtrain/py.typed")
-    module = [sys.executable, "-m", "fgtrain"]
-    output([*module, "train", "trainer.max_steps=20", "hydra.run.dir=run", "callbacks=replay_log"], tmp_path, installed)
+    ranks = ["trainer=ddp", "trainer.devices=2", "trainer.accelerator=cpu"]
+    train = ["fgtrain", "train", *ranks, "trainer.max_steps=20", "hydra.run.dir=run", "callbacks=replay_log"]
+    output(train, tmp_path, installed)
     (results,) = results_under(tmp_path)
-    assert results["steps"] == 20
-    said = output(["fgtrain", "evaluate", "run", "--split", "test"], tmp_path, installed)
+    assert (results["steps"], results["world_size"]) == (20, 2)
+    said = output([sys.executable, "-m", "fgtrain", "evaluate", "run", "--split", "test"], tmp_path, installed)
     assert f"test/acc {results['metrics']['test/acc']:.6g}" in said
     assert output(["fgtrain", "replay", "run", "weights.pt"], tmp_path, installed).startswith("20 steps replayed")
     command = ["fgtrain", "compare", "methods=[backprop]", "seeds=1", "budget=3steps", "out=compared"]
@@ -206,13 +207,18 @@ def test_wheel_away_from_the_checkout(installed, tmp_path):
 
 
 @pytest.mark.slow
-def test_wheel_on_two_processes(installed, tmp_path):
-    common = ["fgtrain", "train", "trainer=ddp", "trainer.accelerator=cpu", "trainer.max_steps=20", "quiet=true"]
-    output([*common, "trainer.devices=2"], tmp_path, installed)
-    output([*common, "hydra/launcher=joblib", "trainer.devices=1", "seed=0,1", "-m"], tmp_path, installed)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m", *common]
-    output(torchrun, tmp_path, installed)
-    assert sorted(results["world_size"] for results in results_under(tmp_path)) == [1, 1, 2, 2]
+def test_wheel_started_by_joblib(installed, tmp_path):
+    command = ["fgtrain", "train", *SWEEP_ON_TWO_PROCESSES, "hydra/launcher=joblib"]
+    done = subprocess.run(command, cwd=tmp_path, env=installed, capture_output=True, text=True, check=False)
+    assert_every_other_job_failed(tmp_path, done.returncode, done.stderr)
+
+
+@pytest.mark.slow
+def test_wheel_started_by_torchrun(installed, tmp_path):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "-m"]
+    output([*torchrun, "fgtrain", "train", "trainer=ddp", "trainer.max_steps=20", "quiet=true"], tmp_path, installed)
+    (results,) = results_under(tmp_path)
+    assert results["world_size"] == 2
 
 
 @pytest.mark.slow

@@ -4,8 +4,6 @@ import math
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from contextlib import contextmanager
 from functools import partial
@@ -22,11 +20,10 @@ from fgtrain.random import keyed_generator
 from fgtrain.runs.starters import is_follower
 from fgtrain.runs.world import plan
 from tests import rank_jobs
-from tests.commands import ROOT, results_under, train
+from tests.commands import SWEEP_ON_TWO_PROCESSES, assert_every_other_job_failed, results_under, train
 from tests.kills import PATIENCE, Started, lengthen_temporary, wait_for_ranks
 from tests.rank_jobs import ESTIMATORS, MOMENTUM, SHARDABLE, STEPS, Data, fit, make, start
 
-SCRIPT = str(ROOT / "scripts" / "train.py")
 CPUS = ("trainer.accelerator=cpu", "trainer.devices=2")
 STEP = ("trainer.max_steps=2", "callbacks=none")
 STANDALONE = ("--nproc_per_node=2", "--rdzv-backend=c10d", "--rdzv-endpoint=localhost:0")
@@ -223,38 +220,26 @@ def test_what_cannot_be_sharded(overrides, message, tmp_path):
 
 @pytest.mark.slow
 def test_sweep_of_runs_on_two_processes(tmp_path):
-    status, _, err = train(tmp_path, "-m", "trainer=ddp", *CPUS, *STEP, "method=backprop,fwdgrad", "lr=0.1,-1")
-    check_sweep(tmp_path, status, err, ["backprop", "fwdgrad"])
+    methods = ("backprop", "fwdgrad")
+    status, _, err = train(tmp_path, *SWEEP_ON_TWO_PROCESSES, f"method={','.join(methods)}")
+    assert_every_other_job_failed(tmp_path, status, err, methods)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["joblib", "submitit_local"])
-def test_sweep_launchers(launcher, tmp_path):
-    command = [sys.executable, SCRIPT, "-m", f"hydra/launcher={launcher}", "trainer=ddp", *CPUS, *STEP]
-    command += ["method=fwdgrad", "lr=0.1,-1"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    check_sweep(tmp_path, done.returncode, done.stderr, ["fwdgrad"])
-
-
-def check_sweep(folder, status, err, methods):
-    """Of each method's two jobs the first runs, on two processes; the second is named. All jobs share a folder."""
-    assert status == 2, err
-    assert {(r["method"], r["world_size"]) for r in results_under(folder)} == {(method, 2) for method in methods}
-    assert len(list((folder / "multirun").glob("*/*"))) == 1
-    for job in range(1, 2 * len(methods), 2):
-        assert re.search(rf"fgtrain: job {job}_\S*lr=-1\S* failed: lr must be positive, got -1.0", err), err
+def test_sweep_launched_by_submitit(tmp_path):
+    run = Started(tmp_path, *SWEEP_ON_TWO_PROCESSES, "hydra/launcher=submitit_local")
+    status = run.wait()
+    assert_every_other_job_failed(tmp_path, status, run.err)
 
 
 @pytest.mark.slow
 def test_torchrun(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", SCRIPT]
-    command += ["trainer=ddp", "distributed.tangents=per_rank", *STEP]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run = Started(tmp_path, "trainer=ddp", "distributed.tangents=per_rank", *STEP, torchrun=STANDALONE)
+    assert run.wait() == 0, run.err
     (results,) = results_under(tmp_path)
     assert (results["world_size"], results["comm/bytes_per_step"]) == (2, 4)
     assert len(list(tmp_path.glob("runs/*/*"))) == 1
-    assert done.stdout.count("results in") == 1
+    assert (tmp_path / "out.txt").read_text().count("results in") == 1
 
 
 @pytest.mark.slow

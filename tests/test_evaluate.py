@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
 from fgtrain.commands.evaluate import main as run_command
 from fgtrain.errors import CheckpointError
@@ -89,6 +90,14 @@ def test_folder_stands_for_its_last_checkpoint(folder, tmp_path):
 def foreign(folder, tmp_path):
     """A run's folder that a stranger may change."""
     return shutil.copytree(folder, tmp_path / "foreign")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_run_of_two_processes_is_evaluated_by_one(strategy, foreign):
+    expected = evaluate(foreign, "test")["metrics"]
+    cfg = OmegaConf.load(foreign / "config.yaml")
+    OmegaConf.save(OmegaConf.merge(cfg, {"trainer": {"strategy": strategy, "devices": 2}}), foreign / "config.yaml")
+    assert evaluate(foreign, "test")["metrics"] == expected
 
 
 class Payload:

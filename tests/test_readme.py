@@ -46,7 +46,7 @@ SHORTENED = {
     "bench": "--rounds 1 --batch-sizes 8",
     "compare": "seeds=1 budget=3steps",
     "profiles": "--evaluations 10",
-    "calibrate": "--eager --trajectories 8 --steps 2 --starts 1 --seconds 0.5 --memory-steps 20",
+    "calibrate": "--eager --trajectories 8 --steps 2 --starts 1 --seconds 0.1 --memory-steps 20",
     "online": "--lags 5 --lengths 20 --updates 2",
 }
 """Additional arguments of each script, because the original commands take minutes to hours."""
@@ -56,6 +56,7 @@ SWEPT = {
     r"methods=\[(\w+,\w+),[\w,:=]+\]": r"methods=[\1]",
     r"--num-tangents 1( \d+)+": "--num-tangents 1",
     r"--models (mlp cnn|resnet18 vit_b_16)": "--models digits_mlp",
+    r" --(rounds|batch-sizes)( \d+)+": "",
     r"deep8 deep24 deep64": "deep8",
     r"experiment=(\w+_digits)": r"experiment=\1 data.batch_size=8",
     r"data=mnist_subset": "data=mnist data.root=mnist_5k",
@@ -66,26 +67,40 @@ SWEPT = {
 def longer_commands(text):
     """Except the one that tests/test_thin_wire.py runs, since it needs network namespaces."""
     found = re.findall(r"^```\n(python scripts/.*?)^```", text, flags=re.DOTALL | re.MULTILINE)
-    return [block for block in found if "--thin-wire" not in block]
+    return [block.splitlines() for block in found if "--thin-wire" not in block]
+
+
+def shortened(command):
+    """(name of the script, its arguments)."""
+    _, script, arguments = command.split(maxsplit=2)
+    for swept, fewer in SWEPT.items():
+        arguments = re.sub(swept, fewer, arguments)
+    name = Path(script).stem
+    return name, f"{arguments} {SHORTENED[name]}"
+
+
+def blocks_that_differ():
+    """The shortened commands of each block, without those that are the same as one before."""
+    seen = set()
+    for block in [*longer_commands(README), *longer_commands(RESULTS)]:
+        commands = [command for command in dict.fromkeys(map(shortened, block)) if command not in seen]
+        seen.update(commands)
+        if commands:
+            yield pytest.param(commands, id=block[0])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", [*longer_commands(README), *longer_commands(RESULTS)])
-def test_longer_commands(block, tmp_path):
+@pytest.mark.parametrize("commands", list(blocks_that_differ()))
+def test_longer_commands(commands, tmp_path):
     (tmp_path / "scripts").symlink_to(ROOT / "scripts")
     (tmp_path / "my_package.py").write_text(PACKAGE)
     (tmp_path / "my_conf" / "method").mkdir(parents=True)
     method = "# @package _global_\nmethod:\n  _target_: my_package.Doubled\nlr: 0.01\n"
     (tmp_path / "my_conf" / "method" / "my_method.yaml").write_text(method)
     write_mnist(tmp_path / "mnist_5k")
-    for command in block.splitlines():
-        script = command.split()[1].removeprefix("scripts/").removesuffix(".py")
-        shortened = command
-        for swept, fewer in SWEPT.items():
-            shortened = re.sub(swept, fewer, shortened)
-        arguments = shlex.split(f"{shortened} {SHORTENED[script]}")[2:]
-        run = Started(tmp_path, *arguments, script=script)
-        assert run.wait() == 0, f"{command}\n{run.err}"
+    for script, arguments in commands:
+        run = Started(tmp_path, *shlex.split(arguments), script=script)
+        assert run.wait() == 0, f"{script} {arguments}\n{run.err}"
 
 
 @pytest.mark.parametrize("path", ["README.md", "scripts/results/README.md"])

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import zip_longest
 
 import numpy as np
 import pytest
@@ -142,9 +143,6 @@ COMPANIONS = {
     "guess": ["task=calibration"],
     "finetune_digits": ["model.weights=null"],
 }
-CHOICES = [(group.name, choice) for group in sorted(CONF.iterdir()) if group.is_dir() for choice in options(group.name)]
-
-
 ELSEWHERE = {  # what needs a file, a package or a GPU; tests of their own try them
     ("data", "csv"),
     ("data", "image_folder"),
@@ -153,12 +151,28 @@ ELSEWHERE = {  # what needs a file, a package or a GPU; tests of their own try t
     ("logger", "wandb"),
     ("trainer", "gpu"),
 }
+CHOICES = [(group.name, choice) for group in sorted(CONF.iterdir()) if group.is_dir() for choice in options(group.name)]
 CHOICES = [choice for choice in CHOICES if choice not in ELSEWHERE]
+TOGETHER = ("callbacks", "logger", "method", "profiler", "scheduler", "tangents", "trainer")
+"""Groups whose choices go with those of one another."""
 
 
-@pytest.mark.parametrize(("group", "choice"), CHOICES)
-def test_every_config_builds(group, choice, tmp_path):
-    build(composed(f"{group}={choice}", *COMPANIONS.get(choice, []), f"run_dir={tmp_path}"))
+def builds():
+    """Overrides that together choose every file of conf/: of the groups that go together, one of each."""
+    alone = [choice for choice in CHOICES if choice[0] not in TOGETHER or choice[1] in COMPANIONS]
+    groups = ([choice for choice in CHOICES if choice[0] == group and choice not in alone] for group in TOGETHER)
+    for choices in [*((choice,) for choice in alone), *zip_longest(*groups)]:
+        yield [f"{group}={choice}" for group, choice in filter(None, choices)]
+
+
+def test_every_choice_is_in_a_build():
+    assert {override for overrides in builds() for override in overrides} == {"=".join(choice) for choice in CHOICES}
+
+
+@pytest.mark.parametrize("overrides", list(builds()), ids=" ".join)
+def test_every_config_builds(overrides, tmp_path):
+    companions = [companion for override in overrides for companion in COMPANIONS.get(override.partition("=")[2], [])]
+    build(composed(*overrides, *companions, f"run_dir={tmp_path}"))
 
 
 BAD = [

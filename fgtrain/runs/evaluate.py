@@ -15,6 +15,7 @@ from fgtrain.runs.build import build
 from fgtrain.runs.library_errors import library_errors_named
 from fgtrain.runs.provenance import load_config
 from fgtrain.runs.results import read_results
+from fgtrain.runs.world import ONE_PROCESS
 
 SPLITS = ("train", "val", "test")
 
@@ -43,6 +44,7 @@ def evaluate(checkpoint: Path, split: str, out: Path | None = None) -> dict[str,
     run_dir, cfg = _run_of(checkpoint)
     state = read_checked(checkpoint)
     cfg.quiet, cfg.resume = True, None
+    cfg.trainer = {**(cfg.trainer or {}), **ONE_PROCESS}
     module, data, trainer, _ = build(cfg)
     trainer.loggers = []
     if isinstance(data, Steps):

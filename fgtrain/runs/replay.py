@@ -18,6 +18,7 @@ from fgtrain.lightning.checkpoints import read_checked
 from fgtrain.lightning.module import EstimatorModule
 from fgtrain.runs.build import build
 from fgtrain.runs.provenance import load_config
+from fgtrain.runs.world import ONE_PROCESS
 
 
 class Replayed(GradientEstimator):
@@ -78,7 +79,7 @@ def replay(run_dir: Path) -> tuple[EstimatorModule, int]:
     cfg = load_config(run_dir)
     cfg.callbacks, cfg.detect_divergence, cfg.self_check, cfg.resume, cfg.quiet = {}, None, False, None, True
     limits = {"limit_train_batches": None, "limit_val_batches": 0, "overfit_batches": 0.0, "max_time": None}
-    cfg.trainer = {**(cfg.trainer or {}), **limits, "devices": 1, "num_nodes": 1, "strategy": "auto"}
+    cfg.trainer = {**(cfg.trainer or {}), **limits, **ONE_PROCESS}
     module, _, trainer, _ = build(cfg)
     trainer.loggers = []
     derivatives = log["derivatives"]

@@ -18,6 +18,9 @@ START_METHODS = {
     "fsdp2": "forkserver",
 }
 
+ONE_PROCESS = {"devices": 1, "num_nodes": 1, "strategy": "auto"}
+"""Trainer arguments of what is done alone with a run of several processes: an evaluation, a replay."""
+
 
 class World(NamedTuple):
     """The number of processes of a run, and whether something else has started them."""

@@ -77,14 +77,9 @@ foreach_copy = torch._foreach_copy_
 """Copies many tensors in one launch."""
 
 
-def has_gradient_hook(p: Tensor) -> bool:
-    """Whether `register_hook` was called on a tensor and its hook was not removed."""
-    return bool(p._backward_hooks)
-
-
-def has_hook_after_backward(p: Tensor) -> bool:
-    """Whether `register_post_accumulate_grad_hook` was called on a tensor and its hook was not removed."""
-    return bool(p._post_accumulate_grad_hooks)
+def gradient_hooks(p: Tensor) -> tuple[Any, Any]:
+    """The hooks of `register_hook` and of `register_post_accumulate_grad_hook`; empty or None if there are none."""
+    return p._backward_hooks, p._post_accumulate_grad_hooks
 
 
 def is_compiled(model: nn.Module) -> bool:

@@ -136,15 +136,12 @@ def test_many_at_once():
 
 def test_hooks_of_a_parameter():
     p = nn.Parameter(torch.ones(1))
-    for has_hook, register in (
-        (_torch.has_gradient_hook, p.register_hook),
-        (_torch.has_hook_after_backward, p.register_post_accumulate_grad_hook),
-    ):
-        assert not has_hook(p)
+    for i, register in enumerate((p.register_hook, p.register_post_accumulate_grad_hook)):
+        assert not any(_torch.gradient_hooks(p))
         hook = register(lambda _: None)
-        assert has_hook(p)
+        assert [bool(hooks) for hooks in _torch.gradient_hooks(p)] == [i == 0, i == 1]
         hook.remove()
-        assert not has_hook(p)
+    assert not any(_torch.gradient_hooks(p))
 
 
 def test_trees():

@@ -25,7 +25,7 @@ from fgtrain.memory import is_out_of_memory
 from fgtrain.network.parameters import ParameterSlots, one_at_a_time, slots_of
 from fgtrain.network.sharding import is_sharded
 from fgtrain.network.snapshot import LightSnapshot, Snapshot
-from fgtrain.tangents.directions import LastTangent, Tangent, num_of
+from fgtrain.tangents.directions import LastTangent, Tangent, num_in
 
 __all__ = ["directional_derivatives", "jvp"]
 
@@ -159,7 +159,7 @@ class _Engines:
     def _conditions(self, model: nn.Module, tangents: Mapping[str, Tangent]) -> tuple[Any, ...]:
         """The conditions that decide which engines can run, as far as they are known before the pass."""
         first, p = next(iter(tangents.values())), self._first
-        return type(first), num_of(tangents), model.training, p.dtype, p.stride(), is_compiled(model)
+        return type(first), num_in(first), model.training, p.dtype, p.stride(), is_compiled(model)
 
     def _engines(self, *, compiled: bool) -> list[tuple[Engine, str]]:
         """(engine, log message for its failure), fastest first."""

@@ -33,7 +33,7 @@ from fgtrain.forward_ad.registry import FALLBACKS, Rule
 from fgtrain.forward_ad.rules.compositions import COMPOSITIONS, by_place
 from fgtrain.forward_ad.running import current, running_pass
 from fgtrain.forward_ad.stale import stale_message
-from fgtrain.tangents.directions import LastTangent, LowRankTangent, Tangent, padded
+from fgtrain.tangents.directions import LastTangent, LowRankTangent, Tangent, num_in, padded
 
 
 class Dual(Tensor):
@@ -266,8 +266,7 @@ def duals_in(tree: Any) -> Iterator[Dual]:
 
 def num_directions(*arguments: Any) -> int:
     """K, the number of directions of the first dual among the arguments."""
-    tangent = next(x.tangent for x in arguments if isinstance(x, Dual))
-    return tangent.shape[0] if isinstance(tangent, Tensor) else tangent.num
+    return num_in(next(x.tangent for x in arguments if isinstance(x, Dual)))
 
 
 def dual(primal: Tensor, tangent: Tensor | None, *sources: Dual) -> Tensor:

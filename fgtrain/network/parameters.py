@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fgtrain._torch import has_gradient_hook, has_hook_after_backward
+from fgtrain._torch import gradient_hooks
 from fgtrain.errors import ModelError
 
 T = TypeVar("T")
@@ -143,7 +143,8 @@ def require_estimable(model: nn.Module, *, by_backward_pass: bool) -> None:
             complex or has a hook on its gradient.
     """
     for name, p in slots_of(model).trainable().items():
-        if has_hook_after_backward(p):
+        on_gradient, after_backward = gradient_hooks(p)
+        if after_backward:
             raise ModelError(
                 f"'{name}' of {type(model).__name__} has a hook that runs after .backward(), which fgtrain does not "
                 "call: remove it and do its work after write_grads"
@@ -155,7 +156,7 @@ def require_estimable(model: nn.Module, *, by_backward_pass: bool) -> None:
                 f"'{name}' of {type(model).__name__} is complex, but directions are real: store it as pairs of real "
                 "numbers and use torch.view_as_complex in forward, or train with Backprop"
             )
-        if has_gradient_hook(p):
+        if on_gradient:
             raise ModelError(
                 f"'{name}' of {type(model).__name__} has a hook on its gradient, which only a backward pass calls: "
                 "remove it and change the estimated gradients instead, or train with Backprop"

@@ -90,9 +90,14 @@ def padded(tangent: Tensor, num: int, *, at_start: bool = False) -> Tensor:
     return torch.cat([zeros, tangent] if at_start else [tangent, zeros])
 
 
+def num_in(tangent: Tangent) -> int:
+    """K, the number of directions of one tangent."""
+    return tangent.shape[0] if isinstance(tangent, Tensor) else tangent.num
+
+
 def num_of(tangents: Mapping[Any, Tangent]) -> int:
     """K, the number of directions; 0 if there are no tangents."""
-    return max((t.shape[0] if isinstance(t, Tensor) else t.num for t in tangents.values()), default=0)
+    return max(map(num_in, tangents.values()), default=0)
 
 
 def all_dense(tangents: Mapping[str, Tangent]) -> dict[str, Tensor]:

@@ -70,6 +70,9 @@ pad_packed_sequence = torch._C._VariableFunctions._pad_packed_sequence
 BatchOrInstanceNorm = nn.modules.batchnorm._NormBase
 """The base of batch and instance norms."""
 
+FOREACH = {name.removeprefix("_foreach_"): f for name, f in vars(torch).items() if name.startswith("_foreach_")}
+"""The functions of lists of tensors, by the name of the function of one tensor."""
+
 foreach_norm = torch._foreach_norm
 """The norms of many tensors in one launch, as torch.optim's own kernels compute them."""
 

@@ -4,7 +4,7 @@ Parameters become dual numbers (p, v). Every operation of the model then compute
 and the loss is (f, grad f . v). Nothing is stored for a backward pass, so the memory use is that of inference.
 """
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,7 +22,7 @@ from fgtrain.forward_ad.passes import NO_TANGENT, LossFn, check_losses
 from fgtrain.forward_ad.rules.compositions import COMPOSITIONS, by_place, no_backward
 from fgtrain.forward_ad.rules.opened import opened
 from fgtrain.forward_ad.stale import as_stale, is_stale, release, stale_message
-from fgtrain.forward_ad.steep import STEEP, where_moved
+from fgtrain.forward_ad.steep import IN_PLACE, STEEP, call_steep
 from fgtrain.network.parameters import slots_of
 from fgtrain.network.snapshot import Snapshot
 from fgtrain.tangents.directions import Tangent, all_dense, num_of
@@ -121,9 +121,10 @@ class _CheckedCalls(TorchFunctionMode):
         if body is not None and func is not torch.autograd.grad:  # it calls meta kernels, whose tensors hide tangents
             with self:
                 return body(*args, **kwargs)
-        result = func(*args, **kwargs)
+        is_steep = func in STEEP or func in IN_PLACE
+        result = _steep(func, args, kwargs) if is_steep else func(*args, **kwargs)
         refuse_if_lost(func, args, kwargs, result, has_tangent, value_of)
-        return _where_moved(result, tree_leaves((args, kwargs))) if func in STEEP else result
+        return result
 
     def checked(self, x: Tensor) -> Tensor:
         """`x`, or its dual if it is a parameter that the loss accesses directly, not through the model.
@@ -155,14 +156,14 @@ class _CheckedCalls(TorchFunctionMode):
         return bool(found)
 
 
-def _where_moved(result: Tensor, leaves: Sequence[Any]) -> Tensor:
+def _steep(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The result of a steep function, with the tangent 0 where no argument moves."""
-    sources = [_unpacked(x).tangent for x in leaves if isinstance(x, Tensor) and has_tangent(x)]
-    if not sources or not has_tangent(result):
-        return result
+    if any(isinstance(x, Tensor) and not _can_be_dual(x) for x in tree_leaves((args, kwargs))):
+        return func(*args, **kwargs)
     with no_overrides():
-        value, tangent = fwAD.unpack_dual(result)
-        return fwAD.make_dual(value, where_moved(tangent, sources))
+        if func in IN_PLACE:
+            return args[0].copy_(call_steep(IN_PLACE[func], args, kwargs))
+        return call_steep(func, args, kwargs)
 
 
 def has_tangent(x: Tensor) -> bool:

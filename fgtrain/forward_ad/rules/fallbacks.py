@@ -10,6 +10,7 @@ from fgtrain.forward_ad.dual import Dual, call, num_directions, primal_of, promo
 from fgtrain.forward_ad.lost_derivatives import is_differentiable, only_reads
 from fgtrain.forward_ad.passes import UnsupportedByEngine
 from fgtrain.forward_ad.registry import FALLBACKS, Fallback, Rule, functions_named
+from fgtrain.forward_ad.rules.arithmetic import aligned
 from fgtrain.forward_ad.rules.compositions import no_backward
 from fgtrain.forward_ad.rules.opened import opened
 from fgtrain.forward_ad.rules.per_direction import per_direction
@@ -28,8 +29,6 @@ def find_fallback(func: Any) -> Fallback:
         return Fallback(_in_place(name), writes=True)
     if name.startswith("__i") and name.endswith("__") and hasattr(torch.Tensor, f"{name[3:-2]}_"):
         return Fallback(_in_place(f"{name[3:-2]}_"), writes=True)
-    if name.startswith("_foreach") and name.endswith("_"):
-        return Fallback(_of_lists)
     body = opened(func)
     return Fallback(per_direction(func)) if body is None else Fallback(body, is_opened=True)
 
@@ -57,10 +56,6 @@ def _reading(func: Any) -> Rule:
         return func(*[primal_of(x) for x in args], **{name: primal_of(x) for name, x in kwargs.items()})
 
     return rule
-
-
-def _of_lists(*_: Any, **__: Any) -> Any:
-    raise UnsupportedByEngine("a change of a list of tensors in place")
 
 
 # --- changes in place ---------------------------------------------------------------------------------------------
@@ -94,7 +89,7 @@ def _in_place(name: str) -> Rule:
             with torch.enable_grad():
                 result = call(outside, (x, *args), kwargs)
         moved = tangent_of(result)
-        tangent.zero_() if moved is None else tangent.copy_(moved)
+        tangent.zero_() if moved is None else tangent.copy_(aligned(moved, primal.dim()))
         value = primal_of(result)
         primal.copy_(value) if isinstance(value, Tensor) else primal.fill_(value)
         return x

@@ -52,6 +52,9 @@ FUNCTION_OWNERS = (torch, Tensor, torch._C._nn)
 REQUIRES_GRAD: Any = vars(torch._C.TensorBase)["requires_grad"].__get__
 """The function that `__torch_function__` receives when a model reads `x.requires_grad`."""
 
+SET_REQUIRES_GRAD: Any = vars(torch._C.TensorBase)["requires_grad"].__set__
+"""The function that `__torch_function__` receives when a model sets `x.requires_grad`."""
+
 safe_softmax = torch._safe_softmax
 """Softmax with zeros in fully masked rows, as in scaled_dot_product_attention."""
 

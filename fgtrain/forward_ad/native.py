@@ -13,7 +13,15 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fgtrain._torch import REQUIRES_GRAD, eager_functions, is_inside_transform, no_overrides, tree_leaves, tree_map_only
+from fgtrain._torch import (
+    REQUIRES_GRAD,
+    SET_REQUIRES_GRAD,
+    eager_functions,
+    is_inside_transform,
+    no_overrides,
+    tree_leaves,
+    tree_map_only,
+)
 from fgtrain.errors import NoTangent, UnsupportedOperation
 from fgtrain.forward_ad.dual import Dual
 from fgtrain.forward_ad.lost_derivatives import refuse_if_lost
@@ -48,7 +56,7 @@ def jvp(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> t
                 snapshot.restore()
             with fwAD.dual_level():
                 duals = {n: fwAD.make_dual(slots.params[n].detach(), v[k]) for n, v in directions.items()}
-                with slots.params_replaced(duals), _CheckedCalls(slots.params, duals) as calls:
+                with slots.params_replaced(duals), _CheckedCalls(model, slots.params, duals) as calls:
                     found = loss_fn(model)
                 pair = fwAD.unpack_dual(calls.checked(check_losses(found)))
                 release(model, lambda x: as_stale(value_of(x)) if has_tangent(x) else None)
@@ -92,18 +100,22 @@ class _CheckedCalls(TorchFunctionMode):
     that PyTorch implements in Python is opened, so that the calls in it are checked too.
 
     Args:
+        model: the model, with the duals in place of its parameters.
         params: {name: parameter} of the model.
         duals: {name: dual} of the parameters that have a tangent.
     """
 
-    def __init__(self, params: Mapping[str, Tensor], duals: Mapping[str, Tensor]) -> None:
+    def __init__(self, model: nn.Module, params: Mapping[str, Tensor], duals: Mapping[str, Tensor]) -> None:
         super().__init__()
+        self._model = model
         self._names = {id(p): name for name, p in params.items()}
         self._duals = duals
         self._clean: set[Any] = set()  # graph nodes that depend on no parameter
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in (Tensor.requires_grad_, SET_REQUIRES_GRAD):
+            self._refuse_freezing(*args, **kwargs)
         if not torch.is_grad_enabled():  # the model's no_grad: constants, as for backpropagation
             return func(*tree_map_only(Tensor, value_of, args), **tree_map_only(Tensor, value_of, kwargs))
         if func == REQUIRES_GRAD:
@@ -125,6 +137,15 @@ class _CheckedCalls(TorchFunctionMode):
         result = _steep(func, args, kwargs) if is_steep else func(*args, **kwargs)
         refuse_if_lost(func, args, kwargs, result, has_tangent, value_of)
         return result
+
+    def _refuse_freezing(self, x: Tensor, requires_grad: bool = True) -> None:
+        """Refuse a change of the parameters that are trained, which the pass cannot follow."""
+        name = next((name for name, p in self._model.named_parameters() if p is x), None)
+        if name is not None and requires_grad != (name in self._duals):
+            raise UnsupportedOperation(
+                f"the loss function sets requires_grad={requires_grad} of '{name}'; do this before the step, for "
+                "example in on_train_batch_start, or train with Backprop"
+            )
 
     def checked(self, x: Tensor) -> Tensor:
         """`x`, or its dual if it is a parameter that the loss accesses directly, not through the model.

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fgtrain._torch import REQUIRES_GRAD, tree_leaves
+from fgtrain._torch import REQUIRES_GRAD, SET_REQUIRES_GRAD, tree_leaves
 from fgtrain.forward_ad.dual import Dual, call, num_directions, primal_of, promoted, tangent_of, values
 from fgtrain.forward_ad.lost_derivatives import is_differentiable, only_reads
 from fgtrain.forward_ad.passes import UnsupportedByEngine
@@ -46,6 +46,7 @@ def _requires_grad(x: Any, requires_grad: bool = True) -> Any:
 _OF_A_BACKWARD_PASS: dict[Any, Rule] = {
     REQUIRES_GRAD: lambda _: True,
     Tensor.requires_grad_: _requires_grad,
+    SET_REQUIRES_GRAD: _requires_grad,
     Tensor.register_hook: no_backward,
     Tensor.retain_grad: no_backward,
 }

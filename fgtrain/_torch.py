@@ -52,6 +52,9 @@ FUNCTION_OWNERS = (torch, Tensor, torch._C._nn)
 REQUIRES_GRAD: Any = vars(torch._C.TensorBase)["requires_grad"].__get__
 """The function that `__torch_function__` receives when a model reads `x.requires_grad`."""
 
+SET_REQUIRES_GRAD: Any = vars(torch._C.TensorBase)["requires_grad"].__set__
+"""The function that `__torch_function__` receives when a model sets `x.requires_grad`."""
+
 safe_softmax = torch._safe_softmax
 """Softmax with zeros in fully masked rows, as in scaled_dot_product_attention."""
 
@@ -69,6 +72,9 @@ pad_packed_sequence = torch._C._VariableFunctions._pad_packed_sequence
 
 BatchOrInstanceNorm = nn.modules.batchnorm._NormBase
 """The base of batch and instance norms."""
+
+FOREACH = {name.removeprefix("_foreach_"): f for name, f in vars(torch).items() if name.startswith("_foreach_")}
+"""The functions of lists of tensors, by the name of the function of one tensor."""
 
 foreach_norm = torch._foreach_norm
 """The norms of many tensors in one launch, as torch.optim's own kernels compute them."""

@@ -26,13 +26,13 @@ def quality(estimate: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict
 
     Args:
         estimate: {parameter name: gradient}; a missing one counts as 0.
-        exact: the exact gradient.
+        exact: the exact gradient, likewise; modules of which it has none are left out.
 
     >>> g = {"layer.weight": torch.tensor([3.0, 0.0]), "layer.bias": torch.tensor([4.0])}
     >>> quality({"layer.weight": torch.tensor([3.0, 0.0])}, g)[""]
     Quality(cosine=0.6, relative_squared_error=0.64, norm_ratio=0.6)
     """
-    products = {name: _products(estimate.get(name), g) for name, g in exact.items()}
+    products = {name: _products(estimate.get(name), exact.get(name)) for name in dict.fromkeys((*exact, *estimate))}
     layers = dict.fromkeys(name.rpartition(".")[0] for name in exact)
     found = {"": _quality(list(products.values()))}
     for layer in layers:
@@ -41,11 +41,17 @@ def quality(estimate: Mapping[str, Tensor], exact: Mapping[str, Tensor]) -> dict
     return found
 
 
-def _products(estimate: Tensor | None, exact: Tensor) -> Tensor:
-    """Squared norms of both and their inner product, (3,)."""
-    g = exact.double().flatten()
-    h = torch.zeros_like(g) if estimate is None else estimate.double().flatten()
+def _products(estimate: Tensor | None, exact: Tensor | None) -> Tensor:
+    """Squared norms of both and their inner product, (3,); at most one is None."""
+    h, g = _vector(estimate, exact), _vector(exact, estimate)
     return torch.stack([h @ h, g @ g, h @ g])
+
+
+def _vector(x: Tensor | None, other: Tensor | None) -> Tensor:
+    if x is None:
+        assert other is not None
+        return torch.zeros_like(_vector(other, None))
+    return (x.to_dense() if x.is_sparse else x).double().flatten()
 
 
 def _quality(products: list[Tensor]) -> Quality:

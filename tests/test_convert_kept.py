@@ -18,8 +18,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.data import DataLoader, TensorDataset
 
-from fgtrain import SPSA, Backprop, ForwardGradient
-from fgtrain.errors import ConfigError
+from fgtrain import SPSA, Backprop, ForwardExact, ForwardGradient
+from fgtrain.errors import ConfigError, LossError
 from fgtrain.forward_ad.dual import Dual
 from fgtrain.lightning import convert
 from fgtrain.network.parameters import slots_of
@@ -128,6 +128,38 @@ def test_a_metric_may_be_the_loss(user_class, metric):
         torch.testing.assert_close(q, p, rtol=1e-5, atol=1e-5)  # the cosine similarity computes in single precision
     assert not carrying(backprop)
     assert not carrying(complete)
+
+
+class Pops(Regression):
+    """Takes its batch apart."""
+
+    def training_step(self, batch, batch_idx):
+        y = batch.pop()
+        batch[0] = {"x": batch[0]}
+        return F.mse_loss(self.net(batch[0].pop("x")), y)
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        assert batch == [{}]
+
+
+def test_a_batch_is_whole_whenever_the_step_runs():
+    """ForwardExact runs it several times, and gives the weights of backpropagation."""
+    plain, _ = fit(Pops, dtype=torch.float64)
+    converted, _ = fit(Pops, ForwardExact(chunk_size=8), dtype=torch.float64)
+    torch.testing.assert_close(converted.net.state_dict(), plain.net.state_dict())
+
+
+class ChangesTheBatch(Regression):
+    def training_step(self, batch, batch_idx):
+        batch[0].mul_(2)
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_batch_that_the_step_changes_in_place():
+    fit(ChangesTheBatch, ForwardGradient(num_tangents=2))  # one pass
+    for estimator in (SPSA(), ForwardExact(chunk_size=8)):
+        with pytest.raises(LossError, match=r"^training_step changes its batch in place, .*; change a copy instead"):
+            fit(ChangesTheBatch, estimator)
 
 
 class Everywhere(Regression):

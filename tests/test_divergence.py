@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 from torch import nn
 from torch.nn import functional as F
 
@@ -16,6 +17,7 @@ from fgtrain.lightning.callbacks import Monitor
 from fgtrain.lightning.divergence import Divergence
 from fgtrain.random import keyed_generator
 from tests.commands import results_under, train
+from tests.properties import flat
 from tests.small import Small, assert_equal_weights, make, trainer
 
 
@@ -217,3 +219,25 @@ def test_through_the_script(tmp_path):
     assert last.startswith("fgtrain: step ")
     assert "lower lr, cap the derivative (method.clip_derivative=...)" in last
     assert not results_under(tmp_path)
+
+
+@pytest.mark.parametrize("line_search", [None, "strong_wolfe"])
+@pytest.mark.parametrize(("part", "value"), [("grads", math.nan), ("grads", math.inf), ("loss", math.nan)])
+@pytest.mark.parametrize("bad", [1, 3])
+def test_a_step_of_lbfgs_with_a_later_evaluation_that_is_not_finite_is_taken_back(
+    part, value, bad, line_search, tmp_path
+):
+    def lbfgs(params):
+        return torch.optim.LBFGS(params, lr=0.1, max_iter=4, line_search_fn=line_search)
+
+    weights = []
+    record = LambdaCallback(
+        on_train_batch_end=lambda _, module, *__: weights.append(flat(dict(module.named_parameters())))
+    )
+    module = make(Broken(Backprop(), part, value, {bad}), optimizer=lbfgs)
+    before = flat(dict(module.named_parameters()))
+    trainer(tmp_path, record, max_steps=3).fit(module, Small())
+    assert torch.equal(weights[0], before)
+    assert not torch.equal(weights[1], weights[0])
+    assert all(w.isfinite().all() for w in weights)
+    assert module.divergence.skipped_steps == 1

@@ -14,6 +14,7 @@ from fgtrain import (
     ActivityPerturbation,
     Backprop,
     CheckpointedBackprop,
+    ForwardExact,
     ForwardGradient,
     ForwardInTime,
     Highway,
@@ -311,10 +312,10 @@ def test_inputs_of_inference_mode_are_named(estimator):
         estimator(residual(), lambda m: F.cross_entropy(m(inputs), LABELS, reduction="none"))
 
 
-@pytest.mark.parametrize("estimator", [CheckpointedBackprop(), Highway()], ids=str)
+@pytest.mark.parametrize("estimator", [CheckpointedBackprop(), Highway(), Highway(ForwardExact())], ids=str)
 def test_other_parameters_by_functional_call_are_named(estimator):
     def loss(m):
-        return functional_call(m, {name: 2 * p for name, p in m.named_parameters()}, (INPUTS,)).square().sum()
+        return functional_call(m, {name: 2 * p for name, p in m.named_parameters()}, (INPUTS,)).square().sum(1)
 
     with pytest.raises(UnsupportedOperation, match=r"torch.func.functional_call[^\n]*Backprop$"):
         estimator(residual(), loss)

@@ -346,6 +346,31 @@ def test_a_single_pass_may_change_a_frozen_parameter():
     )
 
 
+def set_by_method(p, requires_grad):
+    p.requires_grad_(requires_grad)
+
+
+def set_as_attribute(p, requires_grad):
+    p.requires_grad = requires_grad
+
+
+@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("change", [set_by_method, set_as_attribute])
+def test_a_loss_that_freezes_and_unfreezes(change, before):
+    model = nn.Linear(4, 3).double()
+    model.bias.requires_grad_(before)
+
+    def loss(model):
+        change(model.bias, not before)
+        return model(X).square().sum(1)
+
+    for estimator in (ForwardGradient(num_tangents=2), GaussNewton(num_tangents=2)):
+        with pytest.raises(UnsupportedOperation, match=rf"sets requires_grad={not before} of 'bias'; do this before"):
+            estimator(model, loss)
+    estimate = Backprop()(model, loss)
+    assert ("bias" in estimate.grads) == (model.bias.requires_grad) == (not before)
+
+
 # --- what a pass writes ---------------------------------------------------------------------------------------------
 
 

@@ -99,6 +99,35 @@ def test_layers_add_up():
     assert errors["a"] + errors["b.c"] == pytest.approx(errors[""])
 
 
+def test_an_unused_parameter_counts_with_a_gradient_of_zero():
+    found = quality({"a.weight": torch.tensor([3.0, 4.0]), "b.weight": torch.ones(11)}, {"a.weight": torch.ones(2)})
+    assert found.keys() == {"", "a"}
+    assert found[""].cosine == pytest.approx(7 / (36 * 2) ** 0.5)
+    assert found[""].relative_squared_error == pytest.approx((4 + 9 + 11) / 2)
+    assert found[""].norm_ratio == pytest.approx((36 / 2) ** 0.5)
+
+
+class PartlyUsed(nn.Module):
+    """An embedding with sparse gradients, and a layer that the output does not depend on."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.unused = nn.Embedding(4, 3, sparse=True), nn.Linear(3, 7)
+
+    def forward(self, x):
+        return self.embedding((x.flatten(1) > 0).sum(1) % 4)
+
+
+def test_the_closed_form_of_a_model_with_unused_parameters_and_sparse_gradients(tmp_path):
+    kept = Kept()
+    trainer(tmp_path, kept, max_steps=2).fit(make(ForwardGradient(Rademacher()), PartlyUsed()), Small())
+    for found in kept.found:
+        assert found["quality/expected_squared_error"] == 40 - 1
+        cosine, ratio = found["quality/cosine"], found["quality/norm_ratio"]
+        assert ratio == pytest.approx(40 * cosine, rel=1e-5)  # of d v for signs v, where d = g . v
+        assert found["quality/relative_squared_error"] == pytest.approx(ratio**2 - 2 * cosine * ratio + 1, rel=1e-5)
+
+
 def test_logged_every_few_steps(tmp_path):
     run = trainer(tmp_path, GradientQuality(3), max_steps=7, logger=TensorBoardLogger(tmp_path, "", ""))
     run.fit(make(ForwardGradient()), Small())

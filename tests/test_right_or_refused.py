@@ -129,6 +129,18 @@ OPERATIONS = [
         for mode in ("bilinear", "bicubic", "nearest")
         for padding in ("zeros", "border", "reflection")
     ),
+    with_parameter(
+        "embedding by frequency",
+        (4, 3),
+        lambda p: F.embedding(PLACES.view(2, 4), p, padding_idx=1, scale_grad_by_freq=True),
+    ),
+    with_parameter(
+        "embedding bag by frequency",
+        (4, 3),
+        lambda p: F.embedding_bag(PLACES.view(2, 4), p, scale_grad_by_freq=True),
+    ),
+    linear("_foreach_norm", lambda h: torch.stack(torch._foreach_norm(list(h)))),
+    linear("weights made inside", lambda h: h * nn.init.kaiming_uniform_(torch.empty(5, 4, dtype=h.dtype))),
     conv("grid sample of the image", lambda h: F.grid_sample(h, h.detach()[:, :2].movedim(1, 3), align_corners=True)),
 ]
 
@@ -209,8 +221,15 @@ WRITES = [
     linear("what is made under no_grad is a constant", lambda h: h * constant_view(sum_of(h))),
     linear("a change without a graph", lambda h: changed_without_graph(sum_of(h))),
     linear("fill_diagonal_", lambda h: (2 * h).fill_diagonal_(3.0) + h),
+    linear("rows as long as there are directions", lambda h: rows_of_three(2 * h, h[0])),
     linear("integers written", lambda h: h * torch.zeros(5, 4, dtype=torch.int64).copy_(3 * h)),
 ]
+
+
+def rows_of_three(out, row):
+    out[:2, :3].fill_(row[0])
+    out[2:, 1:].copy_(row[1:])
+    return out
 
 
 def with_row(h):
@@ -274,6 +293,9 @@ EXTREMES = [
     linear("sqrt of relu", lambda h: h.relu().sqrt()),
     linear("a power of a clamped number", lambda h: h.clamp(min=0) ** 0.5),
     linear("a power with a power that moves", lambda h: h.relu().pow(h.relu())),
+    linear("a power whose exponent alone moves", lambda h: h.relu() ** h.sigmoid()),
+    linear("sqrt_ of relu", lambda h: (h.relu() + 0).sqrt_()),
+    linear("_foreach_sqrt of relu", lambda h: torch._foreach_sqrt([h.relu()])[0]),
     linear("acos of a cosine beyond 1", lambda h: (3 * h).clamp(-1, 1).acos()),
     linear("a clamped logarithm", lambda h: (3 * h).clamp(0, 1).log().clamp(min=-100)),
     linear("lp_pool of zeros", lambda h: F.lp_pool1d(0 * h, 2.0, 2)),

@@ -58,6 +58,16 @@ class Taught(nn.Module):
 
 TWICE = [
     *CASES,
+    *(
+        Case(f"linear algebra: {name}", lambda: nn.Linear(6, 3), lambda m, f=f: f((a := m(SEQUENCE)).mT @ a + a[:, :3]))
+        for name, f in {
+            "det": lambda a: torch.det(a) + a.roll(1, 1).det(),
+            "slogdet": lambda a: torch.linalg.slogdet(a).logabsdet + a.slogdet()[1],
+            "logdet": lambda a: torch.logdet(a @ a.mT + torch.eye(3, dtype=a.dtype)),
+            "solve": lambda a: torch.linalg.solve(a, a.mT.cos()).square().sum((1, 2)),
+            "solve for vectors": lambda a: torch.linalg.solve(a, a[:, 0].sin()).square().sum(1),
+        }.items()
+    ),
     layers("a parameter that is one number", nn.Linear(6, 2), Scaled(), nn.Tanh()),
     layers("layer norm", nn.Linear(6, 6), nn.LayerNorm(6), nn.SiLU(), nn.Linear(6, 2)),
     layers("batch norm", nn.Conv1d(4, 4, 3), nn.BatchNorm1d(4), nn.SiLU(), nn.Conv1d(4, 2, 1)),
@@ -93,6 +103,10 @@ def test_curvature_is_exact(case):
         (lambda m: Doubled.apply(m(ROWS)).sum(1), "a custom autograd.Function without setup_context"),
         (lambda m: slopes(m).square().sum(1), "a derivative with respect to its own input"),
         (lambda m: torch.rrelu_(m(ROWS) * 1, training=True).sum(1), "aten::rrelu_with_noise_"),
+        (
+            lambda m: torch.linalg.householder_product(m(ROWS), ROWS[0, :2]).sum(1),
+            "linalg_householder_product",
+        ),
     ],
 )
 def test_what_cannot_be_differentiated_twice_is_one_line(loss, operation):

@@ -41,9 +41,10 @@ class Backprop(GradientEstimator):
     def forward(
         self, model: nn.Module, loss_fn: LossFn, *, generator: torch.Generator, reduce: Reduce | None
     ) -> Estimate:
-        params = trainable_params(model)
+        trainable_params(model)  # before the loss, whose errors are less clear
         with torch.enable_grad():
             loss = check_losses(loss_fn(model)).mean()
+            params = trainable_params(model)  # the loss may freeze some
             if not loss.requires_grad:
                 raise NoTangent(
                     "the loss depends on no trainable parameter; check that loss_fn uses the model it is given"

@@ -12,7 +12,7 @@ from fgtrain.estimators.backprop import Backprop
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, add_grad, average_grads, require_positive_int
 from fgtrain.estimators.exact_head import gradient_of_last_layer
 from fgtrain.estimators.highway_backprop import by_backprop, learning_by_backprop
-from fgtrain.estimators.highway_checks import is_chain_of_blocks, refuse_other_paths
+from fgtrain.estimators.highway_checks import OTHER_PARAMS, is_chain_of_blocks, refuse_other_paths
 from fgtrain.estimators.highway_forward import (
     delta_by_forward_mode,
     estimated,
@@ -158,10 +158,7 @@ class Highway(GradientEstimator):
             with learning as found, torch.enable_grad():
                 loss_fn(model)
             if any(id(p) not in names for p, _ in found):
-                raise UnsupportedOperation(
-                    "the blocks run with other tensors in place of their parameters, as by torch.func.functional_call; "
-                    "call the model with its own parameters, or train with Backprop"
-                )
+                raise UnsupportedOperation(OTHER_PARAMS)
             for p, g in found:
                 add_grad(grads, names[id(p)], g)
         return Estimate(losses.mean(), average_grads({name: grads[name] for name in params if name in grads}, reduce))

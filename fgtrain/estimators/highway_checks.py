@@ -18,6 +18,11 @@ from fgtrain.network.parameters import slots_of
 from fgtrain.network.residual_blocks import ResidualBlocks
 from fgtrain.network.snapshot import Snapshot
 
+OTHER_PARAMS = (
+    "the blocks run with other tensors in place of their parameters, as by torch.func.functional_call; call the model "
+    "with its own parameters, or train with Backprop"
+)
+
 
 def is_chain_of_blocks(blocks: ResidualBlocks, model: nn.Module, loss_fn: LossFn, losses: Tensor) -> bool:
     """Whether the losses depend on the hidden state between two blocks of a segment through the second block only."""

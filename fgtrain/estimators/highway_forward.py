@@ -16,6 +16,7 @@ from fgtrain._torch import tree_map_only
 from fgtrain.errors import LossError, NoTangent, UnsupportedOperation
 from fgtrain.estimators.base import GradientEstimator
 from fgtrain.estimators.highway_backprop import Branches
+from fgtrain.estimators.highway_checks import OTHER_PARAMS
 from fgtrain.forward_ad import jvp
 from fgtrain.forward_ad.native import value_of
 from fgtrain.forward_ad.passes import LossFn
@@ -45,6 +46,8 @@ def learning_by_estimator(
 
     def learn(block: nn.Module, forward: Forward) -> Forward:
         def run(*args: Any, **kwargs: Any) -> Any:
+            if not all(p.is_leaf for p in block.parameters()):
+                raise UnsupportedOperation(OTHER_PARAMS)
             args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
             delta = after_next(None)[1]
             grads, out = _gradients_and_output(estimator, block, partial(forward, *args, **kwargs), delta, generator)

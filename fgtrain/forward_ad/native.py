@@ -4,7 +4,7 @@ Parameters become dual numbers (p, v). Every operation of the model then compute
 and the loss is (f, grad f . v). Nothing is stored for a backward pass, so the memory use is that of inference.
 """
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,7 +13,15 @@ import torch.autograd.forward_ad as fwAD
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from fgtrain._torch import REQUIRES_GRAD, eager_functions, is_inside_transform, no_overrides, tree_leaves, tree_map_only
+from fgtrain._torch import (
+    REQUIRES_GRAD,
+    SET_REQUIRES_GRAD,
+    eager_functions,
+    is_inside_transform,
+    no_overrides,
+    tree_leaves,
+    tree_map_only,
+)
 from fgtrain.errors import NoTangent, UnsupportedOperation
 from fgtrain.forward_ad.dual import Dual
 from fgtrain.forward_ad.lost_derivatives import refuse_if_lost
@@ -22,7 +30,7 @@ from fgtrain.forward_ad.passes import NO_TANGENT, LossFn, check_losses
 from fgtrain.forward_ad.rules.compositions import COMPOSITIONS, by_place, no_backward
 from fgtrain.forward_ad.rules.opened import opened
 from fgtrain.forward_ad.stale import as_stale, is_stale, release, stale_message
-from fgtrain.forward_ad.steep import STEEP, where_moved
+from fgtrain.forward_ad.steep import IN_PLACE, STEEP, call_steep
 from fgtrain.network.parameters import slots_of
 from fgtrain.network.snapshot import Snapshot
 from fgtrain.tangents.directions import Tangent, all_dense, num_of
@@ -48,7 +56,7 @@ def jvp(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> t
                 snapshot.restore()
             with fwAD.dual_level():
                 duals = {n: fwAD.make_dual(slots.params[n].detach(), v[k]) for n, v in directions.items()}
-                with slots.params_replaced(duals), _CheckedCalls(slots.params, duals) as calls:
+                with slots.params_replaced(duals), _CheckedCalls(model, slots.params, duals) as calls:
                     found = loss_fn(model)
                 pair = fwAD.unpack_dual(calls.checked(check_losses(found)))
                 release(model, lambda x: as_stale(value_of(x)) if has_tangent(x) else None)
@@ -92,18 +100,22 @@ class _CheckedCalls(TorchFunctionMode):
     that PyTorch implements in Python is opened, so that the calls in it are checked too.
 
     Args:
+        model: the model, with the duals in place of its parameters.
         params: {name: parameter} of the model.
         duals: {name: dual} of the parameters that have a tangent.
     """
 
-    def __init__(self, params: Mapping[str, Tensor], duals: Mapping[str, Tensor]) -> None:
+    def __init__(self, model: nn.Module, params: Mapping[str, Tensor], duals: Mapping[str, Tensor]) -> None:
         super().__init__()
+        self._model = model
         self._names = {id(p): name for name, p in params.items()}
         self._duals = duals
         self._clean: set[Any] = set()  # graph nodes that depend on no parameter
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in (Tensor.requires_grad_, SET_REQUIRES_GRAD):
+            self._refuse_freezing(*args, **kwargs)
         if not torch.is_grad_enabled():  # the model's no_grad: constants, as for backpropagation
             return func(*tree_map_only(Tensor, value_of, args), **tree_map_only(Tensor, value_of, kwargs))
         if func == REQUIRES_GRAD:
@@ -121,9 +133,19 @@ class _CheckedCalls(TorchFunctionMode):
         if body is not None and func is not torch.autograd.grad:  # it calls meta kernels, whose tensors hide tangents
             with self:
                 return body(*args, **kwargs)
-        result = func(*args, **kwargs)
+        is_steep = func in STEEP or func in IN_PLACE
+        result = _steep(func, args, kwargs) if is_steep else func(*args, **kwargs)
         refuse_if_lost(func, args, kwargs, result, has_tangent, value_of)
-        return _where_moved(result, tree_leaves((args, kwargs))) if func in STEEP else result
+        return result
+
+    def _refuse_freezing(self, x: Tensor, requires_grad: bool = True) -> None:
+        """Refuse a change of the parameters that are trained, which the pass cannot follow."""
+        name = next((name for name, p in self._model.named_parameters() if p is x), None)
+        if name is not None and requires_grad != (name in self._duals):
+            raise UnsupportedOperation(
+                f"the loss function sets requires_grad={requires_grad} of '{name}'; do this before the step, for "
+                "example in on_train_batch_start, or train with Backprop"
+            )
 
     def checked(self, x: Tensor) -> Tensor:
         """`x`, or its dual if it is a parameter that the loss accesses directly, not through the model.
@@ -155,14 +177,14 @@ class _CheckedCalls(TorchFunctionMode):
         return bool(found)
 
 
-def _where_moved(result: Tensor, leaves: Sequence[Any]) -> Tensor:
+def _steep(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The result of a steep function, with the tangent 0 where no argument moves."""
-    sources = [_unpacked(x).tangent for x in leaves if isinstance(x, Tensor) and has_tangent(x)]
-    if not sources or not has_tangent(result):
-        return result
+    if any(isinstance(x, Tensor) and not _can_be_dual(x) for x in tree_leaves((args, kwargs))):
+        return func(*args, **kwargs)
     with no_overrides():
-        value, tangent = fwAD.unpack_dual(result)
-        return fwAD.make_dual(value, where_moved(tangent, sources))
+        if func in IN_PLACE:
+            return args[0].copy_(call_steep(IN_PLACE[func], args, kwargs))
+        return call_steep(func, args, kwargs)
 
 
 def has_tangent(x: Tensor) -> bool:

@@ -1,7 +1,8 @@
 """Compositions of elementary operations, for forward mode over forward mode.
 
 Nested in itself, PyTorch's forward mode silently returns wrong second derivatives of batch, layer and instance norms:
-its rules treat the statistics that the kernel saved as constants. As elementary operations they are right.
+its rules treat the statistics that the kernel saved as constants, and the factors that determinants and solvers saved.
+As elementary operations they are right.
 tests/test_second_order.py compares every one of them with double backpropagation.
 """
 
@@ -16,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 import fgtrain.forward_ad.rules.sampling
 import fgtrain.forward_ad.rules.sequence  # noqa: F401 - these two register compositions
 from fgtrain._torch import standard_gamma, tree_map_only
+from fgtrain.forward_ad.registry import functions_named
 from fgtrain.forward_ad.rules.compositions import COMPOSITIONS
 from fgtrain.forward_ad.rules.opened import opened
 
@@ -147,13 +149,53 @@ def _rrelu(
     return torch.where(x > 0, x, slope * x)
 
 
-_ONLY_FIRST_DERIVATIVES = {torch.scatter_reduce, torch.Tensor.scatter_reduce, standard_gamma, torch.ctc_loss}
+def _factors(a: Tensor) -> tuple[Tensor, Tensor]:
+    """The diagonal of the factor U in A = P L U, and the determinant of P."""
+    factors, pivots = torch.linalg.lu_factor(a)
+    swaps = (pivots != torch.arange(1, a.shape[-1] + 1, device=a.device)).sum(-1)
+    return factors.diagonal(dim1=-2, dim2=-1), (1 - 2 * (swaps % 2)).to(a.dtype)
+
+
+def _det(a: Tensor) -> Tensor:
+    diagonal, parity = _factors(a)
+    return diagonal.prod(-1) * parity
+
+
+def _slogdet(a: Tensor) -> Any:
+    if a.is_complex():
+        raise NotImplementedError("forward AD with slogdet of complex numbers")
+    diagonal, parity = _factors(a)
+    sign = diagonal.sign().prod(-1) * parity
+    return type(torch.linalg.slogdet(a.detach()))((sign, diagonal.abs().log().sum(-1)))
+
+
+def _logdet(a: Tensor) -> Tensor:
+    sign, size = _slogdet(a)
+    return size + sign.log()
+
+
+def _solve(a: Tensor, b: Tensor, *, left: bool = True) -> Tensor:
+    factors, pivots = torch.linalg.lu_factor(a)
+    if b.dim() == 1 or (b.dim() == a.dim() - 1 and b.shape == a.shape[:-1]):  # vectors, as PyTorch decides it
+        return torch.linalg.lu_solve(factors, pivots, b.unsqueeze(-1), left=left).squeeze(-1)
+    return torch.linalg.lu_solve(factors, pivots, b, left=left)
+
+
+_ONLY_FIRST_DERIVATIVES = {
+    *(torch.scatter_reduce, torch.Tensor.scatter_reduce, standard_gamma, torch.ctc_loss),
+    *functions_named("orgqr"),
+    *(torch.linalg.householder_product, torch.linalg.solve_ex, torch.linalg.tensorsolve),
+}
 
 _FOR_SECOND_DERIVATIVES = {
     F.layer_norm: _layer_norm,
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,
     F.rrelu: _rrelu,
+    **dict.fromkeys([*functions_named("det"), torch.linalg.det], _det),
+    **dict.fromkeys([*functions_named("slogdet"), torch.linalg.slogdet], _slogdet),
+    **dict.fromkeys(functions_named("logdet"), _logdet),
+    torch.linalg.solve: _solve,
     F.huber_loss: _huber_loss,
     F.binary_cross_entropy_with_logits: _binary_cross_entropy_with_logits,
 }

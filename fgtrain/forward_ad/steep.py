@@ -4,12 +4,15 @@ There backpropagation gives 0 if what comes before has no slope, as in sqrt(relu
 the gradient of sqrt. The product of forward mode, infinity times 0, would be nan.
 """
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import torch
+import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
+from fgtrain._torch import tree_flatten, tree_unflatten
+from fgtrain.forward_ad.lost_derivatives import is_differentiable
 from fgtrain.forward_ad.registry import functions_named
 
 _NAMES = """
@@ -23,11 +26,30 @@ STEEP = frozenset(functions_named(_NAMES)) | {
 """Elementwise functions of this kind."""
 
 
-def where_moved(tangent: Tensor, sources: Sequence[Tensor]) -> Tensor:
-    """The tangent of an elementwise result, with 0 where no argument moves.
+IN_PLACE = {
+    getattr(Tensor, f"{name}_"): getattr(Tensor, name)
+    for name in _NAMES.split()
+    if hasattr(Tensor, name) and hasattr(Tensor, f"{name}_")
+}
+"""{a method that changes its first argument by a function of this kind: the method that makes a new tensor}."""
 
-    Args:
-        tangent: as the slopes give it.
-        sources: the tangents of the arguments.
-    """
-    return tangent.masked_fill(functools.reduce(torch.logical_and, [t == 0 for t in sources]), 0)
+
+def where_moved(tangent: Tensor, source: Tensor) -> Tensor:
+    """The tangent of an elementwise result, as the slope gives it, with 0 where the argument with `source` rests."""
+    return tangent.masked_fill(source == 0, 0)
+
+
+def call_steep(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """func(*args, **kwargs) of dual numbers of PyTorch's forward mode, with 0 from every argument where it rests."""
+    leaves, spec = tree_flatten((args, kwargs))
+    pairs = {i: fwAD.unpack_dual(x) for i, x in enumerate(leaves) if is_differentiable(x)}
+    moved = {i: pair for i, pair in pairs.items() if pair.tangent is not None}
+    result, total = None, None
+    for i, (_, source) in moved.items():
+        alone = [moved[j].primal if j in moved and j != i else x for j, x in enumerate(leaves)]
+        positional, keywords = tree_unflatten(alone, spec)
+        result, tangent = fwAD.unpack_dual(func(*positional, **keywords))
+        if tangent is not None:
+            tangent = where_moved(tangent, source)
+            total = tangent if total is None else total + tangent
+    return func(*args, **kwargs) if total is None else fwAD.make_dual(result, total)

@@ -110,10 +110,8 @@ class Divergence(L.Callback):
             DivergenceError: too many estimates were not finite.
         """
         self._batches += 1
-        alone = trainer.world_size == 1
-        loss, *sizes = _sizes(estimate, alone)
-        shared = [loss, *sizes] if alone else sizes  # ranks have different losses
-        if all(map(math.isfinite, shared)):
+        loss, is_finite = _examined(estimate, trainer)
+        if is_finite:
             self._in_a_row = 0
             self._watch(loss, trainer)
             return True
@@ -135,6 +133,14 @@ class Divergence(L.Callback):
                 f"those of the last good step); {data}{self._remedies()}; lr is {_lr(trainer):.3g}"
             )
         return False
+
+    def inspect_again(self, estimate: Estimate, trainer: L.Trainer) -> bool:
+        """As `inspect`, for a later estimate of a batch; it does not skip the optimizer step, which is under way."""
+        _, is_finite = _examined(estimate, trainer)
+        if not is_finite:
+            self.inspect(estimate, trainer)
+            self._is_finite = True
+        return is_finite
 
     def step_is_finite(self) -> bool:
         """Whether all estimates since the last call were finite, so that the optimizer step can be done."""
@@ -187,6 +193,14 @@ class Divergence(L.Callback):
 
     def _share(self) -> str:
         return f"{self.skipped_steps} of {self._batches} batches"
+
+
+def _examined(estimate: Estimate, trainer: L.Trainer) -> tuple[float, bool]:
+    """The loss, and whether the estimate is finite, on which all ranks agree."""
+    alone = trainer.world_size == 1
+    loss, *sizes = _sizes(estimate, alone)
+    shared = [loss, *sizes] if alone else sizes  # ranks have different losses
+    return loss, all(map(math.isfinite, shared))
 
 
 def _sizes(estimate: Estimate, alone: bool) -> list[float]:

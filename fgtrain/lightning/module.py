@@ -28,6 +28,7 @@ from fgtrain.lightning.checkpoints import (
 from fgtrain.lightning.divergence import Divergence
 from fgtrain.lightning.exchange import Exchange, Gradients, average_weights, exchange_of
 from fgtrain.lightning.length import total_steps
+from fgtrain.lightning.optimizers import search_with_care
 from fgtrain.lightning.position import Position
 from fgtrain.lightning.step import StepEstimates, estimate_for_step, scaler_of
 from fgtrain.lightning.strategy import shard_model
@@ -236,13 +237,13 @@ class EstimatorModule(L.LightningModule):
             "skipped": not is_usable,
         }
 
-    def _evaluate_again(self, batch: Any, batch_idx: int) -> Tensor:
-        """The loss and gradients at other parameters, for an optimizer that searches along a line."""
+    def _evaluate_again(self, batch: Any, batch_idx: int) -> Tensor | None:
+        """The loss and gradients at other parameters, for an optimizer that searches along a line; None for nan."""
         estimate = self.estimate(self.estimator, batch, batch_idx, self._exchange)
         write_grads(self.model, estimate.grads, check_finite=False)
-        return estimate.loss
+        return estimate.loss if self.divergence.inspect_again(estimate, self.trainer) else None
 
-    def _optimizer_step(self, closure: Callable[[], Tensor]) -> None:
+    def _optimizer_step(self, closure: Callable[[], Tensor | None]) -> None:
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         if self.clip_grad_norm is not None:
@@ -291,4 +292,6 @@ class EstimatorModule(L.LightningModule):
             raise ConfigError(
                 "L-BFGS takes accumulate_grad_batches=1 and clip_grad_norm=null, since it evaluates again"
             )
+        if isinstance(optimizer, LBFGS):
+            search_with_care(optimizer)
         return optimizer

@@ -16,7 +16,7 @@ from fgtrain.estimators import Estimate, GradientEstimator
 from fgtrain.forward_ad.passes import LossFn
 from fgtrain.lightning._lightning import last_result, set_last_result
 from fgtrain.lightning.divergence import Divergence
-from fgtrain.lightning.step_snapshot import StepSnapshot, without_tangents
+from fgtrain.lightning.step_snapshot import BatchSnapshot, StepSnapshot, without_tangents
 
 BACKWARD_CALLED = (
     "training_step calls backward itself; return the loss and leave its gradient to the estimator "
@@ -82,23 +82,27 @@ class ObservedStep:
 
     def peek(self, module: Any, args: tuple[Any, ...], estimate: Callable[[LossFn], Estimate]) -> Estimate | None:
         """The estimate, without logging and without a change of metrics; None if training_step skips the batch."""
-        snapshot = self._snapshot(module)
+        snapshot, batch = self._snapshot(module), BatchSnapshot(args)
         try:
-            return self._observe(module, args, estimate, snapshot)[0]
+            found, _ = self._observe(module, args, estimate, snapshot)
         finally:
             self._logs.clear()
             snapshot.restore()
+        batch.restore()
+        return found
 
     def _observe(
         self, module: Any, args: tuple[Any, ...], estimate: Callable[[LossFn], Estimate], snapshot: StepSnapshot
     ) -> tuple[Estimate | None, Any]:
         """The estimate, or None if the batch is skipped, and the return value of training_step."""
         output: Any = None
+        batch = BatchSnapshot(args)
 
         def loss_fn(model: nn.Module) -> Tensor:
             nonlocal output
             self._logs.clear()
             snapshot.restore()
+            batch.restore()
             with _backward_refused(), snapshot.metrics_noticed():
                 output = self.user_step(module, *args)
             return _loss_of(output)

@@ -65,6 +65,12 @@ class _States(ChainMap[Any, Any]):
         return next((state for state in self.maps if key in state), self.maps[0])
 
 
+def search_with_care(optimizer: LBFGS) -> None:
+    """Let L-BFGS step by `Search`."""
+    searched = partial(_searched, optimizer, optimizer.step)
+    setattr(optimizer, "step", update_wrapper(searched, optimizer.step))  # a scheduler marks it
+
+
 def _searched(optimizer: Optimizer, step: Callable[..., Any], closure: Callable[[], Any]) -> None:
     Search(optimizer, closure).run(step)
 
@@ -76,8 +82,7 @@ def step_together(configured: Any) -> Any:
     optimizers, schedulers, _ = configure_optimizers(configured)
     for optimizer in optimizers:
         if isinstance(optimizer, LBFGS):
-            searched = partial(_searched, optimizer, optimizer.step)
-            setattr(optimizer, "step", update_wrapper(searched, optimizer.step))  # a scheduler marks it
+            search_with_care(optimizer)
     return configured if len(optimizers) < 2 else ([Together(optimizers)], schedulers)
 
 

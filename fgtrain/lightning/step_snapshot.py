@@ -1,5 +1,6 @@
 """The state that a user's training_step may change: noted before a call, and restored before the next one."""
 
+from collections import UserDict
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from threading import get_ident
@@ -11,6 +12,7 @@ from torchmetrics import Metric
 from torchmetrics.wrappers.abstract import WrapperMetric
 
 from fgtrain._torch import tree_map
+from fgtrain.errors import LossError
 from fgtrain.forward_ad.dual import Dual
 from fgtrain.forward_ad.native import value_of
 from fgtrain.lightning._lightning import SET_FIRST
@@ -69,6 +71,51 @@ class StepSnapshot:
         """Reduce the state of metrics to values; the engine handles other parts, see `forward_ad.stale`."""
         for metric, _ in self._metrics.values():
             vars(metric).update({name: _without_graph(value) for name, value in _attributes_of(metric)})
+
+
+class BatchSnapshot:
+    """The contents of a batch, restored before training_step takes it again.
+
+    Lists and dictionaries get back what `pop` and its like have removed. Tensors are not copied, so a step that changes
+    one in place is refused if it runs again.
+
+    Args:
+        batch: nested lists, tuples and dictionaries.
+    """
+
+    def __init__(self, batch: Any) -> None:
+        self._containers: list[tuple[Any, Any]] = []
+        self._tensors: list[tuple[Tensor, int]] = []
+        self._note(batch)
+
+    def _note(self, x: Any) -> None:
+        if isinstance(x, (list, dict, UserDict)):
+            self._containers.append((x, x.copy()))
+        if isinstance(x, (dict, UserDict)):
+            x = list(x.values())
+        if isinstance(x, (list, tuple)):
+            for part in x:
+                self._note(part)
+        elif isinstance(x, Tensor) and not x.is_inference():
+            self._tensors.append((x, x._version))
+
+    def restore(self) -> None:
+        """Restore the lists and dictionaries.
+
+        Raises:
+            LossError: a tensor has changed.
+        """
+        for container, content in self._containers:
+            if isinstance(container, list):
+                container[:] = content
+            else:
+                container.clear()
+                container.update(content)
+        if any(x._version != version for x, version in self._tensors):
+            raise LossError(
+                "training_step changes its batch in place, but it is called several times a step; change a copy "
+                "instead, for example x = x * 2 for x.mul_(2), or change it in on_after_batch_transfer"
+            )
 
 
 class _Noticed:

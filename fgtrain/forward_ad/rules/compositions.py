@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fgtrain._torch import standard_gamma, standard_gamma_grad
+from fgtrain._torch import FOREACH, standard_gamma, standard_gamma_grad
 from fgtrain.forward_ad.registry import register
 from fgtrain.forward_ad.rules.opened import opened
 
@@ -54,11 +54,18 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 def _embedding(
     weight: Tensor, indices: Tensor, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False
 ) -> Any:
-    """The padding row has no derivative in backpropagation, but has one in PyTorch's forward mode."""
-    if padding_idx < 0:
+    """With the derivative of backpropagation: 0 for the padding row, and divided by the frequency of a row."""
+    if padding_idx < 0 and not scale_grad_by_freq:
         return NotImplemented
     out = torch.embedding(weight, indices)
+    if scale_grad_by_freq:
+        out = out.detach() + _change(out) / _frequencies(indices, len(weight)).unsqueeze(-1)
     return torch.where((indices == padding_idx).unsqueeze(-1), out.detach(), out)
+
+
+def _frequencies(indices: Tensor, size: int) -> Tensor:
+    """For each index, below `size`, how often it occurs."""
+    return indices.flatten().bincount(minlength=size)[indices]
 
 
 @composition_of("embedding_bag")
@@ -94,7 +101,7 @@ def _embedding_bag(
         best = plain[3]  # (bags, features): the index of the row with the maximum; -1 in an empty bag
         rows = torch.gather(weight, 0, best.clamp(min=0))
         return rows.masked_fill(best < 0, 0), *plain[1:]
-    rows = torch.embedding(weight, indices) * counts.unsqueeze(-1).to(weight.dtype)
+    rows = torch.embedding(weight, indices, -1, scale_grad_by_freq) * counts.unsqueeze(-1).to(weight.dtype)
     if per_sample_weights is not None:
         rows = rows * per_sample_weights.unsqueeze(-1)
     sums = torch.index_add(rows.new_zeros(len(starts), rows.shape[1]), 0, bag, rows)
@@ -369,3 +376,38 @@ def _index_reduce(x: Tensor, dim: int, index: Tensor, source: Tensor, reduce: st
     places[dim] = len(index)
     index = index.view(places).expand(source.shape)
     return torch.scatter_reduce(x, dim, index, source, reduce, include_self=include_self)
+
+
+# --- lists of tensors ---------------------------------------------------------------------------------------------
+
+
+def _of_each(name: str) -> Callable[..., Any] | None:
+    """The function of lists of tensors that calls the function `name` with the first parts of all lists, and so on."""
+    plain = name.removesuffix("_")
+    of_one = _OF_ONE.get(plain) or getattr(torch, plain, None)
+    if of_one is None:
+        return None
+
+    def composition(*args: Any, **kwargs: Any) -> Any:
+        leaves = [*args, *kwargs.values()]
+        num = next(len(x) for x in leaves if isinstance(x, (tuple, list)))
+        results = []
+        for i in range(num):
+            parts = [x[i] if isinstance(x, (tuple, list)) else x for x in leaves]
+            found = of_one(*parts[: len(args)], **dict(zip(kwargs, parts[len(args) :], strict=True)))
+            results.append(parts[0].copy_(found) if name.endswith("_") else found)
+        return None if name.endswith("_") else results
+
+    return composition
+
+
+_OF_ONE: dict[str, Callable[..., Any]] = {  # where its arguments are not those of torch.<name>
+    "norm": torch.linalg.vector_norm,
+    "copy": lambda _, source, *__: source,
+    "zero": torch.zeros_like,
+    "addcmul": lambda x, a, b, value=1: torch.addcmul(x, a, b, value=value),
+    "addcdiv": lambda x, a, b, value=1: torch.addcdiv(x, a, b, value=value),
+    "maximum": lambda x, y: torch.maximum(x, y) if isinstance(y, Tensor) else x.clamp_min(y),
+    "minimum": lambda x, y: torch.minimum(x, y) if isinstance(y, Tensor) else x.clamp_max(y),
+}
+COMPOSITIONS |= {of_lists: made for name, of_lists in FOREACH.items() if (made := _of_each(name))}

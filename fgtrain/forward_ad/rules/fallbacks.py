@@ -5,11 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fgtrain._torch import REQUIRES_GRAD, tree_leaves
+from fgtrain._torch import REQUIRES_GRAD, SET_REQUIRES_GRAD, tree_leaves
 from fgtrain.forward_ad.dual import Dual, call, num_directions, primal_of, promoted, tangent_of, values
 from fgtrain.forward_ad.lost_derivatives import is_differentiable, only_reads
 from fgtrain.forward_ad.passes import UnsupportedByEngine
 from fgtrain.forward_ad.registry import FALLBACKS, Fallback, Rule, functions_named
+from fgtrain.forward_ad.rules.arithmetic import aligned
 from fgtrain.forward_ad.rules.compositions import no_backward
 from fgtrain.forward_ad.rules.opened import opened
 from fgtrain.forward_ad.rules.per_direction import per_direction
@@ -28,8 +29,6 @@ def find_fallback(func: Any) -> Fallback:
         return Fallback(_in_place(name), writes=True)
     if name.startswith("__i") and name.endswith("__") and hasattr(torch.Tensor, f"{name[3:-2]}_"):
         return Fallback(_in_place(f"{name[3:-2]}_"), writes=True)
-    if name.startswith("_foreach") and name.endswith("_"):
-        return Fallback(_of_lists)
     body = opened(func)
     return Fallback(per_direction(func)) if body is None else Fallback(body, is_opened=True)
 
@@ -47,6 +46,7 @@ def _requires_grad(x: Any, requires_grad: bool = True) -> Any:
 _OF_A_BACKWARD_PASS: dict[Any, Rule] = {
     REQUIRES_GRAD: lambda _: True,
     Tensor.requires_grad_: _requires_grad,
+    SET_REQUIRES_GRAD: _requires_grad,
     Tensor.register_hook: no_backward,
     Tensor.retain_grad: no_backward,
 }
@@ -57,10 +57,6 @@ def _reading(func: Any) -> Rule:
         return func(*map(primal_of, args), **{name: primal_of(x) for name, x in kwargs.items()})
 
     return rule
-
-
-def _of_lists(*_: Any, **__: Any) -> Any:
-    raise UnsupportedByEngine("a change of a list of tensors in place")
 
 
 # --- changes in place ---------------------------------------------------------------------------------------------
@@ -94,7 +90,7 @@ def _in_place(name: str) -> Rule:
             with torch.enable_grad():
                 result = call(outside, (x, *args), kwargs)
         moved = tangent_of(result)
-        tangent.zero_() if moved is None else tangent.copy_(moved)
+        tangent.zero_() if moved is None else tangent.copy_(aligned(moved, primal.dim()))
         value = primal_of(result)
         primal.copy_(value) if isinstance(value, Tensor) else primal.fill_(value)
         return x

@@ -117,11 +117,11 @@ def _of_weight(rows: Tensor, weight: Dual, bias: Tensor | None) -> Tensor:
 def _embedding(
     weight: Any, indices: Tensor, padding_idx: int = -1, scale_grad_by_freq: bool = False, sparse: bool = False
 ) -> Any:
-    if not isinstance(weight, Dual):
+    if not isinstance(weight, Dual) or scale_grad_by_freq:
         return NotImplemented
     primal = torch.embedding(primal_of(weight), indices)
     tangent = weight.tangent
-    if isinstance(tangent, OutputTangent) and not scale_grad_by_freq:
+    if isinstance(tangent, OutputTangent):
         return tangent.perturb(indices, primal, partial(_embedding_grads, indices, len(weight), padding_idx), -1)
     if isinstance(tangent, LowRankTangent):
         left, right = tangent.factors

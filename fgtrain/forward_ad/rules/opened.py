@@ -25,8 +25,8 @@ def opened(func: Any) -> Callable[..., Any] | None:
     if not isinstance(func, FunctionType) or not func.__module__.startswith("torch."):
         return None
     inner = getattr(func, "__wrapped__", None)
-    if inner is None and not any(name.startswith("has_torch_function") for name in func.__code__.co_names):
-        return None  # another function does the check, and would repeat it
+    if inner is None and not any(name in func.__globals__ for name in func.__code__.co_names if _is_check(name)):
+        return None  # another function does the check, and would repeat it, or it is out of reach, as in torch.nn.init
     inner = inner or func
     if not isinstance(inner, FunctionType):
         return inner
@@ -34,12 +34,16 @@ def opened(func: Any) -> Callable[..., Any] | None:
         return None
     if "super" in inner.__code__.co_names:  # a method that would return here
         return None
-    never = {name: _never for name in inner.__globals__ if name.startswith("has_torch_function")}
+    never = {name: _never for name in inner.__globals__ if _is_check(name)}
     twin = FunctionType(
         inner.__code__, {**inner.__globals__, **never}, inner.__name__, inner.__defaults__, inner.__closure__
     )
     twin.__kwdefaults__ = inner.__kwdefaults__
     return twin
+
+
+def _is_check(name: str) -> bool:
+    return name.startswith("has_torch_function")
 
 
 def _never(*_: Any) -> bool:

@@ -240,7 +240,7 @@ def elementwise(func: Any) -> Rule:
         if slope is None:
             return value
         tangent = tangent_of(x)
-        return dual(value, where_moved(tangent * slope, [tangent]) if func in STEEP else tangent * slope)
+        return dual(value, where_moved(tangent * slope, tangent) if func in STEEP else tangent * slope)
 
     return rule
 

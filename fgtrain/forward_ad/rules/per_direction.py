@@ -12,7 +12,7 @@ from fgtrain.forward_ad.lost_derivatives import is_differentiable
 from fgtrain.forward_ad.passes import UnsupportedByEngine
 from fgtrain.forward_ad.registry import Rule
 from fgtrain.forward_ad.running import num_traced_draws
-from fgtrain.forward_ad.steep import STEEP, where_moved
+from fgtrain.forward_ad.steep import STEEP, call_steep
 from fgtrain.network.snapshot import TorchRandomState
 
 
@@ -40,11 +40,9 @@ def per_direction(func: Any) -> Rule:
                 for i, primal, tangent in pairs:
                     leaves[i] = fwAD.make_dual(primal, tangent[k])
                 positional, keywords = tree_unflatten(leaves, spec)
-                outputs, out_spec = tree_flatten(func(*positional, **keywords))
-                found = [fwAD.unpack_dual(o) if is_differentiable(o) else (o, None) for o in outputs]
-            if func in STEEP:
-                found = [(o, t if t is None else where_moved(t, [v[k] for _, _, v in pairs])) for o, t in found]
-            columns.append(found)
+                found = call_steep(func, positional, keywords) if func in STEEP else func(*positional, **keywords)
+                outputs, out_spec = tree_flatten(found)
+                columns.append([fwAD.unpack_dual(o) if is_differentiable(o) else (o, None) for o in outputs])
         assert out_spec is not None
         results = []
         for parts in zip(*columns, strict=True):

@@ -136,7 +136,7 @@ def _unary(func: Callable[..., Tensor], slope: Callable[[Tensor, Tensor], Any]) 
             return NotImplemented
         value = func(part[0])
         tangent = part[1] * slope(part[0], value)
-        return Dual(value, where_moved(tangent, [part[1]]) if func in STEEP else tangent)
+        return Dual(value, where_moved(tangent, part[1]) if func in STEEP else tangent)
 
     return short
 

@@ -10,6 +10,7 @@ from fgtrain.errors import ConfigError
 from fgtrain.estimators import Backprop
 from fgtrain.lightning.module import EstimatorModule
 from fgtrain.lightning.step import StepEstimates
+from fgtrain.network.parameters import trainable_params
 from fgtrain.network.snapshot import Snapshot
 from fgtrain.quality import quality
 
@@ -18,9 +19,10 @@ class GradientQuality(L.Callback):
     """Compares a step's estimate with the exact gradient of its batch, every few steps, overall and per layer.
 
     Logs `quality/cosine`, `quality/relative_squared_error` and `quality/norm_ratio` of the estimate that the step is
-    about to use, and the same three for every module, as `quality_of_<module>/...`. If the method has closed forms, it
-    also logs `quality/expected_cosine` and `quality/expected_squared_error`. With gradient accumulation it compares on
-    the first batch of a step. The metrics over all parameters are also in the trainer's callback metrics.
+    about to use, and the same three for every module that the loss depends on, as `quality_of_<module>/...`. If the
+    method has closed forms, it also logs `quality/expected_cosine` and `quality/expected_squared_error`. With gradient
+    accumulation it compares on the first batch of a step. The metrics over all parameters are also in the trainer's
+    callback metrics.
 
     The trained weights stay the same bit for bit. A comparison costs one more backward pass and one more estimate. A
     module made by `fgtrain.lightning.convert` runs its training_step for them; its logs and metrics ignore these runs.
@@ -62,10 +64,12 @@ class GradientQuality(L.Callback):
         before.restore()
         if reference is None or estimate is None:
             return {}
-        metrics, exact = {}, reference.grads
-        for layer, found in quality(estimate.grads, exact).items():
+        metrics = {}
+        for layer, found in quality(estimate.grads, reference.grads).items():
             group = f"quality_of_{layer}" if layer else "quality"
             metrics |= {f"{group}/{name}": value for name, value in found._asdict().items()}
+        params = trainable_params(step.model)  # a closed form counts those too that the loss does not use
+        exact = {name: reference.grads.get(name, torch.zeros_like(p)) for name, p in params.items()}
         closed_form = {
             "quality/expected_cosine": estimator.expected_cosine(exact),
             "quality/expected_squared_error": estimator.relative_squared_error(exact),

@@ -4,9 +4,13 @@
 """
 
 import difflib
+import io
 import os
+import select
 import signal
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from importlib import import_module
 
 from fgtrain import __version__
@@ -32,6 +36,32 @@ eval "$(fgtrain train -sc install=bash)" lets the shell complete commands and th
 COMPLETION = {"-sc", "--shell-completion"}
 
 
+@contextmanager
+def _output_adapted() -> Generator[None]:
+    """A context that prints characters which the terminal lacks as escapes, and ends when nobody reads any more."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:  # None: it was closed before the start
+                sys.stdout.flush()
+    except BrokenPipeError:
+        if not _nobody_reads():  # another pipe broke
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the rest is flushed there at exit
+        sys.exit(128 + signal.SIGPIPE)
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe whose reader has closed it, as `| head` does."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)  # poll always reports a closed reader
+    return bool(poll.poll(0))
+
+
+@_output_adapted()
 def main() -> int:
     """Run the command that the command line names, and return the exit status."""
     name, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
@@ -52,6 +82,7 @@ def main() -> int:
     return 0
 
 
+@_output_adapted()
 def run(name: str) -> int:
     """Run a command with the arguments in `sys.argv`, and return the exit status."""
     try:

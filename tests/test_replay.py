@@ -205,4 +205,4 @@ def test_a_place_that_cannot_be_written_is_noticed_first(tmp_path, monkeypatch, 
     monkeypatch.setattr(sys, "argv", ["replay", str(tmp_path), str(tmp_path / "file" / "weights.pt")])
     with pytest.raises(SystemExit):
         run_command()
-    assert capsys.readouterr().err == f"fgtrain: cannot write {tmp_path / 'file'}: File exists\n"
+    assert capsys.readouterr().err == f"fgtrain: cannot write {tmp_path / 'file'}: it is not a folder\n"

@@ -8,8 +8,8 @@ from omegaconf import DictConfig
 from torch.utils.data import DataLoader
 
 from fgtrain.data import Steps
-from fgtrain.errors import ConfigError
-from fgtrain.lightning.atomic_files import write_atomically
+from fgtrain.errors import ConfigError, StorageError
+from fgtrain.lightning.atomic_files import refuse_unwritable, write_atomically
 from fgtrain.lightning.checkpoints import NAMES, first_good, list_checkpoints, read_checked
 from fgtrain.runs.build import build
 from fgtrain.runs.library_errors import library_errors_named
@@ -42,6 +42,11 @@ def evaluate(checkpoint: Path, split: str, out: Path | None = None) -> dict[str,
         checkpoint = first_good(found)
     run_dir, cfg = _run_of(checkpoint)
     state = read_checked(checkpoint)
+    out = out or run_dir / f"evaluation_{checkpoint.stem}_{split}.json"
+    try:
+        refuse_unwritable(out)
+    except StorageError as error:
+        raise StorageError(f"{error}; --out names another file") from error
     cfg.quiet, cfg.resume = True, None
     module, data, trainer, _ = build(cfg)
     trainer.loggers = []
@@ -65,7 +70,6 @@ def evaluate(checkpoint: Path, split: str, out: Path | None = None) -> dict[str,
     results = read_results(run_dir) or {}
     results |= {"seed": cfg.seed, "checkpoint": checkpoint.name, "steps": state.get("global_step"), "metrics": metrics}
     results["num_parameters"] = sum(p.numel() for p in module.model.parameters())
-    out = out or run_dir / f"evaluation_{checkpoint.stem}_{split}.json"
     write_atomically(json.dumps(results, indent=2) + "\n", out)
     return results | {"written": str(out)}
 

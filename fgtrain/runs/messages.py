@@ -103,6 +103,8 @@ def errors_as_lines(*others: type[Exception]) -> Generator[None]:
         yield
     except (*USER_ERRORS, *others) as error:
         fail(error)
+    except BrokenPipeError:
+        raise  # `fgtrain.__main__` ends the process
     except OSError as error:
         if disk_error(error) is None:
             raise
@@ -141,7 +143,7 @@ def one_line(error: BaseException | str) -> str:
             text += " PyTorch sees no GPU: use trainer=cpu, or install the build of torch for your GPU"
     elif isinstance(error, OverrideParseException):
         reason = "; ".join(line for line in text.splitlines() if not line.startswith(("See ", "Error parsing")))
-        remedy = "put a value that contains = or , in quotes: 'key=\"a=b\"'"
+        remedy = "put a value with = or , or letters like ü in quotes: 'key=\"a=b\"'"
         if error.override is not None and "=" not in error.override.strip("="):
             remedy = "an argument is key=value, without spaces around ="
         text = f"{error.override!r} cannot be read ({reason}); {remedy}"

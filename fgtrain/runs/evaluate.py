@@ -4,8 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import CombinedLoader
 from omegaconf import DictConfig
-from torch.utils.data import DataLoader
 
 from fgtrain.data import Steps
 from fgtrain.errors import ConfigError, StorageError
@@ -61,12 +61,12 @@ def evaluate(checkpoint: Path, split: str, out: Path | None = None) -> dict[str,
     data.setup("fit")
     data.setup("test")
     loader = {"train": data.train_dataloader, "val": data.val_dataloader, "test": data.test_dataloader}[split]()
-    assert isinstance(loader, DataLoader) or hasattr(loader, "__iter__")
+    if split == "train" and isinstance(loader, (list, tuple, dict)):
+        loader = CombinedLoader(loader, "max_size_cycle")  # as in training
     found = trainer.test(module, loader, verbose=False)
     if not any(found):
         raise ConfigError(f"the {split} split of {type(data).__name__} is empty")
-    metrics = dict(found[0])
-    metrics = {name.replace("test/", f"{split}/"): value for name, value in metrics.items()}
+    metrics = {name.replace("test/", f"{split}/"): value for of_loader in found for name, value in of_loader.items()}
     results = read_results(run_dir) or {}
     results |= {"seed": cfg.seed, "checkpoint": checkpoint.name, "steps": state.get("global_step"), "metrics": metrics}
     results["num_parameters"] = sum(p.numel() for p in module.model.parameters())

@@ -41,7 +41,9 @@ def statement(plan: Comparison, outcome: Outcome, command: str) -> list[str]:
     lines += [_of_target(plan, outcome)]
     done = [r for r in outcome.runs if not r.diverged]
     if done and not any({"test/loss", "loss"} & r.results["metrics"].keys() for r in done):
-        lines += ["There is no test split, so the table has no final accuracy or loss."]
+        several = any(name.startswith("test/") for r in done for name in r.results["metrics"])
+        what = "are several test splits" if several else "is no test split"
+        lines += [f"There {what}, so the table has no final accuracy or loss."]
     lines += [
         "Step time, memory and floats sent between processes are of one gradient and update.",
         "Times are of training steps, without validation and comparisons with the exact gradient.",

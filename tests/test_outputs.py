@@ -41,7 +41,8 @@ def run(monkeypatch, capsys):
 def finished(tmp_path):
     """The folder of a run, as far as the commands look before their work."""
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text("seed: 1\n")
+    keys = ("lr", "data", "model", "method", "optimizer", "trainer", "task")
+    (tmp_path / "run" / "config.yaml").write_text("".join(f"{key}: 1\n" for key in keys))
     return tmp_path / "run"
 
 

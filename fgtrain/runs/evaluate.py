@@ -13,7 +13,7 @@ from fgtrain.lightning.atomic_files import refuse_unwritable, write_atomically
 from fgtrain.lightning.checkpoints import NAMES, first_good, list_checkpoints, read_checked
 from fgtrain.runs.build import build
 from fgtrain.runs.library_errors import library_errors_named
-from fgtrain.runs.provenance import load_config
+from fgtrain.runs.provenance import load_config, run_of
 from fgtrain.runs.results import read_results
 
 SPLITS = ("train", "val", "test")
@@ -42,6 +42,7 @@ def evaluate(checkpoint: Path, split: str, out: Path | None = None) -> dict[str,
         checkpoint = first_good(found)
     run_dir, cfg = _run_of(checkpoint)
     state = read_checked(checkpoint)
+    results = read_results(run_dir) or {}
     out = out or run_dir / f"evaluation_{checkpoint.stem}_{split}.json"
     try:
         refuse_unwritable(out)
@@ -67,7 +68,6 @@ def evaluate(checkpoint: Path, split: str, out: Path | None = None) -> dict[str,
     if not any(found):
         raise ConfigError(f"the {split} split of {type(data).__name__} is empty")
     metrics = {name.replace("test/", f"{split}/"): value for of_loader in found for name, value in of_loader.items()}
-    results = read_results(run_dir) or {}
     results |= {"seed": cfg.seed, "checkpoint": checkpoint.name, "steps": state.get("global_step"), "metrics": metrics}
     results["num_parameters"] = sum(p.numel() for p in module.model.parameters())
     write_atomically(json.dumps(results, indent=2) + "\n", out)
@@ -78,7 +78,6 @@ def _run_of(checkpoint: Path) -> tuple[Path, DictConfig]:
     """The folder of the run that wrote a checkpoint, and its configuration."""
     if not checkpoint.is_file():
         raise ConfigError(f"{checkpoint} is not a file; give the path of a checkpoint (.ckpt)")
-    for folder in checkpoint.absolute().parents[:3]:
-        if (folder / "config.yaml").is_file():
-            return folder, load_config(folder)
+    if (folder := run_of(checkpoint)) is not None:
+        return folder, load_config(folder)
     raise ConfigError(f"{checkpoint} is not in a run's folder: there is no config.yaml beside it or above it")

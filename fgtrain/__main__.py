@@ -4,6 +4,7 @@
 """
 
 import difflib
+import errno
 import io
 import os
 import select
@@ -47,11 +48,14 @@ def _output_adapted() -> Generator[None]:
         finally:
             if sys.stdout is not None:  # None: it was closed before the start
                 sys.stdout.flush()
-    except BrokenPipeError:
-        if not _nobody_reads():  # another pipe broke
+    except OSError as error:
+        is_full = error.errno == errno.ENOSPC and error.filename is None
+        if not is_full and not (isinstance(error, BrokenPipeError) and _nobody_reads()):  # not of stdout
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the rest is flushed there at exit
-        sys.exit(128 + signal.SIGPIPE)
+        if is_full:
+            print(f"fgtrain: cannot write to stdout: {error.strerror}", file=sys.stderr)
+        sys.exit(2 if is_full else 128 + signal.SIGPIPE)
 
 
 def _nobody_reads() -> bool:
@@ -85,6 +89,11 @@ def main() -> int:
 @_output_adapted()
 def run(name: str) -> int:
     """Run a command with the arguments in `sys.argv`, and return the exit status."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        print(f"fgtrain: the current folder cannot be used ({error.strerror}); change to another one", file=sys.stderr)
+        return 2
     try:
         with ctrl_c_named():
             import_module(f"fgtrain.commands.{name}").main()  # late: --help and mistakes need not wait for PyTorch

@@ -126,6 +126,30 @@ def test_a_reader_that_is_gone_ends_a_command(arguments, monkeypatch, capsys):
     assert (end.value.code, capsys.readouterr().err) == (141, "")
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
+def test_a_full_disk_behind_stdout_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["fgtrain", "bench"])
+    monkeypatch.setattr("fgtrain.commands.bench.main", lambda: print("results"))
+    with open("/dev/full", "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        with pytest.raises(SystemExit) as end:
+            console.main()
+    assert (end.value.code, capsys.readouterr().err) == (
+        2,
+        "fgtrain: cannot write to stdout: No space left on device\n",
+    )
+
+
+def test_a_current_folder_that_is_gone_is_one_line(tmp_path, monkeypatch, capsys):
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    monkeypatch.setattr(sys, "argv", ["fgtrain", "bench"])
+    assert console.main() == 2
+    err = capsys.readouterr().err
+    assert err == "fgtrain: the current folder cannot be used (No such file or directory); change to another one\n"
+
+
 def test_ctrl_c_keeps_the_rows_of_a_benchmark(tmp_path, monkeypatch, capsys):
     def measure(model, *_, **__):
         if model == "cnn":

@@ -87,8 +87,8 @@ def replay(run_dir: Path) -> tuple[EstimatorModule, int]:
     trainer.fit(module, Steps(log["batches_per_epoch"]))
     if trainer.global_step != log["steps"] or digest(module) != log["final"]:
         raise CheckpointError(
-            f"{path} leads to other weights than the run had after {log['steps']} steps; if the run was made longer, its "
-            "learning rates no longer follow from config.yaml"
+            f"{path} leads to other weights than the run had after {log['steps']} steps; if the run was made longer, "
+            "its learning rates no longer follow from config.yaml"
         )
     return module, log["steps"]
 

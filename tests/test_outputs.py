@@ -16,7 +16,8 @@ from fgtrain.lightning.atomic_files import _is_device, make_folder, refuse_unwri
 from fgtrain.runs.messages import USER_ERRORS
 from fgtrain.runs.owner import owned
 from fgtrain.studies.compare.finished import read
-from fgtrain.studies.compare.plan import compose_run, quoted
+from fgtrain.studies.compare.plan import compose_run, parse, quoted
+from fgtrain.studies.compare.runs import _finish
 from tests.commands import run_compare
 
 NAMES = ["it's", "a=b, c", "[1,2]", 'say "x"', "ünï", "end\\"]
@@ -193,6 +194,16 @@ def test_two_comparisons_do_not_share_a_folder(tmp_path):
         with pytest.raises(ConfigError, match=r"here belongs to a run in progress"):
             run_compare(tmp_path, f"suite={suite}", "out=here")
     assert [path.name for path in (tmp_path / "here").iterdir()] == [".lock"]
+
+
+def test_lost_events_of_a_comparison_are_named(tmp_path):
+    """The table would have a time of 0 and would say that the target was never reached."""
+    plan = parse(["methods=[backprop]", f"out={tmp_path}"])
+    folder = tmp_path / "backprop" / "seed=0"
+    folder.mkdir(parents=True)
+    (folder / "results.json").write_text('{"metrics": {"val/loss": 1.0}, "steps": 4}')
+    with pytest.raises(ConfigError, match=r"backprop/seed=0 has lost TensorBoard events, .* delete this folder"):
+        _finish(plan, plan.variants[0], 0, None, 4, folder)
 
 
 def test_damaged_results_of_a_comparison_are_named(tmp_path):

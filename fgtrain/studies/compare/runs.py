@@ -14,6 +14,7 @@ from fgtrain.errors import ConfigError, DivergenceError, UnsupportedOperation
 from fgtrain.lightning.atomic_files import write_atomically
 from fgtrain.runs.build import build
 from fgtrain.runs.run import run
+from fgtrain.studies.compare.clock import SECONDS
 from fgtrain.studies.compare.cost import StepCost, refusal, step_costs
 from fgtrain.studies.compare.finished import Finished, read
 from fgtrain.studies.compare.plan import SEARCH_SEED, Comparison, compose_run, quoted
@@ -171,7 +172,13 @@ def _finish(plan: Comparison, variant: Variant, seed: int, lr: float | None, ste
             failed: dict[str, Any] = {name: choices.get(name) for name in ("method", "task", "data", "model")}
             failed |= {"seed": seed, "steps": 0, "train_seconds": 0.0, "metrics": {}, "diverged": str(error)}
             write_atomically(json.dumps(failed, indent=2) + "\n", folder / "results.json")
-    return read(folder, variant.label, seed)
+    found = read(folder, variant.label, seed)
+    if not found.diverged and found.curves.get(SECONDS, [(0, 0.0)])[-1][0] != found.results["steps"]:
+        raise ConfigError(
+            f"{folder} has lost TensorBoard events, the times and curves of its run; delete this folder, and "
+            "the same command repeats the run"
+        )
+    return found
 
 
 def device_name() -> str:

@@ -139,8 +139,8 @@ def test_ctrl_c_in_lightning_is_one_line(run, tmp_path, monkeypatch):
             signal.raise_signal(signal.SIGINT)
 
     def evaluate():
-        options = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-        L.Trainer(**options, enable_checkpointing=False).test(Interrupting(), [torch.zeros(1)])
+        trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+        trainer.test(Interrupting(), [torch.zeros(1)])
 
     monkeypatch.setattr("fgtrain.commands.evaluate.main", evaluate)
     status, _, err = run("evaluate")

@@ -51,8 +51,12 @@ def profile(args: argparse.Namespace) -> None:
     """Solve what the command line asks for.
 
     Raises:
-        ConfigError: the budget is too small to show a profile.
+        ConfigError: a number is out of range, such as a budget that is too small to show a profile.
     """
+    if min(args.starts, args.rates) < 1:
+        raise ConfigError(f"--starts and --rates must be at least 1, got {args.starts} and {args.rates}")
+    if not 0 < args.tolerance < 1:
+        raise ConfigError(f"--tolerance must be between 0 and 1, got {args.tolerance}")
     if args.evaluations < 10:
         raise ConfigError(f"--evaluations must be at least 10, got {args.evaluations}")
     silence_libraries()

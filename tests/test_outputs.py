@@ -165,6 +165,25 @@ def test_ctrl_c_keeps_the_rows_of_a_benchmark(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr() == ("", "fgtrain: interrupted\n")
 
 
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--batch-sizes 8 0",
+        "--rounds 0",
+        "--threads -1",
+        "--num-tangents 0",
+        "--ranks 0",
+        "--gbit 0",
+        "--models mlp nope",
+    ],
+)
+def test_bad_arguments_of_a_benchmark_are_told_before_it(option, run, monkeypatch):
+    monkeypatch.setattr("fgtrain.commands.bench.measure", works)
+    status, err = run("bench", *option.split())
+    assert (status, err.count("\n")) == (2, 1)
+    assert option.split()[0] in err or "no classification model 'nope'" in err
+
+
 def test_json_has_an_effect_or_is_refused(run, tmp_path, monkeypatch, capsys):
     path = tmp_path / "rows.json"
     status, err = run("bench", "--thin-wire", "--json", str(path))

@@ -10,6 +10,7 @@ scripts/results/README.md has measurements.
 
 import argparse
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,14 @@ from rich.table import Table
 
 from fgtrain.lightning.atomic_files import make_folder, refuse_unwritable, write_atomically
 from fgtrain.memory import keep_freed_memory
+from fgtrain.models.vision import refuse_unknown
 from fgtrain.runs.messages import OneLineParser, errors_as_lines, plain_console, silence_libraries
 from fgtrain.studies.benchmarks.chains import chains_table, measure_chains
 from fgtrain.studies.benchmarks.loop import loop_overhead
 from fgtrain.studies.benchmarks.methods import methods_of
 from fgtrain.studies.benchmarks.peers import peers_of
 from fgtrain.studies.benchmarks.scaling import Link, measure_compute, rows_of, scaling_table
-from fgtrain.studies.benchmarks.steps import REFERENCES, Row, measure
+from fgtrain.studies.benchmarks.steps import MODELS, REFERENCES, Row, measure
 from fgtrain.studies.thin_wire import METHODS, PROBLEMS, Measured, measure_pair
 from fgtrain.studies.thin_wire_report import write_report
 
@@ -78,6 +80,7 @@ def main() -> None:
 def bench(args: argparse.Namespace) -> None:
     """Measure what the command line asks for."""
     keep_freed_memory()
+    check_arguments(args)
     if args.json and args.thin_wire:
         raise ValueError("--thin-wire writes its numbers into the folder of --out; leave out --json")
     if args.json:
@@ -115,6 +118,18 @@ def write_rows(rows: list[dict[str, Any]], path: Path | None) -> None:
     """Write the rows as JSON, if there is a path."""
     if path is not None:
         write_atomically(json.dumps(rows, indent=2) + "\n", path)
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise a ValueError for a number out of range or a model that does not exist, before anything is measured."""
+    for name in ("batch_sizes", "num_tangents", "threads", "rounds", "widths", "ranks"):
+        value = getattr(args, name)
+        if min(value if isinstance(value, list) else [value]) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if not (min(args.gbit) > 0 and 0 <= args.latency_us < math.inf):
+        raise ValueError(f"--gbit must be positive and --latency-us at least 0, got {args.gbit} and {args.latency_us}")
+    for name in set(args.models) - MODELS.keys():
+        refuse_unknown(name)
 
 
 def table(rows: list[Row]) -> Table:

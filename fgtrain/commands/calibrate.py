@@ -56,6 +56,8 @@ def calibrate(args: argparse.Namespace) -> None:
     keep_freed_memory()
     if args.starts < 1 or not 0 < args.seconds < math.inf:
         raise ValueError(f"--starts must be at least 1 and --seconds positive, got {args.starts} and {args.seconds}")
+    if not 0 <= args.spread < math.inf:
+        raise ValueError(f"--spread must be at least 0, got {args.spread}")
     if min(args.memory_steps, default=1) < 1 or math.isnan(args.memory_limit):
         raise ValueError(
             f"--memory-steps must be at least 1 and --memory-limit a number, got {args.memory_steps} and "

@@ -4,6 +4,7 @@ import sys
 import textwrap
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from fgtrain.commands.evaluate import main as evaluate_command
@@ -194,3 +195,17 @@ def test_mistakes_are_one_line(arguments, message, project):
     assert status == 2
     assert len(err.splitlines()) == 1
     assert err.startswith(message.replace("NAME", name))
+
+
+def test_evaluate_in_another_folder_is_one_line(tmp_path, monkeypatch, capfd):
+    values = dict.fromkeys(("data", "model", "optimizer", "trainer", "task"), "{_target_: fgtrain.Backprop}")
+    values |= {"lr": "0.1", "method": "{_target_: module_of_mine.Method}"}
+    (tmp_path / "config.yaml").write_text("".join(f"{key}: {value}\n" for key, value in values.items()))
+    torch.save({"state_dict": {}}, tmp_path / "last.ckpt")
+    monkeypatch.setattr("sys.path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "last.ckpt")])
+    with pytest.raises(SystemExit):
+        evaluate_command()
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1
+    assert err.endswith(" start the command in the folder of module_of_mine, or install it\n")

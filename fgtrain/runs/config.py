@@ -187,7 +187,10 @@ def signature_of(target: str) -> Mapping[str, inspect.Parameter]:
     try:
         found = get_object(target)
     except Exception as error:
-        raise ConfigError(f"_target_ {target!r} cannot be imported: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        remedy = r"start the command in the folder of \1, or install it"
+        reason = re.sub(r"Are you sure that module '([\w.]+)' is installed\?", remedy, reason)
+        raise ConfigError(f"_target_ {target!r} cannot be imported: {reason}") from error
     if not callable(found):
         raise ConfigError(f"_target_ {target!r} is not callable")
     try:

@@ -51,6 +51,7 @@ def silence_libraries() -> None:
     """Ignore what does not concern the user, and errors that the main thread reports as well."""
     for message in _CHATTER:
         warnings.filterwarnings("ignore", message)
+    logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it reports what it raises as well
     logging.getLogger("tensorboard").setLevel(logging.WARNING)  # it names every file of events that it reads
     threading.excepthook = _print_unless_of_the_disk
 

@@ -4,9 +4,14 @@
 """
 
 import difflib
+import errno
+import io
 import os
+import select
 import signal
 import sys
+from collections.abc import Generator
+from contextlib import contextmanager
 from importlib import import_module
 
 from fgtrain import __version__
@@ -32,6 +37,35 @@ eval "$(fgtrain train -sc install=bash)" lets the shell complete commands and th
 COMPLETION = {"-sc", "--shell-completion"}
 
 
+@contextmanager
+def _output_adapted() -> Generator[None]:
+    """A context that prints characters which the terminal lacks as escapes, and ends when nobody reads any more."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            yield
+        finally:
+            if sys.stdout is not None:  # None: it was closed before the start
+                sys.stdout.flush()
+    except OSError as error:
+        is_full = error.errno == errno.ENOSPC and error.filename is None
+        if not is_full and not (isinstance(error, BrokenPipeError) and _nobody_reads()):  # not of stdout
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the rest is flushed there at exit
+        if is_full:
+            print(f"fgtrain: cannot write to stdout: {error.strerror}", file=sys.stderr)
+        sys.exit(2 if is_full else 128 + signal.SIGPIPE)
+
+
+def _nobody_reads() -> bool:
+    """Whether stdout is a pipe whose reader has closed it, as `| head` does."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)  # poll always reports a closed reader
+    return bool(poll.poll(0))
+
+
+@_output_adapted()
 def main() -> int:
     """Run the command that the command line names, and return the exit status."""
     name, arguments = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("--help", [])
@@ -52,8 +86,14 @@ def main() -> int:
     return 0
 
 
+@_output_adapted()
 def run(name: str) -> int:
     """Run a command with the arguments in `sys.argv`, and return the exit status."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        print(f"fgtrain: the current folder cannot be used ({error.strerror}); change to another one", file=sys.stderr)
+        return 2
     try:
         with ctrl_c_named():
             import_module(f"fgtrain.commands.{name}").main()  # late: --help and mistakes need not wait for PyTorch

@@ -63,7 +63,9 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("option", ["--memory-steps=0", "--memory-limit=nan", "--seconds=inf", "--starts=0"])
+@pytest.mark.parametrize(
+    "option", ["--memory-steps=0", "--memory-limit=nan", "--seconds=inf", "--starts=0", "--spread=nan"]
+)
 def test_bad_numbers_are_told_before_anything_runs(option, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["calibrate", option, "--out", str(tmp_path / "out")])
     with pytest.raises(SystemExit):

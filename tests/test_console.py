@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -130,6 +131,20 @@ def test_error_after_ctrl_c_is_one_line(within, raised, run, monkeypatch):
     monkeypatch.setattr(within, interrupted)
     assert run("train") == (130, "", "fgtrain: interrupted\n")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_ctrl_c_in_lightning_is_one_line(run, tmp_path, monkeypatch):
+    class Interrupting(L.LightningModule):
+        def test_step(self, batch, batch_idx):
+            signal.raise_signal(signal.SIGINT)
+
+    def evaluate():
+        trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False)
+        trainer.test(Interrupting(), [torch.zeros(1)])
+
+    monkeypatch.setattr("fgtrain.commands.evaluate.main", evaluate)
+    status, _, err = run("evaluate")
+    assert (status, err.splitlines()[-1]) == (130, "fgtrain: interrupted")
 
 
 def test_public_names_are_loaded_when_used():

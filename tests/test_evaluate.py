@@ -86,6 +86,14 @@ def test_folder_stands_for_its_last_checkpoint(folder, tmp_path):
     assert (found["checkpoint"], found["steps"]) == ("last.ckpt", 40)
 
 
+def test_a_link_to_a_checkpoint_is_that_checkpoint(folder, tmp_path):
+    (tmp_path / "latest.ckpt").symlink_to(folder / "checkpoints" / "last.ckpt")
+    assert evaluate(tmp_path / "latest.ckpt", "test", tmp_path / "found.json")["steps"] == 40
+    status, _, err = train(tmp_path, "method=backprop", "data.batch_size=16", f"resume={tmp_path / 'latest.ckpt'}")
+    assert (status, err.count("\n")) == (2, 1)
+    assert f"data.batch_size is 256 in the run of {folder} and 16 in this command" in err
+
+
 @pytest.fixture
 def foreign(folder, tmp_path):
     """A run's folder that a stranger may change."""
@@ -137,6 +145,7 @@ def test_parts_of_another_kind_are_one_line(parts, foreign):
         ("config.yaml", "- 1"),
         ("config.yaml", "\x00"),
         ("config.yaml", "nope: 1"),
+        ("config.yaml", "seed: 1\ntrainer:\n"),
         ("config.yaml", "seed: !!python/object/apply:os.system ['touch ran']"),
         ("results.json", "{"),
         ("results.json", "[]"),

@@ -77,3 +77,20 @@ def test_resolve_shows_values_without_a_folder(tmp_path):
 )
 def test_mistakes_are_one_line(arguments, message, tmp_path):
     assert train(tmp_path, *arguments) == (2, "", f"fgtrain: {message}\n")
+
+
+def test_files_of_ones_own_have_comments_and_are_listed(tmp_path):
+    own = tmp_path / "mine" / "model"
+    own.mkdir(parents=True)
+    (own / "small.yaml").write_text(
+        "_target_: fgtrain.models.MLP\nextra: [{a: {b: 1}}] # nested\nhidden: [8] # units\n"
+    )
+    (own / "broken.yaml").write_text("a: [1\n")
+    arguments = ("--config-dir", str(tmp_path / "mine"), "model=small", "+model.text='one: 1\n\n two: 2'")
+    status, out, err = train(tmp_path, "--help", *arguments)
+    assert (status, err) == (0, "")
+    assert re.search(r"^  model=cnn, .*, broken, small$", out, re.MULTILINE)
+    assert re.search(r"^  extra: +# nested$", out, re.MULTILINE)
+    assert re.search(r"^  hidden: +# \w", out, re.MULTILINE)
+    status, _, err = train(tmp_path, *arguments[:2], "model=smal")
+    assert (status, err.endswith("; did you mean model=small?\n")) == (2, True)

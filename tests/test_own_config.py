@@ -4,10 +4,12 @@ import sys
 import textwrap
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from fgtrain.commands.evaluate import main as evaluate_command
 from fgtrain.commands.replay import main as replay_command
+from fgtrain.runs.evaluate import evaluate
 from tests.commands import PACKAGE, results_under, train
 
 
@@ -126,6 +128,11 @@ class PairTask(Task):
 class Several(MyData):
     def val_dataloader(self):
         return [self._loader(), self._loader()]
+
+
+class SeveralTests(MyData):
+    def test_dataloader(self):
+        return {"same": self._loader(), "first": torch.utils.data.DataLoader([self.examples[0]])}
 """
 
 
@@ -136,12 +143,27 @@ def test_a_task_of_ones_own_on_a_pair_of_loaders(project):
     model = f"model._target_={name}.MyNet"
     options = [f"data._target_={name}.Pair", f"task._target_={name}.PairTask"]
     monitor = ["callbacks.checkpoint.monitor=val/loss", "callbacks.checkpoint.mode=min"]
-    status, _, err = train(folder, model, *options, *monitor, *SHORT)
+    status, _, err = train(folder, model, *options, *monitor, *SHORT, "hydra.run.dir=run")
     assert status == 0, err
     assert "test/loss" in results_under(folder)[0]["metrics"]
+    assert evaluate(folder / "run", "train")["metrics"].keys() == {"train/loss"}
     status, _, err = train(folder, model, f"data._target_={name}.Several", *SHORT)
     assert (status, err.count("\n")) == (2, 1)
     assert "val_dataloader of Several returns 2 loaders, but a run validates on one: join" in err
+
+
+@pytest.mark.slow
+def test_several_test_loaders_have_their_own_results(project):
+    folder, name = project
+    (folder / f"{name}.py").write_text(PACKAGE + LOADERS)
+    classes = [f"model._target_={name}.MyNet", f"data._target_={name}.SeveralTests"]
+    status, _, err = train(folder, *classes, "hydra.run.dir=run", *SHORT)
+    assert status == 0, err
+    found = results_under(folder)[0]["metrics"]
+    assert found["test/loss/dataloader_idx_0"] == pytest.approx(found["val/loss"])
+    assert found["test/loss/dataloader_idx_1"] != pytest.approx(found["val/loss"])
+    evaluated = evaluate(folder / "run", "test")["metrics"]
+    assert evaluated == pytest.approx({key: value for key, value in found.items() if key.startswith("test/")})
 
 
 def test_a_config_directory(project):
@@ -173,3 +195,17 @@ def test_mistakes_are_one_line(arguments, message, project):
     assert status == 2
     assert len(err.splitlines()) == 1
     assert err.startswith(message.replace("NAME", name))
+
+
+def test_evaluate_in_another_folder_is_one_line(tmp_path, monkeypatch, capfd):
+    values = dict.fromkeys(("data", "model", "optimizer", "trainer", "task"), "{_target_: fgtrain.Backprop}")
+    values |= {"lr": "0.1", "method": "{_target_: module_of_mine.Method}"}
+    (tmp_path / "config.yaml").write_text("".join(f"{key}: {value}\n" for key, value in values.items()))
+    torch.save({"state_dict": {}}, tmp_path / "last.ckpt")
+    monkeypatch.setattr("sys.path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "last.ckpt")])
+    with pytest.raises(SystemExit):
+        evaluate_command()
+    err = capfd.readouterr().err
+    assert err.count("\n") == 1
+    assert err.endswith(" start the command in the folder of module_of_mine, or install it\n")

@@ -146,6 +146,22 @@ def test_hidden_files_and_folders_are_no_data(tmp_path):
     assert (data.num_classes, sum(len(labels) for _, labels in data._splits.values())) == (2, 20)
 
 
+def test_what_is_no_image_is_left_out_with_a_word(tmp_path, capsys):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(10):
+            Image.new("RGB", (8, 8), (i, 0, 255)).save(tmp_path / name / f"{i}.{'gif' if i % 2 else 'PNG'}")
+        (tmp_path / name / "labels.txt").touch()
+    for _ in range(2):
+        data = ImagesOfFolders(str(tmp_path), 4)
+        data.setup("fit")
+        assert sum(len(labels) for _, labels in data._splits.values()) == 20
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith(f"fgtrain: {tmp_path} has 2 files that are no image (.jpg, ")
+    assert err.endswith(f".gif) and left out, such as {tmp_path}/a/labels.txt\n")
+
+
 @pytest.mark.parametrize("content", [b"P6 4 x 255\n", b"P6 60000 60000 255\n", b"P6", b""])
 def test_damaged_images_are_named(content, tmp_path):
     """Pillow raises ValueError for the first and DecompressionBombError for the second."""

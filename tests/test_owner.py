@@ -38,7 +38,7 @@ def test_second_comer_is_told_in_one_line(holder, tmp_path):
     for options in ((), ("resume=auto",)):
         status, out, err = train(tmp_path, "hydra.run.dir=run", "trainer.max_steps=3", *options)
         assert (status, out, err.count("\n")) == (2, "", 1)
-        assert f"run_dir=run belongs to a run in progress (process {holder.pid} on " in err.replace(f"{tmp_path}/", "")
+        assert f"run belongs to a run in progress (process {holder.pid} on " in err.replace(f"{tmp_path}/", "")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {".lock"}
 
 

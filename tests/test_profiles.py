@@ -109,3 +109,13 @@ def test_a_folder_that_cannot_be_made_is_noticed_first(float64, tmp_path, monkey
         run_command()
     assert end.value.code == 2
     assert capsys.readouterr().err == f"fgtrain: cannot write {tmp_path / 'file' / 'out'}: Not a directory\n"
+
+
+@pytest.mark.parametrize("option", ["--starts=0", "--rates=-1", "--tolerance=nan", "--tolerance=1", "--evaluations=9"])
+def test_bad_numbers_are_told_before_anything_runs(option, float64, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["profiles", option, "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit):
+        run_command()
+    err = capsys.readouterr().err
+    assert (err.count("\n"), option.partition("=")[0] in err) == (1, True)
+    assert not (tmp_path / "out").exists()

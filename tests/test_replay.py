@@ -180,7 +180,9 @@ def test_log_of_a_stranger_is_one_line(part, value, tmp_path):
         replay(tmp_path)
 
 
-@pytest.mark.parametrize(("text", "message"), [("", "lr is not set"), ("nonsense: 1", "config.yaml is not the config")])
+@pytest.mark.parametrize(
+    ("text", "message"), [("", "it has no lr, data, model"), ("nonsense: 1", "config.yaml is not the config")]
+)
 def test_a_configuration_of_a_stranger_is_one_line(text, message, tmp_path):
     log = {"format": 1, "initial": "a", "final": "b", "steps": 30, "batches_per_epoch": 5}
     save_atomically(log | {"derivatives": torch.zeros(30, 1)}, tmp_path / "replay.pt")
@@ -205,4 +207,4 @@ def test_a_place_that_cannot_be_written_is_noticed_first(tmp_path, monkeypatch, 
     monkeypatch.setattr(sys, "argv", ["replay", str(tmp_path), str(tmp_path / "file" / "weights.pt")])
     with pytest.raises(SystemExit):
         run_command()
-    assert capsys.readouterr().err == f"fgtrain: cannot write {tmp_path / 'file'}: File exists\n"
+    assert capsys.readouterr().err == f"fgtrain: cannot write {tmp_path / 'file'}: it is not a folder\n"

@@ -207,7 +207,7 @@ BAD = [
     ("nope=1", r"nope is not a key of the configuration; fgtrain train --info prints the keys"),
     (
         "run_dir=a=b",
-        r"'run_dir=a=b' cannot be read \(mismatched .*\); put a value that contains = or , in quotes: 'key=\"a=b\"'",
+        r"'run_dir=a=b' cannot be read \(mismatched .*\); put a value with = or , or letters like ü in quotes",
     ),
     ("+nope=1", r"nope: no such key; the top level has seed, lr"),
     ("trainer.max_epoch=3", r"trainer.max_epoch is not a key of the configuration"),

@@ -92,3 +92,19 @@ def test_what_refers_to_it_is_not_written_either(monkeypatch):
         "f": "${b}",
     }
     assert to_plain(OmegaConf.create(saved)) == to_plain(cfg)
+
+
+def test_what_is_joined_with_it_is_resolved(monkeypatch):
+    """A run is resumed at another time, and read where Hydra does not run."""
+    monkeypatch.setenv("NAME", SECRET)
+    cfg = OmegaConf.create(
+        {"a": "${turn:}/${oc.env:NAME}", "b": "${a}", "c": "${d}-${oc.env:NONE,x}-${turn:}", "d": "${oc.env:NAME}"}
+        | {"e": "${oc.decode:${oc.env:FOUR}}", "f": [r"\${oc.env:NAME}${oc.env:NAME}"]}
+    )
+    monkeypatch.setenv("FOUR", "4")
+    OmegaConf.register_new_resolver("turn", lambda: "now", replace=True)
+    saved, plain = to_saved(cfg), to_plain(cfg)
+    OmegaConf.clear_resolver("turn")
+    assert SECRET not in str(saved)
+    assert to_plain(OmegaConf.create(saved)) == plain
+    assert (saved["a"], saved["b"], saved["c"]) == ("now/${oc.env:NAME}", "${a}", "${oc.env:NAME}-${oc.env:NONE,x}-now")

@@ -83,6 +83,22 @@ def test_names_with_brackets_and_colons_are_shown_as_they_are(tmp_path, capsys, 
     assert shlex.split(out.splitlines()[-1])[-1] == str(folder)
 
 
+@pytest.mark.parametrize("text", ["", "[]", '{"metrics": 3}'])
+def test_damaged_results_are_a_failed_row(text, tmp_path, capsys, monkeypatch):
+    for job, content in enumerate(('{"metrics": {"loss": 1.0}}', text)):
+        (tmp_path / str(job)).mkdir()
+        (tmp_path / str(job) / "overrides.yaml").write_text(f"[seed={job}]")
+        (tmp_path / str(job) / "results.json").write_text(content)
+    monkeypatch.setattr(SweepTable, "_folder", tmp_path)
+    SweepTable.close()
+    capsys.readouterr()
+    with (tmp_path / "sweep.csv").open() as file:
+        assert [(row["run"], row["status"]) for row in csv.DictReader(file)] == [
+            ("seed=0", "done"),
+            ("seed=1", "failed"),
+        ]
+
+
 def test_a_sweep_started_again_continues_in_its_folders(tmp_path):
     command = ["-m", "lr=0.1,-1", "method=backprop", "trainer.max_steps=2", "quiet=true", "hydra.sweep.dir=sweep"]
     assert train(tmp_path, *command)[0] == 2

@@ -10,8 +10,10 @@ scripts/results/README.md has measurements.
 
 import argparse
 import json
+import math
 import os
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch: silences its process groups
 
@@ -20,15 +22,16 @@ from rich.box import SIMPLE_HEAD
 from rich.progress import track
 from rich.table import Table
 
-from fgtrain.lightning.atomic_files import make_folder
+from fgtrain.lightning.atomic_files import make_folder, refuse_unwritable, write_atomically
 from fgtrain.memory import keep_freed_memory
+from fgtrain.models.vision import refuse_unknown
 from fgtrain.runs.messages import OneLineParser, errors_as_lines, plain_console, silence_libraries
 from fgtrain.studies.benchmarks.chains import chains_table, measure_chains
 from fgtrain.studies.benchmarks.loop import loop_overhead
 from fgtrain.studies.benchmarks.methods import methods_of
 from fgtrain.studies.benchmarks.peers import peers_of
 from fgtrain.studies.benchmarks.scaling import Link, measure_compute, rows_of, scaling_table
-from fgtrain.studies.benchmarks.steps import REFERENCES, Row, measure
+from fgtrain.studies.benchmarks.steps import MODELS, REFERENCES, Row, measure
 from fgtrain.studies.thin_wire import METHODS, PROBLEMS, Measured, measure_pair
 from fgtrain.studies.thin_wire_report import write_report
 
@@ -77,13 +80,16 @@ def main() -> None:
 def bench(args: argparse.Namespace) -> None:
     """Measure what the command line asks for."""
     keep_freed_memory()
+    check_arguments(args)
+    if args.json and args.thin_wire:
+        raise ValueError("--thin-wire writes its numbers into the folder of --out; leave out --json")
     if args.json:
-        make_folder(args.json.parent)
+        refuse_unwritable(args.json)
     if args.thin_wire:
         print_thin_wire(args)
         return
     if args.loop:
-        print_loop_overhead(args.methods)
+        print_loop_overhead(args)
         return
     torch.set_num_threads(args.threads)
     auto = "cuda" if torch.cuda.is_available() else "cpu"
@@ -104,9 +110,26 @@ def bench(args: argparse.Namespace) -> None:
             for batch_size in args.batch_sizes:
                 options = {"precision": args.precision, "rounds": args.rounds, "progress": status.update}
                 rows += measure(model, batch_size, [*methods, *peers], device, **options)
+                write_rows([row.as_dict() for row in rows], args.json)  # Ctrl-C loses none
     plain_console(150).print(table(rows))
-    if args.json:
-        args.json.write_text(json.dumps([row.as_dict() for row in rows], indent=2) + "\n")
+
+
+def write_rows(rows: list[dict[str, Any]], path: Path | None) -> None:
+    """Write the rows as JSON, if there is a path."""
+    if path is not None:
+        write_atomically(json.dumps(rows, indent=2) + "\n", path)
+
+
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise a ValueError for a number out of range or a model that does not exist, before anything is measured."""
+    for name in ("batch_sizes", "num_tangents", "threads", "rounds", "widths", "ranks"):
+        value = getattr(args, name)
+        if min(value if isinstance(value, list) else [value]) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    if not (min(args.gbit) > 0 and 0 <= args.latency_us < math.inf):
+        raise ValueError(f"--gbit must be positive and --latency-us at least 0, got {args.gbit} and {args.latency_us}")
+    for name in set(args.models) - MODELS.keys():
+        refuse_unknown(name)
 
 
 def table(rows: list[Row]) -> Table:
@@ -127,14 +150,17 @@ def table(rows: list[Row]) -> Table:
     return grid
 
 
-def print_loop_overhead(methods: list[str]) -> None:
+def print_loop_overhead(args: argparse.Namespace) -> None:
     """Print the microseconds per step of the default run, of plain PyTorch and of plain Lightning."""
     silence_libraries()
     grid = Table(title="microseconds a step, digits MLP, one thread", box=SIMPLE_HEAD)
     for heading in ("method", "bare loop", "plain Lightning", "scripts/train.py", "to plain Lightning"):
         grid.add_column(heading, justify="right")
-    for method in methods:
+    rows = []
+    for method in args.methods:
         found = loop_overhead(method)
+        rows.append({"method": method} | found)
+        write_rows(rows, args.json)
         grid.add_row(method, *(f"{found[name]:.0f}" for name in list(found)[:-1]), f"{found['to_plain']:.2f}")
     plain_console().print(grid)
 
@@ -143,8 +169,7 @@ def print_chains(args: argparse.Namespace) -> None:
     """Print the forward passes that derivatives along chains of small operations take."""
     rows = measure_chains(args.widths, args.rounds)
     plain_console(150).print(chains_table(rows))
-    if args.json:
-        args.json.write_text(json.dumps([row._asdict() for row in rows], indent=2) + "\n")
+    write_rows([row._asdict() for row in rows], args.json)
 
 
 def print_scaling(args: argparse.Namespace, device: torch.device) -> None:
@@ -158,8 +183,7 @@ def print_scaling(args: argparse.Namespace, device: torch.device) -> None:
     links = [Link(gbit * 1e9 / 8, args.latency_us / 1e6) for gbit in args.gbit]
     rows = rows_of(computes, args.ranks, links)
     plain_console(150).print(scaling_table(rows, f"ms a step, compute measured on {device}, link modelled"))
-    if args.json:
-        args.json.write_text(json.dumps(rows, indent=2) + "\n")
+    write_rows(rows, args.json)
 
 
 def print_thin_wire(args: argparse.Namespace) -> None:

@@ -15,7 +15,7 @@ import torch
 from rich.progress import track
 
 from fgtrain.figures import save
-from fgtrain.lightning.atomic_files import make_folder
+from fgtrain.lightning.atomic_files import make_folder, write_atomically
 from fgtrain.memory import keep_freed_memory
 from fgtrain.runs.messages import OneLineParser, errors_as_lines, plain_console, silence_libraries
 from fgtrain.studies.calibration import HEADINGS, METHODS, Cost, costs, draw, follow, rows_of, search, table_of
@@ -56,6 +56,8 @@ def calibrate(args: argparse.Namespace) -> None:
     keep_freed_memory()
     if args.starts < 1 or not 0 < args.seconds < math.inf:
         raise ValueError(f"--starts must be at least 1 and --seconds positive, got {args.starts} and {args.seconds}")
+    if not 0 <= args.spread < math.inf:
+        raise ValueError(f"--spread must be at least 0, got {args.spread}")
     if min(args.memory_steps, default=1) < 1 or math.isnan(args.memory_limit):
         raise ValueError(
             f"--memory-steps must be at least 1 and --memory-limit a number, got {args.memory_steps} and "
@@ -74,9 +76,9 @@ def calibrate(args: argparse.Namespace) -> None:
     with console.status("measuring memory"):
         memory = costs(_task(args), args.memory_steps, args.memory_limit)
     save(draw(courses, memory), args.out / "calibration")
-    (args.out / "calibration.md").write_text(_page(args, rows_of(courses), memory))
+    write_atomically(_page(args, rows_of(courses), memory), args.out / "calibration.md")
     found = {"paths": [course._asdict() for course in courses], "costs": [cost._asdict() for cost in memory]}
-    (args.out / "calibration.json").write_text(json.dumps(found) + "\n")
+    write_atomically(json.dumps(found) + "\n", args.out / "calibration.json")
     plain_console(110).print(table_of(courses))
     print(f"calibration.md, calibration.json, calibration.png and calibration.svg in {args.out}")
 

@@ -26,7 +26,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from fgtrain.errors import ConfigError, Interrupted
 from fgtrain.memory import keep_freed_memory
-from fgtrain.runs.messages import USER_ERRORS, fail, plain_console, silence_libraries, tensorboard_command
+from fgtrain.runs.messages import errors_as_lines, plain_console, silence_libraries, tensorboard_command
+from fgtrain.runs.owner import owned
 from fgtrain.studies.compare import compare, parse, write_report
 from fgtrain.studies.compare.plan import describe_arguments
 from fgtrain.studies.compare.report import statement
@@ -42,13 +43,12 @@ class _Parser(argparse.ArgumentParser):
 
 def main() -> None:
     """Do the missing runs, then write and print the report."""
-    try:
-        run(sys.argv[1:])
-    except (KeyboardInterrupt, Interrupted) as stopped:
-        number = stopped.exit_status - 128 if isinstance(stopped, Interrupted) else signal.SIGINT
-        fail(Interrupted("stopped; the same command continues the interrupted run", number))
-    except USER_ERRORS as error:
-        fail(error)
+    with errors_as_lines():
+        try:
+            run(sys.argv[1:])
+        except (KeyboardInterrupt, Interrupted) as stopped:
+            number = stopped.exit_status - 128 if isinstance(stopped, Interrupted) else signal.SIGINT
+            raise Interrupted("stopped; the same command continues the interrupted run", number) from stopped
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -62,14 +62,15 @@ def run(arguments: Sequence[str]) -> None:
     out = plain_console(140)
     if any(argument.startswith("suite=") for argument in options.arguments):
         folder, rungs = read_suite(options.arguments, options.config_dir)
-        with _progress() as tell:
+        with owned(folder, "out"), _progress() as tell:
             page = run_suite(folder, rungs, command, tell, partial(_show, out))
         out.print(f"the page with all tables and figures: {page}", soft_wrap=True, highlight=False)
         return
     plan = parse(options.arguments, options.config_dir)
-    with _progress() as tell:
-        outcome = compare(plan, tell)
-    rows = write_report(plan, outcome, command)
+    with owned(plan.folder, "out"):
+        with _progress() as tell:
+            outcome = compare(plan, tell)
+        rows = write_report(plan, outcome, command)
     for line in statement(plan, outcome, command)[2:]:
         out.print(line, highlight=False, soft_wrap=True)
     out.print(table_of(rows))

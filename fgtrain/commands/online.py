@@ -20,7 +20,7 @@ from rich.table import Table
 
 from fgtrain.errors import ConfigError
 from fgtrain.figures import save
-from fgtrain.lightning.atomic_files import make_folder
+from fgtrain.lightning.atomic_files import make_folder, write_atomically
 from fgtrain.runs.messages import OneLineParser, errors_as_lines, plain_console, silence_libraries
 from fgtrain.studies.compare.plan import compose_run
 from fgtrain.studies.online import RATES, SAME_GRADIENTS, WAYS, Cost, Recalled, cost, draw, learn, table_of
@@ -66,7 +66,7 @@ def study(args: argparse.Namespace) -> None:
     costs = [_cost(*size, args.seed) for size in track(sizes, "measuring", console=console, transient=True)]
     save(draw(recalled, costs), args.out / "online")
     found = {"recalled": [r._asdict() for r in recalled], "costs": [c._asdict() for c in costs]}
-    (args.out / "online.json").write_text(json.dumps(found, indent=1) + "\n")
+    write_atomically(json.dumps(found, indent=1) + "\n", args.out / "online.json")
     rows = table_of(recalled, costs)
     table = Table(title="symbols recalled; peak memory and time in forward passes by length")
     for name in rows[0]:

@@ -19,7 +19,7 @@ from rich.table import Table
 
 from fgtrain.errors import ConfigError
 from fgtrain.figures import save
-from fgtrain.lightning.atomic_files import make_folder
+from fgtrain.lightning.atomic_files import make_folder, write_atomically
 from fgtrain.runs.messages import OneLineParser, errors_as_lines, plain_console, silence_libraries
 from fgtrain.studies.compare.plan import compose_run
 from fgtrain.studies.profiles import draw, problems, share_solved, solve, speed_of_batching
@@ -51,8 +51,12 @@ def profile(args: argparse.Namespace) -> None:
     """Solve what the command line asks for.
 
     Raises:
-        ConfigError: the budget is too small to show a profile.
+        ConfigError: a number is out of range, such as a budget that is too small to show a profile.
     """
+    if min(args.starts, args.rates) < 1:
+        raise ConfigError(f"--starts and --rates must be at least 1, got {args.starts} and {args.rates}")
+    if not 0 < args.tolerance < 1:
+        raise ConfigError(f"--tolerance must be between 0 and 1, got {args.tolerance}")
     if args.evaluations < 10:
         raise ConfigError(f"--evaluations must be at least 10, got {args.evaluations}")
     silence_libraries()
@@ -68,7 +72,7 @@ def profile(args: argparse.Namespace) -> None:
         found.append(solve(function, method, estimator, rates, args.starts, args.evaluations, **options))
     save(draw(found, args.evaluations), args.out / "profiles")
     rows = [solved._asdict() | {"evaluations": solved.evaluations.tolist()} for solved in found]
-    (args.out / "profiles.json").write_text(json.dumps(rows, indent=1) + "\n")
+    write_atomically(json.dumps(rows, indent=1) + "\n", args.out / "profiles.json")
     powers = [10.0**k for k in range(1, 1 + int(math.log10(args.evaluations)))]
     budgets = torch.tensor(sorted({*powers, float(args.evaluations)}))
     table = Table(title=f"share of {len(jobs) // len(args.methods) * args.starts} problems solved within evaluations")

@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from fgtrain.lightning.atomic_files import make_folder, save_atomically
+from fgtrain.lightning.atomic_files import refuse_unwritable, save_atomically
 from fgtrain.runs.messages import OneLineParser, errors_as_lines, silence_libraries
 from fgtrain.runs.replay import replay
 
@@ -22,7 +22,7 @@ def main() -> None:
     silence_libraries()
     sys.path.append(os.getcwd())  # _target_ may name a module in the current folder
     with errors_as_lines():
-        make_folder(arguments.weights.parent)
+        refuse_unwritable(arguments.weights)
         module, steps = replay(arguments.run)
         save_atomically(module.model.state_dict(), arguments.weights)
     print(f"{steps} steps replayed: bit for bit the weights of the run, written to {arguments.weights}")

@@ -2,8 +2,10 @@
 
 import csv
 import math
+import sys
 from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +13,16 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS, is_image_file
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from torchvision.transforms.functional import pil_to_tensor
 
 from fgtrain.data.files import refuse_unreadable
 from fgtrain.data.in_memory import InMemoryDataModule, Transform, standardize
 from fgtrain.data.splits import split_by_class
 from fgtrain.errors import ConfigError, DataError
+
+KINDS = (*IMG_EXTENSIONS, ".gif")
+"""The ends of the names of images."""
 
 Splits = tuple[dict[str, tuple[Tensor, Tensor]], Transform]
 
@@ -89,6 +94,8 @@ def _values(labels: list[str]) -> list[Any]:
 class ImagesOfFolders(InMemoryDataModule):
     """Images in one folder per class, cut to a square and scaled to one size: `path/cat/1.png`, `path/dog/1.png`.
 
+    Of several frames, the first is taken. Other files in the folders are left out, and a line on stderr says so.
+
     Args:
         path: the folder of the classes.
         batch_size: training examples per step and process.
@@ -107,12 +114,14 @@ class ImagesOfFolders(InMemoryDataModule):
         try:
             self._folder = _Folders(str(_existing(path)), loader=_eight_bits, is_valid_file=_is_image)
         except OSError as error:
-            kinds = ", ".join(IMG_EXTENSIONS)
+            kinds = ", ".join(KINDS)
             raise DataError(f"{path} must hold a folder of images ({kinds}) for every class; {error}") from error
         self.image_size = image_size
         self.num_classes, self.input_shape = len(self._folder.classes), (3, image_size, image_size)
 
     def load(self) -> Splits:
+        if self.trainer is None or self.trainer.is_global_zero:
+            _tell_of_others(Path(self._folder.root), tuple(self._folder.classes))
         images = []
         for path, _ in self._folder.samples:
             try:
@@ -137,7 +146,20 @@ class _Folders(ImageFolder):
 
 
 def _is_image(path: str) -> bool:
-    return is_image_file(path) and not Path(path).name.startswith(".")
+    return path.lower().endswith(KINDS) and not Path(path).name.startswith(".")
+
+
+@cache
+def _tell_of_others(root: Path, classes: Sequence[str]) -> None:
+    """Say once what in the folders of the classes is no image."""
+    found = [path for name in classes for path in sorted((root / name).rglob("*"))]
+    others = [path for path in found if path.is_file() and not (path.name.startswith(".") or _is_image(str(path)))]
+    if others:
+        files = "a file that is" if len(others) == 1 else f"{len(others)} files that are"
+        print(
+            f"fgtrain: {root} has {files} no image ({', '.join(KINDS)}) and left out, such as {others[0]}",
+            file=sys.stderr,
+        )
 
 
 def _eight_bits(path: str) -> Image.Image:

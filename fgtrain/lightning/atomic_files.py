@@ -1,7 +1,9 @@
 """Files that are complete or absent, whenever a process or a disk stops."""
 
 import contextlib
+import errno
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -30,9 +32,16 @@ def write_atomically(text: str, path: Path) -> None:
 
 
 def atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
-    """Write a temporary file in the folder of `path` and rename it to `path`; nothing of it is left after an error."""
+    """Write a temporary file in the folder of `path` and rename it to `path`; nothing of it is left after an error.
+
+    A device or a pipe, such as /dev/null, is written to; no file takes its place.
+    """
     beside = path.parent / f"{path.name}.{os.getpid()}.tmp"
     try:
+        if _is_device(path):
+            with path.open("wb") as file:
+                write(file)
+            return
         with beside.open("wb") as file:
             write(file)
             file.flush()
@@ -48,13 +57,38 @@ def atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
             beside.unlink(missing_ok=True)
 
 
+def _is_device(path: Path) -> bool:
+    """Whether a path leads to a device or a pipe. /dev/stdout is a link, which may lead to a file."""
+    is_link_of_the_system = path.is_symlink() and path.absolute().parent in (Path("/dev"), Path("/dev/fd"))
+    return is_link_of_the_system or (path.exists() and not path.is_file() and not path.is_dir())
+
+
 def make_folder(path: Path) -> None:
-    """Make a folder and its parents.
+    """Make a folder and its parents, and check that files can be made in it.
 
     Raises:
-        StorageError: it cannot be made.
+        StorageError: they cannot.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            pass
+    except FileExistsError as error:
+        raise StorageError(f"cannot write {path}: it is not a folder") from error
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror}") from error
+
+
+def refuse_unwritable(path: Path) -> None:
+    """Make the folder of a file that is written after long work, and check that the file can be written.
+
+    Raises:
+        StorageError: it cannot.
+    """
+    if path.is_dir():
+        raise StorageError(f"cannot write {path}: {os.strerror(errno.EISDIR)}")
+    if _is_device(path):
+        if not os.access(path, os.W_OK):
+            raise StorageError(f"cannot write {path}: {os.strerror(errno.EACCES)}")
+    else:
+        make_folder(path.parent)

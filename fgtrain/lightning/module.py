@@ -259,7 +259,7 @@ class EstimatorModule(L.LightningModule):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self._evaluate("val", batch)
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
+    def test_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         self._evaluate("test", batch)
 
     def _evaluate(self, split: str, batch: Any) -> None:

@@ -8,6 +8,15 @@ from torch import nn
 from fgtrain.models.basic import ImageAdapter
 
 
+def refuse_unknown(name: str) -> None:
+    """Raise a ValueError unless torchvision has a classification model of that name."""
+    names = torchvision.models.list_models(module=torchvision.models)
+    if name not in names:
+        close = difflib.get_close_matches(name, names, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(names)}"
+        raise ValueError(f"torchvision has no classification model {name!r}; {hint}")
+
+
 def torchvision_model(
     name: str, num_classes: int, *, image_size: int | None = None, weights: str | None = None
 ) -> nn.Module:
@@ -23,11 +32,7 @@ def torchvision_model(
     Raises:
         ValueError: torchvision has no classification model of that name.
     """
-    names = torchvision.models.list_models(module=torchvision.models)
-    if name not in names:
-        close = difflib.get_close_matches(name, names, n=1)
-        hint = f"did you mean {close[0]}?" if close else f"it has {', '.join(names)}"
-        raise ValueError(f"torchvision has no classification model {name!r}; {hint}")
+    refuse_unknown(name)
     if weights is None:
         network = torchvision.models.get_model(name, num_classes=num_classes)
     else:

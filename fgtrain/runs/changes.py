@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from fgtrain.errors import ConfigError
 from fgtrain.lightning.checkpoints import read_checked, refuse_incomplete
 from fgtrain.runs.config import signature_of, to_plain, to_saved
-from fgtrain.runs.provenance import load_config
+from fgtrain.runs.provenance import load_config, run_of
 
 LENGTH = ("trainer.max_steps", "trainer.max_epochs", "trainer.max_time", "trainer.min_steps", "trainer.min_epochs")
 LENGTH += ("data.num_steps", "callbacks.early_stopping")
@@ -33,7 +33,7 @@ def stop_holds(cfg: DictConfig, checkpoint: Path) -> bool:
         ConfigError: the run of the checkpoint cannot continue under `cfg`. The message names a key that differs, with
             both values, or a length that the run has already reached.
     """
-    run_dir = next((folder for folder in checkpoint.absolute().parents[:2] if (folder / "config.yaml").is_file()), None)
+    run_dir = run_of(checkpoint)
     changed = {} if run_dir is None else _changes(cfg, run_dir)
     longer = {key for key in changed if _is_of(LENGTH, key)}
     if not longer or checkpoint.is_dir():

@@ -4,7 +4,6 @@ import argparse
 import io
 import os
 import re
-import select
 import signal
 import sys
 import traceback
@@ -97,10 +96,7 @@ def _errors_as_lines(has_composed: Callable[[], bool]) -> Generator[None]:
     try:
         yield
     except BrokenPipeError:
-        if not _nobody_reads():  # another pipe broke
-            raise
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the rest is flushed there at exit
-        sys.exit(128 + signal.SIGPIPE)
+        raise  # `fgtrain.__main__` ends the process
     except JobFailed as error:
         for failed in sorted(error.sweep_dir.glob(f"*/{ERROR_FILE}")):
             print(f"fgtrain: job {failed.parent.name} failed: {failed.read_text().splitlines()[0]}", file=sys.stderr)
@@ -118,13 +114,6 @@ def _errors_as_lines(has_composed: Callable[[], bool]) -> Generator[None]:
             raise
         # The error is from the YAML parser or Hydra, since no code of fgtrain has run yet.
         fail(one_line(error) or "the command line or a configuration file is malformed, and Hydra does not say where")
-
-
-def _nobody_reads() -> bool:
-    """Whether stdout is a pipe whose reader has closed it, as `| head` does."""
-    poll = select.poll()
-    poll.register(sys.stdout, 0)  # poll always reports a closed reader
-    return bool(poll.poll(0))
 
 
 def _names_run_dir(arguments: list[str]) -> bool:

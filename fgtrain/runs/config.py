@@ -16,6 +16,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from hydra.utils import get_object
 from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
 from fgtrain.errors import ConfigError
@@ -120,14 +121,18 @@ def to_plain(cfg: DictConfig) -> dict[str, Any]:
 
 
 def to_saved(cfg: DictConfig) -> dict[str, Any]:
-    """`to_plain` for saved files: values from the environment, which may be secret, stay ${oc.env:...}."""
+    """`to_plain` for saved files: values from the environment, which may be secret, stay ${oc.env:...}.
+
+    In an entry with both, ${now:...} and other resolvers are resolved, if that gives the same value.
+    """
     raw = OmegaConf.to_container(cfg, resolve=False)
-    token = _is_hidden.set(True)
+    stand_ins: dict[str, str] = {}
+    token = _stand_ins.set(stand_ins)
     try:
         hidden = OmegaConf.to_container(OmegaConf.create(raw), resolve=True)
     finally:
-        _is_hidden.reset(token)
-    return _where_equal(to_plain(cfg), hidden, raw)
+        _stand_ins.reset(token)
+    return _where_equal(to_plain(cfg), hidden, raw, stand_ins)
 
 
 def _file_name(root: DictConfig) -> str:
@@ -137,21 +142,39 @@ def _file_name(root: DictConfig) -> str:
     return job["override_dirname"].replace("/", "-").replace("$", "")[:200]  # Hydra would resolve ${...}
 
 
-def _where_equal(tree: Any, other: Any, instead: Any) -> Any:
-    """`tree`, with the entries of `instead` wherever `tree` and `other` differ."""
-    if isinstance(tree, dict) and isinstance(instead, dict):
-        return {key: _where_equal(tree[key], other[key], instead[key]) for key in tree}
-    if isinstance(tree, list) and isinstance(instead, list):
-        return [_where_equal(*items) for items in zip(tree, other, instead, strict=True)]
-    return tree if tree == other else instead
+def _where_equal(tree: Any, other: Any, raw: Any, stand_ins: Mapping[str, str]) -> Any:
+    """`tree`, where it equals `other`; elsewhere `raw`, or `other` without stand-ins if `raw` has other resolvers."""
+    if isinstance(tree, dict) and isinstance(raw, dict):
+        return {key: _where_equal(tree[key], other[key], raw[key], stand_ins) for key in tree}
+    if isinstance(tree, list) and isinstance(raw, list):
+        return [_where_equal(*items, stand_ins) for items in zip(tree, other, raw, strict=True)]
+    if tree == other:
+        return tree
+    if not (isinstance(other, str) and isinstance(raw, str) and re.search(r"\$\{(?!oc\.)\w[\w.]*:", raw)):
+        return raw
+    for stand_in, text in stand_ins.items():
+        other = other.replace(stand_in, text)
+    return other if _resolves_to(tree, other) else raw
+
+
+def _resolves_to(value: Any, text: Any) -> bool:
+    try:
+        return OmegaConf.to_container(OmegaConf.create([text]), resolve=True) == [value]
+    except OmegaConfBaseException:  # it refers to another key
+        return False
 
 
 def _of_environment(*arguments: Any) -> str | None:
-    """OmegaConf's own oc.env, except in `to_saved`."""
-    return "hidden" if _is_hidden.get() else oc.env(*arguments)
+    """OmegaConf's own oc.env, except in `to_saved`, where it is a word that stands for its text."""
+    stand_ins = _stand_ins.get()
+    if stand_ins is None:
+        return oc.env(*arguments)
+    stand_in = f"hidden_{len(stand_ins)}_"
+    stand_ins[stand_in] = f"${{oc.env:{','.join(map(str, arguments))}}}"
+    return stand_in
 
 
-_is_hidden = ContextVar("_is_hidden", default=False)
+_stand_ins: ContextVar[dict[str, str] | None] = ContextVar("_stand_ins", default=None)
 OmegaConf.register_new_resolver("oc.env", _of_environment, replace=True)
 
 
@@ -164,7 +187,10 @@ def signature_of(target: str) -> Mapping[str, inspect.Parameter]:
     try:
         found = get_object(target)
     except Exception as error:
-        raise ConfigError(f"_target_ {target!r} cannot be imported: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).split())
+        remedy = r"start the command in the folder of \1, or install it"
+        reason = re.sub(r"Are you sure that module '([\w.]+)' is installed\?", remedy, reason)
+        raise ConfigError(f"_target_ {target!r} cannot be imported: {reason}") from error
     if not callable(found):
         raise ConfigError(f"_target_ {target!r} is not callable")
     try:

@@ -1,4 +1,4 @@
-"""Ctrl-C while libraries are imported."""
+"""Ctrl-C while libraries are imported, or while Lightning tests."""
 
 import signal
 from collections.abc import Generator
@@ -15,7 +15,7 @@ def ctrl_c_named() -> Generator[None]:
     """Raise `KeyboardInterrupt` whenever an error follows Ctrl-C.
 
     Python raises `KeyboardInterrupt` at any point, also in the middle of an import. The import then fails later with
-    another error: `RecursionError`, `ImportError` or `AttributeError`.
+    another error: `RecursionError`, `ImportError` or `AttributeError`. Lightning exits silently with status 1.
     """
     pressed = False
 
@@ -31,6 +31,10 @@ def ctrl_c_named() -> Generator[None]:
     signal.signal(signal.SIGINT, press)
     try:
         yield
+    except SystemExit as end:
+        if pressed and end.code == 1:
+            raise KeyboardInterrupt from end
+        raise
     except Exception as error:
         if pressed and not isinstance(error, Interrupted):  # whose message says what was saved
             raise KeyboardInterrupt from error

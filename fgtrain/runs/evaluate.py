@@ -4,16 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities import CombinedLoader
 from omegaconf import DictConfig
-from torch.utils.data import DataLoader
 
 from fgtrain.data import Steps
-from fgtrain.errors import ConfigError
-from fgtrain.lightning.atomic_files import write_atomically
+from fgtrain.errors import ConfigError, StorageError
+from fgtrain.lightning.atomic_files import refuse_unwritable, write_atomically
 from fgtrain.lightning.checkpoints import NAMES, first_good, list_checkpoints, read_checked
 from fgtrain.runs.build import build
 from fgtrain.runs.library_errors import library_errors_named
-from fgtrain.runs.provenance import load_config
+from fgtrain.runs.provenance import load_config, run_of
 from fgtrain.runs.results import read_results
 from fgtrain.runs.world import ONE_PROCESS
 
@@ -43,6 +43,12 @@ def evaluate(checkpoint: Path, split: str, out: Path | None = None) -> dict[str,
         checkpoint = first_good(found)
     run_dir, cfg = _run_of(checkpoint)
     state = read_checked(checkpoint)
+    results = read_results(run_dir) or {}
+    out = out or run_dir / f"evaluation_{checkpoint.stem}_{split}.json"
+    try:
+        refuse_unwritable(out)
+    except StorageError as error:
+        raise StorageError(f"{error}; --out names another file") from error
     cfg.quiet, cfg.resume = True, None
     cfg.trainer = {**(cfg.trainer or {}), **ONE_PROCESS}
     module, data, trainer, _ = build(cfg)
@@ -58,16 +64,14 @@ def evaluate(checkpoint: Path, split: str, out: Path | None = None) -> dict[str,
     data.setup("fit")
     data.setup("test")
     loader = {"train": data.train_dataloader, "val": data.val_dataloader, "test": data.test_dataloader}[split]()
-    assert isinstance(loader, DataLoader) or hasattr(loader, "__iter__")
+    if split == "train" and isinstance(loader, (list, tuple, dict)):
+        loader = CombinedLoader(loader, "max_size_cycle")  # as in training
     found = trainer.test(module, loader, verbose=False)
     if not any(found):
         raise ConfigError(f"the {split} split of {type(data).__name__} is empty")
-    metrics = dict(found[0])
-    metrics = {name.replace("test/", f"{split}/"): value for name, value in metrics.items()}
-    results = read_results(run_dir) or {}
+    metrics = {name.replace("test/", f"{split}/"): value for of_loader in found for name, value in of_loader.items()}
     results |= {"seed": cfg.seed, "checkpoint": checkpoint.name, "steps": state.get("global_step"), "metrics": metrics}
     results["num_parameters"] = sum(p.numel() for p in module.model.parameters())
-    out = out or run_dir / f"evaluation_{checkpoint.stem}_{split}.json"
     write_atomically(json.dumps(results, indent=2) + "\n", out)
     return results | {"written": str(out)}
 
@@ -76,7 +80,6 @@ def _run_of(checkpoint: Path) -> tuple[Path, DictConfig]:
     """The folder of the run that wrote a checkpoint, and its configuration."""
     if not checkpoint.is_file():
         raise ConfigError(f"{checkpoint} is not a file; give the path of a checkpoint (.ckpt)")
-    for folder in checkpoint.absolute().parents[:3]:
-        if (folder / "config.yaml").is_file():
-            return folder, load_config(folder)
+    if (folder := run_of(checkpoint)) is not None:
+        return folder, load_config(folder)
     raise ConfigError(f"{checkpoint} is not in a run's folder: there is no config.yaml beside it or above it")

@@ -51,6 +51,7 @@ def silence_libraries() -> None:
     """Ignore what does not concern the user, and errors that the main thread reports as well."""
     for message in _CHATTER:
         warnings.filterwarnings("ignore", message)
+    logging.getLogger("hydra.utils").setLevel(logging.CRITICAL)  # it reports what it raises as well
     logging.getLogger("tensorboard").setLevel(logging.WARNING)  # it names every file of events that it reads
     threading.excepthook = _print_unless_of_the_disk
 
@@ -103,6 +104,8 @@ def errors_as_lines(*others: type[Exception]) -> Generator[None]:
         yield
     except (*USER_ERRORS, *others) as error:
         fail(error)
+    except BrokenPipeError:
+        raise  # `fgtrain.__main__` ends the process
     except OSError as error:
         if disk_error(error) is None:
             raise
@@ -141,7 +144,7 @@ def one_line(error: BaseException | str) -> str:
             text += " PyTorch sees no GPU: use trainer=cpu, or install the build of torch for your GPU"
     elif isinstance(error, OverrideParseException):
         reason = "; ".join(line for line in text.splitlines() if not line.startswith(("See ", "Error parsing")))
-        remedy = "put a value that contains = or , in quotes: 'key=\"a=b\"'"
+        remedy = "put a value with = or , or letters like ü in quotes: 'key=\"a=b\"'"
         if error.override is not None and "=" not in error.override.strip("="):
             remedy = "an argument is key=value, without spaces around ="
         text = f"{error.override!r} cannot be read ({reason}); {remedy}"

@@ -18,11 +18,15 @@ _held: set[int] = set()
 
 
 @contextmanager
-def owned(run_dir: Path) -> Generator[None]:
+def owned(run_dir: Path, option: str = "hydra.run.dir") -> Generator[None]:
     """Create and lock the folder of a run until the run or its process ends, however it ends.
 
     Half-written files of an owner that was killed are removed. If the file system cannot lock, a warning is printed and
     the run continues.
+
+    Args:
+        run_dir: the folder.
+        option: the option that names it, for the message.
 
     Raises:
         ConfigError: another process holds the lock.
@@ -34,7 +38,7 @@ def owned(run_dir: Path) -> Generator[None]:
     except OSError as error:
         raise StorageError(f"cannot write {run_dir}: {error.strerror}") from error
     try:
-        if _is_locked(file, run_dir):
+        if _is_locked(file, run_dir, option):
             os.truncate(file, 0)
             os.write(file, f"process {os.getpid()} on {socket.gethostname()}".encode())
             for left in (*run_dir.glob("*.tmp"), *run_dir.glob("checkpoints/*.tmp")):
@@ -48,7 +52,7 @@ def owned(run_dir: Path) -> Generator[None]:
         os.close(file)
 
 
-def _is_locked(file: int, run_dir: Path) -> bool:
+def _is_locked(file: int, run_dir: Path, option: str) -> bool:
     """Lock an open file; False if the file system cannot lock."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -56,8 +60,8 @@ def _is_locked(file: int, run_dir: Path) -> bool:
         if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
             owner = os.read(file, 200).decode(errors="replace") or "another process"
             raise ConfigError(
-                f"run_dir={run_dir} belongs to a run in progress ({owner}); wait for its end, or name another "
-                "folder with hydra.run.dir=..."
+                f"{run_dir} belongs to a run in progress ({owner}); wait for its end, or name another folder with "
+                f"{option}=..."
             ) from None
         print(
             f"fgtrain: the file system of {run_dir} cannot lock ({error.strerror}): do not start another run in it",

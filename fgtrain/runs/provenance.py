@@ -19,6 +19,9 @@ from fgtrain.lightning.atomic_files import write_atomically
 from fgtrain.runs.config import to_saved, typed
 
 PACKAGES = ("fgtrain", "torch", "torchvision", "lightning", "hydra-core", "numpy", "scikit-learn", "tensorboard")
+REQUIRED = ("lr", "data", "model", "method", "optimizer", "trainer", "task")
+"""Keys that the configuration of a run always sets."""
+
 _RUN_DIR = "<run_dir>"
 
 
@@ -57,6 +60,12 @@ def provenance(cfg: DictConfig) -> dict[str, Any]:
     }
 
 
+def run_of(checkpoint: Path) -> Path | None:
+    """The folder of the run that wrote a checkpoint, which may be a link to it; None if there is none with a config."""
+    above = (*checkpoint.absolute().parents[:3], *checkpoint.resolve().parents[:3])
+    return next((folder for folder in above if (folder / "config.yaml").is_file()), None)
+
+
 def load_config(run_dir: Path) -> DictConfig:
     """The configuration of a run, for `fgtrain.runs.build.build`.
 
@@ -78,9 +87,12 @@ def load_config(run_dir: Path) -> DictConfig:
         raise ConfigError(f"{path} is not the configuration of a run: it holds a {type(saved).__name__}")
     own = {name: value for name, value in saved.items() if name not in ("defaults", "hydra")}
     try:
-        return typed(own | {"run_dir": str(run_dir)})
+        cfg = typed(own | {"run_dir": str(run_dir)})
     except ConfigKeyError as error:
         raise ConfigError(f"{path} is not the configuration of a run: {str(error).splitlines()[0]}") from error
+    if missing := [name for name in REQUIRED if own.get(name) is None]:
+        raise ConfigError(f"{path} is not the whole configuration of a run: it has no {', '.join(missing)}")
+    return cfg
 
 
 def _replaced(tree: Any, old: str, new: str) -> Any:

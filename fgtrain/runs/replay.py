@@ -87,7 +87,10 @@ def replay(run_dir: Path) -> tuple[EstimatorModule, int]:
     trainer.callbacks.append(_Replaying(path, log["initial"], len(derivatives)))  # ty: ignore[missing-attribute]
     trainer.fit(module, Steps(log["batches_per_epoch"]))
     if trainer.global_step != log["steps"] or digest(module) != log["final"]:
-        raise CheckpointError(f"{path} leads to other weights than the run had after {log['steps']} steps")
+        raise CheckpointError(
+            f"{path} leads to other weights than the run had after {log['steps']} steps; if the run was made longer, "
+            "its learning rates no longer follow from config.yaml"
+        )
     return module, log["steps"]
 
 

@@ -11,6 +11,7 @@ from fgtrain.errors import ConfigError
 from fgtrain.runs.messages import plain_console, tensorboard_command
 
 RESULTS = "results.json"
+_REMEDY = "delete it, and the same command, of train with resume=auto, writes it again"
 
 
 def read_results(run_dir: Path) -> dict[str, Any] | None:
@@ -25,9 +26,9 @@ def read_results(run_dir: Path) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read: {error}") from error
+        raise ConfigError(f"{path} cannot be read: {error}; {_REMEDY}") from error
     if not (isinstance(found, dict) and isinstance(found.get("metrics"), dict)):
-        raise ConfigError(f"{path} does not hold the results of a run")
+        raise ConfigError(f"{path} does not hold the results of a run; {_REMEDY}")
     return found
 
 

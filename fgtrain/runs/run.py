@@ -154,13 +154,16 @@ def _results(parts: Run, cfg: DictConfig, choices: Mapping[str, str]) -> dict[st
 
 
 def _tested(module: EstimatorModule, data: L.LightningDataModule, trainer: L.Trainer) -> dict[str, float]:
-    """The metrics on the test split. Without such a split they are empty, and a line on stderr says so."""
+    """The metrics on the test split. Without such a split they are empty, and a line on stderr says so.
+
+    Of several loaders, each has its own: test/loss/dataloader_idx_0, test/loss/dataloader_idx_1.
+    """
     has_split = is_overridden("test_dataloader", data)
     found = trainer.test(module, data, verbose=False) if has_split else []
     if not any(found) and trainer.limit_test_batches != 0 and trainer.is_global_zero:
         what = "is empty" if has_split else "is missing (no test_dataloader)"
         print(f"fgtrain: the test split of {type(data).__name__} {what}: no test/... in the results", file=sys.stderr)
-    return dict(found[0]) if found else {}
+    return {name: value for of_loader in found for name, value in of_loader.items()}
 
 
 @contextmanager

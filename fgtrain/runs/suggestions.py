@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from fgtrain.runs.config import CONF, TrainConfig
+from fgtrain.runs.options import groups
 
 
 def for_key(key: str) -> str:
@@ -23,7 +24,7 @@ def for_key(key: str) -> str:
 
 def for_file(group: str, name: str) -> str:
     """The end of the message for a missing file of a group; empty if no other one resembles it."""
-    close = difflib.get_close_matches(name, [path.stem for path in (CONF / group).glob("*.yaml")], n=1)
+    close = difflib.get_close_matches(name, groups().get(group, []), n=1)
     return f"; did you mean {group}={close[0]}?" if close else ""
 
 

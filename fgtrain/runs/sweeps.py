@@ -6,7 +6,6 @@ install -e ".[sweeps]"`. The runs `seeds/...` in TensorBoard are the mean and th
 """
 
 import csv
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,9 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
 
+from fgtrain.errors import ConfigError
 from fgtrain.runs.messages import plain_console, tensorboard_command
+from fgtrain.runs.results import read_results
 from fgtrain.runs.seed_curves import write_seed_curves
 
 ERROR_FILE = "error.txt"
@@ -101,8 +102,10 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     """
     runs = []
     for path in sorted(folder.glob("*/overrides.yaml"), key=lambda path: _number(path.parent.name)):
-        results_path = path.parent / "results.json"
-        results = json.loads(results_path.read_text()) if results_path.exists() else None
+        try:
+            results = read_results(path.parent)
+        except ConfigError:  # of an earlier start; the job of this one is among the failed ones
+            results = None
         runs.append((_list_of(path), results))
     common = set.intersection(*(set(overrides) for overrides, _ in runs)) if len(runs) > 1 else set()
     names = dict.fromkeys([*SHOWN, *(_objective_of(results["metrics"]) for _, results in runs if results)])
@@ -110,7 +113,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     for overrides, results in sorted(runs, key=lambda run: objective(run[1]) if run[1] else math.inf):
         row: dict[str, Any] = {"run": " ".join(o for o in overrides if o not in common) or "default"}
         row |= {name: (results or {"metrics": {}})["metrics"].get(name) for name in names}
-        row |= {name: results[name] if results else None for name in ("steps", "train_seconds")}
+        row |= {name: results.get(name) if results else None for name in ("steps", "train_seconds")}
         rows.append(row | {"status": "done" if results else "failed"})
     return rows
 

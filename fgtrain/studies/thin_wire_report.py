@@ -11,6 +11,7 @@ from statistics import fmean
 from matplotlib.figure import Figure
 
 from fgtrain.figures import house_style, looks, save
+from fgtrain.lightning.atomic_files import write_atomically
 from fgtrain.studies.compare.table import markdown_table
 from fgtrain.studies.thin_wire import Measured, Problem
 
@@ -27,8 +28,8 @@ def write_report(measured: Sequence[Measured], problems: dict[str, Problem], fol
         lines += markdown_table(_headings(own, problems[data]), rows_of(own, problems[data]))
         lines += ["", *(f"- {sentence}" for sentence in crossings(own, problems[data]))]
     page = "\n".join(lines) + "\n"
-    (folder / "thin_wire.md").write_text(page)
-    (folder / "thin_wire.json").write_text(json.dumps([m._asdict() for m in measured], indent=1) + "\n")
+    write_atomically(page, folder / "thin_wire.md")
+    write_atomically(json.dumps([m._asdict() for m in measured], indent=1) + "\n", folder / "thin_wire.json")
     save(draw(measured, problems), folder / "thin_wire")
     return page
 

@@ -1,6 +1,5 @@
 """One finished run of a comparison, read from its folder."""
 
-import json
 import re
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -8,6 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from fgtrain.runs.results import read_results
 from fgtrain.studies.compare.clock import SECONDS
 
 CURVES = ("val/loss", "val/acc", "val/distance_to_minimum")
@@ -73,4 +73,4 @@ def read(folder: Path, method: str, seed: int) -> Finished:
     tags = [t for t in events.Tags()["scalars"] if t in {*CURVES, TRAINED, SECONDS} or QUALITY.fullmatch(t)]
     # Lightning logs a validation with the index of the last step, so after one step with 0.
     curves = {tag: [(e.step + (tag in CURVES), e.value) for e in events.Scalars(tag)] for tag in tags}
-    return Finished(method, seed, json.loads((folder / "results.json").read_text()), curves)
+    return Finished(method, seed, read_results(folder) or {}, curves)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.types import Quote, QuotedString
 from omegaconf import DictConfig, OmegaConf, open_dict
 from yaml import YAMLError
 
@@ -212,9 +213,14 @@ def describe_arguments() -> str:
     return "\n".join(lines)
 
 
+def quoted(text: str) -> str:
+    """A value of an override that stands for any text, such as the name of a folder."""
+    return QuotedString(text, Quote.single).with_quotes()
+
+
 def compose_run(shared: Sequence[str], *own: str, config_dir: str | None = None) -> tuple[DictConfig, dict[str, str]]:
     """The configuration of one run, and the chosen file of each group."""
-    path = [] if config_dir is None else [f"hydra.searchpath=['file://{Path(config_dir).resolve()}']"]
+    path = [] if config_dir is None else [f"hydra.searchpath=[{quoted(f'file://{Path(config_dir).resolve()}')}]"]
     with initialize_config_dir(str(CONF), version_base="1.3"):
         cfg = compose("train", [*path, *shared, *own, "quiet=true"], return_hydra_config=True)
     choices = name_targets(cfg.hydra.runtime.choices, [*shared, *own])

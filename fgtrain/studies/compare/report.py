@@ -1,6 +1,7 @@
 """The report of a comparison: its conditions in sentences, one table in three formats, and figures."""
 
 import csv
+import io
 import json
 from collections import Counter
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 from torch.utils.tensorboard import SummaryWriter
 
 from fgtrain.figures import save
+from fgtrain.lightning.atomic_files import write_atomically
 from fgtrain.studies.compare.figures import cosine, curves
 from fgtrain.studies.compare.plan import Comparison
 from fgtrain.studies.compare.runs import Outcome, device_name
@@ -39,7 +41,9 @@ def statement(plan: Comparison, outcome: Outcome, command: str) -> list[str]:
     lines += [_of_target(plan, outcome)]
     done = [r for r in outcome.runs if not r.diverged]
     if done and not any({"test/loss", "loss"} & r.results["metrics"].keys() for r in done):
-        lines += ["There is no test split, so the table has no final accuracy or loss."]
+        several = any(name.startswith("test/") for r in done for name in r.results["metrics"])
+        what = "are several test splits" if several else "is no test split"
+        lines += [f"There {what}, so the table has no final accuracy or loss."]
     lines += [
         "Step time, memory and floats sent between processes are of one gradient and update.",
         "Times are of training steps, without validation and comparisons with the exact gradient.",
@@ -121,14 +125,15 @@ def write_report(plan: Comparison, outcome: Outcome, command: str) -> list[dict[
     rows, folder, layers = rows_of(plan, outcome), plan.folder, layers_of(plan, outcome)
     sentences = statement(plan, outcome, command)
     lines = [*sentences, "", *markdown_of(rows), *_table_of_layers(layers), ""]
-    (folder / "table.md").write_text("\n".join(lines))
+    write_atomically("\n".join(lines), folder / "table.md")
     tried = {m: [{"lr": lr, "val/loss": loss} for lr, loss in found.items()] for m, found in outcome.tried.items()}
     report = {"statement": sentences, "rows": rows, "learning_rates_tried": tried, "cosine_by_layer": layers}
-    (folder / "table.json").write_text(json.dumps(report, indent=2) + "\n")
-    with (folder / "table.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    write_atomically(json.dumps(report, indent=2) + "\n", folder / "table.json")
+    table = io.StringIO(newline="")
+    writer = csv.DictWriter(table, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    write_atomically(table.getvalue(), folder / "table.csv")
     draw(plan, outcome, folder)
     return rows
 

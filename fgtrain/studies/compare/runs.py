@@ -14,9 +14,10 @@ from fgtrain.errors import ConfigError, DivergenceError, UnsupportedOperation
 from fgtrain.lightning.atomic_files import write_atomically
 from fgtrain.runs.build import build
 from fgtrain.runs.run import run
+from fgtrain.studies.compare.clock import SECONDS
 from fgtrain.studies.compare.cost import StepCost, refusal, step_costs
 from fgtrain.studies.compare.finished import Finished, read
-from fgtrain.studies.compare.plan import SEARCH_SEED, Comparison, compose_run
+from fgtrain.studies.compare.plan import SEARCH_SEED, Comparison, compose_run, quoted
 from fgtrain.studies.compare.search import best_of, search
 from fgtrain.studies.compare.variants import Variant
 
@@ -150,7 +151,7 @@ def _finish(plan: Comparison, variant: Variant, seed: int, lr: float | None, ste
     """Do one run, or read its results if an earlier call has finished it."""
     if not (folder / "results.json").exists():
         every = max(1, steps // VALIDATIONS)
-        own = [f"seed={seed}", f"run_dir='{folder}'", f"trainer.max_steps={steps}", "callbacks=none"]
+        own = [f"seed={seed}", f"run_dir={quoted(str(folder))}", f"trainer.max_steps={steps}", "callbacks=none"]
         own += ["++trainer.enable_checkpointing=false"]
         own += [f"trainer.log_every_n_steps={every}", *([] if lr is None else [f"lr={lr}"])]
         if not any(override.startswith("trainer.val_check_interval=") for override in plan.overrides):
@@ -161,7 +162,7 @@ def _finish(plan: Comparison, variant: Variant, seed: int, lr: float | None, ste
         own += ["+callbacks.clock._target_=fgtrain.studies.compare.clock.TrainingClock"]
         own += [f"+callbacks.clock.every_n_steps={every}"]
         own += ["+callbacks.trajectory._target_=fgtrain.lightning.callbacks.Trajectory"]  # for test functions
-        own += [f"+callbacks.trajectory.run_dir='{folder}'"]
+        own += ["+callbacks.trajectory.run_dir=${run_dir}"]
         for events in folder.glob("events.*"):  # left by an interrupted run
             events.unlink()
         cfg, choices = _compose(plan, variant, *own)
@@ -171,7 +172,13 @@ def _finish(plan: Comparison, variant: Variant, seed: int, lr: float | None, ste
             failed: dict[str, Any] = {name: choices.get(name) for name in ("method", "task", "data", "model")}
             failed |= {"seed": seed, "steps": 0, "train_seconds": 0.0, "metrics": {}, "diverged": str(error)}
             write_atomically(json.dumps(failed, indent=2) + "\n", folder / "results.json")
-    return read(folder, variant.label, seed)
+    found = read(folder, variant.label, seed)
+    if not found.diverged and found.curves.get(SECONDS, [(0, 0.0)])[-1][0] != found.results["steps"]:
+        raise ConfigError(
+            f"{folder} has lost TensorBoard events, the times and curves of its run; delete this folder, and "
+            "the same command repeats the run"
+        )
+    return found
 
 
 def device_name() -> str:

@@ -13,6 +13,7 @@ from yaml import YAMLError
 from fgtrain.errors import ConfigError, DataError, UnsupportedOperation
 from fgtrain.lightning.atomic_files import write_atomically
 from fgtrain.runs.messages import one_line
+from fgtrain.runs.owner import owned
 from fgtrain.studies.compare.plan import LISTS, OWN, Comparison, split
 from fgtrain.studies.compare.report import statement, write_report
 from fgtrain.studies.compare.runs import Outcome, Tell, compare
@@ -121,8 +122,9 @@ def run_suite(
     page = folder / PAGE
     for i, rung in enumerate(rungs):
         try:
-            outcome = compare(rung.plan, lambda text, *counts, name=rung.name: tell(f"{name}: {text}", *counts))
-            rows = write_report(rung.plan, outcome, rung_command(rung))
+            with owned(rung.plan.folder, "out"):
+                outcome = compare(rung.plan, lambda text, *counts, name=rung.name: tell(f"{name}: {text}", *counts))
+                rows = write_report(rung.plan, outcome, rung_command(rung))
             sections[i] = _section(rung, _results(rung, folder, outcome, rows))
             show(rung.name, rows)
         except Exception as error:

@@ -2,13 +2,14 @@
 
 from fgtrain.estimators.activity import ActivityPerturbation
 from fgtrain.estimators.backprop import Backprop
-from fgtrain.estimators.base import Estimate, GradientEstimator, write_grads
+from fgtrain.estimators.base import Estimate, GradientEstimator
 from fgtrain.estimators.checkpointed import CheckpointedBackprop
 from fgtrain.estimators.fdfa import FDFA
 from fgtrain.estimators.forward_exact import ForwardExact
 from fgtrain.estimators.forward_gradient import ForwardGradient
 from fgtrain.estimators.forward_in_time import ForwardInTime
 from fgtrain.estimators.gauss_newton import GaussNewton
+from fgtrain.estimators.gradients import write_grads
 from fgtrain.estimators.highway import Highway
 from fgtrain.estimators.local import LocalLosses
 from fgtrain.estimators.local_guess import LocalGuess

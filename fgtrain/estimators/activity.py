@@ -7,8 +7,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, add_grad, average_grads, require_positive_int
+from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, require_positive_int
 from fgtrain.estimators.forward_gradient import ForwardGradient
+from fgtrain.estimators.gradients import add_grad, average_grads
 from fgtrain.forward_ad.passes import LossFn
 from fgtrain.forward_ad.row_losses import Evaluated
 from fgtrain.layer_noise.layers import perturbed_layers, run_perturbed

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from fgtrain.errors import NoTangent
-from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce, average_grads
+from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce
+from fgtrain.estimators.gradients import average_grads
 from fgtrain.forward_ad.passes import LossFn, check_losses
 from fgtrain.network.parameters import trainable_params
 

@@ -1,6 +1,5 @@
 """The base of all methods: an estimator, called with a model and a loss, returns gradients."""
 
-import functools
 import math
 import weakref
 from abc import ABC, abstractmethod
@@ -10,8 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fgtrain._torch import foreach_norm
-from fgtrain.errors import DivergenceError, UnsupportedOperation
+from fgtrain.errors import UnsupportedOperation
 from fgtrain.forward_ad.passes import LossFn
 from fgtrain.network.parameters import one_at_a_time, require_estimable, slots_of
 
@@ -221,88 +219,3 @@ def buffers_in(state: Mapping[str, Tensor], prefix: str) -> nn.Module:
         if name.startswith(f"{prefix}."):
             module.register_buffer(name.removeprefix(f"{prefix}."), torch.zeros_like(saved))
     return module
-
-
-def add_grad(grads: dict[str, Tensor], name: str, grad: Tensor) -> None:
-    """Add the gradient of a parameter that is used several times to `grads`."""
-    grads[name] = grads[name] + grad if name in grads else grad
-
-
-def of_mean_loss(losses: Tensor, derivatives: Tensor, reduce: Reduce | None, *, rowwise: bool = False) -> Tensor:
-    """The derivatives (K,) of the mean loss of all ranks; if `rowwise`, its parts (K, B) from the row of each example.
-
-    Args:
-        losses: (B,) or ().
-        derivatives: their derivatives, (K, B) or (K,).
-        reduce: mean over ranks.
-        rowwise: whether example i of the loss depends only on row i of every parameter.
-    """
-    if rowwise:
-        derivatives = derivatives / losses.numel()
-    elif losses.dim():
-        derivatives = derivatives.mean(1)
-    return derivatives if reduce is None else reduce(derivatives)
-
-
-def average_grads(grads: dict[str, Tensor], reduce: Reduce | None) -> dict[str, Tensor]:
-    """The mean over ranks of all gradients, sent in one flat bucket; sparse ones, as of an embedding, stay sparse."""
-    if reduce is None or not grads:
-        return grads
-    flat = reduce(torch.cat([g.to_dense().flatten() for g in grads.values()]))
-    means = {}
-    for (name, g), piece in zip(grads.items(), flat.split([g.numel() for g in grads.values()]), strict=True):
-        mean = piece.view(g.shape).to(g.dtype)
-        means[name] = mean.to_sparse(g.sparse_dim()) if g.is_sparse else mean
-    return means
-
-
-def write_grads(
-    model: nn.Module, grads: Mapping[str, Tensor], *, accumulate: bool = False, check_finite: bool = True
-) -> None:
-    """Write gradients to `.grad`; no other function of fgtrain does this.
-
-    Gradients with a nan or inf are refused, and `.grad` is not changed. To skip such a batch, catch the error and
-    continue with the next one.
-
-    Args:
-        model: owner of the parameters.
-        grads: {parameter name: tensor like the parameter}.
-        accumulate: add to `.grad`, as backward() does, instead of replacing it (by None if `grads` has no entry).
-        check_finite: check the norm of each gradient for nan and inf; on a GPU this waits for the gradients.
-
-    Raises:
-        ValueError: a name in `grads` is not that of a parameter.
-        DivergenceError: a gradient is not finite.
-    """
-    params = slots_of(model).params
-    if not grads.keys() <= params.keys():
-        unknown = grads.keys() - params.keys()
-        raise ValueError(
-            f"gradients for {', '.join(sorted(unknown))}, which the model's named_parameters() do not list; write "
-            "them to the model that the estimator was called with"
-        )
-    if check_finite:
-        _refuse_non_finite(grads)
-    for name, p in params.items():
-        if name in grads:
-            p.grad = grads[name] if p.grad is None or not accumulate else p.grad.add_(grads[name])
-        elif not accumulate:
-            p.grad = None
-
-
-def _refuse_non_finite(grads: Mapping[str, Tensor]) -> None:
-    tensors = list(grads.values())
-    if tensors and not math.isfinite(torch.stack(norms(tensors)).amax()):  # amax of nan is nan
-        name = next(name for name, g in grads.items() if not norms([g])[0].isfinite())
-        raise DivergenceError(
-            f"the gradient of {name!r} is not finite (so the loss or a derivative was not): nothing was written; skip "
-            "this batch, look for nan in it, lower lr, or cap the derivative (clip_derivative=...)"
-        )
-
-
-def norms(tensors: list[Tensor]) -> tuple[Tensor, ...]:
-    """The norms, not finite if an entry is not; half precision is squared in single, to avoid overflow."""
-    dtypes = {x.dtype for x in tensors}
-    has_half = any(dtype.itemsize < 4 for dtype in dtypes)
-    widest = functools.reduce(torch.promote_types, dtypes, torch.float32) if has_half else None
-    return foreach_norm(tensors, 2, dtype=widest)

@@ -7,7 +7,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, of_mean_loss, require_positive_int
+from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, require_positive_int
+from fgtrain.estimators.gradients import of_mean_loss
 from fgtrain.forward_ad.passes import LossFn, plain_losses
 from fgtrain.network.parameters import trainable_params
 from fgtrain.network.snapshot import Snapshot

@@ -5,7 +5,8 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor, nn
 
 from fgtrain.errors import LossError, UnsupportedOperation
-from fgtrain.estimators.base import Estimate, Reduce, average_grads
+from fgtrain.estimators.base import Estimate, Reduce
+from fgtrain.estimators.gradients import average_grads
 from fgtrain.forward_ad.passes import LossFn
 from fgtrain.forward_ad.row_losses import Evaluated
 from fgtrain.layer_noise.layers import perturbed_layers

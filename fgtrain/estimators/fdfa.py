@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fgtrain.errors import UnsupportedOperation
-from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, average_grads, buffers_in, require_positive_int
+from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, buffers_in, require_positive_int
+from fgtrain.estimators.gradients import average_grads
 from fgtrain.forward_ad.passes import LossFn
 from fgtrain.layer_noise.layers import perturbed_layers
 from fgtrain.layer_noise.noise import LayerCall, LayerNoise, LocalGrads, PerturbedPass, as_input, passing

@@ -6,8 +6,9 @@ from typing import get_args
 import torch
 from torch import Tensor, nn
 
-from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce, of_mean_loss, require_positive_int
+from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce, require_positive_int
 from fgtrain.estimators.exact_head import Jvp, with_exact_head
+from fgtrain.estimators.gradients import of_mean_loss
 from fgtrain.forward_ad import jvp
 from fgtrain.forward_ad.passes import LossFn
 from fgtrain.network.parameters import trainable_params

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from fgtrain._torch import eager_functions
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.estimators.backprop import Backprop
-from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, add_grad, average_grads, require_positive_int
+from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, require_positive_int
 from fgtrain.estimators.exact_head import gradient_of_last_layer
+from fgtrain.estimators.gradients import add_grad, average_grads
 from fgtrain.estimators.highway_backprop import by_backprop, learning_by_backprop
 from fgtrain.estimators.highway_checks import OTHER_PARAMS, is_chain_of_blocks, refuse_other_paths
 from fgtrain.estimators.highway_forward import (

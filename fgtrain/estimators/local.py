@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fgtrain.estimators.activity import ActivityPerturbation
-from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, add_grad, average_grads
+from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce
+from fgtrain.estimators.gradients import add_grad, average_grads
 from fgtrain.estimators.local_heads import LocalHeads, joined
 from fgtrain.estimators.local_tail import local_gradients
 from fgtrain.forward_ad.passes import LossFn, check_losses, plain_losses

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from fgtrain.estimators.base import Claim, Estimate, Reduce, average_grads, of_mean_loss
+from fgtrain.estimators.base import Claim, Estimate, Reduce
+from fgtrain.estimators.gradients import average_grads, of_mean_loss
 from fgtrain.estimators.local_heads import LocalBlock, LocalHeads
 from fgtrain.forward_ad import jvp
 from fgtrain.forward_ad.passes import LossFn, check_losses

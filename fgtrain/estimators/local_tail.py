@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from fgtrain._torch import eager_functions, tree_map_only
 from fgtrain.errors import UnsupportedOperation
-from fgtrain.estimators.base import GradientEstimator, add_grad
+from fgtrain.estimators.base import GradientEstimator
+from fgtrain.estimators.gradients import add_grad
 from fgtrain.forward_ad.native import value_of
 from fgtrain.forward_ad.passes import LossFn, plain_losses
 from fgtrain.network.blocks import Forward, entering, find_blocks, forwards_replaced, frozen, keeps_shape

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce, average_grads, require_positive_int
+from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce, require_positive_int
+from fgtrain.estimators.gradients import average_grads
 from fgtrain.forward_ad.named_errors import named_errors
 from fgtrain.forward_ad.native import no_fast_paths
 from fgtrain.forward_ad.passes import LossFn, check_losses

@@ -11,7 +11,7 @@ from torch import Tensor
 from fgtrain._torch import foreach_copy
 from fgtrain.errors import DivergenceError
 from fgtrain.estimators import Estimate, GradientEstimator
-from fgtrain.estimators.base import norms
+from fgtrain.estimators.gradients import norms
 from fgtrain.network.sharding import is_sharded
 
 DATA = "look for non-finite values in the data"

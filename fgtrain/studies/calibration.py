@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.optim import LBFGS, SGD, Adam, Optimizer
 
 from fgtrain.estimators import Backprop, CheckpointedBackprop, ForwardExact, GaussNewton, GradientEstimator
-from fgtrain.estimators.base import write_grads
+from fgtrain.estimators.gradients import write_grads
 from fgtrain.figures import house_style, looks
 from fgtrain.lightning.optimizers import lbfgs
 from fgtrain.memory import peak_mib

@@ -101,6 +101,10 @@ def test_curvature_is_exact(case):
     ("loss", "operation"),
     [
         (lambda m: Doubled.apply(m(ROWS)).sum(1), "a custom autograd.Function without setup_context"),
+        (
+            lambda m: Squared.apply(m(ROWS)).sum(1),
+            "a custom autograd.Function",
+        ),
         (lambda m: slopes(m).square().sum(1), "a derivative with respect to its own input"),
         (lambda m: torch.rrelu_(m(ROWS) * 1, training=True).sum(1), "aten::rrelu_with_noise_"),
         (
@@ -125,6 +129,25 @@ class Doubled(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grad_outputs):
         return 2 * grad_outputs[0]
+
+
+class Squared(torch.autograd.Function):
+    """Nested in itself, forward mode takes the saved x for a constant."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.square()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        (x,) = ctx.saved_tensors
+        return 2 * x * tangents[0]
 
 
 def slopes(model):

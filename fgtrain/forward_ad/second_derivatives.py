@@ -37,6 +37,8 @@ class CorrectSecondDerivatives(TorchFunctionMode):
         kwargs = kwargs or {}
         if not torch.is_grad_enabled():  # the model's no_grad: constants, as for backpropagation
             return func(*tree_map_only(Tensor, Tensor.detach, args), **tree_map_only(Tensor, Tensor.detach, kwargs))
+        if getattr(func, "__name__", "") == "custom_function_call" and not getattr(args[0], "is_linear", False):
+            raise NotImplementedError("forward AD with a custom autograd.Function that is differentiated only once")
         if func in _ONLY_FIRST_DERIVATIVES:
             raise NotImplementedError(f"forward AD with {func.__name__} that is correct only for first derivatives")
         bodies = (_FOR_SECOND_DERIVATIVES.get(func), COMPOSITIONS.get(func), opened(func))

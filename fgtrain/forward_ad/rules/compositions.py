@@ -168,6 +168,8 @@ def _pdist(x: Tensor, p: float = 2.0) -> Tensor:
 class _SparseTimes(torch.autograd.Function):
     """A constant sparse matrix times a dense one; PyTorch's forward mode requires a tangent of the sparse matrix."""
 
+    is_linear = True
+
     @staticmethod
     def forward(func: Any, x: Tensor, y: Tensor) -> Tensor:
         return func(x, y)

@@ -14,8 +14,6 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-import fgtrain.forward_ad.rules.sampling
-import fgtrain.forward_ad.rules.sequence  # noqa: F401 - these two register compositions
 from fgtrain._torch import standard_gamma, tree_map_only
 from fgtrain.forward_ad.registry import functions_named
 from fgtrain.forward_ad.rules.compositions import COMPOSITIONS

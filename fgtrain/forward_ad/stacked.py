@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import fgtrain.forward_ad.rules.arithmetic
+import fgtrain.forward_ad.rules.composed_lists
+import fgtrain.forward_ad.rules.composed_losses
+import fgtrain.forward_ad.rules.composed_scatter
 import fgtrain.forward_ad.rules.fallbacks
 import fgtrain.forward_ad.rules.last_direction
 import fgtrain.forward_ad.rules.layers

@@ -10,11 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from fgtrain._torch import FOREACH, standard_gamma, standard_gamma_grad
+from fgtrain._torch import standard_gamma, standard_gamma_grad
 from fgtrain.forward_ad.registry import register
-from fgtrain.forward_ad.rules.opened import opened
 
 COMPOSITIONS: dict[Any, Callable[..., Any]] = {}
 """{function of PyTorch: its composition}."""
@@ -30,7 +28,7 @@ def by_place(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, 
     return ((*args, *moved), {k: x for k, x in kwargs.items() if k not in names}) if moved else (args, kwargs)
 
 
-def _change(x: Tensor) -> Tensor:
+def change_of(x: Tensor) -> Tensor:
     """0 with the derivative of x, also where x is infinite."""
     return (x - x.detach()).nan_to_num(0.0, 0.0, 0.0)
 
@@ -59,7 +57,7 @@ def _embedding(
         return NotImplemented
     out = torch.embedding(weight, indices)
     if scale_grad_by_freq:
-        out = out.detach() + _change(out) / _frequencies(indices, len(weight)).unsqueeze(-1)
+        out = out.detach() + change_of(out) / _frequencies(indices, len(weight)).unsqueeze(-1)
     return torch.where((indices == padding_idx).unsqueeze(-1), out.detach(), out)
 
 
@@ -232,184 +230,3 @@ COMPOSITIONS[torch.special.logsumexp] = _logsumexp
 def _logaddexp(x: Tensor, y: Tensor) -> Any:
     """As logsumexp."""
     return torch.logsumexp(torch.stack(torch.broadcast_tensors(x, y)), 0)
-
-
-# --- losses -------------------------------------------------------------------------------------------------------
-
-
-def _reduced(losses: Tensor, reduction: int) -> Tensor:
-    return (losses, losses.mean(), losses.sum())[reduction]  # torch.nn._reduction
-
-
-@composition_of("binary_cross_entropy")
-def _binary_cross_entropy(x: Tensor, target: Tensor, weight: Tensor | None = None, reduction: int = 1) -> Tensor:
-    """-y log x - (1 - y) log(1 - x); PyTorch's forward mode gives nan where x is 0 or 1, as of a saturated sigmoid.
-
-    There the logarithms are at least -100, and the derivative is that of backpropagation, about (x - y) / 1e-12.
-    """
-    at = x.detach()
-    F.binary_cross_entropy(at, target.detach())  # refuses an x outside of [0, 1]
-    flat = at * (1 - at) < 1e-12
-    inside = x.masked_fill(flat, 0.5)
-    log_x = torch.where(flat, at.log().clamp(min=-100), inside.log())
-    log_rest = torch.where(flat, (1 - at).log().clamp(min=-100), (1 - inside).log())
-    slope = torch.ops.aten.binary_cross_entropy_backward(torch.ones_like(at), at, target.detach(), None, 0)
-    change = torch.where(flat, (x - at) * slope, 0)
-    losses = change - target * log_x - (1 - target) * log_rest
-    return _reduced(losses if weight is None else losses * weight, reduction)
-
-
-@composition_of("kl_div")
-def _kl_div(x: Tensor, target: Tensor, reduction: int = 1, *, log_target: bool = False) -> Tensor:
-    """y (log y - x), also where y is 0 and does not move; there PyTorch's forward mode gives nan."""
-    losses = target.exp() * (target - x) if log_target else torch.xlogy(target, target) - target * x
-    return _reduced(losses, reduction)
-
-
-@composition_of("multi_margin_loss")
-def _multi_margin_loss(
-    x: Tensor, target: Tensor, p: float = 1, margin: float = 1, weight: Tensor | None = None, reduction: int = 1
-) -> Tensor:
-    """(1/C) sum over i != y of max(0, margin - x_y + x_i)^p, times the weight of y."""
-    rows, labels = (x, target) if x.dim() == 2 else (x.reshape(1, -1), target.reshape(1))
-    right = rows.gather(1, labels.unsqueeze(1))
-    excess = (margin - right + rows).clamp(min=0)
-    excess = excess if p == 1 else excess * excess
-    if weight is not None:
-        excess = excess * weight[labels].unsqueeze(1)
-    others = torch.ones_like(rows.detach(), dtype=torch.bool).scatter(1, labels.unsqueeze(1), False)
-    losses = torch.where(others, excess, 0).sum(1) / rows.shape[1]
-    return _reduced(losses if x.dim() == 2 or reduction else losses.reshape(()), reduction)
-
-
-@composition_of("multilabel_margin_loss")
-def _multilabel_margin_loss(x: Tensor, target: Tensor, reduction: int = 1) -> Tensor:
-    """(1/C) sum over labels y and others i of max(0, 1 - x_y + x_i); the labels of a row end with the first -1."""
-    rows, labels = (x, target) if x.dim() == 2 else (x.reshape(1, -1), target.reshape(1, -1))
-    named = (labels >= 0).cumprod(1).bool()
-    labels = labels.masked_fill(~named, 0)
-    is_label = torch.zeros_like(named, dtype=torch.int64).scatter_add(1, labels, named.long()).bool()
-    excess = (1 - rows.gather(1, labels).unsqueeze(2) + rows.unsqueeze(1)).clamp(min=0)  # (rows, labels, others)
-    losses = torch.where(named.unsqueeze(2) & ~is_label.unsqueeze(1), excess, 0).sum((1, 2)) / rows.shape[1]
-    return _reduced(losses if x.dim() == 2 or reduction else losses.reshape(()), reduction)
-
-
-def _linear_cross_entropy(*args: Any, options: Any = None, **kwargs: Any) -> Any:
-    """Cross-entropy of a linear layer, without the chunks of `options`, whose kernel has only a backward pass."""
-    body = opened(F.linear_cross_entropy)
-    assert body is not None
-    return body(*args, **kwargs)
-
-
-if hasattr(F, "linear_cross_entropy"):  # torch 2.13
-    COMPOSITIONS[F.linear_cross_entropy] = _linear_cross_entropy
-
-
-@composition_of("ctc_loss")
-def _ctc_loss(
-    log_probs: Tensor,
-    targets: Tensor,
-    input_lengths: Any,
-    target_lengths: Any,
-    blank: int = 0,
-    reduction: int = 1,
-    zero_infinity: bool = False,
-) -> Tensor:
-    """The value of the kernel, moved along the gradient that the kernel has for backpropagation."""
-    with torch.enable_grad():
-        leaf = log_probs.detach().requires_grad_()
-        found = torch.ctc_loss(leaf, targets, input_lengths, target_lengths, blank, 0, zero_infinity)
-        (slopes,) = torch.autograd.grad(found.sum(), leaf)
-    losses = found.detach()
-    losses = torch.where(losses.isfinite(), losses + (slopes * _change(log_probs)).sum((0, -1)), losses)
-    if reduction == 1:
-        return (losses / torch.as_tensor(target_lengths, device=losses.device).clamp_min(1)).mean()
-    return losses.sum() if reduction == 2 else losses
-
-
-# --- scatter ------------------------------------------------------------------------------------------------------
-
-
-@composition_of("scatter_reduce")
-def _scatter_reduce(x: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str, *, include_self: bool = True) -> Any:
-    """The mean, product, maximum or minimum of the values scattered to each position."""
-    if reduce not in ("mean", "prod", "amax", "amin"):
-        return NotImplemented
-    if x.dim() == 0:
-        options = {"include_self": include_self}
-        return _scatter_reduce(x.reshape(1), 0, index.reshape(-1), src.reshape(-1), reduce, **options).reshape(())
-    src = src[tuple(slice(n) for n in index.shape)]
-    old, new = x.detach(), src.detach()
-    counts = torch.ones_like(old) if include_self else 1 - torch.zeros_like(old).scatter(dim, index, 1)  # the old value
-    if reduce == "mean":
-        kept = torch.where(counts > 0, x, 0)
-        return kept.scatter_add(dim, index, src) / counts.scatter_add(dim, index, torch.ones_like(new))
-    result = torch.scatter_reduce(old, dim, index, new, reduce, include_self=include_self)
-    if reduce == "prod":
-        slope_old, slope_new = _products_of_others(old, dim, index, new, counts)
-    else:
-        slope_old = ((old == result) * counts).to(old.dtype)
-        slope_new = (new == result.gather(dim, index)).to(new.dtype)
-        ties = slope_old.scatter_add(dim, index, slope_new)  # ties share the derivative
-        slope_old, slope_new = slope_old / ties, slope_new / ties.gather(dim, index)
-    return (result + slope_old * _change(x)).scatter_add(dim, index, slope_new * _change(src))
-
-
-def _products_of_others(x: Tensor, dim: int, index: Tensor, src: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
-    """For every factor of the products at the positions of x, old or scattered, the product of the other factors."""
-    factors = torch.where(counts > 0, x, 1)
-    zeros = (factors == 0).to(x.dtype).scatter_add(dim, index, (src == 0).to(x.dtype))
-    rest = torch.where(factors == 0, 1, factors)
-    rest = torch.scatter_reduce(rest, dim, index, torch.where(src == 0, 1, src), "prod")  # of all nonzero factors
-
-    def of_others(x: Tensor, rest: Tensor, zeros: Tensor) -> Tensor:
-        return torch.where(x == 0, torch.where(zeros == 1, rest, 0), torch.where(zeros == 0, rest / x, 0))
-
-    return of_others(factors, rest, zeros) * counts, of_others(src, rest.gather(dim, index), zeros.gather(dim, index))
-
-
-@composition_of("index_reduce")
-def _index_reduce(x: Tensor, dim: int, index: Tensor, source: Tensor, reduce: str, *, include_self: bool = True) -> Any:
-    """As scatter_reduce, with one index per slice."""
-    if x.dim() == 0:
-        source = source.reshape(index.shape)
-        return torch.scatter_reduce(x.expand(1), 0, index, source, reduce, include_self=include_self).reshape(())
-    places = [1] * x.dim()
-    places[dim] = len(index)
-    index = index.view(places).expand(source.shape)
-    return torch.scatter_reduce(x, dim, index, source, reduce, include_self=include_self)
-
-
-# --- lists of tensors ---------------------------------------------------------------------------------------------
-
-
-def _of_each(name: str) -> Callable[..., Any] | None:
-    """The function of lists of tensors that calls the function `name` with the first parts of all lists, and so on."""
-    plain = name.removesuffix("_")
-    of_one = _OF_ONE.get(plain) or getattr(torch, plain, None)
-    if of_one is None:
-        return None
-
-    def composition(*args: Any, **kwargs: Any) -> Any:
-        leaves = [*args, *kwargs.values()]
-        num = next(len(x) for x in leaves if isinstance(x, (tuple, list)))
-        results = []
-        for i in range(num):
-            parts = [x[i] if isinstance(x, (tuple, list)) else x for x in leaves]
-            found = of_one(*parts[: len(args)], **dict(zip(kwargs, parts[len(args) :], strict=True)))
-            results.append(parts[0].copy_(found) if name.endswith("_") else found)
-        return None if name.endswith("_") else results
-
-    return composition
-
-
-_OF_ONE: dict[str, Callable[..., Any]] = {  # where its arguments are not those of torch.<name>
-    "norm": torch.linalg.vector_norm,
-    "copy": lambda _, source, *__: source,
-    "zero": torch.zeros_like,
-    "addcmul": lambda x, a, b, value=1: torch.addcmul(x, a, b, value=value),
-    "addcdiv": lambda x, a, b, value=1: torch.addcdiv(x, a, b, value=value),
-    "maximum": lambda x, y: torch.maximum(x, y) if isinstance(y, Tensor) else x.clamp_min(y),
-    "minimum": lambda x, y: torch.minimum(x, y) if isinstance(y, Tensor) else x.clamp_max(y),
-}
-COMPOSITIONS |= {of_lists: made for name, of_lists in FOREACH.items() if (made := _of_each(name))}

@@ -184,6 +184,7 @@ def test_parameters_left_out_have_the_direction_zero():
 
 BEFORE_AN_ACTIVATION = {
     "batch norm": (lambda: nn.BatchNorm1d(3).eval(), torch.zeros(1, 3), "0.bias"),
+    "embedding": (lambda: nn.Embedding(2, 3), torch.tensor(1), "0.weight"),
 }
 
 

@@ -238,7 +238,7 @@ class EstimatorModule(L.LightningModule):
         }
 
     def _evaluate_again(self, batch: Any, batch_idx: int) -> Tensor | None:
-        """The loss and gradients at other parameters, for an optimizer that searches along a line; None for nan."""
+        """The loss, with gradients, at other parameters, for L-BFGS; None if one of them is not finite."""
         estimate = self.estimate(self.estimator, batch, batch_idx, self._exchange)
         write_grads(self.model, estimate.grads, check_finite=False)
         return estimate.loss if self.divergence.inspect_again(estimate, self.trainer) else None

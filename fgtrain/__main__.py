@@ -39,7 +39,10 @@ COMPLETION = {"-sc", "--shell-completion"}
 
 @contextmanager
 def _output_adapted() -> Generator[None]:
-    """A context that prints characters which the terminal lacks as escapes, and ends when nobody reads any more."""
+    """A context that prints characters which the terminal lacks as escapes.
+
+    If nobody reads stdout any more, or its disk is full, the process ends with a status that says so.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

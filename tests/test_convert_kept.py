@@ -22,6 +22,7 @@ from fgtrain import SPSA, Backprop, ForwardExact, ForwardGradient
 from fgtrain.errors import ConfigError, LossError
 from fgtrain.forward_ad.dual import Dual
 from fgtrain.lightning import convert
+from fgtrain.lightning.step_snapshot import BatchSnapshot
 from fgtrain.network.parameters import slots_of
 
 
@@ -160,6 +161,14 @@ def test_a_batch_that_the_step_changes_in_place():
     for estimator in (SPSA(), ForwardExact(chunk_size=8)):
         with pytest.raises(LossError, match=r"^training_step changes its batch in place, .*; change a copy instead"):
             fit(ChangesTheBatch, estimator)
+
+
+def test_a_batch_that_refuses_changes_is_left_alone():
+    class Fixed(dict):
+        def clear(self):
+            raise TypeError("cannot be changed")
+
+    BatchSnapshot((Fixed(x=torch.ones(1)), 0)).restore()
 
 
 class Everywhere(Regression):

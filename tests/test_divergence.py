@@ -2,6 +2,7 @@
 
 import math
 from collections import deque
+from functools import partial
 from typing import Any, cast
 
 import pytest
@@ -234,7 +235,8 @@ def test_a_step_of_lbfgs_with_a_later_evaluation_that_is_not_finite_is_taken_bac
     record = LambdaCallback(
         on_train_batch_end=lambda _, module, *__: weights.append(flat(dict(module.named_parameters())))
     )
-    module = make(Broken(Backprop(), part, value, {bad}), optimizer=lbfgs)
+    scheduler = partial(torch.optim.lr_scheduler.ConstantLR, factor=1.0)
+    module = make(Broken(Backprop(), part, value, {bad}), optimizer=lbfgs, scheduler=scheduler)
     before = flat(dict(module.named_parameters()))
     trainer(tmp_path, record, max_steps=3).fit(module, Small())
     assert torch.equal(weights[0], before)

@@ -180,3 +180,23 @@ def test_parameters_left_out_have_the_direction_zero():
     _, found = directional_derivatives(model, CASES[0].loss, some)
     _, expected = directional_derivatives(model, CASES[0].loss, zeros)
     torch.testing.assert_close(found, expected)
+
+
+BEFORE_AN_ACTIVATION = {
+    "batch norm": (lambda: nn.BatchNorm1d(3).eval(), torch.zeros(1, 3), "0.bias"),
+    "embedding": (lambda: nn.Embedding(2, 3), torch.tensor(1), "0.weight"),
+}
+
+
+@pytest.mark.parametrize("name", BEFORE_AN_ACTIVATION)
+def test_an_activation_in_place_leaves_the_directions(name):
+    """The tangents of one example have the shape of directions, but not their memory."""
+    layer, x, moved = BEFORE_AN_ACTIVATION[name]
+    model = nn.Sequential(layer(), nn.ReLU(inplace=True))
+    p = model.get_parameter(moved)
+    nn.init.constant_(p, -1)
+    tangents = torch.randn(2, *p.shape)
+    before = tangents.clone()
+    _, found = directional_derivatives(model, lambda m: m(x).sum(), {moved: tangents})
+    assert not found.any()
+    assert tangents.equal(before)

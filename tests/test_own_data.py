@@ -158,8 +158,8 @@ def test_what_is_no_image_is_left_out_with_a_word(tmp_path, capsys):
         assert sum(len(labels) for _, labels in data._splits.values()) == 20
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
-    assert err.startswith(f"fgtrain: {tmp_path} has 2 files that are no image (.jpg, ")
-    assert err.endswith(f".gif) and left out, such as {tmp_path}/a/labels.txt\n")
+    assert err.startswith(f"fgtrain: left out of {tmp_path}: 2 files that are not images (.jpg, ")
+    assert err.endswith(f".gif), such as {tmp_path}/a/labels.txt\n")
 
 
 @pytest.mark.parametrize("content", [b"P6 4 x 255\n", b"P6 60000 60000 255\n", b"P6", b""])

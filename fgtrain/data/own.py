@@ -151,15 +151,12 @@ def _is_image(path: str) -> bool:
 
 @cache
 def _tell_of_others(root: Path, classes: Sequence[str]) -> None:
-    """Say once what in the folders of the classes is no image."""
+    """Say once which files in the folders of the classes are not images."""
     found = [path for name in classes for path in sorted((root / name).rglob("*"))]
     others = [path for path in found if path.is_file() and not (path.name.startswith(".") or _is_image(str(path)))]
     if others:
-        files = "a file that is" if len(others) == 1 else f"{len(others)} files that are"
-        print(
-            f"fgtrain: {root} has {files} no image ({', '.join(KINDS)}) and left out, such as {others[0]}",
-            file=sys.stderr,
-        )
+        files = "1 file that is not an image" if len(others) == 1 else f"{len(others)} files that are not images"
+        print(f"fgtrain: left out of {root}: {files} ({', '.join(KINDS)}), such as {others[0]}", file=sys.stderr)
 
 
 def _eight_bits(path: str) -> Image.Image:

@@ -221,7 +221,7 @@ def delta_by_forward_mode(
 
     def run(direction: Tensor) -> tuple[Evaluated, Evaluated | None]:
         snapshot.restore()
-        with blocks.as_skips(after_segment):
+        with torch.no_grad(), blocks.as_skips(after_segment):
             return with_rows.split(*jvp(probed, with_rows, {"probe": direction.view(-1, *like.shape)}))
 
     choices = {"rows": like.flatten(0, -2), "examples": like.flatten(1)}

@@ -8,7 +8,7 @@ processes the value and all directions in a few large operations. It is a tensor
 A call is handled in the first of these ways that applies:
 
 1. a function without a rule that only reads values is called with the values;
-2. a short rule runs (`rules.short`), then a rule of the other modules of `fgtrain.forward_ad.rules`;
+2. a short rule runs (`rules.short`, `rules.views`), then a rule of the other modules of `fgtrain.forward_ad.rules`;
 3. a composition of other functions runs, whose calls are handled in turn;
 4. a change in place copies the result of the function that makes a new tensor;
 5. the body of a function that PyTorch implements in Python runs, and its calls are handled in turn;

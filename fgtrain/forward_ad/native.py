@@ -178,7 +178,7 @@ class _CheckedCalls(TorchFunctionMode):
 
 
 def _steep(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The result of a steep function, with the tangent 0 where no argument moves."""
+    """As `call_steep`, also in place; a call with tensors that cannot be duals, such as sparse ones, stays as it is."""
     if any(isinstance(x, Tensor) and not _can_be_dual(x) for x in tree_leaves((args, kwargs))):
         return func(*args, **kwargs)
     with no_overrides():

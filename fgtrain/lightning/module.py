@@ -28,7 +28,7 @@ from fgtrain.lightning.checkpoints import (
 from fgtrain.lightning.divergence import Divergence
 from fgtrain.lightning.exchange import Exchange, Gradients, average_weights, exchange_of
 from fgtrain.lightning.length import total_steps
-from fgtrain.lightning.optimizers import search_with_care
+from fgtrain.lightning.optimizers import step_together
 from fgtrain.lightning.position import Position
 from fgtrain.lightning.step import StepEstimates, estimate_for_step, scaler_of
 from fgtrain.lightning.strategy import shard_model
@@ -238,7 +238,7 @@ class EstimatorModule(L.LightningModule):
         }
 
     def _evaluate_again(self, batch: Any, batch_idx: int) -> Tensor | None:
-        """The loss and gradients at other parameters, for an optimizer that searches along a line; None for nan."""
+        """The loss, with gradients, at other parameters, for L-BFGS; None if one of them is not finite."""
         estimate = self.estimate(self.estimator, batch, batch_idx, self._exchange)
         write_grads(self.model, estimate.grads, check_finite=False)
         return estimate.loss if self.divergence.inspect_again(estimate, self.trainer) else None
@@ -276,14 +276,14 @@ class EstimatorModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         optimizer = self._optimizer()
         if self.make_scheduler is None:
-            return optimizer
+            return step_together(optimizer)
         options = {}
         if "total_steps" in inspect.signature(self.make_scheduler).parameters:
             total = total_steps(self.trainer, self.accumulate_grad_batches)
             if total is None:
                 raise ConfigError("the scheduler needs the run's length: set trainer.max_steps or trainer.max_epochs")
             options["total_steps"] = total
-        return [optimizer], [self.make_scheduler(optimizer, **options)]
+        return step_together(([optimizer], [self.make_scheduler(optimizer, **options)]))
 
     def _optimizer(self) -> Optimizer:
         optimizer = self.make_optimizer(p for p in self.model.parameters() if p.requires_grad)
@@ -292,6 +292,4 @@ class EstimatorModule(L.LightningModule):
             raise ConfigError(
                 "L-BFGS takes accumulate_grad_batches=1 and clip_grad_norm=null, since it evaluates again"
             )
-        if isinstance(optimizer, LBFGS):
-            search_with_care(optimizer)
         return optimizer

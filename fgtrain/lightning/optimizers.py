@@ -65,12 +65,6 @@ class _States(ChainMap[Any, Any]):
         return next((state for state in self.maps if key in state), self.maps[0])
 
 
-def search_with_care(optimizer: LBFGS) -> None:
-    """Let L-BFGS step by `Search`."""
-    searched = partial(_searched, optimizer, optimizer.step)
-    setattr(optimizer, "step", update_wrapper(searched, optimizer.step))  # a scheduler marks it
-
-
 def _searched(optimizer: Optimizer, step: Callable[..., Any], closure: Callable[[], Any]) -> None:
     Search(optimizer, closure).run(step)
 
@@ -82,7 +76,8 @@ def step_together(configured: Any) -> Any:
     optimizers, schedulers, _ = configure_optimizers(configured)
     for optimizer in optimizers:
         if isinstance(optimizer, LBFGS):
-            search_with_care(optimizer)
+            searched = partial(_searched, optimizer, optimizer.step)
+            setattr(optimizer, "step", update_wrapper(searched, optimizer.step))  # a scheduler has marked it
     return configured if len(optimizers) < 2 else ([Together(optimizers)], schedulers)
 
 

@@ -11,7 +11,7 @@ from fgtrain.errors import ConfigError
 from fgtrain.runs.messages import plain_console, tensorboard_command
 
 RESULTS = "results.json"
-_REMEDY = "delete it, and the same command, of train with resume=auto, writes it again"
+_REMEDY = "delete it and repeat the command that wrote it; fgtrain train takes resume=auto for this"
 
 
 def read_results(run_dir: Path) -> dict[str, Any] | None:

@@ -104,7 +104,7 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
     for path in sorted(folder.glob("*/overrides.yaml"), key=lambda path: _number(path.parent.name)):
         try:
             results = read_results(path.parent)
-        except ConfigError:  # of an earlier start; the job of this one is among the failed ones
+        except ConfigError:  # damaged; its job has failed and is named
             results = None
         runs.append((_list_of(path), results))
     common = set.intersection(*(set(overrides) for overrides, _ in runs)) if len(runs) > 1 else set()

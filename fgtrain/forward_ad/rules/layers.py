@@ -103,7 +103,7 @@ def _batch_norm(
     slope = scale if pw is None else scale * pw
     factor, shift = wt, bt  # (K, C)
     if training and xt is not None:
-        per_example = slope * (-px.shape[1] / px.numel())
+        per_example = slope * (-px.shape[1] / max(px.numel(), 1))
         ones = torch.ones_like(scale)  # CUDA's kernel needs a weight; the two sums do not depend on it
         sums = [
             aten.native_batch_norm_backward.default(
@@ -124,8 +124,11 @@ def _batch_norm(
     if factor is not None and shift is not None:
         tangent = torch.addcmul(channels(shift), px, channels(factor))
         return dual(primal, tangent if xt is None else tangent.addcmul_(xt, channels(slope)))
-    moved = None if xt is None else xt * channels(slope)
-    return dual(primal, moved if shift is None else channels(shift) if moved is None else moved.add_(channels(shift)))
+    if xt is None:
+        assert shift is not None  # the weight or the bias moves
+        return dual(primal, channels(shift).clone())  # may be changed in place
+    moved = xt * channels(slope)
+    return dual(primal, moved if shift is None else moved.add_(channels(shift)))
 
 
 def _plus_product(total: Tensor | None, a: Tensor, b: Tensor, sign: int = 1) -> Tensor:

@@ -128,7 +128,8 @@ def _embedding(
         left, right = tangent.factors
         moved = torch.einsum("k...a,kan->k...n", left.mT[:, indices], right)
     else:
-        moved = tangent_of(weight)[:, indices]
+        tangent = tangent_of(weight)
+        moved = tangent[:, indices.flatten()].view(len(tangent), *primal.shape)  # a copy for a single index too
     if padding_idx >= 0:  # the padding row is not trained
         moved = moved.masked_fill((indices == padding_idx).unsqueeze(-1), 0)
     return dual(primal, moved)

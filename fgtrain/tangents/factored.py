@@ -78,10 +78,7 @@ class FactoredGrad(Tensor):
     def add_to(self, param: Tensor, alpha: float) -> Tensor:
         """Add alpha left^T right to `param`."""
         matrix = param.view(self.left.shape[1], self.right.shape[1])
-        if self.left.shape[0] == 1:  # faster than a matrix kernel for an outer product
-            matrix.addcmul_(self.left.t(), self.right, value=alpha)
-        else:
-            matrix.addmm_(self.left.t(), self.right, alpha=alpha)
+        matrix.addmm_(self.left.t(), self.right, alpha=alpha)
         return param
 
     def dense(self) -> Tensor:

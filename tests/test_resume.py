@@ -67,6 +67,15 @@ def test_resumed_equals_straight_at_any_step(method, cuts, tmp_path):
         assert_equal_weights(resumed, straight)
 
 
+def test_killed_while_both_checkpoints_are_one_file(tmp_path):
+    with pytest.raises(Interrupted):
+        fit(noisy_module("fwdgrad"), tmp_path, SignalAt(4))
+    (tmp_path / "previous.ckpt").hardlink_to(tmp_path / "last.ckpt")  # the next rename would have made them two
+    fit(noisy_module("fwdgrad"), tmp_path, checkpoint=tmp_path / "last.ckpt")
+    assert sorted(os.listdir(tmp_path)) == ["last.ckpt", "previous.ckpt"]
+    assert read_checked(tmp_path / "previous.ckpt")["global_step"] == 4
+
+
 @pytest.mark.parametrize("cut", [1, 4])
 def test_resumed_equals_straight_within_accumulation(cut, tmp_path):
     def module():

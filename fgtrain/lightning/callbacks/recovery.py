@@ -126,3 +126,4 @@ def _keep_as(previous: Path, last: Path) -> None:
         last.replace(previous)
     else:
         beside.replace(previous)
+        beside.unlink(missing_ok=True)  # a rename between two names of one file, left by a kill here, does nothing

@@ -227,7 +227,7 @@ def _convolved_by_few(convolve: Any, x: Tensor, filters: Tensor) -> Tensor:
     if taps == 1 or num * taps > channels:
         return convolve(x, filters)
     of_taps = filters.flatten(2).transpose(1, 2).reshape(num * taps, channels)
-    products = torch.matmul(of_taps, x.flatten(2)).view(-1, taps, *x.shape[2:])  # (N F, taps, ..)
+    products = torch.matmul(of_taps, x.flatten(2)).view(x.shape[0] * num, taps, *x.shape[2:])
     shifts = torch.eye(taps, dtype=products.dtype, device=x.device).view(1, taps, *size)
     maps = convolve(products, shifts)
     return maps.view(x.shape[0], num, *maps.shape[2:])

@@ -25,7 +25,6 @@ STEEP = frozenset(functions_named(_NAMES)) | {
 }
 """Elementwise functions of this kind."""
 
-
 IN_PLACE = {
     getattr(Tensor, f"{name}_"): getattr(Tensor, name)
     for name in _NAMES.split()

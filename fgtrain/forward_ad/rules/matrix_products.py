@@ -218,8 +218,8 @@ def _add_convolved(total: Tensor | None, convolve: Any, x: Tensor, weight: Dual,
 def _convolved_by_few(convolve: Any, x: Tensor, filters: Tensor) -> Tensor:
     """(N, F, ..): x (N, C, ..) convolved with the filters (F, C, *taps).
 
-    Kernels compute at least 16 channels, so one filter takes up to 0.4 of the time of 64. If there are fewer taps in
-    all filters than channels, each tap is multiplied with the channels, and one filter of ones sums the shifted
+    A CPU's kernels compute at least 16 channels, so one filter takes up to 0.4 of the time of 64. If there are fewer
+    taps in all filters than channels, each tap is multiplied with the channels, and one filter of ones sums the shifted
     products: 0.05 to 0.1 of that time.
     """
     num, channels, *size = filters.shape

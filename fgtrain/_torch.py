@@ -12,6 +12,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
+import torch._functorch.autograd_function
 import torch._functorch.pyfunctorch
 import torch.distributed as dist
 from torch import Tensor, fx, nn
@@ -45,6 +46,9 @@ is_inside_transform = torch._C._functorch.is_functorch_wrapped_tensor
 
 outside_transforms = torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack
 """A context in which code runs as outside of torch.vmap and the other transforms of torch.func."""
+
+custom_function_call = torch._functorch.autograd_function.custom_function_call
+"""The function that `__torch_function__` receives for a custom autograd.Function inside a transform of torch.func."""
 
 FUNCTION_OWNERS = (torch, Tensor, torch._C._nn)
 """Where PyTorch may define a function of one name; torch._C._nn holds the C++ functions of torch.nn.functional."""

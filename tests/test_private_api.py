@@ -50,6 +50,32 @@ def test_plain_tensors_asks_nobody():
             assert torch.sin(x) == "asked"
 
 
+def test_custom_function_call_is_seen_by_modes():
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(x):
+            return 2 * x
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            pass
+
+        @staticmethod
+        def jvp(ctx, *tangents):
+            return 2 * tangents[0]
+
+    seen = []
+
+    class Mode(TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return func(*args, **(kwargs or {}))
+
+    with Mode():
+        torch.func.jvp(Doubled.apply, (torch.ones(2),), (torch.ones(2),))
+    assert _torch.custom_function_call in seen
+
+
 def test_outside_transforms_random_numbers_are_allowed():
     def noisy(x):
         with _torch.outside_transforms():

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from fgtrain._torch import standard_gamma, tree_map_only
+from fgtrain._torch import custom_function_call, standard_gamma, tree_map_only
 from fgtrain.forward_ad.registry import functions_named
 from fgtrain.forward_ad.rules.compositions import COMPOSITIONS
 from fgtrain.forward_ad.rules.opened import opened
@@ -35,7 +35,7 @@ class CorrectSecondDerivatives(TorchFunctionMode):
         kwargs = kwargs or {}
         if not torch.is_grad_enabled():  # the model's no_grad: constants, as for backpropagation
             return func(*tree_map_only(Tensor, Tensor.detach, args), **tree_map_only(Tensor, Tensor.detach, kwargs))
-        if getattr(func, "__name__", "") == "custom_function_call" and not getattr(args[0], "is_linear", False):
+        if func is custom_function_call and not getattr(args[0], "is_linear", False):
             raise NotImplementedError("forward AD with a custom autograd.Function that is differentiated only once")
         if func in _ONLY_FIRST_DERIVATIVES:
             raise NotImplementedError(f"forward AD with {func.__name__} that is correct only for first derivatives")

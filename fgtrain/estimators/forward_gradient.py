@@ -133,6 +133,7 @@ class ForwardGradient(GradientEstimator):
     def mean_length_of(self, estimates: int, grads: Mapping[str, Tensor]) -> float:
         return self.shrinkage.factor(grads, estimates) if self.shrinkage.on else self.mean_length(grads)
 
+    @torch.no_grad()
     def forward(
         self, model: nn.Module, loss_fn: LossFn, *, generator: torch.Generator, reduce: Reduce | None
     ) -> Estimate:
@@ -146,10 +147,9 @@ class ForwardGradient(GradientEstimator):
                 derivatives = derivatives.clamp(-self.clip_derivative, self.clip_derivative)
             return Estimate(losses.mean(), self._combined(derivatives, chunks, params), derivatives.flatten())
 
-        with torch.set_grad_enabled(False):
-            if self.exact_head:
-                return with_exact_head(estimate, model, loss_fn, params, reduce)
-            return estimate(params, jvp)
+        if self.exact_head:
+            return with_exact_head(estimate, model, loss_fn, params, reduce)
+        return estimate(params, jvp)
 
     def _chunks(self, params: Mapping[str, Tensor], seeds: list[int]) -> Chunks:
         return Chunks(self.tangents, params, seeds, self.chunk_size or self.num_tangents, rowwise=self.rowwise)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from fgtrain._torch import overrides_of_tensors, plain_tensors, set_grad_enabled, tree_map_only
 from fgtrain.errors import UnsupportedOperation
-from fgtrain.forward_ad.lost_derivatives import refuse_if_lost
+from fgtrain.forward_ad.lost_derivatives import is_differentiable, refuse_if_lost
 from fgtrain.forward_ad.passes import UnsupportedByEngine, WritesIntoPlain, WritesWider
 from fgtrain.forward_ad.registry import FALLBACKS, Rule
 from fgtrain.forward_ad.rules.compositions import COMPOSITIONS, by_place
@@ -56,7 +56,8 @@ class Dual(Tensor):
         dual: Dual = make(
             cls, primal.shape, strides=primal.stride(), dtype=primal.dtype, device=primal.device, requires_grad=True
         )
-        dual.primal, dual.tangent, dual.of_pass = primal, tangent, current.running
+        dual.primal = primal
+        dual.renew(tangent)
         return dual
 
     def renew(self, tangent: Any) -> None:
@@ -278,7 +279,7 @@ def dual(primal: Tensor, tangent: Tensor | None, *sources: Dual) -> Tensor:
         sources: duals whose memory the result may share. If it shares the memory of their value or of their tangent
             alone, changes in place are refused.
     """
-    if tangent is None or not (primal.is_floating_point() or primal.is_complex()):
+    if tangent is None or not is_differentiable(primal):
         return primal
     if primal.layout != torch.strided:
         raise UnsupportedByEngine("a sparse tensor has a tangent")

@@ -68,7 +68,7 @@ class ObservedStep:
 
         It is None, which skips the batch, if the user's step returned None or the estimate is not finite.
         """
-        found, output = self._observe(module, args, estimate, self._snapshot(module))
+        found, output = self._observe(module, args, estimate, self._snapshot(module), BatchSnapshot(args))
         for log in self._logs:
             log.replay(module)
         self._logs.clear()
@@ -84,7 +84,7 @@ class ObservedStep:
         """The estimate, without logging and without a change of metrics; None if training_step skips the batch."""
         snapshot, batch = self._snapshot(module), BatchSnapshot(args)
         try:
-            found, _ = self._observe(module, args, estimate, snapshot)
+            found, _ = self._observe(module, args, estimate, snapshot, batch)
         finally:
             self._logs.clear()
             snapshot.restore()
@@ -92,11 +92,15 @@ class ObservedStep:
         return found
 
     def _observe(
-        self, module: Any, args: tuple[Any, ...], estimate: Callable[[LossFn], Estimate], snapshot: StepSnapshot
+        self,
+        module: Any,
+        args: tuple[Any, ...],
+        estimate: Callable[[LossFn], Estimate],
+        snapshot: StepSnapshot,
+        batch: BatchSnapshot,
     ) -> tuple[Estimate | None, Any]:
         """The estimate, or None if the batch is skipped, and the return value of training_step."""
         output: Any = None
-        batch = BatchSnapshot(args)
 
         def loss_fn(model: nn.Module) -> Tensor:
             nonlocal output

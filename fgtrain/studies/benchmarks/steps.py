@@ -180,13 +180,7 @@ def measure(
     methods = [*REFERENCES, *methods]
     problem = make_problem(name, batch_size, device, precision)
     compiled = _compiled(problem) if any(method.compiled for method in methods) else problem
-    steps = []
-    for method in methods:
-        solved = compiled if method.compiled else problem
-        if method.estimator is not None:
-            steps.append(_estimated_step(solved, method.estimator))
-        elif method.make_step is not None:
-            steps.append(method.make_step(solved, method.num_tangents))
+    steps = [_step(method, compiled if method.compiled else problem) for method in methods]
     peaks = []
     for method, step in zip(methods, steps, strict=True):
         progress(f"{name} batch {batch_size}: memory of {method.name}")
@@ -237,8 +231,12 @@ def _compiled(problem: Problem) -> Problem:
     return problem._replace(model=model)
 
 
-def _estimated_step(problem: Problem, estimator: GradientEstimator) -> Callable[[], None]:
-    """A step along an estimated gradient, as in the README's loop."""
+def _step(method: Method, problem: Problem) -> Callable[[], None]:
+    """A step of the method: its own, or one along its estimated gradient, as in the README's loop."""
+    if method.make_step is not None:
+        return method.make_step(problem, method.num_tangents)
+    estimator = method.estimator
+    assert estimator is not None
     model, optimizer = problem.model, _sgd(problem.model)
     generator = torch.Generator().manual_seed(0)
 

@@ -9,7 +9,7 @@ Parameters that FSDP2 shards have an engine of their own, `sharded`, which no ot
 """
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -202,7 +202,7 @@ class _Engines:
 
 
 @contextmanager
-def _nudged(names: Iterable[str], params: Mapping[str, Tensor]) -> Iterator[None]:
+def _nudged(names: Iterable[str], params: Mapping[str, Tensor]) -> Generator[None]:
     """These parameters with larger rounding errors, in a `with` block."""
     values = [params[name].detach() for name in names]
     kept = [value.clone() for value in values]

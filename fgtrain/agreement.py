@@ -23,12 +23,12 @@ def agree_but_for_ties(found: Tensor, expected: Tensor, nudged: Tensor) -> bool:
     """As `agree`, for results of functions with comparisons, such as ReLU and max pooling.
 
     A rounding error may decide a comparison of two almost equal values and thereby change a derivative. So the results
-    may also differ by as much as larger rounding errors of the inputs change them, but by no more than 1 percent.
+    may also differ by as much as `nudge` at the inputs changes them, but by no more than 1 percent.
 
     Args:
         found: a result.
         expected: another result.
-        nudged: the result for inputs that `nudge` has changed.
+        nudged: the expected result for nudged inputs.
     """
     if agree(found, expected):
         return True
@@ -38,8 +38,9 @@ def agree_but_for_ties(found: Tensor, expected: Tensor, nudged: Tensor) -> bool:
 
 
 def nudge(x: Tensor) -> Tensor:
-    """x with random relative errors of at most the tolerance of `agree`, which is larger than rounding errors."""
-    return x * (1 + _tolerance(x.dtype) * (2 * torch.rand_like(x) - 1))
+    """x with relative errors of up to the tolerance of `agree`, drawn without the global generator."""
+    errors = torch.empty_like(x).uniform_(-1, 1, generator=torch.Generator(x.device).manual_seed(0))
+    return x + x * errors * _tolerance(x.dtype)
 
 
 def _tolerance(dtype: torch.dtype) -> float:

@@ -57,7 +57,7 @@ SYNTAX += [
 ]
 
 
-SEEDS = range(5)  # 50 refusals each
+SEEDS = range(10)  # 50 refusals each
 
 
 def words(draw):

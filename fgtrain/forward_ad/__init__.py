@@ -186,8 +186,8 @@ class _Engines:
         before.restore()
         expected = _stacked(model, loss_fn, tangents, before)
         if not all(map(agree, found, expected)):
-            with _nudged(tangents, slots_of(model).params):
-                before.restore()
+            before.restore()  # it refuses frozen parameters that have changed, nudged ones too
+            with _nudged([slots_of(model).params[name] for name in tangents]):
                 nudged = _stacked(model, loss_fn, tangents, before)
             before.restore()
             expected = _stacked(model, loss_fn, tangents, before)
@@ -202,9 +202,9 @@ class _Engines:
 
 
 @contextmanager
-def _nudged(names: Iterable[str], params: Mapping[str, Tensor]) -> Generator[None]:
-    """These parameters with larger rounding errors, in a `with` block."""
-    values = [params[name].detach() for name in names]
+def _nudged(params: Iterable[Tensor]) -> Generator[None]:
+    """In a `with` block, the values of these parameters are nudged."""
+    values = [p.detach() for p in params]
     kept = [value.clone() for value in values]
     try:
         for value in values:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from fgtrain._torch import tree_leaves, tree_map
-from fgtrain.agreement import agree_but_for_ties, nudge
+from fgtrain.agreement import agree
 from fgtrain.forward_ad.compiled import CompiledJvp, inductor
 from fgtrain.forward_ad.dual import Dual, primal_of, tangent_of
 from fgtrain.forward_ad.lost_derivatives import is_differentiable
@@ -60,7 +60,7 @@ class CompiledSteps:
             after = {id(value): tangent for value, tangent in computed}
             found = tree_map(lambda x: x if (t := after.get(id(x))) is None else Dual(x, t), found)
             if self._jvp.num_compilations > known:
-                _compare(found, step(state), step(tree_map(_nudged, state)))
+                _compare(found, step(state))
         except UnsupportedByEngine as reason:
             self._works = False
             _log.warning("steps of the simulation run uncompiled: %s", str(reason).split("\n")[0])
@@ -79,25 +79,18 @@ def _as_dual(x: Any, like: Tensor) -> Any:
     return Dual(x, x.new_zeros(len(like), *x.shape))
 
 
-def _nudged(x: Any) -> Any:
-    if isinstance(x, Dual):
-        return Dual(nudge(x.primal), x.tangent)
-    return nudge(x) if type(x) is Tensor and x.is_floating_point() else x
-
-
-def _compare(*states: Any) -> None:
-    """Refuse compiled states or derivatives that differ from the uncompiled ones; see `agree_but_for_ties`."""
-    for leaves in zip(*map(tree_leaves, states), strict=True):
-        if not (_is_same(*map(primal_of, leaves)) and _is_same(*map(tangent_of, leaves))):
+def _compare(found: Any, expected: Any) -> None:
+    """Refuse compiled states or derivatives that differ from the uncompiled ones."""
+    for x, y in zip(tree_leaves(found), tree_leaves(expected), strict=True):
+        if not (_is_same(primal_of(x), primal_of(y)) and _is_same(tangent_of(x), tangent_of(y))):
             raise UnsupportedByEngine("the compiled derivatives differ")
 
 
-def _is_same(found: Any, expected: Any, nudged: Any) -> bool:
+def _is_same(found: Any, expected: Any) -> bool:
     if not isinstance(expected, Tensor):  # an object may hold tensors, whose derivatives would be lost
         return isinstance(expected, (int, float, complex, str, NoneType)) and found == expected
-    if not is_differentiable(expected):
-        return isinstance(found, Tensor) and torch.equal(found, expected)
-    return isinstance(found, Tensor) and agree_but_for_ties(found, expected, nudged)
+    same = agree if is_differentiable(expected) else torch.equal
+    return isinstance(found, Tensor) and same(found, expected)
 
 
 def _without_duals(x: Any, tangents: dict[int, Tensor]) -> Any:

@@ -1,5 +1,6 @@
 """The calibration study: courses, failed starts, memory, and the files of the command."""
 
+import argparse
 import json
 import sys
 
@@ -10,6 +11,7 @@ from fgtrain.commands.calibrate import main as run_command
 from fgtrain.memory import peak_mib
 from fgtrain.studies import calibration
 from fgtrain.studies.calibration import METHODS, SEARCHED, Course, costs, follow, rows_of
+from fgtrain.studies.parts import Parts
 from fgtrain.tasks import Calibration
 
 
@@ -75,8 +77,9 @@ def test_bad_numbers_are_told_before_anything_runs(option, tmp_path, monkeypatch
 
 
 @pytest.mark.slow
-def test_only_backpropagation_grows_with_the_steps():
-    measured = costs(Calibration("pendulum", trajectories=1000), [10, 40, 160], limit=2.5)
+def test_only_backpropagation_grows_with_the_steps(tmp_path):
+    parts = Parts(argparse.Namespace(out=tmp_path))
+    measured = costs(Calibration("pendulum", trajectories=1000), [10, 40, 160], 2.5, parts)
     found = {(cost.method, cost.steps): cost.mib or 0.0 for cost in measured}
     stored, few, forward = (found[name, 40] for name in ("backprop", "backprop_checkpoint", "forward_exact"))
     assert forward == pytest.approx(found["forward_exact", 10], rel=0.02)
@@ -94,11 +97,10 @@ def test_the_growth_of_the_process_is_the_memory_that_a_step_takes(mib):
 
 
 @pytest.mark.parametrize("best", SEARCHED)
-def test_the_learning_rate_with_the_least_error_is_taken(best, task, monkeypatch):
+def test_the_learning_rate_with_the_least_error_is_taken(best):
     usual = METHODS["gauss_newton"].lr
 
-    def course(task, method, lr, start, seconds, spread):
-        return Course(method, lr, start, [seconds], [abs(lr / usual - best)])
+    def course(method, lr):
+        return Course(method, lr, 0, [1.0], [abs(lr / usual - best)])
 
-    monkeypatch.setattr(calibration, "follow", course)
-    assert calibration.search(task, "gauss_newton", 0, 1.0, 0.3) == pytest.approx(best * usual)
+    assert calibration.search(course, "gauss_newton") == pytest.approx(best * usual)

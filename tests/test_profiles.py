@@ -1,6 +1,7 @@
 """Profiles: the functions have their minima, batching changes nothing, the shares are counted right."""
 
 import json
+import math
 import re
 import sys
 from typing import Any
@@ -28,7 +29,7 @@ def test_batch_is_as_one_at_a_time(float64):
     batched = solve(Sphere(3 * 4, dim=3), "backprop", Backprop(), rates, 4, 50)
     assert batched.lr in rates
     alone = solve(Sphere(4, dim=3), "backprop", Backprop(), [batched.lr], 4, 50)
-    assert torch.equal(alone.evaluations, batched.evaluations)
+    assert alone.evaluations == batched.evaluations
 
 
 def test_gradient_descent_solves_the_sphere_when_theory_says_so(float64):
@@ -39,7 +40,7 @@ def test_gradient_descent_solves_the_sphere_when_theory_says_so(float64):
     model.points.data = -5.12 + 10.24 * torch.rand(1, 2, generator=keyed_generator(3, 2))
     factor = torch.tensor(1 - 2 * 0.1 * scale_of(function, model)).abs().log()
     steps = torch.ceil(torch.tensor(0.01).log() / (2 * factor))
-    assert found.evaluations.tolist() == [3 * steps.item()]  # a forward and a reverse sweep: three
+    assert found.evaluations == [3 * steps.item()]  # a forward and a reverse sweep: three
 
 
 def test_evaluations(float64):
@@ -48,7 +49,7 @@ def test_evaluations(float64):
     assert evaluations_of(2, torch.zeros(7), 7) == 2
     for estimator, cost in ((ForwardGradient(rowwise=True, num_tangents=3), 4), (SPSA(rowwise=True), 2)):
         found = solve(Sphere(2, dim=2), "x", estimator, [0.01], 2, 300)
-        assert all(e % cost == 0 for e in found.evaluations[found.evaluations.isfinite()].tolist())
+        assert all(e % cost == 0 for e in found.evaluations if math.isfinite(e))
 
 
 def test_all_methods_have_the_same_budget(float64):
@@ -60,15 +61,15 @@ def test_all_methods_have_the_same_budget(float64):
 
 
 def test_the_drawn_lines_end_with_the_budget():
-    found = [Solved("f", 2, "a", 1.0, torch.tensor([3.0, torch.inf]))]
+    found = [Solved("f", 2, "a", 1.0, [3.0, torch.inf])]
     (line,) = draw(found, 40).axes[0].lines
     assert float(np.max(line.get_xdata())) == pytest.approx(40)
 
 
 def test_shares():
     found = [
-        Solved("f", 2, "a", 1.0, torch.tensor([3.0, 30.0])),
-        Solved("g", 2, "a", 1.0, torch.tensor([torch.inf, 5.0])),
+        Solved("f", 2, "a", 1.0, [3.0, 30.0]),
+        Solved("g", 2, "a", 1.0, [torch.inf, 5.0]),
     ]
     assert share_solved(found, torch.tensor([1.0, 3.0, 10.0, 100.0])).tolist() == [0, 0.25, 0.5, 0.75]
 

@@ -2,24 +2,27 @@
 
 Writes a table (calibration.md), a figure (.png and .svg) of the parameters' error against time and of memory and time
 of a gradient against the number of steps, and the numbers (.json). The step of the solver is compiled, which takes a
-minute of the three. --memory-steps 100 1000 10000 measures longer simulations.
+minute of the three. --memory-steps 100 1000 10000 measures longer simulations. After an
+interruption, the same command goes on.
 """
 
 import argparse
 import json
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from rich.progress import track
 
 from fgtrain.figures import save
-from fgtrain.lightning.atomic_files import make_folder, write_atomically
+from fgtrain.lightning.atomic_files import write_atomically
 from fgtrain.memory import keep_freed_memory
 from fgtrain.runs.messages import OneLineParser, errors_as_lines, plain_console, silence_libraries
-from fgtrain.studies.calibration import HEADINGS, METHODS, Cost, costs, draw, follow, rows_of, search, table_of
+from fgtrain.studies.calibration import HEADINGS, METHODS, Cost, Course, costs, draw, follow, rows_of, search, table_of
 from fgtrain.studies.compare.table import markdown_table
+from fgtrain.studies.parts import Parts
 from fgtrain.tasks import Calibration
 
 SEARCH = 1000
@@ -46,14 +49,14 @@ def main() -> None:
     """Calibrate, write the results and print the table."""
     args = parse()
     with errors_as_lines(ValueError):
-        calibrate(args)
+        check_arguments(args)
+        task = _task(args)
+        with Parts(args) as parts:
+            calibrate(args, task, parts)
 
 
-def calibrate(args: argparse.Namespace) -> None:
-    """Measure what the command line asks for."""
-    silence_libraries()
-    torch.set_num_threads(1)
-    keep_freed_memory()
+def check_arguments(args: argparse.Namespace) -> None:
+    """Refuse numbers out of range."""
     if args.starts < 1 or not 0 < args.seconds < math.inf:
         raise ValueError(f"--starts must be at least 1 and --seconds positive, got {args.starts} and {args.seconds}")
     if not 0 <= args.spread < math.inf:
@@ -63,18 +66,29 @@ def calibrate(args: argparse.Namespace) -> None:
             f"--memory-steps must be at least 1 and --memory-limit a number, got {args.memory_steps} and "
             f"{args.memory_limit}"
         )
-    task, console = _task(args), plain_console(stderr=True)
-    make_folder(args.out)
+
+
+def calibrate(args: argparse.Namespace, task: Calibration, parts: Parts) -> None:
+    """Measure what the command line asks for."""
+    silence_libraries()
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    console = plain_console(stderr=True)
+
+    def course(method: str, lr: float, start: int) -> Course:
+        run = partial(follow, task, method, lr, start, args.seconds, args.spread)
+        return parts(Course, f"{method}, lr={lr}, start={start}", run)
+
     with console.status("compiling"):
         for method in METHODS:
             follow(task, method, 0.0, SEARCH, 0.0, args.spread)
     searched = track(METHODS, "searching learning rates", console=console, transient=True)
-    rates = {method: search(task, method, SEARCH, args.seconds, args.spread) for method in searched}
+    rates = {method: search(partial(course, start=SEARCH), method) for method in searched}
     jobs = [(method, start) for start in range(args.starts) for method in METHODS]
     shown = track(jobs, "calibrating", console=console, transient=True)
-    courses = [follow(task, method, rates[method], start, args.seconds, args.spread) for method, start in shown]
+    courses = [course(method, rates[method], start) for method, start in shown]
     with console.status("measuring memory"):
-        memory = costs(_task(args), args.memory_steps, args.memory_limit)
+        memory = costs(_task(args), args.memory_steps, args.memory_limit, parts)
     save(draw(courses, memory), args.out / "calibration")
     write_atomically(_page(args, rows_of(courses), memory), args.out / "calibration.md")
     found = {"paths": [course._asdict() for course in courses], "costs": [cost._asdict() for cost in memory]}

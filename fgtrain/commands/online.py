@@ -3,12 +3,13 @@
 A recurrent network of independent units learns to recall a symbol that the stream showed `lag` steps before. The
 settings are those of conf/experiment/online.yaml; the longest initial time constant of a unit is four times the lag.
 The learning rate of every way is the best of the same three at the shortest lag, with a third of the updates. Writes
-online.json, online.png and online.svg.
+online.json, online.png and online.svg. After an interruption, the same command goes on.
 """
 
 import argparse
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch: silences its process groups
@@ -20,10 +21,11 @@ from rich.table import Table
 
 from fgtrain.errors import ConfigError
 from fgtrain.figures import save
-from fgtrain.lightning.atomic_files import make_folder, write_atomically
+from fgtrain.lightning.atomic_files import write_atomically
 from fgtrain.runs.messages import OneLineParser, errors_as_lines, plain_console, silence_libraries
 from fgtrain.studies.compare.plan import compose_run
 from fgtrain.studies.online import RATES, SAME_GRADIENTS, WAYS, Cost, Recalled, cost, draw, learn, table_of
+from fgtrain.studies.parts import Parts
 
 
 def parse() -> argparse.Namespace:
@@ -42,28 +44,40 @@ def main() -> None:
     """Do the study, write the results and print the table."""
     args = parse()
     with errors_as_lines(ValueError):
-        study(args)
+        check_arguments(args)
+        with Parts(args) as parts:
+            study(args, parts)
 
 
-def study(args: argparse.Namespace) -> None:
-    """Learn at every lag and measure at every length, as the command line asks."""
-    silence_libraries()
-    torch.set_num_threads(1)
-    lags = args.lags or ([20] if args.quick else [50, 100, 200, 500, 1000])
-    lengths = args.lengths or ([100, 1000] if args.quick else [100, 1000, 10_000])
-    if min(*lags, *lengths, *([] if args.updates is None else [args.updates])) < 2:
+def check_arguments(args: argparse.Namespace) -> None:
+    """Fill in lags and lengths, and refuse numbers out of range."""
+    args.lags = args.lags or ([20] if args.quick else [50, 100, 200, 500, 1000])
+    args.lengths = args.lengths or ([100, 1000] if args.quick else [100, 1000, 10_000])
+    if min(*args.lags, *args.lengths, *([] if args.updates is None else [args.updates])) < 2:
         raise ConfigError("--lags, --lengths and --updates must be at least 2")
     if not 0 <= args.seed < 2**32 - 1:  # the next one is the seed of the search
         raise ConfigError(f"--seed must be from 0 to {2**32 - 2}, got {args.seed}")
-    make_folder(args.out)
+
+
+def study(args: argparse.Namespace, parts: Parts) -> None:
+    """Learn at every lag and measure at every length, as the command line asks."""
+    silence_libraries()
+    torch.set_num_threads(1)
     console = plain_console(stderr=True)
     trained = [way for way in WAYS if way not in SAME_GRADIENTS]
     searched = track(trained, "searching learning rates", console=console, transient=True)
-    rates = {way: _best_rate(way, min(lags), _updates(args, min(lags)) // 3, args.seed + 1) for way in searched}
-    jobs = track([(w, lag) for lag in lags for w in trained], "learning", console=console, transient=True)
-    recalled = [_learn(way, lag, rates[way], _updates(args, lag), args.seed) for way, lag in jobs]
-    sizes = [(way, length) for way in WAYS for length in lengths]
-    costs = [_cost(*size, args.seed) for size in track(sizes, "measuring", console=console, transient=True)]
+    shortest = min(args.lags)
+    rates = {
+        way: min(
+            (_learn(parts, way, shortest, lr, _updates(args, shortest) // 3, args.seed + 1) for lr in RATES),
+            key=lambda found: found.loss,
+        ).lr
+        for way in searched
+    }
+    jobs = track([(w, lag) for lag in args.lags for w in trained], "learning", console=console, transient=True)
+    recalled = [_learn(parts, way, lag, rates[way], _updates(args, lag), args.seed) for way, lag in jobs]
+    sizes = track([(way, n) for way in WAYS for n in args.lengths], "measuring", console=console, transient=True)
+    costs = [parts(Cost, f"cost of {way} at {n}", partial(_cost, way, n, args.seed)) for way, n in sizes]
     save(draw(recalled, costs), args.out / "online")
     found = {"recalled": [r._asdict() for r in recalled], "costs": [c._asdict() for c in costs]}
     write_atomically(json.dumps(found, indent=1) + "\n", args.out / "online.json")
@@ -81,11 +95,11 @@ def _updates(args: argparse.Namespace, lag: int) -> int:
     return args.updates or max(300, lag)
 
 
-def _best_rate(way: str, lag: int, updates: int, seed: int) -> float:
-    return min((_learn(way, lag, lr, updates, seed) for lr in RATES), key=lambda found: found.loss).lr
+def _learn(parts: Parts, way: str, lag: int, lr: float, updates: int, seed: int) -> Recalled:
+    return parts(Recalled, f"{way} at {lag}, lr={lr}, seed={seed}", partial(_train, way, lag, lr, updates, seed))
 
 
-def _learn(way: str, lag: int, lr: float, updates: int, seed: int) -> Recalled:
+def _train(way: str, lag: int, lr: float, updates: int, seed: int) -> Recalled:
     cfg, _ = compose_run(
         ["experiment=online"], f"data.lag={lag}", f"model.memory={4 * lag}", f"seed={seed}", f"lr={lr}"
     )

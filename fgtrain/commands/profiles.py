@@ -4,25 +4,29 @@ Minimises 89 test functions from many starting points with a grid of learning ra
 learning rates of a function as one batch. Each method uses, for each function, the learning rate that solves the most
 problems. The result is the share of problems solved (1 % of f(x_0) - f* left) against function evaluations: a pass
 counts 1, each derivative in it 1, a reverse sweep 2. All methods have the same budget of evaluations. Writes
-profiles.json, profiles.png and profiles.svg.
+profiles.json, profiles.png and profiles.svg. After an interruption, the same command goes on.
 """
 
 import argparse
 import json
 import math
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
 from hydra.utils import instantiate
+from omegaconf import DictConfig
 from rich.progress import track
 from rich.table import Table
 
 from fgtrain.errors import ConfigError
 from fgtrain.figures import save
-from fgtrain.lightning.atomic_files import make_folder, write_atomically
+from fgtrain.lightning.atomic_files import write_atomically
 from fgtrain.runs.messages import OneLineParser, errors_as_lines, plain_console, silence_libraries
 from fgtrain.studies.compare.plan import compose_run
-from fgtrain.studies.profiles import draw, problems, share_solved, solve, speed_of_batching
+from fgtrain.studies.parts import Parts
+from fgtrain.studies.profiles import Solved, draw, problems, share_solved, solve, speed_of_batching
 from fgtrain.tasks import Rosenbrock
 
 
@@ -44,11 +48,13 @@ def main() -> None:
     """Solve the problems, write the results and print the table."""
     args = parse()
     with errors_as_lines(ValueError):
-        profile(args)
+        configs = configs_of(args)
+        with Parts(args) as parts:
+            profile(args, configs, parts)
 
 
-def profile(args: argparse.Namespace) -> None:
-    """Solve what the command line asks for.
+def configs_of(args: argparse.Namespace) -> dict[str, DictConfig]:
+    """{method: its configuration}, after checks of all arguments.
 
     Raises:
         ConfigError: a number is out of range, such as a budget that is too small to show a profile.
@@ -60,18 +66,22 @@ def profile(args: argparse.Namespace) -> None:
     if args.evaluations < 10:
         raise ConfigError(f"--evaluations must be at least 10, got {args.evaluations}")
     silence_libraries()
+    return {m: compose_run(["task=sphere"], f"method={m}", "run_dir=.")[0] for m in args.methods}
+
+
+def profile(args: argparse.Namespace, configs: Mapping[str, DictConfig], parts: Parts) -> None:
+    """Solve what the command line asks for."""
     torch.set_default_dtype(torch.float64)
-    configs = {m: compose_run(["task=sphere"], f"method={m}", "run_dir=.")[0] for m in args.methods}
-    make_folder(args.out)
     rates = [10 ** (-k / 2) for k in range(args.rates)]
     found = []
     jobs = [(m, f) for f in problems(args.dims, args.starts * args.rates) for m in args.methods]
     for method, function in track(jobs, "solving", console=plain_console(stderr=True), transient=True):
         estimator = instantiate(configs[method].method)
         options = {"tolerance": args.tolerance, "seed": args.seed}
-        found.append(solve(function, method, estimator, rates, args.starts, args.evaluations, **options))
+        run = partial(solve, function, method, estimator, rates, args.starts, args.evaluations, **options)
+        found.append(parts(Solved, f"{method} on {function.name} of {function.dim}", run))
     save(draw(found, args.evaluations), args.out / "profiles")
-    rows = [solved._asdict() | {"evaluations": solved.evaluations.tolist()} for solved in found]
+    rows = [solved._asdict() for solved in found]
     write_atomically(json.dumps(rows, indent=1) + "\n", args.out / "profiles.json")
     powers = [10.0**k for k in range(1, 1 + int(math.log10(args.evaluations)))]
     budgets = torch.tensor(sorted({*powers, float(args.evaluations)}))

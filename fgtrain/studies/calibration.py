@@ -8,6 +8,7 @@ rate of each method is the best of the same three multiples of its usual one, fr
 import math
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from statistics import median
 from typing import NamedTuple
 
@@ -22,6 +23,7 @@ from fgtrain.estimators.gradients import write_grads
 from fgtrain.figures import house_style, looks
 from fgtrain.lightning.optimizers import lbfgs
 from fgtrain.memory import peak_mib
+from fgtrain.studies.parts import Parts
 from fgtrain.studies.timing import cpu_seconds
 from fgtrain.tasks import Calibration, Guess
 
@@ -84,10 +86,9 @@ class _Over(Exception):
     """The time is over, or the loss no longer falls."""
 
 
-def search(task: Calibration, method: str, start: int, seconds: float, spread: float) -> float:
-    """The learning rate whose course from this start ends with the least error."""
-    usual = METHODS[method].lr
-    courses = [follow(task, method, usual * factor, start, seconds, spread) for factor in SEARCHED]
+def search(course: Callable[[str, float], Course], method: str) -> float:
+    """The learning rate whose course ends with the least error; `course` takes a method and a learning rate."""
+    courses = [course(method, METHODS[method].lr * factor) for factor in SEARCHED]
     return min(courses, key=lambda course: course.errors[-1]).lr
 
 
@@ -152,17 +153,21 @@ GRADIENTS: dict[str, GradientEstimator] = {
 }
 
 
-def costs(task: Calibration, steps: Sequence[int], limit: float) -> list[Cost]:
+def costs(task: Calibration, steps: Sequence[int], limit: float, parts: Parts) -> list[Cost]:
     """The costs of gradients at these numbers of steps, if their memory is at most `limit` MiB."""
-    found = []
+    found: list[Cost] = []
+    compiled: set[str] = set()
     for number in sorted(set(steps)):
         task.times, task.steps = task.times[[0, -1]], number  # one simulation, without stops
         task.observed = task.observed[:2]
-        found += [_cost(task, name, [c for c in found if c.method == name], limit) for name in GRADIENTS]
+        for name in GRADIENTS:
+            before = [c for c in found if c.method == name]
+            run = partial(_cost, task, name, before, limit, compiled)
+            found.append(parts(Cost, f"cost of {name} at {number}", run))
     return found
 
 
-def _cost(task: Calibration, name: str, before: Sequence[Cost], limit: float) -> Cost:
+def _cost(task: Calibration, name: str, before: Sequence[Cost], limit: float, compiled: set[str]) -> Cost:
     if before and (before[-1].mib is None or _expected(before, task.steps) > limit):
         return Cost(name, task.steps, None, None)
     guess = Guess(task, spread=0.0)
@@ -174,9 +179,10 @@ def _cost(task: Calibration, name: str, before: Sequence[Cost], limit: float) ->
         with torch.no_grad():
             task.losses(guess, None)
 
-    if not before:  # the step is compiled
+    if name not in compiled:
         gradient()
         simulation()
+        compiled.add(name)
     rounds = max(1, min(5, 2000 // task.steps))
     times = [(cpu_seconds(gradient), cpu_seconds(simulation)) for _ in range(rounds)]
     passes = median(slow / fast for slow, fast in times)

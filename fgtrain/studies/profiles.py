@@ -36,14 +36,14 @@ class Solved(NamedTuple):
         dim: its dimension.
         method: the method's name.
         lr: the learning rate of `rates` that solves the most starts, or the fastest of several such rates.
-        evaluations: evaluations until solved, (starts,), infinity if unsolved; see `evaluations_of`.
+        evaluations: evaluations until solved for each start, infinity if unsolved; see `evaluations_of`.
     """
 
     function: str
     dim: int
     method: str
     lr: float
-    evaluations: Tensor
+    evaluations: list[float]
 
 
 def problems(dims: Sequence[int], rows: int) -> list[Function]:
@@ -98,7 +98,7 @@ def solve(
     found = by_rate.isfinite()
     order = [(-int(found[i].sum()), float(by_rate[i][found[i]].sum()), i) for i in range(len(rates))]
     best = min(order)[2]
-    return Solved(function.name, function.dim, method, rates[best], by_rate[best])
+    return Solved(function.name, function.dim, method, rates[best], by_rate[best].tolist())
 
 
 def scale_of(function: Function, model: Points) -> float:
@@ -133,7 +133,7 @@ def evaluations_of(calls: int, derivatives: Tensor | None, rows: int) -> int:
 
 def share_solved(found: Iterable[Solved], budgets: Tensor) -> Tensor:
     """The profile of one method, (B,): the share of its problems solved within each of `budgets`, (B,)."""
-    evaluations = torch.cat([solved.evaluations for solved in found])
+    evaluations = torch.tensor([e for solved in found for e in solved.evaluations])
     return (evaluations[:, None] <= budgets).double().mean(0)
 
 

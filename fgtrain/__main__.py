@@ -93,7 +93,7 @@ def main() -> int:
 def run(name: str) -> int:
     """Run a command with the arguments in `sys.argv`, and return the exit status."""
     try:
-        os.getcwd()
+        sys.path.append(os.getcwd())  # _target_ may name a module there
     except OSError as error:
         print(f"fgtrain: the current folder cannot be used ({error.strerror}); change to another one", file=sys.stderr)
         return 2

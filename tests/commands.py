@@ -11,8 +11,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra._internal.hydra import Hydra
 
+from fgtrain.__main__ import run
 from fgtrain.commands.compare import run as compare_command
-from fgtrain.commands.train import main as run_command
 
 PACKAGE = '''
 import lightning as L
@@ -80,14 +80,15 @@ def composed(*overrides):
 
 def train(folder, *overrides):
     """Run the script in `folder`; (exit status, stdout, stderr)."""
-    out, err, status = io.StringIO(), io.StringIO(), 0
+    out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.chdir(folder)
+        patch.setattr(sys, "path", [*sys.path])
         patch.setattr(sys, "argv", ["train.py", *overrides])
         if not any("experiment=" in override for override in overrides):  # the only ones that set hydra.mode
             patch.setattr(Hydra, "get_mode", lambda *_, **__: None)  # composes the configuration once more to see it
         try:
-            run_command()
+            status = run("train")
         except SystemExit as end:
             status = end.code
     return status, out.getvalue(), err.getvalue()
@@ -98,7 +99,7 @@ def run_compare(folder, *arguments):
     out, err = io.StringIO(), io.StringIO()
     with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
         patch.chdir(folder)
-        patch.setattr(sys, "path", [*sys.path])
+        patch.setattr(sys, "path", [*sys.path, str(folder)])
         compare_command(arguments)
     return out.getvalue(), err.getvalue()
 

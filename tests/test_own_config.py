@@ -7,8 +7,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from fgtrain.commands.evaluate import main as evaluate_command
-from fgtrain.commands.replay import main as replay_command
+from fgtrain.__main__ import run
 from fgtrain.runs.evaluate import evaluate
 from tests.commands import PACKAGE, results_under, train
 
@@ -72,11 +71,11 @@ def test_evaluate_and_replay_find_modules_in_the_current_folder(project, monkeyp
     status, _, err = train(folder, *overrides, "hydra.run.dir=run", "quiet=true")
     assert status == 0, err
     monkeypatch.chdir(folder)
-    for command, *arguments in ((evaluate_command, "--split", "val"), (replay_command, "weights.pt")):
+    for command, *arguments in (("evaluate", "--split", "val"), ("replay", "weights.pt")):
         del sys.modules[name]
         monkeypatch.setattr("sys.path", [*path])
         monkeypatch.setattr(sys, "argv", ["fgtrain", "run", *arguments])
-        command()
+        run(command)
     assert "val/acc" in capsys.readouterr().out
     assert (folder / "weights.pt").is_file()
 
@@ -205,7 +204,7 @@ def test_evaluate_in_another_folder_is_one_line(tmp_path, monkeypatch, capfd):
     monkeypatch.setattr("sys.path", [*sys.path])
     monkeypatch.setattr(sys, "argv", ["evaluate.py", str(tmp_path / "last.ckpt")])
     with pytest.raises(SystemExit):
-        evaluate_command()
+        run("evaluate")
     err = capfd.readouterr().err
     assert err.count("\n") == 1
     assert err.endswith(" start the command in the folder of module_of_mine, or install it\n")

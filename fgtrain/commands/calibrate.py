@@ -2,8 +2,8 @@
 
 Writes a table (calibration.md), a figure (.png and .svg) of the parameters' error against time and of memory and time
 of a gradient against the number of steps, and the numbers (.json). The step of the solver is compiled, which takes a
-minute of the three. --memory-steps 100 1000 10000 measures longer simulations. After an
-interruption, the same command goes on.
+minute of the three. --memory-steps 100 1000 10000 measures longer simulations. After an interruption, the same command
+goes on.
 """
 
 import argparse

@@ -55,7 +55,6 @@ def run(arguments: Sequence[str]) -> None:
     """Compare as the arguments say."""
     keep_freed_memory()
     silence_libraries()
-    sys.path.append(os.getcwd())  # _target_ may name a module in the current folder
     program = ["python", "scripts/compare.py"] if sys.argv[0].endswith(".py") else ["fgtrain", "compare"]
     options = _options(arguments, " ".join(program))
     command = shlex.join([*program, *arguments])

@@ -3,8 +3,6 @@
 The run's config.yaml says which model and data to use. The results are written in the format of results.json.
 """
 
-import os
-import sys
 from pathlib import Path
 
 from fgtrain.runs.evaluate import SPLITS, evaluate
@@ -19,7 +17,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="file for the results")
     args = parser.parse_args()
     silence_libraries()
-    sys.path.append(os.getcwd())  # _target_ may name a module in the current folder
     with errors_as_lines():
         results = evaluate(args.checkpoint, args.split, args.out)
     console = plain_console()

@@ -4,8 +4,6 @@ The run must have been trained with callbacks=replay_log. Needs its config.yaml 
 """
 
 import argparse
-import os
-import sys
 from pathlib import Path
 
 from fgtrain.lightning.atomic_files import refuse_unwritable, save_atomically
@@ -20,7 +18,6 @@ def main() -> None:
     parser.add_argument("weights", type=Path, help="file for the model's state_dict")
     arguments = parser.parse_args()
     silence_libraries()
-    sys.path.append(os.getcwd())  # _target_ may name a module in the current folder
     with errors_as_lines():
         refuse_unwritable(arguments.weights)
         module, steps = replay(arguments.run)

@@ -35,7 +35,6 @@ def run_app(task: Callable[[DictConfig], Any], config_name: str, description: st
     environment shows tracebacks.
     """
     silence_libraries()
-    sys.path.append(os.getcwd())  # _target_ may name a module in the current folder
     if is_follower():
         _follow()
     if os.environ.get("HYDRA_FULL_ERROR") == "1":

@@ -9,7 +9,6 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self, TypeVar
 
-from fgtrain import __version__
 from fgtrain.errors import ConfigError, Interrupted
 from fgtrain.lightning.atomic_files import make_folder, write_atomically
 
@@ -17,7 +16,7 @@ Part = TypeVar("Part", bound=NamedTuple)
 
 
 class Parts:
-    """A context that keeps parts in a file. The file is named after the version and the arguments but for `out`.
+    """A context that keeps parts in a file. The file is named after the arguments other than `out`.
 
     The file is removed if the context ends without an error.
 
@@ -31,7 +30,7 @@ class Parts:
 
     def __init__(self, args: argparse.Namespace) -> None:
         make_folder(args.out)
-        asked = json.dumps([__version__, vars(args) | {"out": None}], sort_keys=True)
+        asked = json.dumps(vars(args) | {"out": None}, sort_keys=True)
         self.path: Path = args.out / f"unfinished-{sha256(asked.encode()).hexdigest()[:8]}.json"
         try:
             self.found = json.loads(self.path.read_text()) if self.path.exists() else {}

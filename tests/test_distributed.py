@@ -35,7 +35,9 @@ EXACT = ["backprop", "checkpointed", "local_guess", "local_backprop", "local_tai
 OWN_NOISE = ["activity", "second_order"]  # on every rank, whatever distributed.tangents says
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)], ids="{} processes".format)
+@pytest.fixture(
+    scope="module", params=[pytest.param(n, marks=pytest.mark.slow) for n in (2, 3)], ids="{} processes".format
+)
 def trained(request, tmp_path_factory):
     return start(request.param, rank_jobs.train_all, tmp_path_factory.mktemp("ranks"))
 

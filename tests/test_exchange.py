@@ -22,6 +22,7 @@ def trained(tmp_path_factory):
     return start(2, exchange_jobs.trained, tmp_path_factory.mktemp("trained"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["fp16", "power_sgd"])
 def test_ranks_get_the_same_gradients(exchanged, name):
     for one, other in zip(*(found[name][0] for found in exchanged), strict=True):
@@ -29,6 +30,7 @@ def test_ranks_get_the_same_gradients(exchanged, name):
             torch.testing.assert_close(g, other[key], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_half_precision_is_the_mean_to_its_rounding_in_half_the_bytes(exchanged):
     calls, sent = exchanged[0]["fp16"]
     for name, expected in MEAN.items():
@@ -37,6 +39,7 @@ def test_half_precision_is_the_mean_to_its_rounding_in_half_the_bytes(exchanged)
     assert sent == [2 * NUMBERS * (i + 1) for i in range(CALLS)]
 
 
+@pytest.mark.slow
 def test_power_sgd_sends_two_thin_matrices_and_forgets_nothing(exchanged):
     """With error feedback, the sum of what it returns follows the sum of the gradients."""
     calls, sent = exchanged[0]["power_sgd"]
@@ -50,6 +53,7 @@ def test_power_sgd_sends_two_thin_matrices_and_forgets_nothing(exchanged):
     assert (total - CALLS * MEAN["weight"]).norm() < 0.2 * CALLS * single
 
 
+@pytest.mark.slow
 def test_only_finite_exact_gradients_are_taken(exchanged):
     for found in exchanged:
         assert found["untouched"]
@@ -57,6 +61,7 @@ def test_only_finite_exact_gradients_are_taken(exchanged):
         assert "no rank can skip a step alone" in found["not finite"]
 
 
+@pytest.mark.slow
 def test_local_steps_of_one_are_steps_along_the_mean(trained):
     (mean, sent), (local, sent_local) = (trained[0][key] for key in (("mean", 1), ("local", 1)))
     for name, p in mean.items():
@@ -64,6 +69,7 @@ def test_local_steps_of_one_are_steps_along_the_mean(trained):
     assert sent_local == sent
 
 
+@pytest.mark.slow
 def test_local_steps_send_less_and_end_with_equal_weights(trained):
     (one, sent), (other, _) = (found["local", 3] for found in trained)
     assert all(torch.equal(p, other[name]) for name, p in one.items())
@@ -72,6 +78,7 @@ def test_local_steps_send_less_and_end_with_equal_weights(trained):
     assert STEPS % 3 == 0
 
 
+@pytest.mark.slow
 def test_training_in_half_precision_follows_the_mean(trained):
     """The gradients pass through the hook at every step, and the weights stay close."""
     (mean, sent), (half, sent_half) = (trained[0][key] for key in (("mean", 1), ("fp16", 1)))

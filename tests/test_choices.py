@@ -58,6 +58,15 @@ def test_ema_continues(tmp_path):
     assert any(not torch.equal(v, straight["current_model_state"][k]) for k, v in straight["state_dict"].items())
 
 
+def test_a_test_function_takes_every_callback(tmp_path):
+    chosen = ("callbacks=[early_stopping,gradient_quality,replay_log]", "callbacks.recovery=null")
+    status, _, err = train(tmp_path, "method=fwdgrad", *SHORT, "task=sphere", *chosen)
+    assert status == 0, err
+    written = {path.name for path in (tmp_path / "mine").iterdir()}
+    assert written >= {"replay.pt", "trajectory.npz"}
+    assert "checkpoints" not in written
+
+
 def test_adamw_on_the_cpu_with_a_profile(tmp_path):
     cfg = composed("optimizer=adamw")
     assert isinstance(instantiate(cfg.optimizer)([torch.nn.Parameter(torch.zeros(1))]), torch.optim.AdamW)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 from hydra.utils import instantiate
+from lightning.pytorch.callbacks import Checkpoint
 from omegaconf import DictConfig
 
 from fgtrain.errors import ConfigError
@@ -69,14 +70,17 @@ def build(cfg: DictConfig) -> Run:
     world = plan(to_plain(cfg)["trainer"])
     for library in ("lightning.pytorch", "lightning.fabric"):  # hides lists of devices and tips
         logging.getLogger(library).setLevel(logging.WARNING)
+    callbacks = _callbacks(cfg, monitor, world.size)
+    saves = {"enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in callbacks)}  # only by these
     trainer = instantiate(
         cfg.trainer,
-        callbacks=_callbacks(cfg, monitor, world.size),
+        callbacks=callbacks,
         logger=loggers_of(cfg),
         default_root_dir=cfg.run_dir,
         enable_progress_bar=False,
         enable_model_summary=False,
         **world.trainer_options(),
+        **({} if "enable_checkpointing" in cfg.trainer else saves),
         _convert_="all",
     )
     if cfg.compile:
@@ -91,7 +95,7 @@ def _callbacks(cfg: DictConfig, monitor: Monitor, num_processes: int) -> list[L.
     every = 0 if cfg.distributed.gradients == "local" else cfg.distributed.check_every_n_steps
     several = [RankCheck(every, cfg.trainer.log_every_n_steps)] if num_processes > 1 else []
     checks = [SelfCheck()] if cfg.self_check else []
-    chosen = [instantiate(node) for node in (cfg.callbacks or {}).values()]
+    chosen = [instantiate(node) for node in (cfg.callbacks or {}).values() if node is not None]
     return [*console, monitor, *several, RandomState(), *checks, Dashboard(to_saved(cfg)), *chosen]
 
 

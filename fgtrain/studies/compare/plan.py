@@ -27,7 +27,6 @@ SET_BY_COMPARE = {
     "seed": "; seeds=... is the number of seeds",
     "trainer.max_steps": "; budget=...steps is the length of a run",
     "trainer.log_every_n_steps": "",
-    "trainer.enable_checkpointing": "",
     "callbacks": "",
     "run_dir": "; out=... is the folder of all runs",
 }

@@ -152,7 +152,6 @@ def _finish(plan: Comparison, variant: Variant, seed: int, lr: float | None, ste
     if not (folder / "results.json").exists():
         every = max(1, steps // VALIDATIONS)
         own = [f"seed={seed}", f"run_dir={quoted(str(folder))}", f"trainer.max_steps={steps}", "callbacks=none"]
-        own += ["++trainer.enable_checkpointing=false"]
         own += [f"trainer.log_every_n_steps={every}", *([] if lr is None else [f"lr={lr}"])]
         if not any(override.startswith("trainer.val_check_interval=") for override in plan.overrides):
             own += [f"trainer.val_check_interval={every}"]
@@ -161,8 +160,8 @@ def _finish(plan: Comparison, variant: Variant, seed: int, lr: float | None, ste
         # The clock stands after the comparisons with the gradient, so that their time does not count.
         own += ["+callbacks.clock._target_=fgtrain.studies.compare.clock.TrainingClock"]
         own += [f"+callbacks.clock.every_n_steps={every}"]
-        own += ["+callbacks.trajectory._target_=fgtrain.lightning.callbacks.Trajectory"]  # for test functions
-        own += ["+callbacks.trajectory.run_dir=${run_dir}"]
+        own += ["++callbacks.trajectory._target_=fgtrain.lightning.callbacks.Trajectory"]  # for test functions
+        own += ["++callbacks.trajectory.run_dir=${run_dir}"]
         for events in folder.glob("events.*"):  # left by an interrupted run
             events.unlink()
         cfg, choices = _compose(plan, variant, *own)

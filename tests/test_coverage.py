@@ -31,6 +31,7 @@ def test_coverage(case, caplog):
     assert ("slower reference engine" in caplog.text) == (case.name in SLOW), caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", COVERAGE, ids=lambda case: case.name)
 def test_reference_engine(case):
     assert_derivatives(case, [(Normal(), 3), (InTurn(in_order=True), 2)], reference)

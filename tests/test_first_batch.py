@@ -237,7 +237,7 @@ def test_directions_larger_than_the_memory_are_one_line(tangents, tmp_path):
         refuse_too_many_directions(ForwardGradient(num_tangents=100_000), nn.Linear(64, 10), 2**26)
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("split", ["train", pytest.param("val", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("how", "message"),
     [

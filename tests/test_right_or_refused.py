@@ -364,7 +364,11 @@ BETA = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta",
     ids=lambda case: case.name,
 )
 @BETA
-@pytest.mark.parametrize("derivatives_of", [directional_derivatives, reference], ids=["first", "reference"])
+@pytest.mark.parametrize(
+    "derivatives_of",
+    [directional_derivatives, pytest.param(reference, marks=pytest.mark.slow)],
+    ids=["first", "reference"],
+)
 def test_derivative(case, derivatives_of):
     assert_derivatives(case, [(Normal(), 1), (Normal(), 3), (LowRank(1), 3)], derivatives_of)
 

@@ -92,6 +92,18 @@ def gradient_hooks(p: Tensor) -> tuple[Any, Any]:
     return p._backward_hooks, p._post_accumulate_grad_hooks
 
 
+GLOBAL_BACKWARD_HOOKS = (
+    torch.nn.modules.module._global_backward_hooks,
+    torch.nn.modules.module._global_backward_pre_hooks,
+)
+"""The backward hooks of all modules: two dictionaries."""
+
+
+def backward_hooks(module: nn.Module) -> tuple[Mapping[int, Any], ...]:
+    """The backward hooks of a module: two dictionaries, which keep up with later changes."""
+    return module._backward_hooks, module._backward_pre_hooks
+
+
 def is_compiled(model: nn.Module) -> bool:
     """Whether a call of `model` runs compiled: `model.compile()` was called, or it is the result of `torch.compile`.
 

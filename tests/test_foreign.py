@@ -97,6 +97,30 @@ def test_a_hook_on_a_parameter_is_refused_until_it_is_removed(estimator):
     estimator(model, lambda m: m(X).square().sum(1))
 
 
+@pytest.mark.parametrize(
+    "register", ["register_backward_hook", "register_full_backward_hook", "register_full_backward_pre_hook"]
+)
+@pytest.mark.parametrize("estimator", [*WITHOUT_BACKWARD, ActivityPerturbation()], ids=lambda e: type(e).__name__)
+def test_a_backward_hook_of_a_module_is_refused_until_it_is_removed(estimator, register):
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh()).double()
+    loss_fn = lambda m: m(X).square().sum(1)
+    estimator(model, loss_fn)
+    hook = getattr(model[1], register)(lambda *_: None)
+    with pytest.raises(ModelError, match=r"^module '1' of Sequential has a backward hook, .*train with Backprop$"):
+        estimator(model, loss_fn)
+    hook.remove()
+    estimator(model, loss_fn)
+
+
+def test_a_backward_hook_of_every_module_is_refused():
+    hook = nn.modules.module.register_module_full_backward_hook(lambda *_: None)
+    try:
+        with pytest.raises(ModelError, match=r"^every module \(torch.nn.modules.module\) has a backward hook"):
+            ForwardGradient()(nn.Linear(4, 3).double(), lambda m: m(X).square().sum(1))
+    finally:
+        hook.remove()
+
+
 @pytest.mark.parametrize("estimator", [Backprop(), *WITHOUT_BACKWARD], ids=lambda e: type(e).__name__)
 def test_a_hook_after_backward_is_refused_until_it_is_removed(estimator):
     """An optimizer that steps in such a hook would never step."""

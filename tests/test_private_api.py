@@ -170,6 +170,24 @@ def test_hooks_of_a_parameter():
     assert not any(_torch.gradient_hooks(p))
 
 
+def test_backward_hooks_of_a_module():
+    module = nn.Linear(1, 1)
+    everywhere = nn.modules.module
+    for i, (register, register_everywhere) in enumerate(
+        (
+            (module.register_full_backward_hook, everywhere.register_module_full_backward_hook),
+            (module.register_full_backward_pre_hook, everywhere.register_module_full_backward_pre_hook),
+        )
+    ):
+        for found, hook in (
+            (_torch.backward_hooks(module), register(lambda *_: None)),
+            (_torch.GLOBAL_BACKWARD_HOOKS, register_everywhere(lambda *_: None)),
+        ):
+            assert [bool(hooks) for hooks in found] == [i == 0, i == 1]
+            hook.remove()
+            assert not any(found)
+
+
 def test_trees():
     leaves, spec = _torch.tree_flatten({"a": [1, 2]})
     assert _torch.tree_leaves({"a": [1, 2]}) == leaves == [1, 2]

@@ -101,7 +101,7 @@ class GradientEstimator(nn.Module, ABC):
         Raises:
             LossError: the losses are not of shape (B,) or (), or depend on no trained parameter.
             ModelError: a parameter has a hook that only `.backward()` calls; or the method takes no whole backward
-                pass, but a parameter is complex or has a hook on its gradient.
+                pass, but a parameter is complex or has a hook on its gradient, or a module has a backward hook.
             UnsupportedOperation: the method cannot differentiate an operation of the model, or keeps the state of
                 another one.
         """

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from fgtrain._torch import gradient_hooks
+from fgtrain._torch import GLOBAL_BACKWARD_HOOKS, backward_hooks, gradient_hooks
 from fgtrain.errors import ModelError
 
 T = TypeVar("T")
@@ -41,6 +41,10 @@ class ParameterSlots:
         names = {id(p): name for name, p in self.params.items()}
         # The dictionaries, not the modules, so that the model can be freed.
         self.buffers: list[dict[str, Tensor | None]] = [module._buffers for module in model.modules()]
+        self._backward_hooks = [
+            *GLOBAL_BACKWARD_HOOKS,
+            *(d for module in model.modules() for d in backward_hooks(module)),
+        ]
         self._parts = [(module._parameters, module._modules) for module in model.modules()]
         self._places = [
             (held, key, names[id(p)]) for held, _ in self._parts for key, p in held.items() if p is not None
@@ -65,6 +69,10 @@ class ParameterSlots:
     def is_current(self) -> bool:
         """Whether the model still has the same parameters in the same places."""
         return self._take_fingerprint() == self._fingerprint
+
+    def has_backward_hooks(self) -> bool:
+        """Whether a backward pass through a module would call a hook."""
+        return any(self._backward_hooks)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters with requires_grad=True."""
@@ -140,9 +148,17 @@ def require_estimable(model: nn.Module, *, by_backward_pass: bool) -> None:
 
     Raises:
         ModelError: a trainable parameter has a hook that only `.backward()` calls; or, without a backward pass, it is
-            complex or has a hook on its gradient.
+            complex or has a hook on its gradient, or a module has a backward hook.
     """
-    for name, p in slots_of(model).trainable().items():
+    slots = slots_of(model)
+    if slots.has_backward_hooks() and not by_backward_pass:
+        names = [name for name, module in model.named_modules() if any(backward_hooks(module))]
+        owner = f"module {names[0]!r} of {type(model).__name__}" if names else "every module (torch.nn.modules.module)"
+        raise ModelError(
+            f"{owner} has a backward hook, which only a backward pass calls: remove it and change the estimated "
+            "gradients instead, or train with Backprop"
+        )
+    for name, p in slots.trainable().items():
         on_gradient, after_backward = gradient_hooks(p)
         if after_backward:
             raise ModelError(

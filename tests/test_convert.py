@@ -287,6 +287,21 @@ def test_too_many_of_them_end_the_run(tmp_path):
     assert all(value.isfinite().all() for value in module.state_dict().values())
 
 
+class Constant(NoDropout):
+    """A loss without parameters in one batch of an epoch, as of an image without objects."""
+
+    def training_step(self, batch, batch_idx):
+        return torch.zeros((), requires_grad=True) if batch_idx == 2 else super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_a_loss_without_parameters(accumulate, tmp_path):
+    plain, converted = made(Constant), made(Constant, Backprop())
+    for module in (plain, converted):
+        fit(module, tmp_path, accumulate_grad_batches=accumulate)
+    assert_same(plain, converted)
+
+
 class LastOutput(nn.LSTM):
     def forward(self, input, hx=None):  # noqa: A002, the base's name
         return super().forward(input.view(-1, 2, 2), hx)[0][:, -1]
@@ -440,6 +455,11 @@ class Iterates(Plain):
         return super().training_step(next(dataloader_iter)[0], 0)
 
 
+class OwnBackward(Plain):
+    def backward(self, loss):
+        super().backward(2 * loss)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -448,6 +468,7 @@ class Iterates(Plain):
         (L.LightningModule, "LightningModule defines no training_step"),
         (Manual, "Manual sets automatic_optimization=False and steps its optimizers itself; return the loss"),
         (Iterates, "training_step takes dataloader_iter; let it take batch"),
+        (OwnBackward, "OwnBackward defines backward, which is not called, as gradients come from the estimator"),
     ],
 )
 def test_modules_that_cannot_be_converted(make, message):

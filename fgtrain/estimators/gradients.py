@@ -95,4 +95,4 @@ def norms(tensors: list[Tensor]) -> tuple[Tensor, ...]:
     dtypes = {x.dtype for x in tensors}
     has_half = any(dtype.itemsize < 4 for dtype in dtypes)
     widest = functools.reduce(torch.promote_types, dtypes, torch.float32) if has_half else None
-    return foreach_norm(tensors, 2, dtype=widest)
+    return foreach_norm(tensors, 2, dtype=widest) if tensors else ()

@@ -60,8 +60,8 @@ def convert(
         `module` itself.
 
     Raises:
-        ConfigError: the arguments are not a LightningModule and an estimator, or the module uses manual optimization or
-            takes the data iterator.
+        ConfigError: the arguments are not a LightningModule and an estimator, or the module uses manual optimization,
+            defines `backward` or takes the data iterator.
     """
     if is_wrapped(module):
         raise ConfigError("convert takes an uncompiled module; compile the module that it returns")
@@ -94,6 +94,11 @@ def _require_hooks(module: L.LightningModule) -> None:
     for hook in ("training_step", "configure_optimizers"):
         if not is_overridden(hook, module):
             raise ConfigError(f"{type(module).__name__} defines no {hook}")
+    if is_overridden("backward", module):
+        raise ConfigError(
+            f"{type(module).__name__} defines backward, which is not called, as gradients come from the "
+            "estimator; remove it, and scale the loss in training_step or the gradients in on_after_backward"
+        )
     if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
         raise ConfigError("training_step takes dataloader_iter; let it take batch, so that it can run more than once")
     _require_automatic_optimization(module)

@@ -346,6 +346,15 @@ def test_a_penalty_in_the_loss_is_named():
         ActivityPerturbation()(model, penalized)
 
 
+@pytest.mark.parametrize("estimator", [ActivityPerturbation(), FDFA()], ids=str)
+def test_a_penalty_that_begins_later_is_named(estimator):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+    losses = lambda m: m(torch.ones(5, 3)).square().mean(1)
+    estimator(model, losses)
+    with pytest.raises(UnsupportedOperation, match=r"^2\.weight is used outside its layer, .* use weight_decay"):
+        estimator(model, lambda m: losses(m) + m[2].weight.square().sum())
+
+
 def test_inputs_changed_in_place_are_refused():
     class Changes(nn.Module):
         def __init__(self):

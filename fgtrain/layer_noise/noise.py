@@ -46,11 +46,14 @@ def as_input(x: Tensor) -> tuple[Tensor, int]:
     return x, 0 if x.is_inference() else x._version
 
 
-class UsedElsewhere(Exception):
+class UsedElsewhere(UnsupportedOperation):
     """A weight is used outside its layer, so noise on the layer's output is not enough to estimate its gradient."""
 
     def __init__(self, name: str) -> None:
-        super().__init__(name)
+        super().__init__(
+            f"{name} is used outside its layer, which it was not in the first step; instead of a penalty on weights that "
+            "begins later, use weight_decay, or train with ForwardGradient"
+        )
         self.name = name
 
 

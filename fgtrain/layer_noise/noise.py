@@ -51,8 +51,8 @@ class UsedElsewhere(UnsupportedOperation):
 
     def __init__(self, name: str) -> None:
         super().__init__(
-            f"{name} is used outside its layer, which it was not in the first step; instead of a penalty on weights that "
-            "begins later, use weight_decay, or train with ForwardGradient"
+            f"{name} is used outside its layer, which it was not in the first step; instead of a penalty on weights "
+            "that begins later, use weight_decay, or train with ForwardGradient"
         )
         self.name = name
 

@@ -13,7 +13,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.optim.lr_scheduler import ExponentialLR, ReduceLROnPlateau
 
-from fgtrain import Backprop, ForwardGradient, LowRank, write_grads
+from fgtrain import Backprop, ForwardExact, ForwardGradient, LowRank, write_grads
 from fgtrain.errors import ConfigError, DivergenceError, LossError
 from fgtrain.lightning import EstimatorModule, convert
 from fgtrain.lightning.divergence import Divergence
@@ -408,6 +408,43 @@ def test_a_converted_module_is_still_the_users(tmp_path):
     assert_same(twin, module)
 
 
+class NamesOfItsOwn(NoDropout):
+    """Calls its training step from elsewhere, and has names that an addition to it might have too."""
+
+    def _estimate(self, x):
+        return self.net(x)
+
+    def _step(self, batch, stage):
+        return F.cross_entropy(self._estimate(batch[0]), batch[1])
+
+    def training_step(self, batch, batch_idx, factor=1.0):
+        return factor * self._step(batch, "train")
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val", self.training_step(batch, batch_idx))
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        with torch.no_grad():
+            self.log("after", self.training_step(batch, batch_idx=batch_idx, factor=2.0))
+
+
+class CallsItself(NoDropout):
+    def training_step(self, batch, batch_idx, again=True):
+        loss = super().training_step(batch, batch_idx)
+        return loss + self.training_step([-batch[0], batch[1]], batch_idx, False) if again else loss
+
+
+@pytest.mark.parametrize("user_class", [NamesOfItsOwn, CallsItself])
+def test_a_module_may_call_its_own_methods(user_class, tmp_path):
+    plain, exact = made(user_class).double(), made(user_class, ForwardExact()).double()
+    expected, found = (fit(module, tmp_path, precision="64-true") for module in (plain, exact))
+    torch.testing.assert_close(exact.state_dict(), plain.state_dict())
+    torch.testing.assert_close(found.callback_metrics, expected.callback_metrics)
+    x, y = next(iter(data()))
+    step = exact.training_step([x.double(), y], 0)
+    torch.testing.assert_close(step, plain.training_step([x.double(), y], 0))  # outside a run too
+
+
 class CallsBackward(Plain):
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
@@ -460,6 +497,12 @@ class OwnBackward(Plain):
         super().backward(2 * loss)
 
 
+class OnInstance(Plain):
+    def __init__(self):
+        super().__init__()
+        self.training_step = lambda batch, batch_idx: super(OnInstance, self).training_step(batch, batch_idx)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -468,12 +511,20 @@ class OwnBackward(Plain):
         (L.LightningModule, "LightningModule defines no training_step"),
         (Manual, "Manual sets automatic_optimization=False and steps its optimizers itself; return the loss"),
         (Iterates, "training_step takes dataloader_iter; let it take batch"),
+        (OnInstance, "the training_step of this OnInstance is set on the instance, which hides the one that convert"),
         (OwnBackward, "OwnBackward defines backward, which is not called, as gradients come from the estimator"),
     ],
 )
 def test_modules_that_cannot_be_converted(make, message):
     with pytest.raises(ConfigError, match=re.escape(message)):
         convert(make(), ForwardGradient())
+
+
+def test_a_hook_that_is_set_on_a_converted_module_is_refused(tmp_path):
+    module = made(Plain, ForwardGradient())
+    module.on_save_checkpoint = lambda checkpoint: None
+    with pytest.raises(ConfigError, match="the on_save_checkpoint of this Plain is set on the instance"):
+        fit(module, tmp_path)
 
 
 def test_a_name_is_no_estimator():

@@ -376,7 +376,7 @@ class OtherK(Regression):
 
 def test_another_number_of_directions_at_every_step():
     module, _ = fit(OtherK, ForwardGradient())
-    assert module._step.estimator.num_tangents == 3
+    assert module._fgtrain.estimator.num_tangents == 3
 
 
 def test_a_module_that_comes_where_another_was_is_found():

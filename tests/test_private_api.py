@@ -22,6 +22,7 @@ from fgtrain.lightning._lightning import (
     Counters,
     compiler_of,
     configure_optimizers,
+    current_hook,
     last_result,
     raise_limits,
     set_last_result,
@@ -232,6 +233,16 @@ def test_compiler_of_a_module_that_lightning_has_unwrapped():
     compiler = compiler_of(module)
     assert compiler is not None
     assert _torch.is_compiled_function(compiler(torch.sin))
+
+
+def test_the_hook_that_runs_is_known(tmp_path):
+    module, seen = make(Backprop()), set()
+    look = lambda *_: seen.add(current_hook(module))
+    look()
+    step = module.training_step
+    module.training_step = lambda *args: look() or step(*args)
+    trainer(tmp_path, LambdaCallback(on_train_batch_end=look), max_steps=2).fit(module, Small())
+    assert seen == {None, "training_step", "on_train_batch_end"}
 
 
 def test_the_default_group_takes_another_deadline():

@@ -21,6 +21,11 @@ def compiler_of(module: Any) -> Callable[[Callable[..., Any]], Callable[..., Any
     return None if module._compiler_ctx is None else module._compiler_ctx["dynamo_ctx"]
 
 
+def current_hook(module: Any) -> str | None:
+    """The name of the hook or step of `module` that the Trainer is calling, or of a callback; None outside."""
+    return module._current_fx_name
+
+
 def last_result(metric: Metric) -> Any:
     """What the last call of a metric returned. Lightning logs it; None after a reset."""
     return metric._forward_cache

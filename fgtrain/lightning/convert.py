@@ -16,7 +16,7 @@ from fgtrain.distributed import Ranks, TangentsOver
 from fgtrain.errors import ConfigError, LossError
 from fgtrain.estimators import Estimate, GradientEstimator, write_grads
 from fgtrain.forward_ad.passes import LossFn
-from fgtrain.lightning._lightning import compiler_of
+from fgtrain.lightning._lightning import compiler_of, current_hook
 from fgtrain.lightning.divergence import Divergence
 from fgtrain.lightning.observed import BACKWARD_CALLED, ObservedStep
 from fgtrain.lightning.optimizers import step_together
@@ -81,12 +81,12 @@ def convert(
     if not isinstance(module, _Converted):
         _require_hooks(module)
         setattr(module, "__class__", _converted_class(type(module)))
-    before = module.__dict__.get("_step")
+    before = module.__dict__.get("_fgtrain")
     step = ObservedStep(estimator, seed, distributed_tangents, _user_class(module).training_step, divergence)
     if before is not None:
         step.ranks, step.user_step = before.ranks, before.user_step
         step.divergence = divergence or before.divergence
-    module.__dict__["_step"] = step
+    module.__dict__["_fgtrain"] = step
     return module
 
 
@@ -102,6 +102,18 @@ def _require_hooks(module: L.LightningModule) -> None:
     if is_param_in_hook_signature(module.training_step, "dataloader_iter", explicit=True):
         raise ConfigError("training_step takes dataloader_iter; let it take batch, so that it can run more than once")
     _require_automatic_optimization(module)
+    _require_hooks_of_class(module)
+
+
+def _require_hooks_of_class(module: L.LightningModule) -> None:
+    """Refuse a hook that is set on the instance, where it hides the class's."""
+    for name in ("training_step", *vars(_Converted)):
+        hook = vars(module).get(name)
+        if hook is not None and getattr(hook, "__func__", None) is not getattr(type(module), name):
+            raise ConfigError(
+                f"the {name} of this {type(module).__name__} is set on the instance, which hides the one that convert "
+                "adds; define it in the class"
+            )
 
 
 def _require_automatic_optimization(module: L.LightningModule) -> None:
@@ -113,9 +125,12 @@ def _require_automatic_optimization(module: L.LightningModule) -> None:
 
 
 class _Converted(L.LightningModule):
-    """The changed methods of a converted module; a base that comes before the user's class."""
+    """The changed methods of a converted module; a base that comes before the user's class.
 
-    _step: ObservedStep
+    What it adds has names that no class of a user has: `_step`, for example, is a common name of a user's method.
+    """
+
+    _fgtrain: ObservedStep
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # pickle cannot find the class by its name
         return _restore, (_user_class(self), self.__dict__.copy())
@@ -125,47 +140,23 @@ class _Converted(L.LightningModule):
         self.trainer.precision_plugin.convert_module(self)  # before Lightning loads a checkpoint
         compiled = compiler_of(self)
         if compiled is not None:  # torch.compile(module): compile the loss only
-            self._step.user_step = compiled(self._step.user_step)
+            self._fgtrain.user_step = compiled(self._fgtrain.user_step)
             to_uncompiled(self)
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
         _require_automatic_optimization(self)
-        if self._step.ranks.size != self.trainer.world_size:
-            self._step.ranks = Ranks()
-        self._step.estimator.to(self.device)
+        _require_hooks_of_class(self)
+        if self._fgtrain.ranks.size != self.trainer.world_size:
+            self._fgtrain.ranks = Ranks()
+        self._fgtrain.estimator.to(self.device)
 
     def configure_callbacks(self) -> Any:
         own = super().configure_callbacks()
-        return [*([own] if isinstance(own, L.Callback) else own), self._step.divergence]
+        return [*([own] if isinstance(own, L.Callback) else own), self._fgtrain.divergence]
 
     def configure_optimizers(self) -> Any:
         return step_together(super().configure_optimizers())
-
-    def _estimate(self, args: tuple[Any, ...]) -> Any:
-        trainer, step = self.trainer, self._step
-        if isinstance(trainer.strategy.model, DistributedDataParallel):
-            trainer.strategy.model.require_backward_grad_sync = False  # there is no backward pass
-        estimate = self._estimate_by(step.estimator, trainer.fit_loop.batch_idx)
-
-        def is_usable(found: Estimate) -> bool:
-            return scaler_of(trainer.precision_plugin) is not None or step.divergence.inspect(found, trainer)
-
-        return step.run(self, args, estimate, is_usable)
-
-    def _estimate_by(self, estimator: GradientEstimator, batch_idx: int) -> Callable[[LossFn], Estimate]:
-        trainer, step = self.trainer, self._step
-        micro_batches = trainer.accumulate_grad_batches
-        return functools.partial(
-            estimate_for_step,
-            trainer.precision_plugin,
-            step.ranks,
-            estimator,
-            self,
-            key=(step.seed, trainer.global_step, batch_idx % micro_batches),
-            tangents=step.tangents,
-            micro_batches=micro_batches,
-        )
 
     def estimates_at_step(self) -> StepEstimates:
         """The current step, for callbacks that need estimates."""
@@ -173,30 +164,58 @@ class _Converted(L.LightningModule):
         def estimate(estimator: GradientEstimator, batch: Any, batch_idx: int) -> Estimate | None:
             takes_index = is_param_in_hook_signature(self.training_step, "batch_idx", min_args=2)  # as in Lightning
             args = (batch, batch_idx) if takes_index else (batch,)
-            return self._step.peek(self, args, self._estimate_by(estimator, batch_idx))
+            return self._fgtrain.peek(self, args, _estimate_by(self, estimator, batch_idx))
 
-        step, micro_batches = self._step, self.trainer.accumulate_grad_batches
+        step, micro_batches = self._fgtrain, self.trainer.accumulate_grad_batches
         return StepEstimates(step.estimator, self, step.ranks, step.tangents, micro_batches, estimate)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
-        write_grads(self, self._step.take_grads(), accumulate=True, check_finite=False)
+        write_grads(self, self._fgtrain.take_grads(), accumulate=True, check_finite=False)
 
     def manual_backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         raise LossError(BACKWARD_CALLED)
 
     def log(self, name: str, value: Any, *args: Any, **kwargs: Any) -> None:
-        if not self._step.keep_log(name, value, args, kwargs):
+        if not self._fgtrain.keep_log(name, value, args, kwargs):
             super().log(name, value, *args, **kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        if state := self._step.estimator.state_dict():
+        if state := self._fgtrain.estimator.state_dict():
             checkpoint["fgtrain_estimator"] = state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
         if state := checkpoint.get("fgtrain_estimator"):
-            self._step.estimator.load_state_dict(state)
+            self._fgtrain.estimator.load_state_dict(state)
+
+
+def _run_step(module: _Converted, args: tuple[Any, ...]) -> Any:
+    """What Lightning gets from training_step, with the loss of an estimate."""
+    trainer, step = module.trainer, module._fgtrain
+    if isinstance(trainer.strategy.model, DistributedDataParallel):
+        trainer.strategy.model.require_backward_grad_sync = False  # there is no backward pass
+    estimate = _estimate_by(module, step.estimator, trainer.fit_loop.batch_idx)
+
+    def is_usable(found: Estimate) -> bool:
+        return scaler_of(trainer.precision_plugin) is not None or step.divergence.inspect(found, trainer)
+
+    return step.run(module, args, estimate, is_usable)
+
+
+def _estimate_by(module: _Converted, estimator: GradientEstimator, batch_idx: int) -> Callable[[LossFn], Estimate]:
+    trainer, step = module.trainer, module._fgtrain
+    micro_batches = trainer.accumulate_grad_batches
+    return functools.partial(
+        estimate_for_step,
+        trainer.precision_plugin,
+        step.ranks,
+        estimator,
+        module,
+        key=(step.seed, trainer.global_step, batch_idx % micro_batches),
+        tangents=step.tangents,
+        micro_batches=micro_batches,
+    )
 
 
 @functools.cache
@@ -204,8 +223,11 @@ def _converted_class(user_class: type[L.LightningModule]) -> type:
     """A subclass of the user's class whose gradients come from an estimator."""
 
     @functools.wraps(user_class.training_step)  # Lightning reads its signature
-    def training_step(self: _Converted, *args: Any) -> Any:
-        return self._estimate(args)
+    def training_step(self: _Converted, *args: Any, **kwargs: Any) -> Any:
+        step = self._fgtrain
+        if step.is_running or current_hook(self) != "training_step":  # a call of the user, as in validation_step
+            return step.user_step(self, *args, **kwargs)
+        return _run_step(self, args)
 
     names = {"training_step": training_step, "__module__": user_class.__module__, "__doc__": user_class.__doc__}
     return type(user_class.__name__, (_Converted, user_class), names)

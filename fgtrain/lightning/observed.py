@@ -37,6 +37,9 @@ class ObservedStep:
         tangents: whether ranks share the directions.
         user_step: training_step as the user's class defines it.
         divergence: checks the estimates.
+
+    Attributes:
+        is_running: whether an estimator is calling the step.
     """
 
     def __init__(
@@ -55,7 +58,7 @@ class ObservedStep:
         self.divergence = divergence or Divergence(detect_divergence=1000.0)
         self._grads: dict[str, Tensor] = {}
         self._logs: list[_Log] = []
-        self._running = False
+        self.is_running = False
 
     def run(
         self,
@@ -111,13 +114,13 @@ class ObservedStep:
                 output = self.user_step(module, *args)
             return _loss_of(output)
 
-        self._running, found = True, None
+        self.is_running, found = True, None
         try:
             found = estimate(loss_fn)
         except _Skipped:
             pass
         finally:
-            self._running = False
+            self.is_running = False
             snapshot.drop_tangents()
         return found, output
 
@@ -131,9 +134,9 @@ class ObservedStep:
 
     def keep_log(self, name: str, value: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Keep a value to log later while the loss function runs; returns False at any other time."""
-        if self._running:
+        if self.is_running:
             self._logs.append(_Log(name, without_tangents(value), args, kwargs))
-        return self._running
+        return self.is_running
 
 
 class _Log:

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+from contextlib import nullcontext
 
 import lightning as L
 import pytest
@@ -13,8 +14,8 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import nn
 from torch.optim.lr_scheduler import ExponentialLR, ReduceLROnPlateau
 
-from fgtrain import Backprop, ForwardExact, ForwardGradient, LowRank, write_grads
-from fgtrain.errors import ConfigError, DivergenceError, LossError
+from fgtrain import FDFA, Backprop, ForwardExact, ForwardGradient, LocalLosses, LowRank, write_grads
+from fgtrain.errors import CheckpointError, ConfigError, DivergenceError, LossError
 from fgtrain.lightning import EstimatorModule, convert
 from fgtrain.lightning.divergence import Divergence
 from fgtrain.random import keyed_generator
@@ -443,6 +444,65 @@ def test_a_module_may_call_its_own_methods(user_class, tmp_path):
     x, y = next(iter(data()))
     step = exact.training_step([x.double(), y], 0)
     torch.testing.assert_close(step, plain.training_step([x.double(), y], 0))  # outside a run too
+
+
+def test_the_class_of_a_converted_module_makes_plain_ones(tmp_path):
+    module = made(Plain, ForwardGradient())
+    fit(module, tmp_path, max_epochs=1).save_checkpoint(tmp_path / "a.ckpt")
+    loaded = type(module).load_from_checkpoint(tmp_path / "a.ckpt")
+    assert type(loaded) is Plain
+    assert_same(loaded, module)
+    with pytest.raises(ConfigError, match="Derived derives from the class of a converted module; derive it from the"):
+        type("Derived", (type(module),), {})
+
+
+NAMES = set()
+
+
+class Registers(Plain):
+    """Its subclasses have distinct names."""
+
+    def __init_subclass__(cls):
+        assert cls.__name__ not in NAMES
+        NAMES.add(cls.__name__)
+
+
+def test_conversion_registers_no_class():
+    assert isinstance(convert(type("Registered", (Registers,), {})(), ForwardGradient()), Registers)
+
+
+@pytest.mark.parametrize(
+    ("estimator", "fits"), [(FDFA(), True), (Backprop(), True), (LocalLosses(), False)], ids=["same", "none", "other"]
+)
+def test_a_checkpoint_of_another_estimator(estimator, fits, tmp_path):
+    """Its state is left where none is needed, and refused where it does not fit."""
+    before = made(NoDropout, FDFA())
+    fit(before, tmp_path, max_epochs=1).save_checkpoint(tmp_path / "a.ckpt")
+    module = made(NoDropout, estimator)
+    context = nullcontext() if fits else pytest.raises(CheckpointError, match="does not fit LocalLosses; convert with")
+    with context:
+        fit(module, tmp_path, ckpt_path=tmp_path / "a.ckpt", max_epochs=1)
+        assert_same(before, module)
+
+
+class Scaled(NoDropout):
+    scale = 1.0
+
+    def training_step(self, batch, batch_idx):
+        return self.scale * super().training_step(batch, batch_idx)
+
+
+def test_a_second_run_may_have_a_larger_loss(tmp_path):
+    module = made(Scaled, Backprop())
+    for module.scale in (1e-4, 1.0):
+        fit(module, tmp_path)
+
+
+def test_a_trainer_goes_on_with_a_plain_module(tmp_path):
+    trainer = fit(made(Plain, Backprop()), tmp_path, max_epochs=1)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(made(Plain), data(), data())
+    assert trainer.global_step == 12
 
 
 class CallsBackward(Plain):

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fgtrain._torch import is_wrapped
 from fgtrain.distributed import Ranks, TangentsOver
-from fgtrain.errors import ConfigError, LossError
+from fgtrain.errors import CheckpointError, ConfigError, LossError
 from fgtrain.estimators import Estimate, GradientEstimator, write_grads
 from fgtrain.forward_ad.passes import LossFn
 from fgtrain.lightning._lightning import compiler_of, current_hook
@@ -107,7 +107,7 @@ def _require_hooks(module: L.LightningModule) -> None:
 
 def _require_hooks_of_class(module: L.LightningModule) -> None:
     """Refuse a hook that is set on the instance, where it hides the class's."""
-    for name in ("training_step", *vars(_Converted)):
+    for name in {"training_step", *vars(_Converted)} - {"configure_optimizers"}:  # which works without convert's
         hook = vars(module).get(name)
         if hook is not None and getattr(hook, "__func__", None) is not getattr(type(module), name):
             raise ConfigError(
@@ -131,6 +131,15 @@ class _Converted(L.LightningModule):
     """
 
     _fgtrain: ObservedStep
+
+    def __init_subclass__(cls) -> None:  # without the user's, which may keep a register of classes
+        if cls.__bases__[0] is not _Converted:
+            raise ConfigError(
+                f"{cls.__name__} derives from the class of a converted module; derive it from the class that you wrote"
+            )
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:  # as by type(module).load_from_checkpoint
+        return cls.__bases__[1](*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # pickle cannot find the class by its name
         return _restore, (_user_class(self), self.__dict__.copy())
@@ -186,8 +195,16 @@ class _Converted(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        if state := checkpoint.get("fgtrain_estimator"):
-            self._fgtrain.estimator.load_state_dict(state)
+        estimator, state = self._fgtrain.estimator, checkpoint.get("fgtrain_estimator")
+        if not state or not estimator.state_of_model:
+            return
+        try:
+            estimator.load_state_dict(state)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"the checkpoint's state of an estimator does not fit {type(estimator).__name__}; convert with the "
+                'estimator that it was saved with, or delete "fgtrain_estimator" from the checkpoint to begin without'
+            ) from error
 
 
 def _run_step(module: _Converted, args: tuple[Any, ...]) -> Any:
@@ -240,6 +257,6 @@ def _user_class(module: L.LightningModule) -> Any:
 
 def _restore(user_class: type[L.LightningModule], state: dict[str, Any]) -> Any:
     converted: Any = _converted_class(user_class)
-    module = converted.__new__(converted)
+    module = object.__new__(converted)
     module.__dict__.update(state)
     return module

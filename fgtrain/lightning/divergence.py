@@ -63,13 +63,17 @@ class Divergence(L.Callback):
         self.advice = advice
         self._estimator: GradientEstimator | None = None
         self.skipped_steps = 0
-        self._in_a_row = self._above_in_a_row = 0
+        self._in_a_row = 0
         self._batches = 0
-        self._first_loss: float | None = None
-        self._smoothed = self._lowest = math.inf
         self._is_finite = True
         self._buffers: list[Tensor] = []
         self._copies: list[Tensor] = []
+        self._forget_losses()
+
+    def _forget_losses(self) -> None:
+        self._above_in_a_row = 0
+        self._first_loss: float | None = None
+        self._smoothed = self._lowest = math.inf
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -91,8 +95,13 @@ class Divergence(L.Callback):
         self._smoothed = state_dict.get("smoothed_loss", math.inf)
         self._lowest = state_dict.get("lowest_loss", math.inf)
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._forget_losses()  # another run may have another loss; a resumed one gets its losses back after this
+
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         module: Any = pl_module
+        if not hasattr(module, "estimates_at_step"):
+            return  # the Trainer has kept this callback of a module that it trained before
         self._estimator = module.estimates_at_step().estimator
         self._buffers = list(pl_module.buffers())
         self._copies = [b.clone() for b in self._buffers]

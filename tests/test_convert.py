@@ -4,6 +4,7 @@ import copy
 import pickle
 import re
 from contextlib import nullcontext
+from typing import Any
 
 import lightning as L
 import pytest
@@ -496,6 +497,28 @@ def test_a_second_run_may_have_a_larger_loss(tmp_path):
     module = made(Scaled, Backprop())
     for module.scale in (1e-4, 1.0):
         fit(module, tmp_path)
+
+
+def test_fabric_is_refused():
+    module = made(Plain, ForwardGradient())
+    fabric = L.Fabric(accelerator="cpu", devices=1)
+    trained: Any = fabric.setup(module, module.configure_optimizers())[0]
+    trained.mark_forward_method("training_step")
+    with pytest.raises(
+        ConfigError, match="this module is trained by Fabric, which would backpropagate; call the estima"
+    ):
+        trained.training_step(next(iter(data())), 0)
+
+
+@pytest.mark.skipif(not hasattr(L.LightningModule, "to_torchscript"), reason="Lightning has removed it")
+@pytest.mark.filterwarnings("ignore:.*(torch.jit|TorchScript)")
+def test_a_converted_module_can_be_scripted():
+    class Scripted(Plain):
+        def forward(self, x):
+            return self.net(x)
+
+    module, x = made(Scripted, ForwardGradient()), torch.ones(2, 4)
+    assert torch.equal(module.to_torchscript()(x), module.eval()(x))
 
 
 def test_a_trainer_goes_on_with_a_plain_module(tmp_path):

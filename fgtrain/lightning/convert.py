@@ -131,6 +131,7 @@ class _Converted(L.LightningModule):
     """
 
     _fgtrain: ObservedStep
+    __jit_ignored_attributes__ = ("_fgtrain",)  # by torch.jit.script
 
     def __init_subclass__(cls) -> None:  # without the user's, which may keep a register of classes
         if cls.__bases__[0] is not _Converted:
@@ -242,6 +243,11 @@ def _converted_class(user_class: type[L.LightningModule]) -> type:
     @functools.wraps(user_class.training_step)  # Lightning reads its signature
     def training_step(self: _Converted, *args: Any, **kwargs: Any) -> Any:
         step = self._fgtrain
+        if self.fabric is not None:
+            raise ConfigError(
+                "convert serves Lightning's Trainer, and this module is trained by Fabric, which would backpropagate; "
+                "call the estimator with the model and its loss instead"
+            )
         if step.is_running or current_hook(self) != "training_step":  # a call of the user, as in validation_step
             return step.user_step(self, *args, **kwargs)
         return _run_step(self, args)

@@ -238,6 +238,36 @@ class PlainModule(L.LightningModule):
         return MOMENTUM(self.parameters())
 
 
+class Centred(PlainModule):
+    """Its loss depends on a buffer that every batch changes, on each rank by its own examples."""
+
+    centre: torch.Tensor
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(3, dtype=torch.float64))
+
+    def training_step(self, batch, batch_idx):
+        outputs = self.net(batch[0])
+        if self.training:
+            self.centre.mul_(0.5).add_(outputs.detach().mean(0))
+        return F.cross_entropy(outputs - self.centre.clone(), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val", self.training_step(batch, batch_idx), sync_dist=True)
+
+
+def centred(folder):
+    """Weights, buffers and a metric of a plain and a converted module, with a step for every batch or for two."""
+    found = []
+    for micro_batches in (1, 2):
+        for module in (Centred(), convert(Centred(), ESTIMATORS["backprop"]())):
+            options = {"devices": 2, "strategy": "ddp", "accumulate_grad_batches": micro_batches}
+            trainer = fit(module, 6, folder, **options)
+            found.append({**module.state_dict(), "val": trainer.callback_metrics["val"]})
+    return found
+
+
 def converted(folder):
     """Weights of a converted module under Lightning's own DDP and under ours."""
     found = {}

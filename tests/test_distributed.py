@@ -150,6 +150,13 @@ def test_converted_module_on_two_processes(tmp_path):
             assert_close(weights, alone.state_dict())
 
 
+def test_a_converted_module_on_two_processes_shares_its_buffers_as_plain_ones_do(tmp_path):
+    """To rounding: DDP adds the gradients of accumulated batches in another order."""
+    for plain, converted, plain_of_two, converted_of_two in start(2, rank_jobs.centred, tmp_path):
+        assert_close(converted, plain)
+        assert_close(converted_of_two, plain_of_two)
+
+
 def test_ranks_that_disagree_are_stopped(tmp_path):
     for message in start(2, rank_jobs.drift, tmp_path):
         assert message is not None

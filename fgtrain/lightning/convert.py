@@ -21,6 +21,7 @@ from fgtrain.lightning.divergence import Divergence
 from fgtrain.lightning.observed import BACKWARD_CALLED, ObservedStep
 from fgtrain.lightning.optimizers import step_together
 from fgtrain.lightning.step import StepEstimates, estimate_for_step, scaler_of
+from fgtrain.lightning.strategy import expect_no_backward
 
 Module = TypeVar("Module", bound=L.LightningModule)
 
@@ -157,6 +158,8 @@ class _Converted(L.LightningModule):
         super().on_fit_start()
         _require_automatic_optimization(self)
         _require_hooks_of_class(self)
+        if isinstance(self.trainer.strategy.model, DistributedDataParallel):
+            expect_no_backward(self.trainer.strategy.model)
         if self._fgtrain.ranks.size != self.trainer.world_size:
             self._fgtrain.ranks = Ranks()
         self._fgtrain.estimator.to(self.device)
@@ -211,8 +214,6 @@ class _Converted(L.LightningModule):
 def _run_step(module: _Converted, args: tuple[Any, ...]) -> Any:
     """What Lightning gets from training_step, with the loss of an estimate."""
     trainer, step = module.trainer, module._fgtrain
-    if isinstance(trainer.strategy.model, DistributedDataParallel):
-        trainer.strategy.model.require_backward_grad_sync = False  # there is no backward pass
     estimate = _estimate_by(module, step.estimator, trainer.fit_loop.batch_idx)
 
     def is_usable(found: Estimate) -> bool:

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fgtrain.errors import ConfigError
 from fgtrain.estimators import GradientEstimator
@@ -64,6 +65,22 @@ class Sharded(ModelParallelStrategy):
                 for group, before in zip(optimizer.param_groups, saved["param_groups"], strict=True):
                     group |= {name: value for name, value in before.items() if name != "params"}
         return rest | {"state_dict": whole["state_dict"]}
+
+
+def expect_no_backward(ddp: DistributedDataParallel) -> None:
+    """Let DDP broadcast buffers in the forward passes in which it would, but wait for no gradients after them."""
+    reduces = True
+
+    def before(*_: Any) -> None:
+        nonlocal reduces
+        reduces, ddp.require_backward_grad_sync = ddp.require_backward_grad_sync, False
+
+    def after(*_: Any) -> None:
+        ddp.require_backward_grad_sync = reduces
+        ddp.require_forward_param_sync = reduces and torch.is_grad_enabled()  # before the next pass, as DDP sets it
+
+    ddp.register_forward_pre_hook(before)
+    ddp.register_forward_hook(after, always_call=True)
 
 
 @torch.no_grad()

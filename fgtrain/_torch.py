@@ -9,12 +9,14 @@ import sys
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from threading import get_ident
 from typing import Any
 
 import torch
 import torch._functorch.autograd_function
 import torch._functorch.pyfunctorch
 import torch.distributed as dist
+import torch.utils.checkpoint
 from torch import Tensor, fx, nn
 from torch._C import _autograd
 from torch.utils._python_dispatch import TorchDispatchMode as TorchDispatchMode
@@ -23,6 +25,7 @@ from torch.utils._pytree import tree_leaves as tree_leaves
 from torch.utils._pytree import tree_map as tree_map
 from torch.utils._pytree import tree_map_only as tree_map_only
 from torch.utils._pytree import tree_unflatten as tree_unflatten
+from torch.utils.checkpoint import checkpoint
 
 # Above: PyTorch's functions for trees of arguments, and the mode that intercepts every operation.
 
@@ -161,6 +164,28 @@ def saved_tensor_hooks_as_they_were() -> Generator[None]:
             autograd._saved_tensors_hooks_enable()
         else:
             autograd._saved_tensors_hooks_disable(ban)
+
+
+@contextmanager
+def reentrant_checkpoints_replaced() -> Generator[None]:
+    """A context in which this thread's activation checkpoints with `use_reentrant=True` run without it.
+
+    The reentrant variant hides the parameters in it: torch.autograd.grad and forward mode see constants.
+    """
+    thread, before = get_ident(), torch.utils.checkpoint.CheckpointFunction
+
+    class Replaced:
+        @staticmethod
+        def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+            if get_ident() != thread:
+                return before.apply(function, preserve, *args)
+            return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
+
+    vars(torch.utils.checkpoint)["CheckpointFunction"] = Replaced
+    try:
+        yield
+    finally:
+        vars(torch.utils.checkpoint)["CheckpointFunction"] = before
 
 
 @contextmanager

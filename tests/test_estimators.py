@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from fgtrain import (
     FDFA,
@@ -319,3 +320,45 @@ def test_other_parameters_by_functional_call_are_named(estimator):
 
     with pytest.raises(UnsupportedOperation, match=r"torch.func.functional_call[^\n]*Backprop$"):
         estimator(residual(), loss)
+
+
+class Reentrant(nn.Sequential):
+    """Activation checkpointing as PyTorch had it first, and Hugging Face's models still have it."""
+
+    def forward(self, input):  # noqa: A002 - the name of nn.Sequential
+        return checkpoint(super().forward, input, use_reentrant=True)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("needs_grad", [True, False])
+@pytest.mark.parametrize("estimator", [Backprop(), CheckpointedBackprop(), ForwardExact(), Highway()], ids=str)
+def test_reentrant_checkpoints_hide_no_parameter(estimator, needs_grad):
+    def model(kind):
+        torch.manual_seed(0)
+        return nn.Sequential(kind(nn.Linear(3, 4), nn.Tanh()), Residual(kind(nn.Linear(4, 4))), nn.Linear(4, 3))
+
+    def losses(m):
+        return F.cross_entropy(m(INPUTS.clone().requires_grad_(needs_grad)), LABELS, reduction="none")
+
+    expected = Backprop()(model(nn.Sequential), losses).grads
+    torch.testing.assert_close(estimator(model(Reentrant), losses).grads, expected)
+
+
+class Hidden(torch.autograd.Function):
+    """Calls a module, whose parameters no engine sees."""
+
+    @staticmethod
+    def forward(ctx, module, x):
+        return module(x.detach())
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise NotImplementedError
+
+
+def test_a_function_that_may_hide_parameters_is_refused_in_forward_mode():
+    hidden, head = nn.Linear(3, 4).double(), nn.Linear(4, 3).double()
+    model = nn.ModuleList([hidden, head])
+    inputs = INPUTS.clone().requires_grad_()
+    with pytest.raises(UnsupportedOperation, match=r"a custom autograd.Function without jvp"):
+        ForwardGradient()(model, lambda _: head(Hidden.apply(hidden, inputs)).square().sum(1))

@@ -1,6 +1,7 @@
 """The undocumented parts of PyTorch and Lightning that fgtrain uses; a release that changes one fails here by name."""
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
@@ -296,6 +297,17 @@ def test_a_ban_on_hooks_is_undone():
     x = torch.ones(1, requires_grad=True)
     checkpoint(torch.sin, x, use_reentrant=False).sum().backward()  # needs the hooks
     assert x.grad is not None
+
+
+def test_reentrant_checkpoints_are_replaced_in_one_thread():
+    x = torch.ones(1, requires_grad=True)
+
+    def node():
+        return type(checkpoint(torch.sin, x, use_reentrant=True).grad_fn).__name__
+
+    with _torch.reentrant_checkpoints_replaced(), ThreadPoolExecutor(1) as pool:
+        assert (node(), pool.submit(node).result()) == ("SinBackward0", "CheckpointFunctionBackward")
+    assert node() == "CheckpointFunctionBackward"
 
 
 CHANGED = f"Lightning {version('lightning')} has changed"

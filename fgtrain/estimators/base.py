@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fgtrain._torch import reentrant_checkpoints_replaced
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.forward_ad.passes import LossFn
 from fgtrain.network.parameters import one_at_a_time, require_estimable, slots_of
@@ -107,7 +108,7 @@ class GradientEstimator(nn.Module, ABC):
         """
         require_estimable(model, by_backward_pass=self.backward_pass == "whole")
         outside = torch.inference_mode(False) if torch.is_inference_mode_enabled() else torch.enable_grad()
-        with one_at_a_time, outside:
+        with one_at_a_time, outside, reentrant_checkpoints_replaced():
             self._refuse_other_model(model)
             try:
                 estimate = super().__call__(model, loss_fn, generator=generator or self.own_generator(), reduce=reduce)

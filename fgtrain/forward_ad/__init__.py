@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fgtrain._torch import is_compiled
+from fgtrain._torch import is_compiled, reentrant_checkpoints_replaced
 from fgtrain.agreement import agree, agree_but_for_ties, nudge
 from fgtrain.errors import NoTangent
 from fgtrain.forward_ad import native, sharded, stacked
@@ -62,7 +62,7 @@ def directional_derivatives(
     (tensor(9.), tensor([6.]))
     """
     _refuse_other_shapes(model, tangents)
-    with one_at_a_time, torch.inference_mode(False), torch.no_grad():
+    with one_at_a_time, torch.inference_mode(False), torch.no_grad(), reentrant_checkpoints_replaced():
         losses, derivatives = jvp(model, loss_fn, tangents)
     return losses, derivatives if losses.dim() == 0 else derivatives.mean(1)
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction, Function
 from torch.overrides import TorchFunctionMode
 
 from fgtrain._torch import (
@@ -170,6 +171,10 @@ class _CheckedCalls(TorchFunctionMode):
             if node is None or node in self._clean:
                 continue
             self._clean.add(node)
+            if isinstance(node, BackwardCFunction) and type(node)._forward_cls.jvp is Function.jvp:
+                raise NotImplementedError(
+                    "forward AD with a custom autograd.Function without jvp that may use parameters"
+                )
             leaf = getattr(node, "variable", None)
             if leaf is not None and (id(leaf) in self._names or is_stale(leaf)):
                 found.append(leaf)

@@ -6,6 +6,7 @@ compiler are here too; the compiler is imported at its first use, since that tak
 """
 
 import sys
+import traceback
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
@@ -147,6 +148,18 @@ def no_fake_tensor_cache() -> Any:
     import torch._dynamo.config
 
     return torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
+
+
+def release_frames(error: BaseException) -> None:
+    """Free what the calls that led to a caught error hold.
+
+    A tensor that is printed while an operation of it fails leaves a guard in its frame, which sets the dispatcher of
+    the thread to an earlier state when it is freed. A guard of our own restores the present state.
+    """
+    make_guard: Any = torch._C._DisableFuncTorch
+    guard = make_guard()
+    traceback.clear_frames(error.__traceback__)
+    del guard
 
 
 @contextmanager

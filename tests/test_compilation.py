@@ -114,6 +114,22 @@ def test_what_is_traced_is_the_derivative_or_refused(case):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layer", [nn.LayerNorm((4, 5, 5)), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4, affine=True)])
+@pytest.mark.parametrize("moved", ["weight", "bias"])
+def test_one_parameter_of_a_norm_moves_alone(layer, moved):
+    model, x = layer.double(), torch.randn(3, 4, 5, 5, dtype=torch.float64)
+    tangent = torch.randn(2, *getattr(model, moved).shape, dtype=torch.float64)
+
+    def loss(m):
+        return m(x).flatten(1).square().sum(1)
+
+    (gradient,) = torch.autograd.grad(loss(model).mean(), [getattr(model, moved)])
+    expected = (tangent * gradient).flatten(1).sum(1)
+    for engine in (stacked.jvp, CompiledPass(run_as_it_is)):
+        torch.testing.assert_close(derivatives_of(engine)(model, loss, {moved: tangent})[1], expected)
+
+
+@pytest.mark.slow
 def test_a_refused_pass_leaves_checkpointing_as_it_was():
     case = next(case for case in PENALTIES if case.name == "slope by func.vjp")
     model = case.build()

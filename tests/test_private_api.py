@@ -52,6 +52,21 @@ def test_plain_tensors_asks_nobody():
             assert torch.sin(x) == "asked"
 
 
+def test_frames_of_an_error_do_not_change_the_dispatcher_later():
+    def fails():
+        guard = torch._C._DisableFuncTorch()  # as in the repr of a tensor
+        raise RuntimeError("inside", type(guard))
+
+    before, key = torch._C._dispatch_tls_local_exclude_set(), torch._C.DispatchKey.AutogradCPU
+    with (
+        pytest.raises(RuntimeError, match="inside") as found,
+        torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)),
+    ):
+        fails()
+    _torch.release_frames(found.value)
+    assert torch._C._dispatch_tls_local_exclude_set() == before
+
+
 def test_custom_function_call_is_seen_by_modes():
     class Doubled(torch.autograd.Function):
         @staticmethod

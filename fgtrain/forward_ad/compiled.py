@@ -20,7 +20,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fgtrain._torch import compile_graph, no_fake_tensor_cache, plain_tensors, saved_tensor_hooks_as_they_were
+from fgtrain._torch import (
+    compile_graph,
+    no_fake_tensor_cache,
+    plain_tensors,
+    release_frames,
+    saved_tensor_hooks_as_they_were,
+)
 from fgtrain.errors import NoTangent, UserError
 from fgtrain.forward_ad.dual import Dual
 from fgtrain.forward_ad.passes import NO_TANGENT, LossFn, TracedDraws, UnsupportedByEngine, WritesWider, check_losses
@@ -74,6 +80,7 @@ class CompiledJvp:
         except (UserError, UnsupportedByEngine):
             raise
         except Exception as error:
+            release_frames(error)
             raise UnsupportedByEngine(str(error).strip()) from error
         finally:
             self._tangents, self._outputs = {}, []

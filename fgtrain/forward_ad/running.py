@@ -70,6 +70,11 @@ def watch(funcs: Container[Any], saw: Callable[..., None]) -> bool:
     return True
 
 
+def is_traced() -> bool:
+    """Whether a pass runs to be compiled."""
+    return current.running is not None and current.running.draws is not None
+
+
 def num_traced_draws() -> int:
     """The draws of random numbers so far, if the pass is traced; else 0."""
     running = current.running

@@ -141,7 +141,7 @@ def _plus_product(total: Tensor | None, a: Tensor, b: Tensor, sign: int = 1) -> 
 def _layer_norm(
     x: Any, shape: Any, weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn_enable: bool = True
 ) -> Any:
-    if not isinstance(x, Dual) or _mixes_dtypes(x, weight):
+    if _mixes_dtypes(x, weight):
         return NotImplemented
     px, xt = _as_autocast(primal_of(x)), _as_autocast(tangent_of(x))
     unit, mean, scale = torch.native_layer_norm(px, shape, None, None, eps)
@@ -149,14 +149,15 @@ def _layer_norm(
     def push(t: Tensor) -> Tensor:
         return aten.native_layer_norm_backward.default(t, px, shape, mean, scale, None, None, [True, False, False])[0]
 
-    return _affine(unit, each(push, xt), weight, bias, lambda values: aligned(values, px.dim()))
+    moved = None if xt is None else each(push, xt)
+    return _affine(unit, moved, weight, bias, lambda values: aligned(values, px.dim()))
 
 
 @register("group_norm")
 def _group_norm(
     x: Any, groups: int, weight: Any = None, bias: Any = None, eps: float = 1e-5, cudnn_enabled: bool = True
 ) -> Any:
-    if not isinstance(x, Dual) or _mixes_dtypes(x, weight):
+    if _mixes_dtypes(x, weight):
         return NotImplemented
     px, xt = _as_autocast(primal_of(x)).contiguous(), _as_autocast(tangent_of(x))
     sizes = (px.shape[0], px.shape[1], math.prod(px.shape[2:]), groups)
@@ -166,8 +167,8 @@ def _group_norm(
         only_input = [True, False, False]
         return aten.native_group_norm_backward.default(t.contiguous(), px, mean, scale, None, *sizes, only_input)[0]
 
-    spatial = [1] * (px.dim() - 2)
-    return _affine(unit, each(push, xt), weight, bias, lambda values: values.view(len(values), 1, -1, *spatial))
+    moved, spatial = None if xt is None else each(push, xt), [1] * (px.dim() - 2)
+    return _affine(unit, moved, weight, bias, lambda values: values.view(len(values), 1, -1, *spatial))
 
 
 def _mixes_dtypes(x: Tensor, weight: Any) -> bool:
@@ -175,24 +176,26 @@ def _mixes_dtypes(x: Tensor, weight: Any) -> bool:
     return x.device.type == "cpu" and weight is not None and weight.dtype != x.dtype
 
 
-def _as_autocast(x: Tensor) -> Tensor:
-    """The input of a normalisation under autocast, which computes it in float32, except on the CPU."""
+def _as_autocast(x: Any) -> Any:
+    """The input of a normalisation under autocast, which computes it in float32, except on the CPU; or None."""
+    if x is None:
+        return None
     device = x.device.type
     is_half = x.dtype in (torch.float16, torch.bfloat16)
     return x.float() if is_half and device != "cpu" and torch.is_autocast_enabled(device) else x
 
 
-def _affine(unit: Tensor, tangent: Tensor, weight: Any, bias: Any, place: Any) -> Tensor:
+def _affine(unit: Tensor, tangent: Tensor | None, weight: Any, bias: Any, place: Any) -> Tensor:
     """The tangents of unit * weight + bias; `place` shapes K values per parameter for (K, *unit.shape)."""
     primal, wt, bt = unit, tangent_of(weight), tangent_of(bias)
     if weight is not None:
         scale = place(primal_of(weight)[None])
         primal = primal * scale[0] if bias is None else torch.addcmul(place(primal_of(bias)[None])[0], primal, scale[0])
-        tangent = tangent * scale
+        tangent = None if tangent is None else tangent * scale
     elif bias is not None:
         primal = primal + place(primal_of(bias)[None])[0]
     if wt is not None:
-        tangent = tangent.addcmul_(unit, place(wt))
+        tangent = unit * place(wt) if tangent is None else tangent.addcmul_(unit, place(wt))
     if bt is not None:
-        tangent = tangent.add_(place(bt))
+        tangent = place(bt).expand(-1, *unit.shape).clone() if tangent is None else tangent.add_(place(bt))
     return dual(primal, tangent)

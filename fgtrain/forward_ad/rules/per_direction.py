@@ -11,7 +11,7 @@ from fgtrain.forward_ad.dual import Dual, dual, primal_of, tangent_of
 from fgtrain.forward_ad.lost_derivatives import is_differentiable
 from fgtrain.forward_ad.passes import UnsupportedByEngine
 from fgtrain.forward_ad.registry import Rule
-from fgtrain.forward_ad.running import num_traced_draws
+from fgtrain.forward_ad.running import is_traced, num_traced_draws
 from fgtrain.forward_ad.steep import STEEP, call_steep
 from fgtrain.network.snapshot import TorchRandomState
 
@@ -26,6 +26,8 @@ def per_direction(func: Any) -> Rule:
         num_tangents = pairs[0][2].shape[0]
         random_state = TorchRandomState({primal.device for _, primal, _ in pairs}) if num_tangents > 1 else None
         plain = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and not isinstance(leaf, Dual)]
+        # A missing tangent is a tensor of zeros without memory, which cannot be traced.
+        still = [i for i in plain if is_traced() and is_differentiable(leaves[i])]
         untouched = [leaves[i].clone() for i in plain] if num_tangents > 1 else []
         columns, out_spec, drawn = [], None, num_traced_draws()
         for k in range(num_tangents):
@@ -39,6 +41,8 @@ def per_direction(func: Any) -> Rule:
             with fwAD.dual_level():
                 for i, primal, tangent in pairs:
                     leaves[i] = fwAD.make_dual(primal, tangent[k])
+                for i in still:
+                    leaves[i] = fwAD.make_dual(leaves[i], torch.zeros_like(leaves[i]))
                 positional, keywords = tree_unflatten(leaves, spec)
                 found = call_steep(func, positional, keywords) if func in STEEP else func(*positional, **keywords)
                 outputs, out_spec = tree_flatten(found)

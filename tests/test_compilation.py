@@ -114,7 +114,7 @@ def test_what_is_traced_is_the_derivative_or_refused(case):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layer", [nn.LayerNorm((4, 5, 5)), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4, affine=True)])
+@pytest.mark.parametrize("layer", [nn.LayerNorm([4, 5, 5]), nn.GroupNorm(2, 4), nn.InstanceNorm2d(4, affine=True)])
 @pytest.mark.parametrize("moved", ["weight", "bias"])
 def test_one_parameter_of_a_norm_moves_alone(layer, moved):
     model, x = layer.double(), torch.randn(3, 4, 5, 5, dtype=torch.float64)
@@ -219,6 +219,29 @@ def test_a_rounding_error_that_decides_a_comparison_is_no_error_of_the_compiler(
     torch.testing.assert_close(jvp(model, lambda m: m(x).square().sum(1), tangents), expected, rtol=0, atol=0)
     assert [plan.first for plan in slots_of(model).cached(_Engines, dict)._plans.values()] == [0 if is_used else 1]
     assert ("the compiled derivatives differ" in caplog.text) != is_used
+
+
+class CallsCounted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.calls = nn.Linear(3, 2), 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.calls * self.linear(x)
+
+
+@pytest.mark.slow
+def test_a_pass_that_is_compiled_again_counts_once(monkeypatch):
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs, options: graph)
+    plain, x = CallsCounted(), torch.randn(5, 3)
+    model = copy.deepcopy(plain)
+    model.compile()
+    tangents = Normal().sample(dict(model.named_parameters()), [0])
+    for num_calls in range(1, 12):  # after eight versions, the passes run uncompiled
+        found = [jvp(each, lambda m: m(x).square().sum(1), tangents) for each in (plain, model)]
+        torch.testing.assert_close(*found)
+        assert plain.calls == model.calls == num_calls
 
 
 def test_without_the_compiler_as_the_user_asked(caplog):

@@ -41,6 +41,10 @@ def inductor(graph: fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
     return compile_graph(graph, inputs, OPTIONS)
 
 
+def _nothing() -> None:
+    pass
+
+
 class CompiledJvp:
     """A function that is traced once, and then carries tangents as one compiled function.
 
@@ -62,18 +66,22 @@ class CompiledJvp:
         self._run = torch.compile(own, backend=self._differentiate, fullgraph=True, dynamic=False)
         self._tangents: Mapping[int, Tangent] = {}
         self._outputs: list[tuple[Tensor, Tensor | None]] = []
+        self._before_compiling: Callable[[], None] = _nothing
 
-    def __call__(self, tangents: Mapping[int, Tangent], *args: Any) -> tuple[Any, list[tuple[Tensor, Tensor | None]]]:
+    def __call__(
+        self, tangents: Mapping[int, Tangent], *args: Any, before_compiling: Callable[[], None] = _nothing
+    ) -> tuple[Any, list[tuple[Tensor, Tensor | None]]]:
         """function(*args), and the tensors that it computed, each with its tangents or None.
 
         Args:
             tangents: {id of a tensor that the function reads: its tangents}.
             args: of the function.
+            before_compiling: called if this call compiles, before the function has changed any state.
 
         Raises:
             UnsupportedByEngine: the function cannot be compiled.
         """
-        self._tangents = tangents
+        self._tangents, self._before_compiling = tangents, before_compiling
         try:
             with torch.enable_grad():  # to recognise the model's no_grad
                 return self._run(*args), self._outputs
@@ -83,7 +91,7 @@ class CompiledJvp:
             release_frames(error)
             raise UnsupportedByEngine(str(error).strip()) from error
         finally:
-            self._tangents, self._outputs = {}, []
+            self._tangents, self._outputs, self._before_compiling = {}, [], _nothing
 
     def _differentiate(self, graph: fx.GraphModule, _: list[Any]) -> Callable[..., tuple[Tensor, ...]]:
         """Turn Dynamo's trace into a function that runs it on values and stores the tangents in `_outputs`."""
@@ -96,6 +104,7 @@ class CompiledJvp:
             key = (*(i for i, _ in moving), *(form.key for form in forms))
             with torch.no_grad():
                 if key not in compiled:
+                    self._before_compiling()
                     compiled[key] = self._backend(*_derived(graph, inputs, [i for i, _ in moving], forms))
                     self.num_compilations += 1
                 found = compiled[key](*inputs, *parts)
@@ -106,7 +115,7 @@ class CompiledJvp:
 
 
 class CompiledPass:
-    """The compiled engine of one model; called like `fgtrain.forward_ad.jvp`.
+    """The compiled engine of one model; called like `fgtrain.forward_ad.jvp`, or with `before_compiling` too.
 
     Args:
         backend: turns a graph of plain tensors into a function.
@@ -124,19 +133,26 @@ class CompiledPass:
         """The number of functions compiled so far."""
         return self._jvp.num_compilations
 
-    def __call__(self, model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> tuple[Tensor, Tensor]:
+    def __call__(
+        self,
+        model: nn.Module,
+        loss_fn: LossFn,
+        tangents: Mapping[str, Tangent],
+        before_compiling: Callable[[], None] = _nothing,
+    ) -> tuple[Tensor, Tensor]:
         params = slots_of(model).params
         if self._writes_wider:
             tangents = all_dense(tangents)
         moving = {id(params[name]): tangent for name, tangent in tangents.items()}
         try:
             with saved_tensor_hooks_as_they_were():
-                found, computed = self._jvp(moving, _with_defaults_as_keywords(loss_fn), model)
+                loss_fn = _with_defaults_as_keywords(loss_fn)
+                found, computed = self._jvp(moving, loss_fn, model, before_compiling=before_compiling)
         except WritesWider:  # while it is traced, so nothing has run
             if self._writes_wider:
                 raise
             self._writes_wider = True
-            return self(model, loss_fn, tangents)
+            return self(model, loss_fn, tangents, before_compiling)
         losses = check_losses(found)
         derivatives = next((tangent for value, tangent in computed if value is losses), None)
         if derivatives is None:

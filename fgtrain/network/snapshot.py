@@ -56,6 +56,9 @@ class Snapshot:
                 "a step; change it after the step, for example in on_train_batch_end"
             )
 
+    def complete(self, model: nn.Module) -> None:
+        """As `LightSnapshot.complete`; nothing is missing."""
+
     def _norms_of_frozen(self) -> Sequence[Tensor]:
         return foreach_norm([p.detach() for p in self._frozen.values()], 2) if self._frozen else ()
 
@@ -64,13 +67,20 @@ class Snapshot:
 
 
 class LightSnapshot:
-    """As `Snapshot`, but does not restore attributes or the random states of NumPy and Python."""
+    """As `Snapshot`, but does not restore attributes or the random states of NumPy and Python, unless completed."""
 
     def __init__(self, slots: ParameterSlots) -> None:
         self._buffers = Buffers(slots)
         self._random_state = TorchRandomState({p.device for p in slots.params.values()})
+        self._rest: Snapshot | None = None
+
+    def complete(self, model: nn.Module) -> None:
+        """Save the rest of the state, too, before any of it has changed."""
+        self._rest = Snapshot(model)
 
     def restore(self) -> None:
+        if self._rest is not None:
+            self._rest.restore()
         self._buffers.restore()
         self._random_state.restore()
 

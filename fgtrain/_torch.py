@@ -5,6 +5,7 @@ release that changes one of them breaks only this file, and tests/test_private_a
 compiler are here too; the compiler is imported at its first use, since that takes seconds.
 """
 
+import logging
 import sys
 import traceback
 from collections.abc import Callable, Generator, Mapping
@@ -148,6 +149,17 @@ def no_fake_tensor_cache() -> Any:
     import torch._dynamo.config
 
     return torch._dynamo.config.patch(fake_tensor_cache_enabled=False)
+
+
+@contextmanager
+def no_report_of_refused_shapes() -> Generator[None]:
+    """A context in which PyTorch raises an error where a shape depends on values, but does not print it, too."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    was_disabled, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = was_disabled
 
 
 def release_frames(error: BaseException) -> None:

@@ -170,14 +170,22 @@ def test_a_compiled_model_has_compiled_derivatives(fresh, caplog):
     assert not [record for record in caplog.records if record.name.startswith("fgtrain")]
 
 
+class Positive(nn.Module):
+    """Adds the sum of the positive numbers."""
+
+    def forward(self, x):
+        return x + x[x > 0].sum()
+
+
 @pytest.mark.parametrize(
     ("layer", "reason"),
     [
         (nn.RReLU(), "random numbers that must be the same for every direction"),
         (nn.AlphaDropout(0.5), "random numbers that must be the same for every direction"),
+        (Positive(), "Could not guard on data-dependent expression"),
     ],
 )
-def test_what_cannot_be_compiled_runs_as_it_is_written(layer, reason, caplog):
+def test_what_cannot_be_compiled_runs_as_it_is_written(layer, reason, caplog, capfd):
     model = nn.Sequential(nn.Linear(5, 4), layer, nn.Linear(4, 2))
     tangents = LowRank().sample(dict(model.named_parameters()), [0, 1])
     x, found = torch.randn(3, 5), []
@@ -187,6 +195,7 @@ def test_what_cannot_be_compiled_runs_as_it_is_written(layer, reason, caplog):
         model.compile()
     torch.testing.assert_close(*found)
     assert f"the derivatives of Sequential are computed uncompiled: {reason}" in caplog.text
+    assert "Traceback" not in capfd.readouterr().err
 
 
 def test_a_compiler_that_errs_is_not_used(monkeypatch, caplog):

@@ -23,6 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from fgtrain._torch import (
     compile_graph,
     no_fake_tensor_cache,
+    no_report_of_refused_shapes,
     plain_tensors,
     release_frames,
     saved_tensor_hooks_as_they_were,
@@ -223,7 +224,7 @@ def _derived(
 
     flat = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
     flat += [part for form in forms for part in form.parts]
-    with no_fake_tensor_cache():
+    with no_fake_tensor_cache(), no_report_of_refused_shapes():
         return make_fx(along, tracing_mode="fake")(*flat), flat
 
 

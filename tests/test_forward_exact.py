@@ -1,6 +1,7 @@
 """The exact gradient by forward mode, beyond what tests/test_methods.py holds of every exact method."""
 
 import logging
+from collections import OrderedDict, defaultdict, deque
 
 import pytest
 import torch
@@ -92,6 +93,28 @@ def test_many_parameters_are_told_once(caplog):
             estimator(model, lambda m: m(torch.ones(1, 5000)).sum(1))
     (record,) = caplog.records
     assert record.getMessage() == "ForwardExact takes 10002 derivatives a step, one for every parameter"
+
+
+class Counting(nn.Module):
+    def __init__(self, kept):
+        super().__init__()
+        self.layer, self.kept = nn.Linear(3, 2), kept
+
+    def forward(self, x):
+        number = len(self.kept) + 1
+        if isinstance(self.kept, dict):
+            self.kept[number] = number
+        else:
+            (self.kept.add if isinstance(self.kept, set) else self.kept.append)(number)
+        return number * self.layer(x)
+
+
+@pytest.mark.parametrize("kept", [[], deque(maxlen=9), set(), defaultdict(int), OrderedDict()], ids=type)
+def test_what_a_pass_adds_to_a_container_is_added_once_a_step(kept):
+    for step in (1, 2):
+        grads = ForwardExact(1)(Counting(kept), lambda m: m(torch.ones(1, 3)).sum(1)).grads
+        assert list(kept) == list(range(1, step + 1))
+        assert grads["layer.bias"].tolist() == [step, step]
 
 
 @pytest.mark.parametrize("chunk_size", [0, -1, 2.5])

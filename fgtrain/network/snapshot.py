@@ -4,6 +4,7 @@ A loss that runs several times starts each time from the same snapshot. So every
 the last one leaves the state that a single forward pass leaves.
 """
 
+from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -119,7 +120,7 @@ class TorchRandomState:
 
 
 class Attributes:
-    """A copy of the attributes of a model's modules, with the contents of their lists, dictionaries and tensors."""
+    """A copy of the attributes of a model's modules, with the contents of those that are containers or tensors."""
 
     def __init__(self, model: nn.Module) -> None:
         self._before = [
@@ -127,7 +128,7 @@ class Attributes:
             for attributes in map(vars, model.modules())
         ]
         values = [value for _, before in self._before for value in before.values()]
-        self._containers = [(x, x.copy()) for x in values if type(x) in (dict, list)]
+        self._containers = [(x, _content(x)) for x in values if isinstance(x, (dict, list, set, deque))]
         self._tensors = [(x, x._version, x.detach().clone()) for x in values if type(x) is Tensor and x.grad_fn is None]
 
     def restore(self) -> None:
@@ -139,12 +140,16 @@ class Attributes:
                 if attributes.get(name, attributes) is not value:
                     attributes[name] = value
         for container, content in self._containers:
-            if not _same(container, content):
+            if not _same(_content(container), content):
                 container.clear()
-                container.update(content) if isinstance(container, dict) else container.extend(content)
+                container.update(content) if isinstance(container, (dict, set)) else container.extend(content)
         for x, version, value in self._tensors:
             if x._version != version:
                 x.data.copy_(value)
+
+
+def _content(container: Any) -> Any:
+    return dict(container) if isinstance(container, dict) else list(container)
 
 
 def _same(now: Any, before: Any) -> bool:

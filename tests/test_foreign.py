@@ -13,15 +13,19 @@ from fgtrain import (
     SPSA,
     ActivityPerturbation,
     Backprop,
+    CheckpointedBackprop,
     ForwardExact,
     ForwardGradient,
     GaussNewton,
+    Highway,
+    LocalLosses,
     MeZO,
     Normal,
     SecondOrder,
 )
 from fgtrain.errors import ModelError, UnsupportedOperation
 from fgtrain.estimators.second_order import curvature_in_span
+from fgtrain.models import Residual
 from fgtrain.tangents.directions import dense
 from tests.cases import Case
 from tests.derivatives import assert_derivatives, exact_hessian, reference
@@ -388,11 +392,105 @@ def test_a_loss_that_freezes_and_unfreezes(change, before):
         change(model.bias, not before)
         return model(X).square().sum(1)
 
-    for estimator in (ForwardGradient(num_tangents=2), GaussNewton(num_tangents=2)):
+    for estimator in [*WITHOUT_BACKWARD, ActivityPerturbation(), ActivityPerturbation(memory="replay"), FDFA()]:
         with pytest.raises(UnsupportedOperation, match=rf"sets requires_grad={not before} of 'bias'; do this before"):
             estimator(model, loss)
     estimate = Backprop()(model, loss)
     assert ("bias" in estimate.grads) == (model.bias.requires_grad) == (not before)
+
+
+def test_a_loss_that_freezes_the_parameter_itself():
+    model = nn.Linear(4, 3).double()
+    held = model.bias
+
+    def loss(m):
+        held.requires_grad_(False)
+        return m(X).square().sum(1)
+
+    for estimator in WITHOUT_BACKWARD:
+        with pytest.raises(UnsupportedOperation, match=r"sets requires_grad=False of 'bias'"):
+            estimator(model, loss)
+
+
+def test_local_losses_of_a_loss_that_trains_other_blocks_again():
+    model = nn.Sequential(nn.Linear(4, 4), Residual(nn.Linear(4, 4)), Residual(nn.Linear(4, 4))).double()
+    with pytest.raises(UnsupportedOperation, match=r"sets requires_grad=True of 'a parameter of shape \(4, 4\)'"):
+        LocalLosses(Backprop(), head="tail")(model, lambda m: m.requires_grad_(True)(X).square().sum(1))
+
+
+# --- parameters that a loss asks whether they are trained ----------------------------------------------------------
+
+
+def of_trained(m):
+    """A loss with the norm of all parameters that are trained."""
+    return m(X).square().sum(1) + torch.stack([p.square().sum() for p in m.parameters() if p.requires_grad]).norm()
+
+
+def partly_frozen():
+    torch.manual_seed(0)
+    layers = [nn.Linear(4, 4), *(Residual(nn.Sequential(nn.Linear(4, 4), nn.Tanh())) for _ in range(2))]
+    model = nn.Sequential(*layers, nn.Linear(4, 3)).double()
+    model[0].requires_grad_(False)
+    return model
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        *(SPSA(epsilon=1e-6), MeZO(epsilon=1e-6), ForwardExact(chunk_size=5), ForwardGradient(), SecondOrder()),
+        *(Highway(), LocalLosses(Backprop(), head="tail"), CheckpointedBackprop()),
+    ],
+    ids=lambda e: type(e).__name__,
+)
+def test_a_penalty_on_the_parameters_that_are_trained(estimator):
+    exact = Backprop()(partly_frozen(), of_trained)
+    model = partly_frozen()
+    found = estimator(model, of_trained, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(found.loss, exact.loss, rtol=1e-5, atol=0)
+    assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in partly_frozen().parameters()]
+    if isinstance(estimator, ForwardExact):
+        assert_is(found.grads, exact.grads)
+    if isinstance(estimator, (SPSA, MeZO)):
+        assert found.directional_derivatives is not None
+        directions = flat({name: g / found.directional_derivatives for name, g in found.grads.items()})
+        torch.testing.assert_close(found.directional_derivatives[0], flat(exact.grads) @ directions, rtol=1e-6, atol=0)
+
+
+def test_curvature_of_a_penalty_on_the_parameters_that_are_trained():
+    model = nn.Linear(4, 3).double()
+    params = list(model.parameters())
+
+    def loss(m, past_model=False):
+        return m(X).sin().sum(1) + sum(p.exp().sum() for p in (params if past_model else m.parameters()))
+
+    case = Case("penalty", lambda: copy.deepcopy(model), loss)
+    tangents = {name: dense(t) for name, t in Normal().sample(dict(model.named_parameters()), range(3)).items()}
+    v = torch.cat([tangents[name].flatten(1) for name in sorted(tangents)], 1)
+    for past_model in (False, True):
+        with torch.no_grad():
+            _, _, curvature = curvature_in_span(model, lambda m, at=past_model: loss(m, at), tangents)
+        torch.testing.assert_close(curvature, v @ exact_hessian(case) @ v.T)
+
+
+@pytest.mark.parametrize("estimator", [SPSA(), MeZO()], ids=lambda e: type(e).__name__)
+def test_parameters_that_a_loss_holds_itself_are_not_moved_by_differences(estimator):
+    model = nn.Linear(4, 3).double()
+    weight = model.weight
+    with pytest.raises(UnsupportedOperation, match=r"uses 'weight' past the model, .*; read it from the model"):
+        estimator(model, lambda m: m(X).square().sum(1) + weight.square().sum())
+
+
+@pytest.mark.parametrize("estimator", [SPSA(), MeZO(), ForwardExact(4)], ids=lambda e: type(e).__name__)
+def test_a_copy_of_the_model_in_the_loss(estimator):
+    """A teacher that the loss copies is a constant, whose parameters may be frozen."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3)).double()
+    model[0].requires_grad_(False)
+
+    def loss(m):
+        return (m(X) - copy.deepcopy(m).requires_grad_(False)(X) + 1).square().sum(1)
+
+    found = estimator(model, loss)
+    torch.testing.assert_close(found.loss, torch.tensor(3.0, dtype=torch.float64), rtol=1e-4, atol=0)
 
 
 # --- what a pass writes ---------------------------------------------------------------------------------------------

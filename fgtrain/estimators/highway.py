@@ -1,7 +1,7 @@
 """The gradient after the last residual block, sent back along the skips to every block."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from fgtrain.estimators.highway_forward import (
 )
 from fgtrain.forward_ad.passes import LossFn, plain_losses
 from fgtrain.network.blocks import cut_between_blocks, find_blocks, frozen, has_identity_skip, list_of_names
-from fgtrain.network.parameters import slots_of, trainable_params
+from fgtrain.network.parameters import refuse_freezing, slots_of, trainable_params
 from fgtrain.network.residual_blocks import ResidualBlocks
 from fgtrain.network.snapshot import Snapshot
 
@@ -158,9 +158,9 @@ class Highway(GradientEstimator):
             names = {id(p): name for name, p in params.items()}
             with learning as found, torch.enable_grad():
                 loss_fn(model)
-            if any(id(p) not in names for p, _ in found):
-                raise UnsupportedOperation(OTHER_PARAMS)
             for p, g in found:
+                if id(p) not in names:
+                    _refuse_other(p, model)
                 add_grad(grads, names[id(p)], g)
         return Estimate(losses.mean(), average_grads({name: grads[name] for name in params if name in grads}, reduce))
 
@@ -220,3 +220,11 @@ class Highway(GradientEstimator):
 
     def extra_repr(self) -> str:
         return f"blocks={self.blocks}, chunk_size={self.chunk_size}, iterations={self.iterations}"
+
+
+def _refuse_other(p: Tensor, model: nn.Module) -> NoReturn:
+    """Refuse a parameter of a block that is no parameter of the model, or was not trained before the call."""
+    for name, own in slots_of(model).params.items():
+        if own is p:
+            refuse_freezing(name, True)
+    raise UnsupportedOperation(OTHER_PARAMS)

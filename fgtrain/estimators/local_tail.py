@@ -14,7 +14,7 @@ from fgtrain.estimators.gradients import add_grad
 from fgtrain.forward_ad.native import value_of
 from fgtrain.forward_ad.passes import LossFn, plain_losses
 from fgtrain.network.blocks import Forward, entering, find_blocks, forwards_replaced, frozen, keeps_shape
-from fgtrain.network.parameters import slots_of, trainable_params
+from fgtrain.network.parameters import refuse_freezing, slots_of, trainable_params
 from fgtrain.network.snapshot import Snapshot
 
 
@@ -54,11 +54,15 @@ def local_gradients(
             snapshot.restore()
             own = {p for n in [name, *chain.around[i]] for p in modules[n].parameters(recurse=n == name)}
             run = _OneBlock([modules[n] for n in chain.names], chain.outputs, i, ahead)
-            with frozen(p for p in model.parameters() if p not in own), forwards_replaced(run.forwards):
+            with forwards_replaced(run.forwards):
                 if any(p.requires_grad for p in own):
-                    found = estimator(model, loss_fn, generator=generator).grads
+                    with frozen(p for p in model.parameters() if p not in own):
+                        found = estimator(model, loss_fn, generator=generator).grads
                     for at, g in found.items():
-                        add_grad(grads, trained[id(slots_of(model).params[at])], g)  # tied: several local losses
+                        own_name = trained.get(id(slots_of(model).params[at]))
+                        if own_name is None:
+                            refuse_freezing(at, True)
+                        add_grad(grads, own_name, g)  # tied: several local losses
                 if not run.held or not estimator.loss_at_parameters:
                     run.held.clear()
                     snapshot.restore_random_state()

@@ -68,7 +68,7 @@ class _DrawnAgain:
         def moved(i: int, p: Tensor) -> Tensor:
             return torch.add(p, self._direction(p, i, self._seeds[k]), alpha=distance)
 
-        return {name: Displaced(p.detach(), moved, i) for i, (name, p) in enumerate(self._params.items())}
+        return {name: Displaced(p.detach(), moved, i, name) for i, (name, p) in enumerate(self._params.items())}
 
     @torch.no_grad()
     def weighted_sum(self, weights: Tensor) -> dict[str, Tensor]:

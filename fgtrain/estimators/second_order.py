@@ -117,7 +117,9 @@ def curvature_in_span(
     stacked = tuple(tangents[name] for name in names)
 
     def loss_at(*values: Tensor) -> Tensor:
-        with slots.params_replaced(dict(zip(names, values, strict=True))), _own_buffers(model):
+        moving = dict(zip(names, values, strict=True))
+        calls.move(moving)
+        with slots.params_replaced(moving), _own_buffers(model):
             return check_losses(loss_fn(model)).mean()
 
     def slope(values: tuple[Tensor, ...], v: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -132,7 +134,8 @@ def curvature_in_span(
 
     snapshot.restore()
     # Gradients are enabled because PyTorch then chooses rules that can be differentiated again; no graph is recorded.
-    with no_fast_paths(), CorrectSecondDerivatives(), named_errors(model, second=True), torch.enable_grad():
+    calls = CorrectSecondDerivatives(slots.params)
+    with no_fast_paths(), calls, named_errors(model, second=True), torch.enable_grad():
         rows = vmap(row, randomness="same", out_dims=(None, None, 0))
         loss, first, second = rows(stacked)
     if any(True for _ in model.buffers()):

@@ -33,6 +33,7 @@ from fgtrain.forward_ad.registry import FALLBACKS, Rule
 from fgtrain.forward_ad.rules.compositions import COMPOSITIONS, by_place
 from fgtrain.forward_ad.running import current, running_pass
 from fgtrain.forward_ad.stale import stale_message
+from fgtrain.network.parameters import AsParameter
 from fgtrain.tangents.directions import LastTangent, LowRankTangent, Tangent, num_in, padded
 
 
@@ -48,6 +49,7 @@ class Dual(Tensor):
     tangent: Any  # Tangent; the dual of a parameter has None between two passes
     of_pass: running_pass | None
     is_copy: bool = False  # a copy of another dual with more directions, whose value it shares
+    param_name: str = ""  # of the parameter that it stands for
 
     @staticmethod
     def __new__(cls: type, primal: Tensor, tangent: Tangent, *_: Any) -> "Dual":
@@ -222,7 +224,7 @@ def primal_of(x: Any) -> Any:
             raise UnsupportedByEngine(f"{type(x.grad_fn).__name__} was recorded for a backward pass")
         if isinstance(x, Dual):
             return x.primal
-        if x.requires_grad:
+        if x.requires_grad and not isinstance(x, AsParameter):
             raise UnsupportedByEngine("a tensor that is not a parameter of the model requires a gradient")
     return x
 

@@ -11,12 +11,10 @@ from typing import Any
 import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor, nn
-from torch.autograd.function import BackwardCFunction, Function
 from torch.overrides import TorchFunctionMode
 
 from fgtrain._torch import (
     REQUIRES_GRAD,
-    SET_REQUIRES_GRAD,
     eager_functions,
     is_inside_transform,
     no_overrides,
@@ -27,10 +25,11 @@ from fgtrain.errors import NoTangent, UnsupportedOperation
 from fgtrain.forward_ad.dual import Dual
 from fgtrain.forward_ad.lost_derivatives import refuse_if_lost
 from fgtrain.forward_ad.named_errors import named_errors
+from fgtrain.forward_ad.originals import SETS_REQUIRES_GRAD, Originals
 from fgtrain.forward_ad.passes import NO_TANGENT, LossFn, check_losses
 from fgtrain.forward_ad.rules.compositions import COMPOSITIONS, by_place, no_backward
 from fgtrain.forward_ad.rules.opened import opened
-from fgtrain.forward_ad.stale import as_stale, is_stale, release, stale_message
+from fgtrain.forward_ad.stale import as_stale, release
 from fgtrain.forward_ad.steep import IN_PLACE, STEEP, call_steep
 from fgtrain.network.parameters import slots_of
 from fgtrain.network.snapshot import Snapshot
@@ -57,9 +56,10 @@ def jvp(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> t
                 snapshot.restore()
             with fwAD.dual_level():
                 duals = {n: fwAD.make_dual(slots.params[n].detach(), v[k]) for n, v in directions.items()}
-                with slots.params_replaced(duals), _CheckedCalls(model, slots.params, duals) as calls:
+                originals = Originals(slots.params, duals)
+                with slots.params_replaced(duals), _CheckedCalls(originals):
                     found = loss_fn(model)
-                pair = fwAD.unpack_dual(calls.checked(check_losses(found)))
+                pair = fwAD.unpack_dual(originals.checked(check_losses(found)))
                 release(model, lambda x: as_stale(value_of(x)) if has_tangent(x) else None)
                 if pair.tangent is None:
                     raise NoTangent(NO_TANGENT)
@@ -101,29 +101,24 @@ class _CheckedCalls(TorchFunctionMode):
     that PyTorch implements in Python is opened, so that the calls in it are checked too.
 
     Args:
-        model: the model, with the duals in place of its parameters.
-        params: {name: parameter} of the model.
-        duals: {name: dual} of the parameters that have a tangent.
+        originals: the parameters that the pass replaces by duals.
     """
 
-    def __init__(self, model: nn.Module, params: Mapping[str, Tensor], duals: Mapping[str, Tensor]) -> None:
+    def __init__(self, originals: Originals) -> None:
         super().__init__()
-        self._model = model
-        self._names = {id(p): name for name, p in params.items()}
-        self._duals = duals
-        self._clean: set[Any] = set()  # graph nodes that depend on no parameter
+        self._originals = originals
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in (Tensor.requires_grad_, SET_REQUIRES_GRAD):
-            self._refuse_freezing(*args, **kwargs)
+        if func in SETS_REQUIRES_GRAD:
+            self._originals.refuse_freezing(*args, **kwargs)
         if not torch.is_grad_enabled():  # the model's no_grad: constants, as for backpropagation
             return func(*tree_map_only(Tensor, value_of, args), **tree_map_only(Tensor, value_of, kwargs))
         if func == REQUIRES_GRAD:
             return func(*args) or has_tangent(args[0])
         if func in (Tensor.register_hook, Tensor.retain_grad):
             return no_backward()
-        args, kwargs = tree_map_only(Tensor, self.checked, (args, kwargs))
+        args, kwargs = tree_map_only(Tensor, self._originals.checked, (args, kwargs))
         if func in COMPOSITIONS and any(isinstance(x, Tensor) and has_tangent(x) for x in tree_leaves((args, kwargs))):
             args, kwargs = by_place(args, kwargs)
             with self:
@@ -138,48 +133,6 @@ class _CheckedCalls(TorchFunctionMode):
         result = _steep(func, args, kwargs) if is_steep else func(*args, **kwargs)
         refuse_if_lost(func, args, kwargs, result, has_tangent, value_of)
         return result
-
-    def _refuse_freezing(self, x: Tensor, requires_grad: bool = True) -> None:
-        """Refuse a change of the parameters that are trained, which the pass cannot follow."""
-        name = next((name for name, p in self._model.named_parameters() if p is x), None)
-        if name is not None and requires_grad != (name in self._duals):
-            raise UnsupportedOperation(
-                f"the loss function sets requires_grad={requires_grad} of '{name}'; do this before the step, for "
-                "example in on_train_batch_start, or train with Backprop"
-            )
-
-    def checked(self, x: Tensor) -> Tensor:
-        """`x`, or its dual if it is a parameter that the loss accesses directly, not through the model.
-
-        Raises:
-            UnsupportedOperation: it was computed from a parameter outside of this pass.
-        """
-        if isinstance(x, Dual):
-            raise UnsupportedOperation(stale_message(x))
-        if is_inside_transform(x) or not x.requires_grad:
-            return x
-        if id(x) in self._names:
-            return self._duals.get(self._names[id(x)], x.detach())
-        if is_stale(x) or (x.grad_fn is not None and self._leads_to_parameter(x.grad_fn)):
-            raise UnsupportedOperation(stale_message(x))
-        return x
-
-    def _leads_to_parameter(self, node: Any) -> bool:
-        found, todo = [], [node]
-        while todo:
-            node = todo.pop()
-            if node is None or node in self._clean:
-                continue
-            self._clean.add(node)
-            if isinstance(node, BackwardCFunction) and type(node)._forward_cls.jvp is Function.jvp:
-                raise NotImplementedError(
-                    "forward AD with a custom autograd.Function without jvp that may use parameters"
-                )
-            leaf = getattr(node, "variable", None)
-            if leaf is not None and (id(leaf) in self._names or is_stale(leaf)):
-                found.append(leaf)
-            todo += [following for following, _ in node.next_functions]
-        return bool(found)
 
 
 def _steep(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

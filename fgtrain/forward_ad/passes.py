@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from fgtrain._torch import TorchDispatchMode
-from fgtrain.errors import LossError
-from fgtrain.network.parameters import slots_of
+from fgtrain.errors import LossError, UnsupportedOperation
+from fgtrain.forward_ad.stale import graph_of
+from fgtrain.network.parameters import as_parameter, slots_of
 
 LossFn = Callable[[Any], Tensor]
 """Maps a model to per-example losses (B,), or to a scalar ()."""
@@ -41,9 +42,29 @@ def plain_losses(model: nn.Module, loss_fn: LossFn, values: Mapping[str, Tensor]
     """Losses (B,) or () of the model without a graph, with `values` in place of some of its parameters.
 
     Gradients are enabled, as in training, so the loss itself may differentiate with respect to its inputs.
+
+    Raises:
+        UnsupportedOperation: the loss uses parameters past the model, or changes their `requires_grad`.
     """
-    with torch.enable_grad(), slots_of(model).params_replaced(values or {}):
-        return check_losses(loss_fn(model)).detach()
+    slots = slots_of(model)
+    stand_ins = {name: as_parameter(value, name, slots.params[name]) for name, value in (values or {}).items()}
+    with torch.enable_grad(), slots.params_replaced(stand_ins):
+        losses = check_losses(loss_fn(model))
+    if values and losses.requires_grad:
+        _refuse_originals(losses, slots.params)
+    return losses.detach()
+
+
+def _refuse_originals(losses: Tensor, params: Mapping[str, Tensor]) -> None:
+    """Refuse losses that depend on the parameters themselves and not only on what stands for them."""
+    names = {id(p): name for name, p in params.items()}
+    for node in graph_of(losses, set()):
+        name = names.get(id(getattr(node, "variable", None)))
+        if name is not None:
+            raise UnsupportedOperation(
+                f"the loss function uses '{name}' past the model, where this method cannot move it; read it "
+                "from the model that loss_fn is given, inside loss_fn, or train with ForwardGradient"
+            )
 
 
 class UnsupportedByEngine(Exception):

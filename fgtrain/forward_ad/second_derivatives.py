@@ -6,7 +6,7 @@ As elementary operations they are right.
 tests/test_second_order.py compares every one of them with double backpropagation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from fgtrain._torch import custom_function_call, standard_gamma, tree_map_only
+from fgtrain._torch import REQUIRES_GRAD, custom_function_call, standard_gamma, tree_map_only
+from fgtrain.forward_ad.originals import SETS_REQUIRES_GRAD, Originals
 from fgtrain.forward_ad.registry import functions_named
 from fgtrain.forward_ad.rules.compositions import COMPOSITIONS
 from fgtrain.forward_ad.rules.opened import opened
@@ -25,14 +26,31 @@ class CorrectSecondDerivatives(TorchFunctionMode):
 
     Under the model's no_grad, results are constants, which PyTorch's forward mode alone does not know.
     Running statistics are not updated.
+
+    Args:
+        params: {name: parameter} of the model.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, params: Mapping[str, Tensor]) -> None:
         super().__init__()
+        self._params = params
+        self.move({})
         self._running: list[Any] = []  # functions whose compositions run; in its own, a function is called as it is
+
+    def move(self, values: Mapping[str, Tensor]) -> None:
+        """Let the calls from now on be those of a pass with these values in place of parameters."""
+        self._originals = Originals(self._params, values)
+        self._ids = {id(x) for x in values.values()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in SETS_REQUIRES_GRAD:
+            self._originals.refuse_freezing(*args, **kwargs)
+            if id(args[0]) in self._ids:
+                return args[0]
+        if func == REQUIRES_GRAD:
+            return func(*args) or id(args[0]) in self._ids
+        args, kwargs = tree_map_only(Tensor, self._originals.checked, (args, kwargs))
         if not torch.is_grad_enabled():  # the model's no_grad: constants, as for backpropagation
             return func(*tree_map_only(Tensor, Tensor.detach, args), **tree_map_only(Tensor, Tensor.detach, kwargs))
         if func is custom_function_call and not getattr(args[0], "is_linear", False):

@@ -5,7 +5,7 @@ such a tensor depends on the parameters, it loses its derivative at the end of i
 a mark, and a later pass refuses to use it as a constant.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from weakref import ref
 
@@ -25,6 +25,17 @@ def stale_message(x: Tensor) -> str:
         f"the loss uses a tensor of shape {tuple(x.shape)} that was computed from the model's parameters before this "
         "pass, so its derivative is not known; compute it inside loss_fn, or .detach() it if it is a constant"
     )
+
+
+def graph_of(x: Tensor, seen: set[Any]) -> Iterator[Any]:
+    """The nodes of autograd's graph on which a tensor depends, except behind nodes that were `seen`; these are added."""
+    todo = [x.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            todo += [following for following, _ in node.next_functions]
 
 
 def release(model: nn.Module, replacement: Callable[[Tensor], Tensor | None]) -> None:

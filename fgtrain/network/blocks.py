@@ -11,6 +11,7 @@ from torch.func import functional_call
 from fgtrain._torch import is_inside_transform
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.network.chains import is_chain
+from fgtrain.network.parameters import refuse_freezing
 
 Forward = Callable[..., Any]
 Test = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], bool]
@@ -102,12 +103,19 @@ _OF_A_LOSS = (
 
 @contextmanager
 def frozen(params: Iterable[nn.Parameter]) -> Generator[None]:
-    """A context in which these parameters are not trained."""
+    """A context in which these parameters are not trained.
+
+    Raises:
+        UnsupportedOperation: within it, one of them is trained again.
+    """
     trained = {p for p in params if p.requires_grad}
     try:
         for p in trained:
             p.requires_grad_(False)
         yield
+        for p in trained:
+            if p.requires_grad:
+                refuse_freezing(f"a parameter of shape {tuple(p.shape)}", True)
     finally:
         for p in trained:
             p.requires_grad_(True)

@@ -7,30 +7,35 @@ import torch
 from torch import Tensor
 
 from fgtrain._torch import outside_transforms, plain_tensors, tree_map
+from fgtrain.network.parameters import KeepsFlag
 
 
-class Displaced(Tensor):
+class Displaced(KeepsFlag, Tensor):  # ty: ignore[lost-keyword-for-regular-parameter] - torch's stub errs
     """Stands for moved(index, p), which is computed at every use and then freed.
 
     Args:
         p: the original tensor, unchanged.
         moved: maps (index, p) to the value that operations use.
         index: the index of this tensor.
+        name: the name of the parameter p.
     """
+
+    trained = True
 
     _value: Callable[[], Tensor]
 
     @staticmethod
-    def __new__(cls: type, p: Tensor, moved: Callable[[int, Tensor], Tensor], index: int) -> "Displaced":
+    def __new__(cls: type, p: Tensor, moved: Callable[[int, Tensor], Tensor], index: int, name: str) -> "Displaced":
         make: Any = torch.Tensor._make_wrapper_subclass
         return make(cls, p.shape, strides=p.stride(), dtype=p.dtype, device=p.device)
 
-    def __init__(self, p: Tensor, moved: Callable[[int, Tensor], Tensor], index: int) -> None:
+    def __init__(self, p: Tensor, moved: Callable[[int, Tensor], Tensor], index: int, name: str) -> None:
         def value() -> Tensor:
             with outside_transforms():
                 return moved(index, p)
 
         self._value = value
+        self.param_name = name
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -6,14 +6,14 @@ structure of the model changes.
 
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 from weakref import WeakKeyDictionary
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fgtrain._torch import GLOBAL_BACKWARD_HOOKS, backward_hooks, gradient_hooks
-from fgtrain.errors import ModelError
+from fgtrain.errors import ModelError, UnsupportedOperation
 
 T = TypeVar("T")
 
@@ -91,24 +91,86 @@ class ParameterSlots:
             return self._cache.setdefault(owner, make())
 
     def params_replaced(self, values: Mapping[str, Tensor]) -> "_ParamsReplaced":
-        """A context in which `values` replace the model's parameters; parameters without a value are detached."""
+        """A context in which `values` replace the model's parameters, and constants those without a value.
+
+        Raises:
+            UnsupportedOperation: within it, `requires_grad` of a parameter was changed.
+        """
         return _ParamsReplaced(self._places, self.params, values)
 
 
 class _ParamsReplaced:
-    def __init__(self, places: Any, params: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    def __init__(self, places: Any, params: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
         self._places = places
         self._params = params
         self._values = values
 
     def __enter__(self) -> None:
-        values = {name: self._values[name] if name in self._values else p.detach() for name, p in self._params.items()}
+        self._trained = [p.requires_grad for p in self._params.values()]
+        values = {
+            name: self._values[name] if name in self._values else as_parameter(p.detach(), name, p)
+            for name, p in self._params.items()
+        }
         for held, key, name in self._places:
             held[key] = values[name]
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         for held, key, name in self._places:
             held[key] = self._params[name]
+        if error is None:  # the loss may hold the parameters themselves
+            for (name, p), trained in zip(self._params.items(), self._trained, strict=True):
+                if p.requires_grad != trained:
+                    p.requires_grad = trained
+                    refuse_freezing(name, not trained)
+
+
+class KeepsFlag:
+    """A tensor in place of a parameter, which has the parameter's `requires_grad`, although no graph is recorded.
+
+    Attributes:
+        param_name: the name of the parameter.
+        trained: its `requires_grad`.
+    """
+
+    param_name: str
+    trained: bool
+
+    @property
+    def requires_grad(self) -> bool:
+        return self.trained
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        if value != self.trained:
+            refuse_freezing(self.param_name, value)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        self.requires_grad = requires_grad
+        return self
+
+
+class AsParameter(KeepsFlag, nn.Parameter):  # ty: ignore[lost-keyword-for-regular-parameter] - torch's stub errs
+    """A plain tensor in place of a parameter; a copy of it is a parameter again."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        return memo.setdefault(id(self), nn.Parameter(self.data.clone(), self.trained))
+
+
+def as_parameter(value: Tensor, name: str, p: Tensor) -> Tensor:
+    """`value`, without a graph, as a stand-in for the parameter p; subclasses of tensors stay what they are."""
+    if type(value) is not Tensor:
+        return value
+    stand_in: Any = AsParameter(value, requires_grad=False)
+    stand_in.param_name, stand_in.trained = name, p.requires_grad
+    return stand_in
+
+
+def refuse_freezing(name: str, requires_grad: bool) -> NoReturn:
+    """Refuse a change of the parameters that are trained, which a pass without a graph cannot follow."""
+    raise UnsupportedOperation(
+        f"the loss function sets requires_grad={requires_grad} of {name!r}; do this before the step, for example in "
+        "on_train_batch_start, or train with Backprop"
+    )
 
 
 _slots: WeakKeyDictionary[nn.Module, ParameterSlots] = WeakKeyDictionary()

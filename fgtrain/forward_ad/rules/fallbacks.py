@@ -14,6 +14,7 @@ from fgtrain.forward_ad.rules.arithmetic import aligned
 from fgtrain.forward_ad.rules.compositions import no_backward
 from fgtrain.forward_ad.rules.opened import opened
 from fgtrain.forward_ad.rules.per_direction import per_direction
+from fgtrain.network.parameters import refuse_freezing
 
 
 def find_fallback(func: Any) -> Fallback:
@@ -37,6 +38,8 @@ FALLBACKS.find = find_fallback
 
 
 def _requires_grad(x: Any, requires_grad: bool = True) -> Any:
+    if not requires_grad and x.param_name:
+        refuse_freezing(x.param_name, requires_grad)
     if not requires_grad:
         raise UnsupportedByEngine("requires_grad_(False)")
     return x

@@ -16,6 +16,7 @@ from fgtrain.forward_ad.dual import Dual
 from fgtrain.forward_ad.registry import SHORT, register
 from fgtrain.forward_ad.rules.arithmetic import aligned
 from fgtrain.forward_ad.steep import STEEP, where_moved
+from fgtrain.network.parameters import AsParameter
 
 Part = tuple[Any, Any]
 """A value, and its tangents (K, *shape) or None."""
@@ -31,7 +32,8 @@ def _part(x: Any, running: Any) -> Part | None:
         return x.primal, tangent
     if kind is float or kind is int:
         return x, None
-    if (kind is Tensor or kind is nn.Parameter) and not x.requires_grad and x.layout is torch.strided:
+    is_constant = kind is AsParameter or ((kind is Tensor or kind is nn.Parameter) and not x.requires_grad)
+    if is_constant and x.layout is torch.strided:
         return x, None
     return None
 

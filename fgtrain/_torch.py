@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch._functorch.autograd_function
 import torch._functorch.pyfunctorch
+import torch.autograd.forward_ad
 import torch.distributed as dist
 import torch.utils.checkpoint
 from torch import Tensor, fx, nn
@@ -51,6 +52,12 @@ is_inside_transform = torch._C._functorch.is_functorch_wrapped_tensor
 
 outside_transforms = torch._functorch.pyfunctorch.temporarily_clear_interpreter_stack
 """A context in which code runs as outside of torch.vmap and the other transforms of torch.func."""
+
+
+def without_tangents() -> Any:
+    """A context in which PyTorch's forward mode computes values only. It has no public name."""
+    return torch.autograd.forward_ad._set_fwd_grad_enabled(False)
+
 
 custom_function_call = torch._functorch.autograd_function.custom_function_call
 """The function that `__torch_function__` receives for a custom autograd.Function inside a transform of torch.func."""

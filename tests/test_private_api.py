@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.autograd.forward_ad as fwAD
 import torchmetrics
 from lightning.pytorch.callbacks import LambdaCallback
 from lightning.pytorch.utilities.compile import from_compiled
@@ -100,6 +101,14 @@ def test_outside_transforms_random_numbers_are_allowed():
         return 2 * x
 
     assert torch.equal(torch.vmap(noisy)(torch.ones(3)), torch.full((3,), 2.0))
+
+
+def test_without_tangents():
+    with fwAD.dual_level():
+        x = fwAD.make_dual(torch.ones(2), torch.ones(2))
+        with _torch.without_tangents():
+            assert fwAD.unpack_dual(x.sin()).tangent is None
+        assert fwAD.unpack_dual(x.sin()).tangent is not None
 
 
 def test_no_overrides_asks_neither_subclasses_nor_modes():

@@ -222,6 +222,11 @@ WRITES = [
     linear("a change without a graph", lambda h: changed_without_graph(sum_of(h))),
     linear("fill_diagonal_", lambda h: (2 * h).fill_diagonal_(3.0) + h),
     linear("rows as long as there are directions", lambda h: rows_of_three(2 * h, h[0])),
+    *(
+        linear(f"scatter_reduce_ {reduce}", lambda h, r=reduce: (2 * h[:3]).scatter_reduce_(0, AT, h, r))
+        for reduce in ("prod", "mean", "amax")
+    ),
+    linear("index_reduce_", lambda h: (2 * h[:3]).index_reduce_(0, AT[:, 0], h, "prod")),
     linear("integers written", lambda h: h * torch.zeros(5, 4, dtype=torch.int64).copy_(3 * h)),
 ]
 
@@ -290,6 +295,9 @@ EXTREMES = [
     linear("special.logsumexp", lambda h: torch.special.logsumexp(masked_row(h), 1).exp()),
     linear("logcumsumexp of a masked row", lambda h: masked_row(h).logcumsumexp(1).exp()),
     linear("logaddexp of -inf", lambda h: torch.logaddexp(masked_row(h), masked_row(h[0])).exp()),
+    linear("a quotient of zeros without nan", lambda h: (h.relu() / h.relu()).nan_to_num(0)),
+    linear("a quotient of zeros without nan, in place", lambda h: (h.relu() / h.relu()).nan_to_num_(posinf=1.0)),
+    linear("attention of a masked row without nan", lambda h: masked_row(h).softmax(1).nan_to_num() @ h.T),
     linear("sqrt of relu", lambda h: h.relu().sqrt()),
     linear("a power of a clamped number", lambda h: h.clamp(min=0) ** 0.5),
     linear("a power with a power that moves", lambda h: h.relu().pow(h.relu())),
@@ -317,6 +325,31 @@ EXTREMES = [
             (h > 0) + 1e-13 * (h - h.detach()), ROWS.sigmoid(), MASK + 1.0, reduction="none"
         ),
     ),
+]
+
+
+def slope_of(h, func, **options):
+    """The slope of `func`, as the loss itself computes it."""
+    x = ROWS.clone().requires_grad_()
+    out = func(x * h)
+    (slope,) = torch.autograd.grad(out.sum(), x, retain_graph=True, **options)
+    return out + slope.square()
+
+
+def attacked(h):
+    x = ROWS.clone().requires_grad_()
+    F.silu(x * h).sum().backward(inputs=[x])
+    assert x.grad is not None
+    return h * (x + x.grad)
+
+
+SLOPES = [
+    linear("slope that is a constant", lambda h: slope_of(h, torch.tanh)),
+    linear("slope of silu that is a constant", lambda h: slope_of(h, F.silu)),
+    linear("slope of silu", lambda h: slope_of(h, F.silu, create_graph=True)),
+    linear("slope of an angle", lambda h: slope_of(h, lambda y: torch.atan2(y, h.exp()), create_graph=True)),
+    linear("slope of a power", lambda h: slope_of(h, lambda y: y.exp().pow(h), create_graph=True)),
+    linear("attack", attacked),
 ]
 AT = torch.tensor([0, 1, 1, 2, 2])[:, None].expand(5, 4)
 
@@ -358,6 +391,7 @@ BETA = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta",
         *VIEWS,
         *BY_NAME,
         *EXTREMES,
+        *SLOPES,
         *NOTHING,
         Case("expanded", Expanded, lambda m: m(ROWS).sum(1)),
     ],

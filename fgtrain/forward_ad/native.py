@@ -5,7 +5,8 @@ and the loss is (f, grad f . v). Nothing is stored for a backward pass, so the m
 """
 
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from inspect import signature
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from fgtrain._torch import (
     no_overrides,
     tree_leaves,
     tree_map_only,
+    without_tangents,
 )
 from fgtrain.errors import NoTangent, UnsupportedOperation
 from fgtrain.forward_ad.dual import Dual
@@ -27,7 +29,7 @@ from fgtrain.forward_ad.lost_derivatives import refuse_if_lost
 from fgtrain.forward_ad.named_errors import named_errors
 from fgtrain.forward_ad.originals import SETS_REQUIRES_GRAD, Originals
 from fgtrain.forward_ad.passes import NO_TANGENT, LossFn, check_losses
-from fgtrain.forward_ad.rules.compositions import COMPOSITIONS, by_place, no_backward
+from fgtrain.forward_ad.rules.compositions import COMPOSITIONS, by_place, composed_out_of_place, no_backward
 from fgtrain.forward_ad.rules.opened import opened
 from fgtrain.forward_ad.stale import as_stale, release
 from fgtrain.forward_ad.steep import IN_PLACE, STEEP, call_steep
@@ -119,20 +121,33 @@ class _CheckedCalls(TorchFunctionMode):
         if func in (Tensor.register_hook, Tensor.retain_grad):
             return no_backward()
         args, kwargs = tree_map_only(Tensor, self._originals.checked, (args, kwargs))
-        if func in COMPOSITIONS and any(isinstance(x, Tensor) and has_tangent(x) for x in tree_leaves((args, kwargs))):
+        if func in _OF_A_BACKWARD_PASS:  # below, its body would call meta kernels, whose tensors hide tangents
+            with nullcontext() if _creates_graph(func, args, kwargs) else without_tangents():
+                return func(*args, **kwargs)
+        outside = composed_out_of_place(func)
+        composed = COMPOSITIONS.get(outside or func)
+        if composed and any(isinstance(x, Tensor) and has_tangent(x) for x in tree_leaves((args, kwargs))):
             args, kwargs = by_place(args, kwargs)
             with self:
-                result = COMPOSITIONS[func](*args, **kwargs)
+                result = composed(*args, **kwargs)
             if result is not NotImplemented:
-                return result
+                return args[0].copy_(result) if outside else result
         body = opened(func)
-        if body is not None and func is not torch.autograd.grad:  # it calls meta kernels, whose tensors hide tangents
+        if body is not None:
             with self:
                 return body(*args, **kwargs)
         is_steep = func in STEEP or func in IN_PLACE
         result = _steep(func, args, kwargs) if is_steep else func(*args, **kwargs)
         refuse_if_lost(func, args, kwargs, result, has_tangent, value_of)
         return result
+
+
+_OF_A_BACKWARD_PASS = frozenset({torch.autograd.grad, torch.autograd.backward, Tensor.backward})
+
+
+def _creates_graph(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether gradients that a loss computes can be differentiated; otherwise they are constants."""
+    return bool(signature(func).bind(*args, **kwargs).arguments.get("create_graph"))
 
 
 def _steep(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -43,12 +43,15 @@ def call_steep(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> A
     leaves, spec = tree_flatten((args, kwargs))
     pairs = {i: fwAD.unpack_dual(x) for i, x in enumerate(leaves) if is_differentiable(x)}
     moved = {i: pair for i, pair in pairs.items() if pair.tangent is not None}
-    result, total = None, None
+    result, tangent = fwAD.unpack_dual(func(*args, **kwargs))  # a graph of its value saves all tangents
+    if tangent is None:
+        return result
+    total = torch.zeros_like(tangent)
     for i, (_, source) in moved.items():
-        alone = [moved[j].primal if j in moved and j != i else x for j, x in enumerate(leaves)]
-        positional, keywords = tree_unflatten(alone, spec)
-        result, tangent = fwAD.unpack_dual(func(*positional, **keywords))
+        if len(moved) > 1:
+            alone = [moved[j].primal if j in moved and j != i else x for j, x in enumerate(leaves)]
+            positional, keywords = tree_unflatten(alone, spec)
+            tangent = fwAD.unpack_dual(func(*positional, **keywords)).tangent
         if tangent is not None:
-            tangent = where_moved(tangent, source)
-            total = tangent if total is None else total + tangent
-    return func(*args, **kwargs) if total is None else fwAD.make_dual(result, total)
+            total = total + where_moved(tangent, source)
+    return fwAD.make_dual(result, total)

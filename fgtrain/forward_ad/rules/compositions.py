@@ -5,14 +5,14 @@ return NotImplemented if the function itself can be used.
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fgtrain._torch import standard_gamma, standard_gamma_grad
-from fgtrain.forward_ad.registry import register
+from fgtrain.forward_ad.registry import functions_named, register
 
 COMPOSITIONS: dict[Any, Callable[..., Any]] = {}
 """{function of PyTorch: its composition}."""
@@ -26,6 +26,15 @@ def by_place(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, 
     names = ("condition", "input", "other") if "mat1" in kwargs else ("condition", "input", "other", "mat2")
     moved = tuple(kwargs[name] for name in names if name in kwargs)
     return ((*args, *moved), {k: x for k, x in kwargs.items() if k not in names}) if moved else (args, kwargs)
+
+
+@cache
+def composed_out_of_place(func: Any) -> Any:
+    """For a function that changes its first argument in place, the form that makes a new tensor if it is composed."""
+    name = getattr(func, "__name__", "")
+    if func in COMPOSITIONS or not name.endswith("_") or name.startswith("_"):
+        return None
+    return next((outside for outside in functions_named(name[:-1]) if outside in COMPOSITIONS), None)
 
 
 def change_of(x: Tensor) -> Tensor:
@@ -208,6 +217,12 @@ def _logcumsumexp(x: Tensor, dim: int) -> Tensor:
     rows = x.movedim(dim, -1)
     later = torch.ones(rows.shape[-1], rows.shape[-1], dtype=torch.bool, device=x.device).triu(1)
     return torch.logsumexp(rows.unsqueeze(-2).masked_fill(later, -torch.inf), -1).movedim(-1, dim)
+
+
+@composition_of("nan_to_num")
+def _nan_to_num(x: Tensor, *values: Any, **named: Any) -> Tensor:
+    """PyTorch's forward mode multiplies a derivative of nan by 0, and backpropagation drops it."""
+    return torch.where(x.isfinite(), x, torch.nan_to_num(x.detach(), *values, **named))
 
 
 @composition_of("logsumexp")

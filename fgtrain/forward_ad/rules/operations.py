@@ -250,7 +250,7 @@ _register_family(
     abs exp exp2 expm1 log log2 log10 log1p sqrt rsqrt square reciprocal sin cos tan asin acos atan sinh cosh tanh
     asinh acosh atanh sigmoid logit erf erfc erfinv lgamma digamma clamp clip pow gelu silu mish elu selu celu
     leaky_relu relu6 hardtanh hardswish hardsigmoid hardshrink softshrink softplus softsign logsigmoid tanhshrink
-    threshold sinc frac floor ceil round trunc sign nan_to_num
+    threshold sinc frac floor ceil round trunc sign
     """,
     elementwise,
 )

@@ -198,26 +198,24 @@ def saved_tensor_hooks_as_they_were() -> Generator[None]:
             autograd._saved_tensors_hooks_disable(ban)
 
 
-@contextmanager
-def reentrant_checkpoints_replaced() -> Generator[None]:
+class reentrant_checkpoints_replaced:  # noqa: N801, a context that is entered at every step, so not a generator
     """A context in which this thread's activation checkpoints with `use_reentrant=True` run without it.
 
     The reentrant variant hides the parameters in it: torch.autograd.grad and forward mode see constants.
     """
-    thread, before = get_ident(), torch.utils.checkpoint.CheckpointFunction
 
-    class Replaced:
-        @staticmethod
-        def apply(function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
-            if get_ident() != thread:
-                return before.apply(function, preserve, *args)
-            return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
+    def __enter__(self) -> None:
+        self._thread, self._before = get_ident(), torch.utils.checkpoint.CheckpointFunction
+        vars(torch.utils.checkpoint)["CheckpointFunction"] = self
 
-    vars(torch.utils.checkpoint)["CheckpointFunction"] = Replaced
-    try:
-        yield
-    finally:
-        vars(torch.utils.checkpoint)["CheckpointFunction"] = before
+    def __exit__(self, *_: object) -> None:
+        vars(torch.utils.checkpoint)["CheckpointFunction"] = self._before
+
+    def apply(self, function: Callable[..., Any], preserve: bool, *args: Any) -> Any:
+        """Stand for `CheckpointFunction.apply`."""
+        if get_ident() != self._thread:
+            return self._before.apply(function, preserve, *args)
+        return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve)
 
 
 @contextmanager

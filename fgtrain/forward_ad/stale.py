@@ -28,7 +28,7 @@ def stale_message(x: Tensor) -> str:
 
 
 def graph_of(x: Tensor, seen: set[Any]) -> Iterator[Any]:
-    """The nodes of autograd's graph on which a tensor depends, except behind nodes that were `seen`; these are added."""
+    """The nodes of autograd's graph behind a tensor, up to those in `seen`, to which they are added."""
     todo = [x.grad_fn]
     while todo:
         node = todo.pop()

@@ -1,8 +1,9 @@
 """Random streams keyed by integers: the numbers of any step can be redrawn from its key."""
 
 import random
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -64,6 +65,17 @@ def set_random_state(state: dict[str, Any]) -> None:
     np.random.set_state((name, keys.numpy().astype(np.uint32), *rest))
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
+
+
+def states_of(x: Any) -> list[tuple[Callable[[Any], Any], Any]]:
+    """[(what sets the state of a generator, its state)] if x is one, of PyTorch, NumPy or Python; else []."""
+    if isinstance(x, torch.Generator):
+        return [(x.set_state, x.get_state())]
+    if isinstance(x, np.random.Generator):
+        return [(partial(setattr, x.bit_generator, "state"), x.bit_generator.state)]
+    if isinstance(x, np.random.RandomState):
+        return [(x.set_state, x.get_state())]
+    return [(x.setstate, x.getstate())] if isinstance(x, random.Random) else []
 
 
 @contextmanager

@@ -3,13 +3,17 @@
 import copy
 import importlib.util
 import io
+import itertools
 import multiprocessing
+import random
 import re
 import warnings
+from collections import Counter, defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,7 +23,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.data import DataLoader, TensorDataset
 
 from fgtrain import SPSA, Backprop, ForwardExact, ForwardGradient
-from fgtrain.errors import ConfigError, LossError
+from fgtrain.errors import ConfigError, LossError, UnsupportedOperation
 from fgtrain.forward_ad.dual import Dual
 from fgtrain.lightning import convert
 from fgtrain.lightning.step_snapshot import BatchSnapshot
@@ -148,6 +152,50 @@ def test_a_batch_is_whole_whenever_the_step_runs():
     plain, _ = fit(Pops, dtype=torch.float64)
     converted, _ = fit(Pops, ForwardExact(chunk_size=8), dtype=torch.float64)
     torch.testing.assert_close(converted.net.state_dict(), plain.net.state_dict())
+
+
+class OwnState(Regression):
+    """Its loss depends on what earlier steps left in containers, and on generators of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.queue, self.lists, self.counter, self.seen = deque(maxlen=2), defaultdict(list), Counter(), set()
+        self.torchs, self.numpys, self.pythons = torch.Generator(), np.random.default_rng(0), random.Random(0)
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.queue.append(self.global_step)
+        self.lists["steps"].append(self.global_step)
+        self.counter["steps"] += 1
+        self.seen.add(self.global_step)
+        noise = torch.rand(1, generator=self.torchs).item() + self.numpys.random() + self.pythons.random()
+        return loss * (noise + sum(self.queue) + len(self.lists["steps"]) + self.counter["steps"] + len(self.seen))
+
+
+def test_containers_and_generators_of_a_module_change_once_a_step():
+    plain, _ = fit(OwnState, dtype=torch.float64)
+    converted, _ = fit(OwnState, ForwardExact(chunk_size=8), dtype=torch.float64)
+    torch.testing.assert_close(converted.net.state_dict(), plain.net.state_dict())
+    assert (converted.queue, converted.lists, converted.counter) == (plain.queue, plain.lists, plain.counter)
+
+
+class DrawsItsBatch(Regression):
+    """Takes a batch of another loader in its step, which cannot be taken back."""
+
+    def on_train_start(self):
+        self.others = itertools.cycle(loader())
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(next(self.others), batch_idx)
+
+
+@pytest.mark.parametrize("estimator", [ForwardExact(chunk_size=8), ForwardGradient(num_tangents=2, chunk_size=1)])
+def test_a_loss_of_another_batch_at_every_call_is_refused(estimator):
+    fit(DrawsItsBatch, ForwardGradient(num_tangents=2))  # one pass
+    with pytest.raises(
+        UnsupportedOperation, match=r"the loss changes when its pass is repeated: .*position of an iter"
+    ):
+        fit(DrawsItsBatch, estimator)
 
 
 class ChangesTheBatch(Regression):

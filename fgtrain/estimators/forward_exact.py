@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fgtrain.errors import NoTangent
 from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce, require_positive_int
 from fgtrain.forward_ad import jvp
-from fgtrain.forward_ad.passes import NO_TANGENT, LossFn
+from fgtrain.forward_ad.passes import NO_TANGENT, LossFn, require_repetition
 from fgtrain.network.parameters import trainable_params
 from fgtrain.network.sharding import like_parameter
 from fgtrain.network.snapshot import Snapshot
@@ -72,7 +72,9 @@ class ForwardExact(GradientEstimator):
         for units in self._chunks(params):
             snapshot.restore()
             try:
-                losses, derivatives = jvp(model, loss_fn, units)
+                now, derivatives = jvp(model, loss_fn, units)
+                require_repetition(losses, now)
+                losses = now
             except NoTangent as error:  # the loss does not depend on these parameters
                 reason, derivatives = error, torch.zeros(num_of(units), device=params[next(iter(units))].device)
             found.append(derivatives.mean(1) if derivatives.dim() == 2 else derivatives)

@@ -10,7 +10,7 @@ from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce, 
 from fgtrain.estimators.exact_head import Jvp, with_exact_head
 from fgtrain.estimators.gradients import of_mean_loss
 from fgtrain.forward_ad import jvp
-from fgtrain.forward_ad.passes import LossFn
+from fgtrain.forward_ad.passes import LossFn, require_repetition
 from fgtrain.network.parameters import trainable_params
 from fgtrain.network.snapshot import Snapshot
 from fgtrain.random import draw_seeds
@@ -178,7 +178,9 @@ def _along(chunks: Chunks, jvp: Jvp, model: nn.Module, loss_fn: LossFn) -> tuple
     for i, directions in enumerate(chunks):
         if snapshot is not None and i:
             snapshot.restore()
-        losses, derivatives = jvp(model, loss_fn, directions)
+        now, derivatives = jvp(model, loss_fn, directions)
+        require_repetition(losses, now)
+        losses = now
         found.append(derivatives)
     assert losses is not None
     return losses, found[0] if len(found) == 1 else torch.cat(found)

@@ -23,12 +23,12 @@ from fgtrain._torch import (
     tree_map_only,
     without_tangents,
 )
-from fgtrain.errors import NoTangent, UnsupportedOperation
+from fgtrain.errors import NoTangent
 from fgtrain.forward_ad.dual import Dual
 from fgtrain.forward_ad.lost_derivatives import refuse_if_lost
 from fgtrain.forward_ad.named_errors import named_errors
 from fgtrain.forward_ad.originals import SETS_REQUIRES_GRAD, Originals
-from fgtrain.forward_ad.passes import NO_TANGENT, LossFn, check_losses
+from fgtrain.forward_ad.passes import NO_TANGENT, LossFn, check_losses, require_repetition
 from fgtrain.forward_ad.rules.compositions import COMPOSITIONS, by_place, composed_out_of_place, no_backward
 from fgtrain.forward_ad.rules.opened import opened
 from fgtrain.forward_ad.stale import as_stale, release
@@ -65,23 +65,11 @@ def jvp(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> t
                 release(model, lambda x: as_stale(value_of(x)) if has_tangent(x) else None)
                 if pair.tangent is None:
                     raise NoTangent(NO_TANGENT)
-                _require_repetition(losses, pair.primal)
+                require_repetition(losses, pair.primal)
                 losses = pair.primal.detach()
                 derivatives.append(pair.tangent.detach())
     assert losses is not None
     return losses, torch.stack(derivatives)
-
-
-def _require_repetition(before: Tensor | None, now: Tensor) -> None:
-    """Refuse a loss whose function changes from direction to direction."""
-    if before is None:
-        return
-    tolerance = torch.finfo(now.dtype).eps ** 0.5
-    if before.shape != now.shape or not torch.allclose(before, now, rtol=tolerance, equal_nan=True):
-        raise UnsupportedOperation(
-            "the loss changes when its pass is repeated: the model or loss_fn changes its inputs or a state; "
-            "use num_tangents=1"
-        )
 
 
 @contextmanager

@@ -38,6 +38,22 @@ def check_losses(losses: object) -> Tensor:
     return losses
 
 
+def require_repetition(before: Tensor | None, now: Tensor) -> None:
+    """Refuse losses that differ from those of the pass before, which had other directions; None before the first.
+
+    Raises:
+        UnsupportedOperation: they differ by more than rounding.
+    """
+    if before is None:
+        return
+    tolerance = torch.finfo(now.dtype).eps ** 0.5
+    if before.shape != now.shape or not torch.allclose(before, now, rtol=tolerance, equal_nan=True):
+        raise UnsupportedOperation(
+            "the loss changes when its pass is repeated: the model or loss_fn changes its inputs or a state, such as "
+            "the position of an iterator; let one pass carry all directions (num_tangents=1, or chunk_size=None)"
+        )
+
+
 def plain_losses(model: nn.Module, loss_fn: LossFn, values: Mapping[str, Tensor] | None = None) -> Tensor:
     """Losses (B,) or () of the model without a graph, with `values` in place of some of its parameters.
 

@@ -15,7 +15,7 @@ from fgtrain._torch import foreach_copy, foreach_norm
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.network.parameters import ParameterSlots, slots_of
 from fgtrain.network.sharding import is_sharded
-from fgtrain.random import random_state, set_random_state
+from fgtrain.random import random_state, set_random_state, states_of
 
 OF_EVERY_MODULE = frozenset(vars(nn.Module())) - {"_buffers"}
 """The names of the attributes that every module has."""
@@ -120,7 +120,7 @@ class TorchRandomState:
 
 
 class Attributes:
-    """A copy of the attributes of a model's modules, with the contents of those that are containers or tensors."""
+    """A copy of the attributes of a model's modules, with the contents of their containers, tensors and generators."""
 
     def __init__(self, model: nn.Module) -> None:
         self._before = [
@@ -128,8 +128,17 @@ class Attributes:
             for attributes in map(vars, model.modules())
         ]
         values = [value for _, before in self._before for value in before.values()]
-        self._containers = [(x, _content(x)) for x in values if isinstance(x, (dict, list, set, deque))]
+        self._containers: dict[int, tuple[Any, Any]] = {}
+        self._note(values)
+        self._generators = [(restore, state) for x in values for restore, state in states_of(x)]
         self._tensors = [(x, x._version, x.detach().clone()) for x in values if type(x) is Tensor and x.grad_fn is None]
+
+    def _note(self, values: Iterable[Any]) -> None:
+        """Note the contents of the lists, dictionaries, sets and deques among these values, and of those in them."""
+        for x in values:
+            if isinstance(x, (dict, list, set, deque)) and id(x) not in self._containers:
+                self._containers[id(x)] = x, dict(x) if isinstance(x, dict) else list(x)
+                self._note(x.values() if isinstance(x, dict) else x)
 
     def restore(self) -> None:
         """Restore the attributes that have changed."""
@@ -139,21 +148,19 @@ class Attributes:
             for name, value in before.items():
                 if attributes.get(name, attributes) is not value:
                     attributes[name] = value
-        for container, content in self._containers:
-            if not _same(_content(container), content):
+        for container, content in self._containers.values():
+            if not _same(container, content):
                 container.clear()
                 container.update(content) if isinstance(container, (dict, set)) else container.extend(content)
+        for restore, state in self._generators:
+            restore(state)
         for x, version, value in self._tensors:
             if x._version != version:
                 x.data.copy_(value)
 
 
-def _content(container: Any) -> Any:
-    return dict(container) if isinstance(container, dict) else list(container)
-
-
 def _same(now: Any, before: Any) -> bool:
-    """Whether two lists or dictionaries hold the same objects."""
+    """Whether a container holds the objects of a dictionary or, if it is not one itself, of a list."""
     if isinstance(now, dict):
         return len(now) == len(before) and all(key in before and before[key] is value for key, value in now.items())
     return len(now) == len(before) and all(a is b for a, b in zip(now, before, strict=True))

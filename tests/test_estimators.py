@@ -349,16 +349,37 @@ class Hidden(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, module, x):
+        ctx.module = module
+        ctx.save_for_backward(x)
         return module(x.detach())
 
     @staticmethod
     def backward(ctx, *grads):
-        raise NotImplementedError
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            out = ctx.module(x)
+        torch.autograd.backward(out, grads[0])
+        return None, x.grad
 
 
-def test_a_function_that_may_hide_parameters_is_refused_in_forward_mode():
-    hidden, head = nn.Linear(3, 4).double(), nn.Linear(4, 3).double()
-    model = nn.ModuleList([hidden, head])
-    inputs = INPUTS.clone().requires_grad_()
-    with pytest.raises(UnsupportedOperation, match=r"a custom autograd.Function without jvp"):
-        ForwardGradient()(model, lambda _: head(Hidden.apply(hidden, inputs)).square().sum(1))
+@pytest.mark.parametrize("estimator", [Backprop(), ForwardGradient()], ids=str)
+def test_a_function_that_hides_parameters_is_refused(estimator):
+    first, hidden, last = nn.Linear(3, 3).double(), nn.Linear(3, 4).double(), nn.Linear(4, 3).double()
+    model = nn.ModuleList([first, hidden, last])
+    with pytest.raises(UnsupportedOperation, match=r"a custom autograd\.Function (calls backward|without jvp)"):
+        estimator(model, lambda _: last(Hidden.apply(hidden, first(INPUTS))).square().sum(1))
+
+
+def test_a_function_that_hides_none_is_taken():
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx, *grads):
+            return 2 * grads[0]
+
+    model = nn.ModuleList([nn.Linear(3, 4).double(), nn.Linear(2, 2).double()])
+    estimate = Backprop()(model, lambda m: Double.apply(m[0](INPUTS)).sum(1))
+    assert estimate.grads.keys() == {"0.weight", "0.bias"}

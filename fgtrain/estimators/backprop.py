@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from fgtrain.errors import NoTangent
+from fgtrain.errors import NoTangent, UnsupportedOperation
 from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce
 from fgtrain.estimators.gradients import average_grads
 from fgtrain.forward_ad.passes import LossFn, check_losses
@@ -50,6 +50,17 @@ class Backprop(GradientEstimator):
                 raise NoTangent(
                     "the loss depends on no trainable parameter; check that loss_fn uses the model it is given"
                 )
+            stored = _stored(params)
             found = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
+        if _stored(params) != stored:
+            raise UnsupportedOperation(
+                "a custom autograd.Function calls backward inside, so that parameters in it are hidden from the loss; "
+                "use torch.utils.checkpoint instead, or give the parameters to the Function as arguments"
+            )
         grads = {name: g for name, g in zip(params, found, strict=True) if g is not None}
         return Estimate(loss.detach(), average_grads(grads, reduce))
+
+
+def _stored(params: Mapping[str, Tensor]) -> list[tuple[int, int]]:
+    """Which `.grad` every parameter has, and how often it was changed in place."""
+    return [(id(p.grad), 0 if p.grad is None else p.grad._version) for p in params.values()]

@@ -302,6 +302,8 @@ def test_a_loss_without_parameters(accumulate, tmp_path):
     for module in (plain, converted):
         fit(module, tmp_path, accumulate_grad_batches=accumulate)
     assert_same(plain, converted)
+    with pytest.raises(LossError, match=r"depends on no trainable parameter, .*, or return None from training_step to"):
+        fit(made(Constant, ForwardGradient()), tmp_path)
 
 
 class LastOutput(nn.LSTM):

@@ -11,7 +11,7 @@ from torchmetrics import Metric
 
 from fgtrain._torch import is_compiled_function
 from fgtrain.distributed import Ranks, TangentsOver
-from fgtrain.errors import LossError
+from fgtrain.errors import LossError, NoTangent
 from fgtrain.estimators import Estimate, GradientEstimator
 from fgtrain.forward_ad.passes import LossFn
 from fgtrain.lightning._lightning import last_result, set_last_result
@@ -119,6 +119,8 @@ class ObservedStep:
             found = estimate(loss_fn)
         except _Skipped:
             pass
+        except NoTangent as error:
+            raise NoTangent(f"{error}, or return None from training_step to skip the batch") from error
         finally:
             self.is_running = False
             snapshot.drop_tangents()

@@ -19,21 +19,22 @@ def agree(found: Tensor, expected: Tensor, size: Tensor | None = None) -> bool:
     )
 
 
-def agree_but_for_ties(found: Tensor, expected: Tensor, nudged: Tensor) -> bool:
-    """As `agree`, for results of functions with comparisons, such as ReLU and max pooling.
+def agree_but_for_ties(found: Tensor, expected: Tensor, before: Tensor) -> bool:
+    """As `agree`, for results of functions with comparisons, such as ReLU and max pooling, at nudged inputs.
 
-    A rounding error may decide a comparison of two almost equal values and thereby change a derivative. So the results
-    may also differ by as much as `nudge` at the inputs changes them, but by no more than 1 percent.
+    A rounding error may decide a comparison of two almost equal values and thereby change a derivative. Nudged, most
+    such values are less equal. For the others, the results may differ by as much as the nudge changes them, but by no
+    more than 1 percent.
 
     Args:
-        found: a result.
-        expected: another result.
-        nudged: the expected result for nudged inputs.
+        found: a result for nudged inputs.
+        expected: another result for them.
+        before: the expected result for the inputs themselves.
     """
     if agree(found, expected):
         return True
     return found.shape == expected.shape and bool(
-        (found - expected).norm() <= torch.minimum((nudged - expected).norm(), expected.norm() / 100)
+        (found - expected).norm() <= torch.minimum((before - expected).norm(), expected.norm() / 100)
     )
 
 

@@ -55,6 +55,8 @@ class CompiledJvp:
 
     Attributes:
         num_compilations: number of functions compiled so far.
+        confirm: None if the last call ran a compiled function whose result was found right before; else to be called
+            once the result of this call is found right.
     """
 
     def __init__(
@@ -67,22 +69,23 @@ class CompiledJvp:
         self._run = torch.compile(own, backend=self._differentiate, fullgraph=True, dynamic=False)
         self._tangents: Mapping[int, Tangent] = {}
         self._outputs: list[tuple[Tensor, Tensor | None]] = []
-        self._before_compiling: Callable[[], None] = _nothing
+        self.confirm: Callable[[], None] | None = None
+        self._before_unconfirmed: Callable[[], None] = _nothing
 
     def __call__(
-        self, tangents: Mapping[int, Tangent], *args: Any, before_compiling: Callable[[], None] = _nothing
+        self, tangents: Mapping[int, Tangent], *args: Any, before_unconfirmed: Callable[[], None] = _nothing
     ) -> tuple[Any, list[tuple[Tensor, Tensor | None]]]:
         """function(*args), and the tensors that it computed, each with its tangents or None.
 
         Args:
             tangents: {id of a tensor that the function reads: its tangents}.
             args: of the function.
-            before_compiling: called if this call compiles, before the function has changed any state.
+            before_unconfirmed: called before a compiled function that is not confirmed runs and changes any state.
 
         Raises:
             UnsupportedByEngine: the function cannot be compiled.
         """
-        self._tangents, self._before_compiling = tangents, before_compiling
+        self._tangents, self._before_unconfirmed, self.confirm = tangents, before_unconfirmed, None
         try:
             with torch.enable_grad():  # to recognise the model's no_grad
                 return self._run(*args), self._outputs
@@ -92,11 +95,12 @@ class CompiledJvp:
             release_frames(error)
             raise UnsupportedByEngine(str(error).strip()) from error
         finally:
-            self._tangents, self._outputs, self._before_compiling = {}, [], _nothing
+            self._tangents, self._outputs, self._before_unconfirmed = {}, [], _nothing
 
     def _differentiate(self, graph: fx.GraphModule, _: list[Any]) -> Callable[..., tuple[Tensor, ...]]:
         """Turn Dynamo's trace into a function that runs it on values and stores the tangents in `_outputs`."""
         compiled: dict[tuple[Any, ...], Callable[..., list[Tensor]]] = {}
+        confirmed: set[tuple[Any, ...]] = set()
 
         def run(*inputs: Any) -> tuple[Any, ...]:
             moving = [(i, self._tangents[id(x)]) for i, x in enumerate(inputs) if id(x) in self._tangents]
@@ -104,8 +108,10 @@ class CompiledJvp:
             parts = [part for form in forms for part in form.parts]
             key = (*(i for i, _ in moving), *(form.key for form in forms))
             with torch.no_grad():
+                if key not in confirmed:
+                    self._before_unconfirmed()
+                    self.confirm = partial(confirmed.add, key)
                 if key not in compiled:
-                    self._before_compiling()
                     compiled[key] = self._backend(*_derived(graph, inputs, [i for i, _ in moving], forms))
                     self.num_compilations += 1
                 found = compiled[key](*inputs, *parts)
@@ -116,7 +122,7 @@ class CompiledJvp:
 
 
 class CompiledPass:
-    """The compiled engine of one model; called like `fgtrain.forward_ad.jvp`, or with `before_compiling` too.
+    """The compiled engine of one model; called like `fgtrain.forward_ad.jvp`, or with `before_unconfirmed` too.
 
     Args:
         backend: turns a graph of plain tensors into a function.
@@ -130,16 +136,16 @@ class CompiledPass:
         self._writes_wider = False
 
     @property
-    def num_compilations(self) -> int:
-        """The number of functions compiled so far."""
-        return self._jvp.num_compilations
+    def confirm(self) -> Callable[[], None] | None:
+        """As of `CompiledJvp`."""
+        return self._jvp.confirm
 
     def __call__(
         self,
         model: nn.Module,
         loss_fn: LossFn,
         tangents: Mapping[str, Tangent],
-        before_compiling: Callable[[], None] = _nothing,
+        before_unconfirmed: Callable[[], None] = _nothing,
     ) -> tuple[Tensor, Tensor]:
         params = slots_of(model).params
         if self._writes_wider:
@@ -148,12 +154,12 @@ class CompiledPass:
         try:
             with saved_tensor_hooks_as_they_were():
                 loss_fn = _with_defaults_as_keywords(loss_fn)
-                found, computed = self._jvp(moving, loss_fn, model, before_compiling=before_compiling)
+                found, computed = self._jvp(moving, loss_fn, model, before_unconfirmed=before_unconfirmed)
         except WritesWider:  # while it is traced, so nothing has run
             if self._writes_wider:
                 raise
             self._writes_wider = True
-            return self(model, loss_fn, tangents, before_compiling)
+            return self(model, loss_fn, tangents, before_unconfirmed)
         losses = check_losses(found)
         derivatives = next((tangent for value, tangent in computed if value is losses), None)
         if derivatives is None:

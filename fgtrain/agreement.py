@@ -4,22 +4,23 @@ import torch
 from torch import Tensor
 
 
-def agree(found: Tensor, expected: Tensor, size: Tensor | None = None) -> bool:
+def agree(found: Tensor, expected: Tensor, size: Tensor | None = None, dtype: torch.dtype | None = None) -> bool:
     """Whether two tensors are equal up to the rounding error of a long sum. A tensor with nan agrees only with itself.
 
     Args:
         found: a result.
         expected: another result.
         size: the sums of the absolute values of the terms, for sums whose terms may cancel; None for `expected`.
+        dtype: the least precise dtype of the computation; None for that of `expected`.
     """
     if found is expected:
         return True
     return found.shape == expected.shape and bool(
-        (found - expected).norm() <= _tolerance(expected.dtype) * (expected if size is None else size).norm()
+        (found - expected).norm() <= _tolerance(dtype or expected.dtype) * (expected if size is None else size).norm()
     )
 
 
-def agree_but_for_ties(found: Tensor, expected: Tensor, before: Tensor) -> bool:
+def agree_but_for_ties(found: Tensor, expected: Tensor, before: Tensor, dtype: torch.dtype | None = None) -> bool:
     """As `agree`, for results of functions with comparisons, such as ReLU and max pooling, at nudged inputs.
 
     A rounding error may decide a comparison of two almost equal values and thereby change a derivative. Nudged, most
@@ -30,8 +31,9 @@ def agree_but_for_ties(found: Tensor, expected: Tensor, before: Tensor) -> bool:
         found: a result for nudged inputs.
         expected: another result for them.
         before: the expected result for the inputs themselves.
+        dtype: as of `agree`.
     """
-    if agree(found, expected):
+    if agree(found, expected, dtype=dtype):
         return True
     return found.shape == expected.shape and bool(
         (found - expected).norm() <= torch.minimum((before - expected).norm(), expected.norm() / 100)

@@ -213,6 +213,26 @@ def test_a_compiler_that_errs_is_not_used(monkeypatch, caplog):
     assert "computed uncompiled: the compiled derivatives differ" in caplog.text
 
 
+def test_rounding_in_half_precision_is_no_error_of_the_compiler(monkeypatch, caplog):
+    monkeypatch.setattr(torch._inductor, "compile", lambda graph, inputs, options: lambda *x: graph(*_rounded(x)))
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 3)), torch.randn(32, 6)
+    model.compile()
+    tangents = Normal().sample(dict(model.named_parameters()), [0])
+
+    def loss(m):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return m(x).float().square().sum(1)
+
+    jvp(model, loss, tangents)
+    assert "the compiled derivatives differ" not in caplog.text
+    assert [plan.first for plan in slots_of(model).cached(_Engines, dict)._plans.values()] == [0]
+
+
+def _rounded(tensors):
+    return [x.bfloat16().float() if x.dtype == torch.float32 else x for x in tensors]
+
+
 def test_a_loss_of_nan_neither_confirms_nor_refuses_the_compiler(monkeypatch, caplog):
     def wrong(graph, inputs, options):
         return lambda *tensors: [2 * x for x in graph(*tensors)]

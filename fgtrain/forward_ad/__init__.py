@@ -12,6 +12,7 @@ import logging
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -180,14 +181,14 @@ class _Engines:
     ) -> tuple[Tensor, Tensor]:
         """Run the compiled engine; it is compared with the stacked engine until a finite result has agreed."""
         found = self._compiled(model, loss_fn, tangents, lambda: before.complete(model))
-        confirm = self._compiled.confirm
+        confirm, dtype = self._compiled.confirm, self._compiled.coarsest
         if confirm is None:
             return found
         before.restore()
         expected = _stacked(model, loss_fn, tangents, before)
         if not all(x.isfinite().all() for x in expected):
             return expected
-        if not all(map(agree, found, expected)):
+        if not all(map(partial(agree, dtype=dtype), found, expected)):
             nudged = []
             for engine in (lambda *pass_: self._compiled(*pass_[:3]), _stacked):
                 before.restore()  # it refuses frozen parameters that have changed, nudged ones too
@@ -195,7 +196,7 @@ class _Engines:
                     nudged.append(engine(model, loss_fn, tangents, before))
             before.restore()
             expected = _stacked(model, loss_fn, tangents, before)
-            if not all(map(agree_but_for_ties, *nudged, expected)):
+            if not all(map(partial(agree_but_for_ties, dtype=dtype), *nudged, expected)):
                 raise UnsupportedByEngine("the compiled derivatives differ")
         confirm()
         return expected

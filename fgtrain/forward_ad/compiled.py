@@ -57,6 +57,7 @@ class CompiledJvp:
         num_compilations: number of functions compiled so far.
         confirm: None if the last call ran a compiled function whose result was found right before; else to be called
             once the result of this call is found right.
+        coarsest: the least precise dtype of the numbers that it computed then.
     """
 
     def __init__(
@@ -70,6 +71,7 @@ class CompiledJvp:
         self._tangents: Mapping[int, Tangent] = {}
         self._outputs: list[tuple[Tensor, Tensor | None]] = []
         self.confirm: Callable[[], None] | None = None
+        self.coarsest: torch.dtype | None = None
         self._before_unconfirmed: Callable[[], None] = _nothing
 
     def __call__(
@@ -100,6 +102,7 @@ class CompiledJvp:
     def _differentiate(self, graph: fx.GraphModule, _: list[Any]) -> Callable[..., tuple[Tensor, ...]]:
         """Turn Dynamo's trace into a function that runs it on values and stores the tangents in `_outputs`."""
         compiled: dict[tuple[Any, ...], Callable[..., list[Tensor]]] = {}
+        coarsest: dict[tuple[Any, ...], torch.dtype | None] = {}
         confirmed: set[tuple[Any, ...]] = set()
 
         def run(*inputs: Any) -> tuple[Any, ...]:
@@ -112,8 +115,11 @@ class CompiledJvp:
                     self._before_unconfirmed()
                     self.confirm = partial(confirmed.add, key)
                 if key not in compiled:
-                    compiled[key] = self._backend(*_derived(graph, inputs, [i for i, _ in moving], forms))
+                    derived, arguments = _derived(graph, inputs, [i for i, _ in moving], forms)
+                    coarsest[key] = _coarsest(derived)
+                    compiled[key] = self._backend(derived, arguments)
                     self.num_compilations += 1
+                self.coarsest = coarsest[key]
                 found = compiled[key](*inputs, *parts)
             self._outputs = [(found[2 * i], found[2 * i + 1]) for i in range(len(found) // 2)]
             return tuple(value for value, _ in self._outputs)
@@ -139,6 +145,11 @@ class CompiledPass:
     def confirm(self) -> Callable[[], None] | None:
         """As of `CompiledJvp`."""
         return self._jvp.confirm
+
+    @property
+    def coarsest(self) -> torch.dtype | None:
+        """As of `CompiledJvp`."""
+        return self._jvp.coarsest
 
     def __call__(
         self,
@@ -232,6 +243,13 @@ def _derived(
     flat += [part for form in forms for part in form.parts]
     with no_fake_tensor_cache(), no_report_of_refused_shapes():
         return make_fx(along, tracing_mode="fake")(*flat), flat
+
+
+def _coarsest(graph: fx.GraphModule) -> torch.dtype | None:
+    """The least precise dtype of the numbers that the graph computes, such as bfloat16 under autocast."""
+    computed = [node.meta.get("val") for node in graph.graph.nodes if node.op == "call_function"]
+    dtypes = {x.dtype for x in computed if isinstance(x, Tensor) and x.is_floating_point()}
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=None)
 
 
 def _unpacked(out: Any) -> tuple[Any, Any]:

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -27,6 +29,9 @@ def layers(name, *modules):
     return Case(name, lambda: nn.Sequential(*modules), lambda m: m(SEQUENCE).square().sum((1, 2)))
 
 
+ROWS = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
+X = ROWS.double()
+AT = torch.tensor([0, 1, 1, 2, 2])[:, None].expand(5, 3)
 SEQUENCE = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
@@ -56,7 +61,63 @@ class Taught(nn.Module):
         return (z - target) * (1 + self.mean)
 
 
+def linear(name, out):
+    """`out` of a linear layer's output h, (5, 3)."""
+    return Case(name, lambda: nn.Linear(3, 3), lambda m: out(m(X)).sin().sum())
+
+
+def with_first(write):
+    """`write` changes a tensor that holds h, given h."""
+
+    def out(h):
+        made = 1 * h
+        write(made, h)
+        return made * h
+
+    return out
+
+
+SINGULAR = [
+    linear("sqrt of relu", lambda h: h.relu().sqrt()),
+    linear("sqrt_ of relu", lambda h: (1 * h.relu()).sqrt_()),
+    linear("sqrt of abs", lambda h: h.relu().abs().sqrt()),
+    linear("a power between 1 and 2", lambda h: h.clamp(min=0) ** 1.5),
+    linear("a norm of zeros", lambda h: (h * (h[:, :1] > 0)).norm(dim=1)),
+    linear("a clamped logarithm", lambda h: h.relu().log().clamp(min=-50)),
+    linear("acos of a clamped number", lambda h: (3 * h).clamp(-1, 1).acos()),
+    linear("xlogy of zeros", lambda h: torch.xlogy(h.relu(), h.relu())),
+    linear("atan2 at the origin", lambda h: torch.atan2(h.relu(), h.relu())),
+    linear("a quotient of zeros without nan", lambda h: (h.relu() / h.relu()).nan_to_num(0)),
+]
+WRITES = [
+    linear("x[..., 0] = y", with_first(lambda made, h: made.__setitem__((..., 0), h[0, 1]))),
+    linear("fill_", with_first(lambda made, h: made[0].fill_(h[0, 1]))),
+    linear("scatter_reduce_", with_first(lambda made, h: made.scatter_reduce_(0, AT, h, "amax"))),
+    linear("scatter_reduce", lambda h: h.scatter_reduce(0, AT, h.exp(), "mean", include_self=False)),
+    linear("x[..., 0] = y of a plain tensor", lambda h: written(h)),
+]
+OTHERS = [
+    linear("roll of a number", lambda h: torch.roll(h.sum(), 1) * h),
+    linear("glu", lambda h: nn.functional.glu(h[:, :2], 1)),
+    linear("soft margin", lambda h: nn.functional.soft_margin_loss(h, X.sign(), reduction="none")),
+    linear("by name", lambda h: torch.matmul(h, other=h.T)),
+    linear("sparse @ h", lambda h: torch.eye(5, dtype=h.dtype).to_sparse() @ h),
+    linear("channels last", lambda h: h.view(5, 3, 1, 1).to(memory_format=torch.channels_last)),
+    linear("asked whether it requires a gradient", lambda h: h * (1 + h.requires_grad + h.detach().requires_grad)),
+    Case("copied", lambda: nn.Linear(3, 3), lambda m: (m(X).exp() * copy.deepcopy(m)(X).detach()).sum(1)),
+]
+
+
+def written(h):
+    made = torch.zeros_like(ROWS, dtype=h.dtype)
+    made[..., 0] = h[0, 1]
+    return made * h
+
+
 TWICE = [
+    *SINGULAR,
+    *WRITES,
+    *OTHERS,
     *CASES,
     *(
         Case(f"linear algebra: {name}", lambda: nn.Linear(6, 3), lambda m, f=f: f((a := m(SEQUENCE)).mT @ a + a[:, :3]))
@@ -116,9 +177,6 @@ def test_curvature_is_exact(case):
 def test_what_cannot_be_differentiated_twice_is_one_line(loss, operation):
     with pytest.raises(UnsupportedOperation, match=f"^the loss function uses {operation}, which has no second[^\n]*$"):
         SecondOrder()(nn.Linear(3, 2), loss)
-
-
-ROWS = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
 
 
 class Doubled(torch.autograd.Function):
@@ -246,6 +304,14 @@ def test_slopes_drawn_at_random_are_those_of_a_leaky_relu():
     with torch.no_grad():
         _, found, _ = curvature_in_span(case.build(), case.loss, tangents)
     torch.testing.assert_close(found, v.T @ flat(exact_grads(case)))
+
+
+def test_a_singular_function_whose_argument_moves_gives_no_number():
+    model = nn.ParameterDict({"x": torch.zeros(1)})
+    with torch.no_grad():
+        _, slopes, curvature = curvature_in_span(model, lambda m: m["x"].sqrt(), {"x": torch.ones(1, 1)})
+    assert not slopes.isfinite().any()
+    assert not curvature.isfinite().any()
 
 
 def test_a_loss_of_nan_gives_steps_of_nan():

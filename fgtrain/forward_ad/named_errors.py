@@ -61,6 +61,9 @@ _REFUSALS = {
     "Nested forward mode AD": "forward-mode AD of its own",
     "\nRuntimeError: \n": "a TorchScript function",  # its interpreter repeats an exception of Python without the text
     "Cannot access data pointer of Tensor": "an operation that reads memory itself",
+    "Cannot access storage of": "an operation that reads memory itself",
+    "tensors do not have strides": "a sparse matrix that is made in the loss",
+    "is not possible because there exists a Tensor `other`": "a change in place of a tensor that moves less",
     "ZeroTensors are immutable": "a change in place of a result that does not move",
 }
 """{part of PyTorch's message: the operation}."""

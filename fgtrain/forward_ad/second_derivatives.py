@@ -7,18 +7,27 @@ tests/test_second_order.py compares every one of them with double backpropagatio
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
+import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from fgtrain._torch import REQUIRES_GRAD, custom_function_call, standard_gamma, tree_map_only
+from fgtrain._torch import (
+    REQUIRES_GRAD,
+    custom_function_call,
+    is_inside_transform,
+    no_overrides,
+    standard_gamma,
+    tree_map_only,
+)
 from fgtrain.forward_ad.originals import SETS_REQUIRES_GRAD, Originals
 from fgtrain.forward_ad.registry import functions_named
-from fgtrain.forward_ad.rules.compositions import COMPOSITIONS
+from fgtrain.forward_ad.rules.compositions import COMPOSITIONS, by_place, composed_out_of_place
 from fgtrain.forward_ad.rules.opened import opened
+from fgtrain.forward_ad.singular import singular
 
 
 class CorrectSecondDerivatives(TorchFunctionMode):
@@ -40,24 +49,30 @@ class CorrectSecondDerivatives(TorchFunctionMode):
     def move(self, values: Mapping[str, Tensor]) -> None:
         """Let the calls from now on be those of a pass with these values in place of parameters."""
         self._originals = Originals(self._params, values)
-        self._ids = {id(x) for x in values.values()}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in SETS_REQUIRES_GRAD:
             self._originals.refuse_freezing(*args, **kwargs)
-            if id(args[0]) in self._ids:
+            if _has_tangent(args[0]):
                 return args[0]
         if func == REQUIRES_GRAD:
-            return func(*args) or id(args[0]) in self._ids
+            return func(*args) or _has_tangent(args[0])
+        if func is Tensor.__deepcopy__:
+            return args[0].detach().clone()
         args, kwargs = tree_map_only(Tensor, self._originals.checked, (args, kwargs))
         if not torch.is_grad_enabled():  # the model's no_grad: constants, as for backpropagation
             return func(*tree_map_only(Tensor, Tensor.detach, args), **tree_map_only(Tensor, Tensor.detach, kwargs))
         if func is custom_function_call and not getattr(args[0], "is_linear", False):
             raise NotImplementedError("forward AD with a custom autograd.Function that is differentiated only once")
+        outside = composed_out_of_place(func)
         if func in _ONLY_FIRST_DERIVATIVES:
-            raise NotImplementedError(f"forward AD with {func.__name__} that is correct only for first derivatives")
-        bodies = (_FOR_SECOND_DERIVATIVES.get(func), COMPOSITIONS.get(func), opened(func))
+            _refuse(func.__name__)
+        args, kwargs = by_place(args, kwargs)
+        if "memory_format" in kwargs:  # layouts do not fit tensors that hold several directions
+            kwargs = {name: x for name, x in kwargs.items() if name != "memory_format"}
+        made = outside or func
+        bodies = (_FOR_SECOND_DERIVATIVES.get(made), singular(func), COMPOSITIONS.get(made), opened(func))
         for body in () if func in self._running else bodies:
             if body is not None:
                 self._running.append(func)
@@ -67,8 +82,21 @@ class CorrectSecondDerivatives(TorchFunctionMode):
                 finally:
                     self._running.pop()
                 if result is not NotImplemented:
-                    return result
+                    return args[0].copy_(result) if outside else result
         return func(*args, **kwargs)
+
+
+def _refuse(name: str) -> NoReturn:
+    raise NotImplementedError(f"forward AD with {name} that is correct only for first derivatives")
+
+
+def _has_tangent(x: Tensor) -> bool:
+    """Whether a tensor carries a tangent; unknown, so False, inside a transform of torch.func in the loss."""
+    try:
+        with no_overrides():
+            return is_inside_transform(x) and fwAD.unpack_dual(x).tangent is not None
+    except RuntimeError:
+        return False
 
 
 def _normalized(x: Tensor, dims: Sequence[int], eps: float) -> Tensor:
@@ -192,6 +220,41 @@ def _logdet(a: Tensor) -> Tensor:
     return size + sign.log()
 
 
+def _scatter_reduce(x: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str, *, include_self: bool = True) -> Any:
+    if reduce == "prod":
+        _refuse("scatter_reduce")
+    return NotImplemented
+
+
+def _roll(x: Tensor, *_: Any, **__: Any) -> Any:
+    return NotImplemented if x.dim() else x.clone()  # vmap would roll the directions
+
+
+def _glu(x: Tensor, dim: int = -1) -> Tensor:
+    left, right = x.chunk(2, dim)
+    return left * right.sigmoid()
+
+
+def _soft_margin_loss(x: Tensor, target: Tensor, reduction: int = 1) -> Tensor:
+    return _reduced(F.softplus(-target * x), ("none", "mean", "sum")[reduction])
+
+
+def _set_item(x: Tensor, index: Any, value: Any) -> Any:
+    """A single number as a row of one, since x.fill_ does not take a value that holds several directions."""
+    if not isinstance(value, Tensor) or value.dim():
+        return NotImplemented
+    x[index] = value.reshape(1)
+    return None
+
+
+def _fill(x: Tensor, value: Any) -> Any:
+    return x.copy_(value) if isinstance(value, Tensor) else NotImplemented
+
+
+def _to(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return NotImplemented if args or kwargs else x  # it had a memory_format alone
+
+
 def _solve(a: Tensor, b: Tensor, *, left: bool = True) -> Tensor:
     factors, pivots = torch.linalg.lu_factor(a)
     if b.dim() == 1 or (b.dim() == a.dim() - 1 and b.shape == a.shape[:-1]):  # vectors, as PyTorch decides it
@@ -200,7 +263,7 @@ def _solve(a: Tensor, b: Tensor, *, left: bool = True) -> Tensor:
 
 
 _ONLY_FIRST_DERIVATIVES = {
-    *(torch.scatter_reduce, torch.Tensor.scatter_reduce, standard_gamma, torch.ctc_loss),
+    *(standard_gamma, torch.ctc_loss),
     *functions_named("orgqr"),
     *(torch.linalg.householder_product, torch.linalg.solve_ex, torch.linalg.tensorsolve),
 }
@@ -214,6 +277,13 @@ _FOR_SECOND_DERIVATIVES = {
     **dict.fromkeys([*functions_named("slogdet"), torch.linalg.slogdet], _slogdet),
     **dict.fromkeys(functions_named("logdet"), _logdet),
     torch.linalg.solve: _solve,
+    **dict.fromkeys(functions_named("scatter_reduce"), _scatter_reduce),
+    **dict.fromkeys(functions_named("roll"), _roll),
+    **dict.fromkeys(functions_named("glu"), _glu),
+    **dict.fromkeys(functions_named("soft_margin_loss"), _soft_margin_loss),
+    **dict.fromkeys(functions_named("fill_"), _fill),
+    Tensor.__setitem__: _set_item,
+    Tensor.to: _to,
     F.huber_loss: _huber_loss,
     F.binary_cross_entropy_with_logits: _binary_cross_entropy_with_logits,
 }

@@ -27,7 +27,9 @@ def _binary_cross_entropy(x: Tensor, target: Tensor, weight: Tensor | None = Non
     log_x = torch.where(flat, at.log().clamp(min=-100), inside.log())
     log_rest = torch.where(flat, (1 - at).log().clamp(min=-100), (1 - inside).log())
     slope = torch.ops.aten.binary_cross_entropy_backward(torch.ones_like(at), at, target.detach(), None, 0)
-    change = torch.where(flat, (x - at) * slope, 0)
+    near_0, near_1 = at + 1e-12, 1 - at + 1e-12  # as in the second derivative of backpropagation
+    curvature = ((at * at + (1 - 2 * at) * target.detach()) / (near_0 * near_1).square()).nan_to_num()
+    change = torch.where(flat, (x - at) * (slope + (x - at) * curvature / 2), 0)
     losses = change - target * log_x - (1 - target) * log_rest
     return _reduced(losses if weight is None else losses * weight, reduction)
 

@@ -172,27 +172,34 @@ def _pdist(x: Tensor, p: float = 2.0) -> Tensor:
 # --- matrices -----------------------------------------------------------------------------------------------------
 
 
-class _SparseTimes(torch.autograd.Function):
-    """A constant sparse matrix times a dense one; PyTorch's forward mode requires a tangent of the sparse matrix."""
+class _Times(torch.autograd.Function):
+    """The product with a constant sparse matrix; PyTorch's forward mode requires a tangent of the sparse matrix."""
 
     is_linear = True
 
     @staticmethod
-    def forward(func: Any, x: Tensor, y: Tensor) -> Tensor:
-        return func(x, y)
+    def forward(times: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        return times(x)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:  # noqa: ARG004 - torch's signature
-        ctx.func, ctx.matrix, _ = inputs
+        ctx.times, _ = inputs
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
-        return ctx.func(ctx.matrix, tangents[2])
+        return _Times.apply(ctx.times, tangents[1])
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *args: Any) -> Any:  # noqa: ARG004 - torch's signature
+        times, x = args
+        columns = x.movedim(in_dims[1], -1)  # (n, directions) or (n, columns, directions)
+        return _Times.apply(times, columns.flatten(1)).unflatten(1, columns.shape[1:]), columns.dim() - 1
 
 
 def _times(func: Any) -> Callable[..., Any]:
     def body(x: Tensor, y: Tensor, *options: Any) -> Any:
-        return NotImplemented if x.layout == torch.strided or options else _SparseTimes.apply(func, x, y)
+        # The matrix is no argument, since transforms of torch.func do not take all layouts.
+        return NotImplemented if x.layout == torch.strided or options else _Times.apply(partial(func, x), y)
 
     return body
 

@@ -121,3 +121,12 @@ def test_what_a_pass_adds_to_a_container_is_added_once_a_step(kept):
 def test_bad_arguments(chunk_size):
     with pytest.raises(ValueError, match="chunk_size must be an integer of at least 1, got"):
         ForwardExact(chunk_size)
+
+
+def test_parameters_without_elements():
+    model = nn.ParameterDict(
+        {"a": torch.ones(2), "none": torch.empty(0), "nothing": torch.empty(0, 3), "b": torch.ones(2)}
+    )
+    found = ForwardExact(3)(model, lambda m: m["a"].exp().sum() + m["none"].sum() + m["b"].sin().sum()).grads
+    assert {name: g.shape for name, g in found.items()} == {name: p.shape for name, p in model.items()}
+    torch.testing.assert_close([found["a"], found["b"]], [model["a"].exp().detach(), model["b"].cos().detach()])

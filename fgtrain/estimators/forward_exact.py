@@ -100,7 +100,7 @@ class ForwardExact(GradientEstimator):
             yield {
                 name: _units(p, torch.arange(first, last, device=p.device) - (end - p.numel()))
                 for (name, p), end in zip(params.items(), ends, strict=True)
-                if end - p.numel() < last and first < end
+                if p.numel() and end - p.numel() < last and first < end
             }
 
     def _warn(self, num_params: int) -> None:

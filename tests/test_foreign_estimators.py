@@ -255,6 +255,12 @@ def test_two_methods_with_one_estimator_and_other_blocks(second):
     assert_is(found, LocalLosses(Backprop(), head="tail", blocks=second)(model, losses).grads)
 
 
+@pytest.mark.parametrize("estimator", [LocalLosses(Backprop()), LocalGuess()], ids=lambda e: type(e).__name__)
+def test_local_losses_of_a_model_that_is_called_twice(estimator):
+    with pytest.raises(UnsupportedOperation, match=r"calls the model once: .*; join the inputs with torch.cat"):
+        estimator(chain(), lambda m: F.cosine_similarity(m(INPUTS), m(INPUTS + 1)))
+
+
 # --- self-check -------------------------------------------------------------------------------------------------------
 
 

@@ -226,7 +226,11 @@ class _RecordedBlocks(StandIn):
         self.outputs: list[list[Tensor]] = []
 
     def forward(self, x: Any) -> Any:
-        self.outputs.clear()
+        if self.outputs:
+            raise UnsupportedOperation(
+                "local losses need a loss function that calls the model once: a block gets the output of the block "
+                "before it in that call; join the inputs with torch.cat, or train with another method"
+            )
         for parts in self._blocks:
             self.outputs.append([in_turn(modules, x) for modules in parts])
             x = joined(self.outputs[-1])

@@ -255,6 +255,29 @@ def test_two_methods_with_one_estimator_and_other_blocks(second):
     assert_is(found, LocalLosses(Backprop(), head="tail", blocks=second)(model, losses).grads)
 
 
+def test_checkpointing_refuses_blocks_inside_vmap():
+    with pytest.raises(UnsupportedOperation, match=r"runs inside torch.vmap, .*; train with Backprop"):
+        CheckpointedBackprop()(chain(), lambda m: torch.vmap(m)(INPUTS).square().sum(1))
+
+
+@pytest.mark.parametrize("num_tangents", [1, 2])
+def test_an_exact_head_before_other_layers(num_tangents):
+    def loss(m, x=INPUTS):
+        for _ in range(2):
+            x = m(x)
+        return x.square().sum(1)
+
+    with pytest.raises(UnsupportedOperation, match=r"4, the last layer, is called before 0; train without it"):
+        ActivityPerturbation(num_tangents, exact_head=True)(chain(), loss)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_perturbed_nested_tensors_are_refused():
+    rows = torch.nested.as_nested_tensor([INPUTS[:2], INPUTS[2:]])
+    with pytest.raises(UnsupportedOperation, match="output is a nested tensor; use ForwardGradient"):
+        ActivityPerturbation()(chain(), lambda m: torch.stack([x.sum() for x in m(rows).unbind()]))
+
+
 @pytest.mark.parametrize("estimator", [LocalLosses(Backprop()), LocalGuess()], ids=lambda e: type(e).__name__)
 def test_local_losses_of_a_model_that_is_called_twice(estimator):
     with pytest.raises(UnsupportedOperation, match=r"calls the model once: .*; join the inputs with torch.cat"):

@@ -64,11 +64,11 @@ class CheckpointedBackprop(Backprop):
                     "(torch.func.functional_call); train with Backprop"
                 ) from error
             except RuntimeError as error:
-                if "support saved tensor hooks" not in str(error):
+                if not any(part in str(error) for part in ("support saved tensor hooks", "function being vmapped")):
                     raise
                 raise UnsupportedOperation(
-                    "the model or its loss takes derivatives by torch.func, which activation checkpointing does not "
-                    "allow; train with Backprop"
+                    "the model or its loss takes derivatives by torch.func or runs inside torch.vmap, which activation "
+                    "checkpointing does not allow; train with Backprop"
                 ) from error
         warned = slots_of(model).cached(_in_segments, set)
         if not (containers or repeated or warned):

@@ -62,6 +62,7 @@ _REFUSALS = {
     "\nRuntimeError: \n": "a TorchScript function",  # its interpreter repeats an exception of Python without the text
     "Cannot access data pointer of Tensor": "an operation that reads memory itself",
     "Cannot access storage of": "an operation that reads memory itself",
+    "NestedTensorImpl doesn't support": "nested tensors",
     "tensors do not have strides": "a sparse matrix that is made in the loss",
     "is not possible because there exists a Tensor `other`": "a change in place of a tensor that moves less",
     "ZeroTensors are immutable": "a change in place of a result that does not move",

@@ -24,6 +24,7 @@ from fgtrain.errors import LossError, UnsupportedOperation
 from fgtrain.forward_ad.dual import Dual, call, duals_in, primal_of, tangent_of
 from fgtrain.forward_ad.lost_derivatives import only_reads
 from fgtrain.forward_ad.output_tangent import LocalGrads, OutputTangent
+from fgtrain.forward_ad.passes import UnsupportedByEngine
 from fgtrain.forward_ad.row_losses import marks
 from fgtrain.forward_ad.running import widen
 from fgtrain.random import fold_in
@@ -206,10 +207,15 @@ class PerturbedPass:
         """The layer's output as a dual with noise in its tangents."""
         primal, tangent = primal_of(output), tangent_of(output)
         noise, pattern, of_head = None, None, None
+        if primal.is_nested:
+            raise UnsupportedByEngine("a layer's output is a nested tensor")
         if name == self.head:
             of_head = primal.new_zeros(self.num_tangents, *primal.shape) if tangent is None else tangent
             tangent = self._with_unit_directions(name, primal, of_head, channels)
         else:
+            if tangent is not None and len(tangent) > self.num_tangents and self._has_called(self.head):
+                of_last, after = (x.removesuffix(".weight") for x in (str(self.head), name))
+                raise UnsupportedOperation(f"{of_last}, the last layer, is called before {after}; {WITHOUT_HEAD}")
             noise, pattern = self.draw(primal, channels)
             tangent = _add_noise(tangent, noise, pattern, primal, channels)
         layer = LayerCall(name, local_grads, noise, pattern, channels, primal.shape, as_input(inputs), of_head)
@@ -236,6 +242,9 @@ class PerturbedPass:
         pattern = (units % self.num_tangents == owner).to(output.dtype) * self.num_tangents**0.5
         return _signs(shape, generator, output), pattern
 
+    def _has_called(self, name: str | None) -> bool:
+        return any(call.name == name for call in self.calls)
+
     def _with_unit_directions(self, name: str, primal: Tensor, tangent: Tensor, channels: int) -> Tensor:
         layer = name.removesuffix(".weight")
         if channels % primal.dim() != primal.dim() - 1 or primal.dim() == 1:
@@ -247,7 +256,7 @@ class PerturbedPass:
             raise LossError(
                 f"the exact gradient of the last layer needs a row, but {layer} gives {tuple(primal.shape)}"
             )
-        if any(call.name == name for call in self.calls):
+        if self._has_called(name):
             raise UnsupportedOperation(f"{layer}, the last layer, is called twice; {WITHOUT_HEAD}")
         *leading, size = primal.shape
         units = torch.eye(size, dtype=primal.dtype, device=primal.device).view(size, *[1] * len(leading), size)

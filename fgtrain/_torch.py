@@ -160,7 +160,7 @@ def no_fake_tensor_cache() -> Any:
 
 @contextmanager
 def no_report_of_refused_shapes() -> Generator[None]:
-    """A context in which PyTorch raises an error where a shape depends on values, but does not print it, too."""
+    """A context in which PyTorch raises errors of shapes that do not fit or depend on values, without printing them."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     was_disabled, logger.disabled = logger.disabled, True
     try:

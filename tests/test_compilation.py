@@ -291,6 +291,15 @@ def test_a_pass_that_is_compiled_again_counts_once(monkeypatch):
         assert plain.calls == model.calls == num_calls
 
 
+def test_a_mistake_in_a_compiled_model_is_reported_once(capfd):
+    model = nn.Sequential(nn.Linear(5, 2))
+    model.compile()
+    tangents = Normal().sample(dict(model.named_parameters()), [0])
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+        jvp(model, lambda m: m(torch.ones(3, 4)).sum(1), tangents)
+    assert "Traceback" not in capfd.readouterr().err
+
+
 def test_without_the_compiler_as_the_user_asked(caplog):
     model, x = nn.Sequential(nn.Linear(5, 2)), torch.randn(3, 5)
     model.compile()

@@ -89,7 +89,7 @@ class CompiledJvp:
         """
         self._tangents, self._before_unconfirmed, self.confirm = tangents, before_unconfirmed, None
         try:
-            with torch.enable_grad():  # to recognise the model's no_grad
+            with torch.enable_grad(), no_report_of_refused_shapes():  # to recognise the model's no_grad
                 return self._run(*args), self._outputs
         except (UserError, UnsupportedByEngine):
             raise
@@ -241,7 +241,7 @@ def _derived(
 
     flat = [x.detach() if isinstance(x, Tensor) else x for x in inputs]
     flat += [part for form in forms for part in form.parts]
-    with no_fake_tensor_cache(), no_report_of_refused_shapes():
+    with no_fake_tensor_cache():
         return make_fx(along, tracing_mode="fake")(*flat), flat
 
 

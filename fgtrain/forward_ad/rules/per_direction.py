@@ -26,8 +26,8 @@ def per_direction(func: Any) -> Rule:
         num_tangents = pairs[0][2].shape[0]
         random_state = TorchRandomState({primal.device for _, primal, _ in pairs}) if num_tangents > 1 else None
         plain = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and not isinstance(leaf, Dual)]
-        # A missing tangent is a tensor of zeros without memory, which cannot be traced.
-        still = [i for i in plain if is_traced() and is_differentiable(leaves[i])]
+        # The missing tangent of a layer's input is a tensor of zeros without memory, which cannot be traced.
+        still = [i for i in plain if is_traced() and 0 not in sources and is_differentiable(leaves[i])]
         untouched = [leaves[i].clone() for i in plain] if num_tangents > 1 else []
         columns, out_spec, drawn = [], None, num_traced_draws()
         for k in range(num_tangents):

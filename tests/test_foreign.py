@@ -456,6 +456,42 @@ def test_a_penalty_on_the_parameters_that_are_trained(estimator):
         torch.testing.assert_close(found.directional_derivatives[0], flat(exact.grads) @ directions, rtol=1e-6, atol=0)
 
 
+class Marked(nn.Module):
+    """Has a parameter with an attribute, and stores a parameter under another name as it runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.l = nn.Linear(4, 3)
+        setattr(self.l.weight, "decays", True)
+
+    def forward(self, x):
+        self.bias = self.l.bias
+        return self.l(x) + self.bias
+
+
+def of_marked(m):
+    decayed = [p for p in m.parameters() if isinstance(p, nn.Parameter) and getattr(p, "decays", False)]
+    return m(X).square().sum(1) + sum(p.square().sum() for p in decayed)
+
+
+@pytest.mark.parametrize(
+    "estimator",
+    [SPSA(epsilon=1e-6), MeZO(epsilon=1e-6), ForwardExact(chunk_size=5), ForwardGradient(), SecondOrder()],
+    ids=lambda e: type(e).__name__,
+)
+@pytest.mark.parametrize("frozen", [True, False])
+def test_parameters_stay_parameters_with_attributes(estimator, frozen):
+    torch.manual_seed(0)
+    model = Marked().double()
+    model.l.bias.requires_grad_(not frozen)
+    other = copy.deepcopy(model)
+    setattr(other.l.weight, "decays", True)
+    exact, found = Backprop()(other, of_marked), estimator(model, of_marked)
+    torch.testing.assert_close(found.loss, exact.loss, rtol=1e-5, atol=0)
+    assert {type(p) for p in model.parameters()} == {nn.Parameter}
+    torch.testing.assert_close(estimator(model, of_marked).loss, exact.loss, rtol=1e-5, atol=0)
+
+
 def test_curvature_of_a_penalty_on_the_parameters_that_are_trained():
     model = nn.Linear(4, 3).double()
     params = list(model.parameters())

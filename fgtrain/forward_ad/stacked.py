@@ -130,6 +130,5 @@ def _parameter_duals(slots: ParameterSlots, cache: dict[str, Dual], tangents: Ma
         p, dual = slots.params[name], cache.get(name)
         if dual is None or dual.primal.data_ptr() != p.data_ptr():
             cache[name] = dual = Dual(p.detach(), tangent)
-            dual.param_name = name
         dual.renew(tangent)
     return {name: cache[name] for name in tangents}

@@ -45,10 +45,14 @@ class ParameterSlots:
             *GLOBAL_BACKWARD_HOOKS,
             *(d for module in model.modules() for d in backward_hooks(module)),
         ]
-        self._parts = [(module._parameters, module._modules) for module in model.modules()]
+        self._parts: list[tuple[dict[str, Any], Any]] = [
+            (module._parameters, module._modules) for module in model.modules()
+        ]
         self._places = [
             (held, key, names[id(p)]) for held, _ in self._parts for key, p in held.items() if p is not None
         ]
+        self._held = [held for held, _ in self._parts]
+        self._num_held = sum(map(len, self._held))
         self._fingerprint = self._take_fingerprint()
         self._cache: WeakKeyDictionary[Any, Any] = WeakKeyDictionary()
 
@@ -96,27 +100,38 @@ class ParameterSlots:
         Raises:
             UnsupportedOperation: within it, `requires_grad` of a parameter was changed.
         """
-        return _ParamsReplaced(self._places, self.params, values)
+        return _ParamsReplaced(self, values)
+
+    def replace_by(self, values: Mapping[str, Tensor]) -> None:
+        """Store `values` in the places of the parameters; a pass may have stored others under more names."""
+        for held, key, name in self._places:
+            held[key] = values[name]
+        if sum(map(len, self._held)) != self._num_held:
+            for held in self._held:
+                for key in [key for key, p in held.items() if hasattr(p, "param_name")]:
+                    del held[key]
 
 
 class _ParamsReplaced:
-    def __init__(self, places: Any, params: Mapping[str, nn.Parameter], values: Mapping[str, Tensor]) -> None:
-        self._places = places
-        self._params = params
+    def __init__(self, slots: ParameterSlots, values: Mapping[str, Tensor]) -> None:
+        self._slots = slots
+        self._params = slots.params
         self._values = values
 
     def __enter__(self) -> None:
         self._trained = [p.requires_grad for p in self._params.values()]
-        values = {
-            name: self._values[name] if name in self._values else as_parameter(p.detach(), name, p)
-            for name, p in self._params.items()
-        }
-        for held, key, name in self._places:
-            held[key] = values[name]
+        for name, value in self._values.items():
+            if not hasattr(value, "_is_param"):  # isinstance(value, nn.Parameter) asks for it
+                vars(value).update(vars(self._params[name]), _is_param=True, param_name=name)
+        self._slots.replace_by(
+            {
+                name: self._values[name] if name in self._values else as_parameter(p.detach(), name, p)
+                for name, p in self._params.items()
+            }
+        )
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
-        for held, key, name in self._places:
-            held[key] = self._params[name]
+        self._slots.replace_by(self._params)
         if error is None:  # the loss may hold the parameters themselves
             for (name, p), trained in zip(self._params.items(), self._trained, strict=True):
                 if p.requires_grad != trained:
@@ -161,7 +176,7 @@ def as_parameter(value: Tensor, name: str, p: Tensor) -> Tensor:
     if type(value) is not Tensor:
         return value
     stand_in: Any = AsParameter(value, requires_grad=False)
-    stand_in.param_name, stand_in.trained = name, p.requires_grad
+    vars(stand_in).update(vars(p), param_name=name, trained=p.requires_grad)
     return stand_in
 
 

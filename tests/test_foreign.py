@@ -456,6 +456,19 @@ def test_a_penalty_on_the_parameters_that_are_trained(estimator):
         torch.testing.assert_close(found.directional_derivatives[0], flat(exact.grads) @ directions, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize(
+    "estimator", [*WITHOUT_BACKWARD, ActivityPerturbation(), FDFA()], ids=lambda e: type(e).__name__
+)
+def test_a_loss_that_differentiates_in_the_parameters_is_refused(estimator):
+    def loss(m):
+        losses = m(X).square().sum(1)
+        slopes = torch.autograd.grad(losses.mean(), list(m.parameters()), create_graph=True)
+        return losses + sum(g.square().sum() for g in slopes)
+
+    with pytest.raises(UnsupportedOperation, match=r"a derivative with respect to a.*, or train with"):
+        estimator(nn.Linear(4, 3).double(), loss)
+
+
 class Marked(nn.Module):
     """Has a parameter with an attribute, and stores a parameter under another name as it runs."""
 

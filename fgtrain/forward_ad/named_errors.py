@@ -55,6 +55,7 @@ _REFUSALS = {
     "jvp function for custom autograd.Function": "a custom autograd.Function without jvp",
     "it must override the setup_context": "a custom autograd.Function without setup_context",
     "attempting to call Tensor.requires_grad_": "a derivative with respect to its own input",
+    "One of the differentiated Tensors does not require grad": "a derivative with respect to a parameter",
     "does not require grad and does not have a grad_fn": "a derivative with respect to an intermediate result",
     "appears to not have been used in the graph": "a derivative with respect to an intermediate result",
     "would mutate a captured Tensor": "a change in place of a tensor from outside the loss",

@@ -1,6 +1,7 @@
 """What all passes of a loss function share: the checks of its result, and the errors of an engine."""
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor, nn
 
 from fgtrain._torch import TorchDispatchMode
 from fgtrain.errors import LossError, UnsupportedOperation
+from fgtrain.forward_ad.named_errors import named_errors
 from fgtrain.forward_ad.stale import graph_of
 from fgtrain.network.parameters import as_parameter, slots_of
 
@@ -64,7 +66,7 @@ def plain_losses(model: nn.Module, loss_fn: LossFn, values: Mapping[str, Tensor]
     """
     slots = slots_of(model)
     stand_ins = {name: as_parameter(value, name, slots.params[name]) for name, value in (values or {}).items()}
-    with torch.enable_grad(), slots.params_replaced(stand_ins):
+    with torch.enable_grad(), slots.params_replaced(stand_ins), named_errors(model) if values else nullcontext():
         losses = check_losses(loss_fn(model))
     if values and losses.requires_grad:
         _refuse_originals(losses, slots.params)

@@ -21,8 +21,9 @@ from fgtrain.estimators.highway_forward import (
     learning_by_estimator,
 )
 from fgtrain.forward_ad.passes import LossFn, plain_losses
+from fgtrain.network.as_parameter import refuse_freezing
 from fgtrain.network.blocks import cut_between_blocks, find_blocks, frozen, has_identity_skip, list_of_names
-from fgtrain.network.parameters import refuse_freezing, slots_of, trainable_params
+from fgtrain.network.parameters import slots_of, trainable_params
 from fgtrain.network.residual_blocks import ResidualBlocks
 from fgtrain.network.snapshot import Snapshot
 

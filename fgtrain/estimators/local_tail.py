@@ -13,8 +13,9 @@ from fgtrain.estimators.base import GradientEstimator
 from fgtrain.estimators.gradients import add_grad
 from fgtrain.forward_ad.native import value_of
 from fgtrain.forward_ad.passes import LossFn, plain_losses
+from fgtrain.network.as_parameter import refuse_freezing
 from fgtrain.network.blocks import Forward, entering, find_blocks, forwards_replaced, frozen, keeps_shape
-from fgtrain.network.parameters import refuse_freezing, slots_of, trainable_params
+from fgtrain.network.parameters import slots_of, trainable_params
 from fgtrain.network.snapshot import Snapshot
 
 

@@ -33,7 +33,7 @@ from fgtrain.forward_ad.registry import FALLBACKS, Rule
 from fgtrain.forward_ad.rules.compositions import COMPOSITIONS, by_place
 from fgtrain.forward_ad.running import current, running_pass
 from fgtrain.forward_ad.stale import stale_message
-from fgtrain.network.parameters import AsParameter
+from fgtrain.network.as_parameter import AsParameter
 from fgtrain.tangents.directions import LastTangent, LowRankTangent, Tangent, num_in, padded
 
 

@@ -11,7 +11,7 @@ from fgtrain._torch import SET_REQUIRES_GRAD, is_inside_transform
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.forward_ad.dual import Dual
 from fgtrain.forward_ad.stale import graph_of, is_stale, stale_message
-from fgtrain.network.parameters import refuse_freezing
+from fgtrain.network.as_parameter import refuse_freezing
 
 SETS_REQUIRES_GRAD = frozenset({torch.Tensor.requires_grad_, SET_REQUIRES_GRAD})
 """The functions that a mode receives when a model freezes or unfreezes a tensor."""

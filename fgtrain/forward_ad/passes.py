@@ -11,7 +11,8 @@ from fgtrain._torch import TorchDispatchMode
 from fgtrain.errors import LossError, UnsupportedOperation
 from fgtrain.forward_ad.named_errors import named_errors
 from fgtrain.forward_ad.stale import graph_of
-from fgtrain.network.parameters import as_parameter, slots_of
+from fgtrain.network.as_parameter import as_parameter
+from fgtrain.network.parameters import slots_of
 
 LossFn = Callable[[Any], Tensor]
 """Maps a model to per-example losses (B,), or to a scalar ()."""

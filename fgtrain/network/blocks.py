@@ -10,8 +10,8 @@ from torch.func import functional_call
 
 from fgtrain._torch import is_inside_transform
 from fgtrain.errors import UnsupportedOperation
+from fgtrain.network.as_parameter import refuse_freezing
 from fgtrain.network.chains import is_chain
-from fgtrain.network.parameters import refuse_freezing
 
 Forward = Callable[..., Any]
 Test = Callable[[nn.Module, tuple[Any, ...], dict[str, Any], Any], bool]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fgtrain._torch import outside_transforms, plain_tensors, tree_map
-from fgtrain.network.parameters import KeepsFlag
+from fgtrain.network.as_parameter import KeepsFlag
 
 
 class Displaced(KeepsFlag, Tensor):  # ty: ignore[lost-keyword-for-regular-parameter] - torch's stub errs

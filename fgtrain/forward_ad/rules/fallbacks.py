@@ -14,7 +14,7 @@ from fgtrain.forward_ad.rules.arithmetic import aligned
 from fgtrain.forward_ad.rules.compositions import no_backward
 from fgtrain.forward_ad.rules.opened import opened
 from fgtrain.forward_ad.rules.per_direction import per_direction
-from fgtrain.network.parameters import refuse_freezing
+from fgtrain.network.as_parameter import refuse_freezing
 
 
 def find_fallback(func: Any) -> Fallback:

@@ -16,7 +16,7 @@ from fgtrain.forward_ad.dual import Dual
 from fgtrain.forward_ad.registry import SHORT, register
 from fgtrain.forward_ad.rules.arithmetic import aligned
 from fgtrain.forward_ad.steep import STEEP, where_moved
-from fgtrain.network.parameters import AsParameter
+from fgtrain.network.as_parameter import AsParameter
 
 Part = tuple[Any, Any]
 """A value, and its tangents (K, *shape) or None."""

@@ -62,7 +62,7 @@ class Started:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tests.kills", "tests.rank_jobs"])
         self.process: Any = context.Process(
-            target=_run, args=(folder, self.temporary, script, arguments, torchrun, disturb)
+            target=_run, args=(folder, self.temporary, dict(os.environ), script, arguments, torchrun, disturb)
         )
         self.process.start()
         self.session = self.process.pid
@@ -127,13 +127,15 @@ def _processes() -> dict[int, tuple[int, int, str]]:
 def _run(
     folder: Path,
     temporary: Path,
+    environment: dict[str, str],
     script: str,
     arguments: Sequence[str],
     torchrun: Sequence[str],
     disturb: Callable[[Path], None] | None,
 ) -> None:
     os.setsid()
-    os.environ |= {"TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
+    os.environ.clear()  # of the fork server, which a test may have started that sets a variable for itself
+    os.environ |= environment | {"TMPDIR": str(temporary), "OMP_NUM_THREADS": "1"}
     torch.set_num_threads(1)  # the fork server has read the environment before, and Lightning takes it for done
     tempfile.tempdir = None
     os.chdir(folder)

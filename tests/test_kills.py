@@ -75,6 +75,15 @@ def test_killed_at_changes_of_files(command, changes, tmp_path):
     assert_goes_on(tmp_path / "killed", command, expected)
 
 
+def test_a_script_has_the_environment_of_its_start(tmp_path, monkeypatch):
+    """Not that of the fork server, which another test may have started."""
+    for value, has_traceback in (("1", True), ("0", False)):
+        monkeypatch.setenv("HYDRA_FULL_ERROR", value)
+        run = Started(tmp_path / value, "trainer.max_steps=none")
+        run.wait()
+        assert ("Traceback" in run.err) == has_traceback, run.err
+
+
 @pytest.mark.parametrize("command", [EPOCHS, STEPS], ids=["epochs", "steps"])
 def test_killed_at_random_moments(command, tmp_path):
     expected, seconds = undisturbed(tmp_path / "straight", *command)

@@ -198,7 +198,7 @@ def saved_tensor_hooks_as_they_were() -> Generator[None]:
             autograd._saved_tensors_hooks_disable(ban)
 
 
-class reentrant_checkpoints_replaced:  # noqa: N801, a context that is entered at every step, so not a generator
+class reentrant_checkpoints_replaced:  # noqa: N801 - a context manager used like a function
     """A context in which this thread's activation checkpoints with `use_reentrant=True` run without it.
 
     The reentrant variant hides the parameters in it: torch.autograd.grad and forward mode see constants.

@@ -115,6 +115,7 @@ def curvature_in_span(
     names = list(tangents)
     params = tuple(slots.params[name].detach() for name in names)
     stacked = tuple(tangents[name] for name in names)
+    calls = CorrectSecondDerivatives(slots.params)
 
     def loss_at(*values: Tensor) -> Tensor:
         moving = dict(zip(names, values, strict=True))
@@ -134,7 +135,6 @@ def curvature_in_span(
 
     snapshot.restore()
     # Gradients are enabled because PyTorch then chooses rules that can be differentiated again; no graph is recorded.
-    calls = CorrectSecondDerivatives(slots.params)
     with no_fast_paths(), calls, named_errors(model, second=True), torch.enable_grad():
         rows = vmap(row, randomness="same", out_dims=(None, None, 0))
         loss, first, second = rows(stacked)

@@ -101,8 +101,7 @@ class CompiledJvp:
 
     def _differentiate(self, graph: fx.GraphModule, _: list[Any]) -> Callable[..., tuple[Tensor, ...]]:
         """Turn Dynamo's trace into a function that runs it on values and stores the tangents in `_outputs`."""
-        compiled: dict[tuple[Any, ...], Callable[..., list[Tensor]]] = {}
-        coarsest: dict[tuple[Any, ...], torch.dtype | None] = {}
+        compiled: dict[tuple[Any, ...], tuple[Callable[..., list[Tensor]], torch.dtype | None]] = {}
         confirmed: set[tuple[Any, ...]] = set()
 
         def run(*inputs: Any) -> tuple[Any, ...]:
@@ -116,11 +115,11 @@ class CompiledJvp:
                     self.confirm = partial(confirmed.add, key)
                 if key not in compiled:
                     derived, arguments = _derived(graph, inputs, [i for i, _ in moving], forms)
-                    coarsest[key] = _coarsest(derived)
-                    compiled[key] = self._backend(derived, arguments)
+                    coarsest = _coarsest(derived)  # of what was traced, before the compiler changes it
+                    compiled[key] = self._backend(derived, arguments), coarsest
                     self.num_compilations += 1
-                self.coarsest = coarsest[key]
-                found = compiled[key](*inputs, *parts)
+                function, self.coarsest = compiled[key]
+                found = function(*inputs, *parts)
             self._outputs = [(found[2 * i], found[2 * i + 1]) for i in range(len(found) // 2)]
             return tuple(value for value, _ in self._outputs)
 

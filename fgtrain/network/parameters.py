@@ -122,7 +122,7 @@ class _ParamsReplaced:
     def __enter__(self) -> None:
         self._trained = [p.requires_grad for p in self._params.values()]
         for name, value in self._values.items():
-            if not hasattr(value, "_is_param"):  # isinstance(value, nn.Parameter) asks for it
+            if not isinstance(value, nn.Parameter):  # it is from now on, by the mark `_is_param`
                 vars(value).update(vars(self._params[name]), _is_param=True, param_name=name)
         self._slots.replace_by(
             {

@@ -38,11 +38,11 @@ FALLBACKS.find = find_fallback
 
 
 def _requires_grad(x: Any, requires_grad: bool = True) -> Any:
-    if not requires_grad and x.param_name:
+    if requires_grad:
+        return x
+    if x.param_name:
         refuse_freezing(x.param_name, requires_grad)
-    if not requires_grad:
-        raise UnsupportedByEngine("requires_grad_(False)")
-    return x
+    raise UnsupportedByEngine("requires_grad_(False)")
 
 
 # With these a model checks or prepares a backward pass; it must behave as if there were one.

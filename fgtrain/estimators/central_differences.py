@@ -94,17 +94,16 @@ class CentralDifferences(GradientEstimator):
 
     def _differences(self, model: nn.Module, loss_fn: LossFn, lines: Lines) -> tuple[Tensor, Tensor]:
         """Losses (B,) or (), averaged over all passes, and derivatives (K, B) or (K,); leaves the state of one pass."""
-        snapshot = Snapshot(model)
-
-        def losses_at(k: int, distance: float) -> Tensor:
-            snapshot.restore()
-            return plain_losses(model, loss_fn, lines.at(k, distance))
-
-        pairs = [(losses_at(k, self.epsilon), losses_at(k, -self.epsilon)) for k in range(self.num_tangents)]
+        snapshot, found = Snapshot(model), list[Tensor]()
+        for k in range(self.num_tangents):
+            for distance in (self.epsilon, -self.epsilon):
+                if found:
+                    snapshot.restore()
+                found.append(plain_losses(model, loss_fn, lines.at(k, distance)))
         if any(True for _ in model.buffers()):
             snapshot.restore()
             plain_losses(model, loss_fn)
-        plus, minus = (torch.stack(side) for side in zip(*pairs, strict=True))
+        plus, minus = torch.stack(found[::2]), torch.stack(found[1::2])
         return (plus + minus).mean(0) / 2, (plus - minus) / (2 * self.epsilon)
 
     def extra_repr(self) -> str:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from fgtrain.models import Residual
 
@@ -26,13 +27,14 @@ class Case(NamedTuple):
 
 
 class NoJvp(torch.autograd.Function):
-    """The identity, differentiable only in reverse mode."""
+    """The identity, differentiable only once and in reverse mode."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         return x.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> Any:
         return grads
 

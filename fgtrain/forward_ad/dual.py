@@ -14,11 +14,13 @@ A call is handled in the first of these ways that applies:
 5. the body of a function that PyTorch implements in Python runs, and its calls are handled in turn;
 6. PyTorch's own forward mode runs, one direction at a time.
 
+An argument with a graph, from a custom autograd.Function, is replaced by its dual (`recorded`).
+
 A result without tangents is refused if backpropagation would differentiate it. A dual belongs to its pass: a later pass
 refuses it, and between passes it acts as its value.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
@@ -28,7 +30,7 @@ from torch import Tensor
 from fgtrain._torch import overrides_of_tensors, plain_tensors, set_grad_enabled, tree_map_only
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.forward_ad.lost_derivatives import is_differentiable, refuse_if_lost
-from fgtrain.forward_ad.passes import UnsupportedByEngine, WritesIntoPlain, WritesWider
+from fgtrain.forward_ad.passes import Recorded, UnsupportedByEngine, WritesIntoPlain, WritesWider
 from fgtrain.forward_ad.registry import FALLBACKS, Rule
 from fgtrain.forward_ad.rules.compositions import COMPOSITIONS, by_place
 from fgtrain.forward_ad.running import current, running_pass
@@ -98,8 +100,14 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     running = current.running
     if running is None or not torch.is_grad_enabled():
         with plain_tensors():
-            return func(*values(args), **values(kwargs))
-    result = _call(running, func, args, kwargs)
+            return on_constants(func, args, kwargs, _value_of)
+    try:
+        result = _call(running, func, args, kwargs)
+    except Recorded:
+        if running.from_graph is None or (FALLBACKS[func].writes and not isinstance(args[0], Dual)):
+            raise
+        args, kwargs = tree_map_only(Tensor, running.from_graph, (args, kwargs))
+        result = _call(running, func, args, kwargs)
     if func in running.watched:
         running.saw(func, args, kwargs, result)
     return result
@@ -208,6 +216,13 @@ def promoted(x: Tensor, name: str, num: int) -> Dual:
     return current.running.promoted.promote(x, num)
 
 
+def on_constants(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value_of: Callable[[Any], Any]) -> Any:
+    """The result of a call under no_grad: a constant, or the first argument itself, as after a change in place."""
+    constants = tree_map_only(Tensor, value_of, args)
+    result = func(*constants, **tree_map_only(Tensor, value_of, kwargs))
+    return args[0] if args and result is constants[0] else result
+
+
 # --- helpers for rules --------------------------------------------------------------------------------------------
 
 
@@ -221,7 +236,7 @@ def primal_of(x: Any) -> Any:
     """
     if isinstance(x, Tensor):
         if x.grad_fn is not None:
-            raise UnsupportedByEngine(f"{type(x.grad_fn).__name__} was recorded for a backward pass")
+            raise Recorded(f"{type(x.grad_fn).__name__} was recorded for a backward pass")
         if isinstance(x, Dual):
             return x.primal
         if x.requires_grad and not isinstance(x, AsParameter):

@@ -24,7 +24,7 @@ from fgtrain._torch import (
     without_tangents,
 )
 from fgtrain.errors import NoTangent
-from fgtrain.forward_ad.dual import Dual
+from fgtrain.forward_ad.dual import Dual, on_constants
 from fgtrain.forward_ad.lost_derivatives import refuse_if_lost
 from fgtrain.forward_ad.named_errors import named_errors
 from fgtrain.forward_ad.originals import SETS_REQUIRES_GRAD, Originals
@@ -103,7 +103,7 @@ class _CheckedCalls(TorchFunctionMode):
         if func in SETS_REQUIRES_GRAD:
             self._originals.refuse_freezing(*args, **kwargs)
         if not torch.is_grad_enabled():  # the model's no_grad: constants, as for backpropagation
-            return func(*tree_map_only(Tensor, value_of, args), **tree_map_only(Tensor, value_of, kwargs))
+            return on_constants(func, args, kwargs, value_of)
         if func == REQUIRES_GRAD:
             return func(*args) or has_tangent(args[0])
         if func in (Tensor.register_hook, Tensor.retain_grad):

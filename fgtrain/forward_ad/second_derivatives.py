@@ -23,6 +23,7 @@ from fgtrain._torch import (
     standard_gamma,
     tree_map_only,
 )
+from fgtrain.forward_ad.dual import on_constants
 from fgtrain.forward_ad.originals import SETS_REQUIRES_GRAD, Originals
 from fgtrain.forward_ad.registry import functions_named
 from fgtrain.forward_ad.rules.compositions import COMPOSITIONS, by_place, composed_out_of_place
@@ -62,7 +63,7 @@ class CorrectSecondDerivatives(TorchFunctionMode):
             return args[0].detach().clone()
         args, kwargs = tree_map_only(Tensor, self._originals.checked, (args, kwargs))
         if not torch.is_grad_enabled():  # the model's no_grad: constants, as for backpropagation
-            return func(*tree_map_only(Tensor, Tensor.detach, args), **tree_map_only(Tensor, Tensor.detach, kwargs))
+            return on_constants(func, args, kwargs, Tensor.detach)
         if func is custom_function_call and not getattr(args[0], "is_linear", False):
             raise NotImplementedError("forward AD with a custom autograd.Function that is differentiated only once")
         outside = composed_out_of_place(func)

@@ -29,6 +29,7 @@ from fgtrain.forward_ad.dual import Dual, primal_of, tangent_of
 from fgtrain.forward_ad.named_errors import named_errors
 from fgtrain.forward_ad.passes import NO_TANGENT, LossFn, WritesIntoPlain, WritesWider, check_losses
 from fgtrain.forward_ad.promoted import PromotedTensors
+from fgtrain.forward_ad.recorded import depends_on_duals, with_derivative
 from fgtrain.forward_ad.running import running_pass
 from fgtrain.forward_ad.stale import as_stale, release
 from fgtrain.network.parameters import ParameterSlots, slots_of
@@ -77,7 +78,7 @@ def evaluate(
     slots = slots_of(model)
     known = slots.cached(_Known, _Known)
     promoted = PromotedTensors() if known.writes_into_plain else None
-    with running_pass(follows=follows, promoted=promoted) as running:
+    with running_pass(follows=follows, promoted=promoted, from_graph=with_derivative) as running:
         running.width = width_of(tangents)
         if running.width is not None and known.writes_wider:
             tangents = all_dense(tangents)
@@ -93,6 +94,7 @@ def evaluate(
             ):
                 found = loss_fn(model)
             found = found if promoted is None else promoted.dual_of(found)
+            found = with_derivative(found) if isinstance(found, Tensor) else found
             with plain_tensors():
                 losses, derivatives = check_losses(primal_of(found)), tangent_of(found)
             if derivatives is not None and running.width is not None:
@@ -105,7 +107,7 @@ def evaluate(
             known.writes_wider = True
             raise
         finally:
-            if sys.getrefcount(running) > references:  # duals of this pass are still alive
+            if running.has_graphs or sys.getrefcount(running) > references:  # duals of this pass are still alive
                 _release(model, slots, duals)
             for dual in duals.values():
                 dual.tangent = None  # duals are cached, directions are freed
@@ -118,7 +120,7 @@ def _release(model: nn.Module, slots: ParameterSlots, duals: Mapping[str, Dual])
 
     def replacement(x: Tensor) -> Tensor | None:
         if not isinstance(x, Dual):
-            return None
+            return as_stale(x) if depends_on_duals(x) else None
         return slots.params[names[id(x)]] if id(x) in names else as_stale(x.primal)
 
     release(model, replacement)

@@ -157,7 +157,9 @@ USES = {
     "used twice": lambda m: (lambda x: x * m[1](INPUTS) + x.sum(1, keepdim=True))(Sine.apply(m[0](INPUTS))),
     "solver": lambda m: stages(m[0]),
     "changed in place": lambda m: Sine.apply(m[0](INPUTS)).mul_(2).add_(1) * m[1](INPUTS),
-    "changed after a use": lambda m: (lambda x: x.sum(1, keepdim=True) + x.mul_(3) * m[1](INPUTS))(Sine.apply(m[0](INPUTS))),
+    "changed after a use": lambda m: (lambda x: x.sum(1, keepdim=True) + x.mul_(3) * m[1](INPUTS))(
+        Sine.apply(m[0](INPUTS))
+    ),
 }
 
 
@@ -180,7 +182,7 @@ def test_derivative_of_a_function(use, law, caplog):
 
 def test_the_loss_may_be_the_result_of_a_function():
     net = model()[0]
-    loss = lambda m: Sine.apply(m(INPUTS)).sum(1)  # noqa: E731
+    loss = lambda m: Sine.apply(m(INPUTS)).sum(1)
     torch.testing.assert_close(ForwardExact()(net, loss).grads, Backprop()(net, loss).grads)
 
 
@@ -191,7 +193,7 @@ def test_layers_before_a_function_are_perturbed(estimator):
     def estimate(function):
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 3))
-        loss = lambda m: F.cross_entropy(m[1](function(m[0](INPUTS))), LABELS, reduction="none")  # noqa: E731
+        loss = lambda m: F.cross_entropy(m[1](function(m[0](INPUTS))), LABELS, reduction="none")
         return type(estimator)(3)(net, loss, generator=torch.Generator().manual_seed(1)).grads
 
     torch.testing.assert_close(estimate(Sine.apply), estimate(torch.sin))

@@ -151,7 +151,8 @@ def _steep(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 def has_tangent(x: Tensor) -> bool:
     """Whether a tensor carries a tangent.
 
-    Sparse tensors carry none. For tensors inside a transform of torch.func this is unknown, so the answer is False.
+    Sparse tensors carry none, nor do those without numbers, with which PyTorch finds shapes. For tensors inside a
+    transform of torch.func this is unknown, so the answer is False.
     """
     return _can_be_dual(x) and _unpacked(x).tangent is not None
 
@@ -169,4 +170,4 @@ def _unpacked(x: Tensor) -> Any:
 
 
 def _can_be_dual(x: Tensor) -> bool:
-    return x.layout == torch.strided and not x.is_nested and not is_inside_transform(x)
+    return x.layout == torch.strided and not (x.is_nested or x.is_meta or is_inside_transform(x))

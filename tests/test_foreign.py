@@ -458,14 +458,15 @@ def test_a_penalty_on_the_parameters_that_are_trained(estimator):
         torch.testing.assert_close(found.directional_derivatives[0], flat(exact.grads) @ directions, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("allow_unused", [False, True], ids=["all used", "some may be unused"])
 @pytest.mark.parametrize(
     "estimator", [*WITHOUT_BACKWARD, ActivityPerturbation(), FDFA()], ids=lambda e: type(e).__name__
 )
-def test_a_loss_that_differentiates_in_the_parameters_is_refused(estimator):
+def test_a_loss_that_differentiates_in_the_parameters_is_refused(estimator, allow_unused):
     def loss(m):
-        losses = m(X).square().sum(1)
-        slopes = torch.autograd.grad(losses.mean(), list(m.parameters()), create_graph=True)
-        return losses + sum(g.square().sum() for g in slopes)
+        losses, params = m(X).square().sum(1), list(m.parameters())
+        slopes = torch.autograd.grad(losses.mean(), params, create_graph=True, allow_unused=allow_unused)
+        return losses + sum(g.square().sum() for g in slopes if g is not None)
 
     with pytest.raises(UnsupportedOperation, match=r"a derivative with respect to a.*, or train with"):
         estimator(nn.Linear(4, 3).double(), loss)

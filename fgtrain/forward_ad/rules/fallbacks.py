@@ -45,13 +45,20 @@ def _requires_grad(x: Any, requires_grad: bool = True) -> Any:
     raise UnsupportedByEngine("requires_grad_(False)")
 
 
-# With these a model checks or prepares a backward pass; it must behave as if there were one.
+def _derivative(*_: Any, **__: Any) -> Any:
+    """Refuse to differentiate a dual, which has no graph; the reference engine may be able to."""
+    raise NotImplementedError("forward AD with a derivative with respect to an intermediate result that is a dual")
+
+
+# With these a model checks, prepares or runs a backward pass; it must behave as if there were one.
 _OF_A_BACKWARD_PASS: dict[Any, Rule] = {
     REQUIRES_GRAD: lambda _: True,
     Tensor.requires_grad_: _requires_grad,
     SET_REQUIRES_GRAD: _requires_grad,
     Tensor.register_hook: no_backward,
     Tensor.retain_grad: no_backward,
+    Tensor.backward: _derivative,
+    torch.autograd.grad: _derivative,
 }
 
 

@@ -88,17 +88,15 @@ def _through(x: Tensor, edges: list[GradientEdge], tangents: list[Tensor]) -> Te
     pairs = [(g, t) for g, t in zip(products, tangents, strict=True) if g is not None]
     if not pairs:
         return x.new_zeros(len(tangents[0]), *x.shape)
-    terms = torch.cat([(g * t).view(len(t), -1) for g, t in pairs], 1)
-    along = terms.sum(1)  # (J^T w) . v for each direction
-    moved = torch.stack([torch.autograd.grad(total, w, retain_graph=True)[0] for total in along])
-    repeated = (moved * w.detach()).view(len(moved), -1).sum(1)  # equal, unless a part of J^T w lost its graph
-    if not agree(_finite(repeated), _finite(along.detach()), _finite(terms.detach()).abs().sum(1)):
+    # One product per direction: in a product of all, the nan of one would reach the others.
+    terms = [torch.cat([(g * t[k]).flatten() for g, t in pairs]) for k in range(len(tangents[0]))]
+    moved = torch.stack([torch.autograd.grad(term.sum(), w, retain_graph=True)[0] for term in terms])
+    along = torch.stack(terms).detach()
+    repeated = (moved * w.detach()).view(len(moved), -1).sum(1)  # (J^T w) . v again, unless a part lost its graph
+    found, expected, size = (y.nan_to_num(0, 0, 0) for y in (repeated, along.sum(1), along.abs().sum(1)))
+    if not agree(found, expected, size):
         raise UnsupportedByEngine(f"{type(x.grad_fn).__name__} cannot be differentiated twice")
     return moved
-
-
-def _finite(x: Tensor) -> Tensor:
-    return x.nan_to_num(0, 0, 0)
 
 
 class _NothingHidden(TorchFunctionMode):

@@ -14,9 +14,6 @@ PARTS = 12
 DIRECTIONS = [(Normal(), 1), (Normal(), 3), (LowRank(1), 1), (LowRank(1), 3)]
 
 REFUSED = {
-    "native_dropout_backward": "PyTorch has no rule; nobody calls it but dropout's backward pass",
-    "ormqr": "PyTorch has no rule; torch.linalg.householder_product(a, tau) @ c has one",
-    "ormqr method": "PyTorch has no rule; torch.linalg.householder_product(a, tau) @ c has one",
     "_segment_reduce.lengths": "PyTorch has no rule; index_add, scatter_reduce or embedding_bag have one",
     "_segment_reduce.offsets": "PyTorch has no rule; index_add, scatter_reduce or embedding_bag have one",
     "sparse.mm.reduce": "the sparse matrix itself moves; a constant one times a dense one is followed",

@@ -224,7 +224,7 @@ def _nudged(params: Iterable[Tensor]) -> Generator[None]:
 def _stacked(
     model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent], before: AnySnapshot
 ) -> tuple[Tensor, Tensor]:
-    for _ in range(2):  # there are two things to be prepared for
+    for _ in range(3):  # there are three things to be prepared for
         try:
             return stacked.jvp(model, loss_fn, tangents)
         except Unprepared:

@@ -14,8 +14,6 @@ A call is handled in the first of these ways that applies:
 5. the body of a function that PyTorch implements in Python runs, and its calls are handled in turn;
 6. PyTorch's own forward mode runs, one direction at a time.
 
-An argument with a graph, from a custom autograd.Function, is replaced by its dual (`recorded`).
-
 A result without tangents is refused if backpropagation would differentiate it. A dual belongs to its pass: a later pass
 refuses it, and between passes it acts as its value.
 """
@@ -30,7 +28,7 @@ from torch import Tensor
 from fgtrain._torch import overrides_of_tensors, plain_tensors, set_grad_enabled, tree_map_only
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.forward_ad.lost_derivatives import is_differentiable, refuse_if_lost
-from fgtrain.forward_ad.passes import Recorded, UnsupportedByEngine, WritesIntoPlain, WritesWider
+from fgtrain.forward_ad.passes import UnsupportedByEngine, UsesGraph, WritesIntoPlain, WritesWider
 from fgtrain.forward_ad.registry import FALLBACKS, Rule
 from fgtrain.forward_ad.rules.compositions import COMPOSITIONS, by_place
 from fgtrain.forward_ad.running import current, running_pass
@@ -101,13 +99,7 @@ def call(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if running is None or not torch.is_grad_enabled():
         with plain_tensors():
             return on_constants(func, args, kwargs, _value_of)
-    try:
-        result = _call(running, func, args, kwargs)
-    except Recorded:
-        if running.from_graph is None or (FALLBACKS[func].writes and not isinstance(args[0], Dual)):
-            raise
-        args, kwargs = tree_map_only(Tensor, running.from_graph, (args, kwargs))
-        result = _call(running, func, args, kwargs)
+    result = _call(running, func, args, kwargs)
     if func in running.watched:
         running.saw(func, args, kwargs, result)
     return result
@@ -236,7 +228,7 @@ def primal_of(x: Any) -> Any:
     """
     if isinstance(x, Tensor):
         if x.grad_fn is not None:
-            raise Recorded(f"{type(x.grad_fn).__name__} was recorded for a backward pass")
+            raise UsesGraph(f"{type(x.grad_fn).__name__} was recorded for a backward pass")
         if isinstance(x, Dual):
             return x.primal
         if x.requires_grad and not isinstance(x, AsParameter):

@@ -43,7 +43,6 @@ class named_errors:  # noqa: N801 - a context manager used like a function
 _INSTEAD = {
     "grouped_mm": "call the experts one by one or batched (in transformers: experts_implementation='eager')",
     "segment_reduce": "use torch.index_add, torch.scatter_reduce or F.embedding_bag",
-    "ormqr": "multiply by torch.linalg.householder_product",
     "_scaled_dot_product": "call F.scaled_dot_product_attention",
     "sparse": "multiply by a sparse matrix that is a constant",
     "forward-mode AD of its own": "call torch.func.vjp, grad or jacrev instead of jvp and jacfwd",

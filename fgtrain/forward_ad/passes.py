@@ -90,12 +90,12 @@ class UnsupportedByEngine(Exception):
     """The pass does something that this engine cannot handle; a slower one may."""
 
 
-class Recorded(UnsupportedByEngine):
-    """An argument has a graph; its derivative may follow from that."""
-
-
 class Unprepared(UnsupportedByEngine):
     """The pass does something that the engine can handle only if it knows beforehand; the next pass is prepared."""
+
+
+class UsesGraph(Unprepared):
+    """The pass uses the result of a custom autograd.Function, a plain tensor with a graph."""
 
 
 class WritesIntoPlain(Unprepared):

@@ -1,11 +1,8 @@
-"""Derivatives of what a custom autograd.Function without `jvp` computes, from the graph that autograd records of it.
+"""The results of custom autograd.Functions, which are plain tensors with a graph whose leaves are duals.
 
-A Function takes duals as leaves of autograd's graph, and its result is a plain tensor with a graph. The graph gives the
-product J^T w of its Jacobian J with any cotangent w. The product is linear in w, so its own backward pass, along the
-tangents v of the leaves, gives J v (Townsend 2017, "A new trick for calculating Jacobian vector products"). The
-derivative is that of `backward`, as in backpropagation: of a straight-through estimator or a surrogate gradient too.
-
-Only the graph between two operations on duals is stored, until the second one has run.
+A Function without `jvp` has the derivative of its `backward`, as in backpropagation, also if it is a straight-through
+estimator or a surrogate gradient. `transposed` computes it. Only the graph of one Function is stored, until its result
+is used.
 """
 
 from collections.abc import Mapping
@@ -17,29 +14,36 @@ from torch.autograd.function import BackwardCFunction, Function
 from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode
 
-from fgtrain._torch import tree_leaves
-from fgtrain.agreement import agree
+from fgtrain._torch import tree_leaves, tree_map_only
 from fgtrain.forward_ad.dual import Dual, dual, num_directions, tangent_of
 from fgtrain.forward_ad.passes import UnsupportedByEngine
 from fgtrain.forward_ad.running import current
 from fgtrain.forward_ad.stale import graph_of
+from fgtrain.forward_ad.transposed import transposed_twice
 from fgtrain.tangents.directions import padded
 
 
-def with_derivative(x: Tensor) -> Tensor:
-    """The dual of a plain tensor with a graph; other tensors are returned unchanged.
+class FunctionResults(TorchFunctionMode):
+    """A mode in which calls see the duals of the results of custom autograd.Functions, instead of plain tensors."""
 
-    Raises:
-        UnsupportedByEngine: the graph does not determine the derivative: a Function is differentiable only once, has a
-            `jvp`, or uses parameters that are not its arguments; or a leaf is not a dual.
-    """
-    if x.grad_fn is None:
-        return x
-    known, graph, version = getattr(x, "_with_derivative", (None, None, None))
-    if known is None or (graph, version) != (x.grad_fn, x._version):
-        known = _dual_of(x)
-        setattr(x, "_with_derivative", (known, x.grad_fn, x._version))
-    return known
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map_only(Tensor, self.dual_of, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def dual_of(self, x: Tensor) -> Tensor:
+        """The dual of a real tensor whose graph begins at duals; other tensors are returned unchanged.
+
+        Raises:
+            UnsupportedByEngine: the graph does not determine the derivative: a Function is differentiable only once,
+                has a `jvp`, or uses parameters that are not its arguments.
+        """
+        if x.grad_fn is None or isinstance(x, Dual) or x.is_complex():
+            return x
+        known = vars(x)
+        if "as_dual" not in known:
+            leaves = _leaves(x)
+            known["as_dual"] = _dual_of(x, leaves) if leaves else None
+        return x if known["as_dual"] is None else known["as_dual"]
 
 
 def depends_on_duals(x: Tensor) -> bool:
@@ -47,56 +51,30 @@ def depends_on_duals(x: Tensor) -> bool:
     return any(isinstance(getattr(node, "variable", None), Dual) for node in graph_of(x, set()))
 
 
-def _dual_of(x: Tensor) -> Tensor:
-    leaves = _leaves(x)
+def _dual_of(x: Tensor, leaves: Mapping[Any, Dual]) -> Tensor:
     sources = list(leaves.values())
-    if isinstance(x, Dual) or x.is_complex() or any(map(torch.is_complex, sources)):
-        raise UnsupportedByEngine(f"{type(x.grad_fn).__name__} was recorded for a backward pass")
+    if any(map(torch.is_complex, sources)):
+        raise UnsupportedByEngine(f"{type(x.grad_fn).__name__} is of complex numbers")
     num = max(map(num_directions, sources))
     tangents = [padded(tangent_of(leaf), num) for leaf in sources]
     running, current.running = current.running, None  # in the graph, duals are values
-    assert running is not None
-    running.has_graphs = True
     try:
-        with torch.enable_grad(), _NothingHidden(sources):
-            moved = _through(x, [GradientEdge(node, 0) for node in leaves], tangents)
-    except RuntimeError as reason:
-        raise UnsupportedByEngine(str(reason)) from reason
+        with _NothingHidden(sources):
+            moved = transposed_twice(x, [GradientEdge(node, 0) for node in leaves], tangents)
     finally:
         current.running = running
     return dual(x.detach(), moved, *sources)
 
 
 def _leaves(x: Tensor) -> Mapping[Any, Dual]:
-    """The leaves of a tensor's graph, by their nodes."""
+    """The leaves of a tensor's graph, by their nodes; none if one of them is not a dual."""
     leaves = {}
     for node in graph_of(x, set()):
-        leaf = getattr(node, "variable", None)
-        if isinstance(leaf, Dual):
-            leaves[node] = leaf
-        elif leaf is not None:
-            raise UnsupportedByEngine("a tensor that is not a parameter of the model requires a gradient")
-        elif isinstance(node, BackwardCFunction) and type(node)._forward_cls.jvp is not Function.jvp:
+        if isinstance(node, BackwardCFunction) and type(node)._forward_cls.jvp is not Function.jvp:
             raise UnsupportedByEngine(f"{type(node).__name__} has a jvp")
-    return leaves
-
-
-def _through(x: Tensor, edges: list[GradientEdge], tangents: list[Tensor]) -> Tensor:
-    """J v for each direction v in `tangents`, (K, *x.shape)."""
-    w = torch.empty_like(x).normal_(generator=torch.Generator(x.device).manual_seed(0)).requires_grad_()
-    products = torch.autograd.grad(x, edges, w, create_graph=True, allow_unused=True)
-    pairs = [(g, t) for g, t in zip(products, tangents, strict=True) if g is not None]
-    if not pairs:
-        return x.new_zeros(len(tangents[0]), *x.shape)
-    # One product per direction: in a product of all, the nan of one would reach the others.
-    terms = [torch.cat([(g * t[k]).flatten() for g, t in pairs]) for k in range(len(tangents[0]))]
-    moved = torch.stack([torch.autograd.grad(term.sum(), w, retain_graph=True)[0] for term in terms])
-    along = torch.stack(terms).detach()
-    repeated = (moved * w.detach()).view(len(moved), -1).sum(1)  # (J^T w) . v again, unless a part lost its graph
-    found, expected, size = (y.nan_to_num(0, 0, 0) for y in (repeated, along.sum(1), along.abs().sum(1)))
-    if not agree(found, expected, size):
-        raise UnsupportedByEngine(f"{type(x.grad_fn).__name__} cannot be differentiated twice")
-    return moved
+        if hasattr(node, "variable"):
+            leaves[node] = node.variable
+    return leaves if all(isinstance(leaf, Dual) for leaf in leaves.values()) else {}
 
 
 class _NothingHidden(TorchFunctionMode):

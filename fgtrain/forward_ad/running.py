@@ -17,7 +17,6 @@ class running_pass:  # noqa: N801 - a context manager used like a function
         follows: whether to check that results without tangents have not lost them.
         promoted: tracks plain tensors into which duals are written; None if the model does not do this.
         draws: counts draws of random numbers; None unless the pass is traced.
-        from_graph: maps a tensor with a graph to its dual; None to refuse it.
 
     Attributes:
         rules: the rules that the pass uses: `RULES`, or none inside `without_rules`.
@@ -26,20 +25,10 @@ class running_pass:  # noqa: N801 - a context manager used like a function
         width: the number of directions of the loss, if duals may have fewer; else None.
         aliased_memory: {id of a base tensor: the tensor}. Several duals share this memory with their values, but not
             with their tangents.
-        has_graphs: whether a dual was made from a graph.
         watched: functions after whose calls `saw` is called: see `watch`.
     """
 
-    def __init__(
-        self,
-        *,
-        follows: bool = True,
-        promoted: Any = None,
-        draws: TracedDraws | None = None,
-        from_graph: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
-        self.from_graph = from_graph
-        self.has_graphs = False
+    def __init__(self, *, follows: bool = True, promoted: Any = None, draws: TracedDraws | None = None) -> None:
         self.follows = follows
         self.promoted = promoted
         self.draws = draws

@@ -6,20 +6,43 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
-from fgtrain._torch import tree_flatten, tree_unflatten
-from fgtrain.forward_ad.dual import Dual, dual, primal_of, tangent_of
+from fgtrain._torch import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from fgtrain.forward_ad.dual import Dual, dual, duals_in, primal_of, tangent_of
 from fgtrain.forward_ad.lost_derivatives import is_differentiable
 from fgtrain.forward_ad.passes import UnsupportedByEngine
 from fgtrain.forward_ad.registry import Rule
 from fgtrain.forward_ad.running import is_traced, num_traced_draws
 from fgtrain.forward_ad.steep import STEEP, call_steep
+from fgtrain.forward_ad.transposed import transposed_twice
 from fgtrain.network.snapshot import TorchRandomState
 
 
 def per_direction(func: Any) -> Rule:
-    """A rule for `func` by PyTorch's forward mode, once per direction, each time with the same random numbers."""
+    """A rule for `func` by PyTorch's forward mode, once per direction, each time with the same random numbers.
+
+    Where that gives no derivative, the rule runs the function once and transposes its derivative in reverse mode.
+    """
 
     def rule(*args: Any, **kwargs: Any) -> Any:
+        before = TorchRandomState({x.device for x in duals_in((args, kwargs))})
+        try:
+            found = forward(*args, **kwargs)
+            if is_traced() or not any(map(_is_constant, tree_leaves(found))):
+                return found
+            refusal = NotImplementedError(
+                f"forward AD with {getattr(func, '__name__', func)} that loses its derivative"
+            )
+        except NotImplementedError as error:
+            if is_traced():
+                raise
+            refusal = error
+        before.restore()
+        try:
+            return _transposed(func, args, kwargs)
+        except UnsupportedByEngine:
+            raise refusal from None
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
         leaves, spec = tree_flatten((args, kwargs))
         sources = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Dual)}
         pairs = [(i, laid_out(primal_of(source)), tangent_of(source)) for i, source in sources.items()]
@@ -57,6 +80,25 @@ def per_direction(func: Any) -> Rule:
         return tree_unflatten(results, out_spec)
 
     return rule
+
+
+def _is_constant(x: Any) -> bool:
+    return is_differentiable(x) and not isinstance(x, Dual)
+
+
+def _transposed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    sources = list({id(x): x for x in duals_in((args, kwargs))}.values())
+    inputs = {id(x): laid_out(primal_of(x)).detach().requires_grad_() for x in sources}
+    tangents = [tangent_of(x) for x in sources]
+    args, kwargs = tree_map_only(Dual, lambda x: inputs[id(x)], (args, kwargs))
+    with torch.enable_grad():
+        found = func(*args, **kwargs)
+
+    def with_tangent(x: Tensor) -> Tensor:
+        moved = transposed_twice(x, list(inputs.values()), tangents) if x.grad_fn is not None else None
+        return dual(x.detach(), moved, *sources)
+
+    return tree_map_only(Tensor, with_tangent, found)
 
 
 def laid_out(primal: Tensor) -> Tensor:

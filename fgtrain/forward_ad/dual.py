@@ -12,7 +12,10 @@ A call is handled in the first of these ways that applies:
 3. a composition of other functions runs, whose calls are handled in turn;
 4. a change in place copies the result of the function that makes a new tensor;
 5. the body of a function that PyTorch implements in Python runs, and its calls are handled in turn;
-6. PyTorch's own forward mode runs, one direction at a time.
+6. PyTorch's own forward mode runs, one direction at a time; where there is none, the derivative in reverse mode is
+   transposed.
+
+Calls of custom autograd.Functions cannot be seen. What they return becomes a dual in the next call (`recorded`).
 
 A result without tangents is refused if backpropagation would differentiate it. A dual belongs to its pass: a later pass
 refuses it, and between passes it acts as its value.

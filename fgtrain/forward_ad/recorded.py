@@ -27,7 +27,9 @@ class FunctionResults(TorchFunctionMode):
     """A mode in which calls see the duals of the results of custom autograd.Functions, instead of plain tensors."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        args, kwargs = tree_map_only(Tensor, self.dual_of, (args, kwargs or {}))
+        kwargs = kwargs or {}
+        if any(map(_may_have_graph, args)) or any(map(_may_have_graph, kwargs.values())):
+            args, kwargs = tree_map_only(Tensor, self.dual_of, (args, kwargs))
         return func(*args, **kwargs)
 
     def dual_of(self, x: Tensor) -> Tensor:
@@ -46,6 +48,10 @@ class FunctionResults(TorchFunctionMode):
         return x if known["as_dual"] is None else known["as_dual"]
 
 
+def _may_have_graph(x: Any) -> bool:
+    return x.grad_fn is not None if isinstance(x, Tensor) else isinstance(x, (tuple, list, dict))
+
+
 def depends_on_duals(x: Tensor) -> bool:
     """Whether duals are among the leaves of a tensor's graph."""
     return any(isinstance(getattr(node, "variable", None), Dual) for node in graph_of(x, set()))
@@ -59,8 +65,7 @@ def _dual_of(x: Tensor, leaves: Mapping[Any, Dual]) -> Tensor:
     tangents = [padded(tangent_of(leaf), num) for leaf in sources]
     running, current.running = current.running, None  # in the graph, duals are values
     try:
-        with _NothingHidden(sources):
-            moved = transposed_twice(x, [GradientEdge(node, 0) for node in leaves], tangents)
+        moved = transposed_twice(x, [GradientEdge(node, 0) for node in leaves], tangents, _NothingHidden(sources))
     finally:
         current.running = running
     return dual(x.detach(), moved, *sources)

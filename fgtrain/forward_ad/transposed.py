@@ -5,6 +5,9 @@ in w, and its own backward pass, along tangents v of the inputs, gives J v. Sour
 calculating Jacobian vector products".
 """
 
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
@@ -12,14 +15,22 @@ from torch.autograd.graph import GradientEdge
 from fgtrain.agreement import agree
 from fgtrain.forward_ad.passes import UnsupportedByEngine
 
+_NOTHING = nullcontext()
 
-def transposed_twice(x: Tensor, inputs: list[Tensor] | list[GradientEdge], tangents: list[Tensor]) -> Tensor:
+
+def transposed_twice(
+    x: Tensor,
+    inputs: list[Tensor] | list[GradientEdge],
+    tangents: list[Tensor],
+    during: AbstractContextManager[Any] = _NOTHING,
+) -> Tensor:
     """J v for each of K directions v, (K, *x.shape).
 
     Args:
         x: a result with a graph.
         inputs: where the graph begins.
         tangents: of the inputs, (K, ..) each.
+        during: a context for the backward pass that computes J^T w.
 
     Raises:
         UnsupportedByEngine: the graph cannot be differentiated twice.
@@ -27,7 +38,8 @@ def transposed_twice(x: Tensor, inputs: list[Tensor] | list[GradientEdge], tange
     w = torch.empty_like(x).normal_(generator=torch.Generator(x.device).manual_seed(0)).requires_grad_()
     try:
         with torch.enable_grad():
-            products = torch.autograd.grad(x, inputs, w, create_graph=True, allow_unused=True)
+            with during:
+                products = torch.autograd.grad(x, inputs, w, create_graph=True, allow_unused=True)
             pairs = [(g, t) for g, t in zip(products, tangents, strict=True) if g is not None]
             if not pairs:
                 return x.new_zeros(len(tangents[0]), *x.shape)

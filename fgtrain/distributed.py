@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from fgtrain._torch import set_group_timeout
 from fgtrain.errors import ConfigError, RankFailed
 from fgtrain.estimators.base import Estimate, GradientEstimator
+from fgtrain.estimators.gradients import add_grad
 from fgtrain.forward_ad.passes import LossFn
 from fgtrain.random import keyed_generator
 
@@ -173,5 +174,6 @@ def _sum_of(parts: Any, divisor: float) -> dict[str, Tensor]:
     """The sum of gradients over `divisor`, added in order so that every rank gets the same bits."""
     total: dict[str, Tensor] = {}
     for grads in parts:
-        total = {name: total[name] + g if total else g for name, g in grads.items()}
+        for name, g in grads.items():
+            add_grad(total, name, g)
     return {name: g / divisor for name, g in total.items()}

@@ -1,5 +1,6 @@
 """The exact gradient by forward mode, beyond what tests/test_methods.py holds of every exact method."""
 
+import copy
 import logging
 from collections import OrderedDict, defaultdict, deque
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from fgtrain import Backprop, ForwardExact
+from fgtrain import Backprop, ForwardExact, write_grads
 from fgtrain.errors import LossError
 from fgtrain.estimators import forward_exact
 from fgtrain.tangents.directions import LowRankTangent, dense, num_of
@@ -54,14 +55,45 @@ def test_parameters_of_a_few_numbers_share_a_pass(monkeypatch):
     assert [set(tangents) for tangents in passes_of(ForwardExact(), model, loss, monkeypatch)] == [set("abcd")]
 
 
-def test_a_parameter_the_loss_does_not_reach_has_the_gradient_zero(caplog):
-    model = nn.ModuleDict({"used": nn.Linear(3, 2), "unused": nn.Linear(3, 2), "last": nn.Linear(2, 1)}).double()
-    loss = lambda m: m["last"](m["used"](INPUTS).tanh()).square().mean()
-    found, exact = ForwardExact()(model, loss).grads, Backprop()(model, loss).grads
-    assert found.keys() - exact.keys() == {"unused.weight", "unused.bias"}
+class Branches(nn.Module):
+    """A branch for even and one for odd steps, after a layer whose derivatives are 0 at first."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.even, self.odd, self.last = (nn.Linear(3, 3) for _ in range(4))
+        nn.init.zeros_(self.last.weight)
+
+    def loss(self, step):
+        branch = self.odd if step % 2 else self.even
+        return lambda m: m.last(branch(m.first(INPUTS)).tanh()).square().mean()
+
+
+@pytest.mark.parametrize("chunk_size", [1, 64])
+def test_what_a_step_does_not_use_has_no_gradient(chunk_size, caplog):
+    """So Adam moves it as under backpropagation; a parameter with the gradient zero is moved by its momentum."""
+    model = Branches().double()
+    again = copy.deepcopy(model)
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=0.1) for m in (model, again)]
+    for step in (0, 0, 1, 0):
+        estimate = ForwardExact(chunk_size)(model, model.loss(step))
+        grads = [estimate.grads, Backprop()(again, again.loss(step)).grads]
+        assert grads[0].keys() == grads[1].keys()
+        assert estimate.replayed is not None
+        replayed = ForwardExact(chunk_size).replay(model, estimate.replayed, torch.Generator())
+        properties.assert_is(replayed, estimate.grads)
+        for m, found, optimizer in zip((model, again), grads, optimizers, strict=True):
+            write_grads(m, found)
+            optimizer.step()
+    properties.assert_is(model.state_dict(), again.state_dict())
     assert not caplog.records
-    assert not any(found[name].any() for name in found.keys() - exact.keys())
-    properties.assert_is({name: found[name] for name in exact}, exact)
+
+
+def test_what_only_another_rank_uses_has_a_gradient():
+    model, sent = Branches().double(), list[torch.Tensor]()
+    ForwardExact()(model, model.loss(1), reduce=lambda x: sent.append(x) or x)
+    found = ForwardExact()(model, model.loss(0), reduce=lambda x: (x + sent.pop(0)) / 2)
+    assert not sent
+    assert found.grads.keys() == dict(model.named_parameters()).keys()
 
 
 IN_PLACE = {
@@ -128,5 +160,5 @@ def test_parameters_without_elements():
         {"a": torch.ones(2), "none": torch.empty(0), "nothing": torch.empty(0, 3), "b": torch.ones(2)}
     )
     found = ForwardExact(3)(model, lambda m: m["a"].exp().sum() + m["none"].sum() + m["b"].sin().sum()).grads
-    assert {name: g.shape for name, g in found.items()} == {name: p.shape for name, p in model.items()}
+    assert {name: tuple(g.shape) for name, g in found.items()} == {"a": (2,), "none": (0,), "b": (2,)}
     torch.testing.assert_close([found["a"], found["b"]], [model["a"].exp().detach(), model["b"].cos().detach()])

@@ -25,6 +25,7 @@ class Estimate(NamedTuple):
     Args:
         loss: mean loss, ().
         grads: {parameter name: tensor like the parameter}, without parameters on which the loss does not depend.
+            Methods with random directions of parameters cannot tell which these are, and give them noise of mean 0.
         directional_derivatives: grad f . v_k for each direction, (K,); None for methods without directions.
         weights: weights of the directions in the gradients, (K,); None if they follow from the derivatives.
     """

@@ -2,13 +2,14 @@
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fgtrain._torch import eager_functions
 from fgtrain.errors import NoTangent
 from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce, require_positive_int
 from fgtrain.forward_ad import jvp
@@ -31,7 +32,11 @@ class ForwardExact(GradientEstimator):
 
     Cost: n / c passes in the memory of c directions, so the arithmetic of n forward passes. Ranks exchange n floats. A
     unit matrix is kept as the product of two unit vectors. A pass carries derivatives from the first layer that it
-    moves. A warning says so if the model has more than 10,000 parameters.
+    moves. A parameter whose derivatives are all 0 takes one pass more, which tells whether the loss depends on it. A
+    warning says so if the model has more than 10,000 parameters.
+
+    `replay` takes the n derivatives. If the loss does not depend on some parameters, it takes the estimate's `weights`,
+    which are nan for these.
 
     Args:
         chunk_size: c, the largest number of directions in one pass; None for all n.
@@ -83,10 +88,21 @@ class ForwardExact(GradientEstimator):
         derivatives = torch.cat(found)
         if reduce is not None:
             derivatives = reduce(derivatives)
-        return Estimate(losses.mean(), _unflattened(derivatives, params), derivatives)
+        parts = _parts(derivatives, params)
+        moves = torch.stack([part.any() for part in parts.values()]).tolist()
+        still = [name for name, is_moving in zip(parts, moves, strict=True) if not is_moving]
+        uses = torch.tensor([self._is_used(model, loss_fn, params[name], name, snapshot) for name in still])
+        if reduce is not None and still:  # another rank may use what this one does not
+            uses = reduce(uses.to(derivatives))
+        unused = [name for name, is_used in zip(still, uses.tolist(), strict=True) if not is_used]
+        parts |= {name: torch.full_like(parts[name], torch.nan) for name in unused}
+        weights = torch.cat(list(parts.values())) if unused else None
+        return Estimate(losses.mean(), _grads(derivatives, params, unused), derivatives, weights)
 
     def replay(self, model: nn.Module, derivatives: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        return _unflattened(derivatives, trainable_params(model))
+        params = trainable_params(model)
+        unused = [name for name, part in _parts(derivatives, params).items() if part.isnan().all()]
+        return _grads(derivatives, params, unused)
 
     def direction_bytes(self, params: Mapping[str, Tensor]) -> int:
         return sum(sum(_factor_sizes(p)) * p.element_size() for p in params.values())
@@ -102,6 +118,18 @@ class ForwardExact(GradientEstimator):
                 for (name, p), end in zip(params.items(), ends, strict=True)
                 if p.numel() and end - p.numel() < last and first < end
             }
+
+    def _is_used(self, model: nn.Module, loss_fn: LossFn, p: Tensor, name: str, snapshot: Snapshot) -> bool:
+        """Whether the loss depends on a parameter along which all its derivatives are 0."""
+        first = torch.zeros(1, dtype=torch.long, device=p.device)
+        direction = _units(p, first) if p.numel() else torch.zeros(1, *p.shape, dtype=p.dtype, device=p.device)
+        snapshot.restore()
+        try:
+            with eager_functions():  # compiling takes longer
+                jvp(model, loss_fn, {name: direction})
+        except NoTangent:
+            return False
+        return True
 
     def _warn(self, num_params: int) -> None:
         if num_params > MANY and not self._warned:
@@ -128,9 +156,14 @@ def _units(p: Tensor, places: Tensor) -> Tangent:
     return LowRankTangent(left.to(p.dtype), right.to(p.dtype), 1, p.shape)
 
 
-def _unflattened(numbers: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    blocks = numbers.split([p.numel() for p in params.values()])
+def _parts(numbers: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Which of the numbers are of which parameter."""
+    return dict(zip(params, numbers.split([p.numel() for p in params.values()]), strict=True))
+
+
+def _grads(numbers: Tensor, params: Mapping[str, Tensor], unused: Collection[str]) -> dict[str, Tensor]:
     return {
-        name: like_parameter(block.view(p.shape).to(p.dtype, copy=True), p)
-        for (name, p), block in zip(params.items(), blocks, strict=True)
+        name: like_parameter(part.view(params[name].shape).to(params[name].dtype, copy=True), params[name])
+        for name, part in _parts(numbers, params).items()
+        if name not in unused
     }

@@ -36,6 +36,7 @@ from fgtrain.estimators import (
 from fgtrain.lightning import EstimatorModule, convert
 from fgtrain.lightning.callbacks import RankCheck
 from fgtrain.lightning.divergence import Divergence
+from fgtrain.lightning.exchange import exchange_of
 from fgtrain.lightning.strategy import Replicas
 from fgtrain.models import MLP
 from fgtrain.tasks import Classification
@@ -218,6 +219,34 @@ def blown_up(folder):
     except (DivergenceError, RankFailed) as error:
         return type(error).__name__
     return None
+
+
+class BranchOfRank(nn.Module):
+    """Every rank uses a branch of its own; no rank uses the last one, and the gradient of the head's weight is 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.head = nn.Linear(2, 2), nn.Linear(2, 2)
+        self.branches = nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+        self.double()
+
+    def losses(self, rank):
+        x = torch.randn(4, 2, generator=torch.Generator().manual_seed(rank)).double()
+        return lambda net: net.branches[rank](net.stem(x)).square().sum(1) + net.head(0 * x).square().sum(1)
+
+
+def branches(folder):
+    """The joint gradients of exact methods for losses that use other parameters on every rank."""
+    torch.manual_seed(0)
+    model, ranks = BranchOfRank(), Ranks()
+    found = {}
+    for name, tangents in (("backprop", "shared"), ("forward_exact", "shared"), ("forward_exact", "per_rank")):
+        losses = model.losses(ranks.rank)
+        found[name, tangents] = ranks.estimate(ESTIMATORS[name](), model, losses, (0,), tangents).grads
+    exchange = exchange_of("fp16", Backprop(), model, ranks)
+    found["fp16"] = ranks.estimate(Backprop(), model, losses, (0,), exchange=exchange).grads
+    every = [Backprop()(model, model.losses(rank)).grads for rank in range(ranks.size)]
+    return found, {name: sum(g[name] for g in every if name in g) / 2 for name in {**every[0], **every[1]}}
 
 
 class PlainModule(L.LightningModule):

@@ -131,6 +131,16 @@ def test_a_batch_that_one_rank_cannot_use_is_skipped_by_all(tmp_path):
             assert torch.equal(value, second[name][0][key]), (name, key)
 
 
+def test_ranks_that_use_other_parameters_share_all_gradients(tmp_path):
+    for found, expected in start(2, rank_jobs.branches, tmp_path):
+        assert len(expected) == 8  # without those of the third branch
+        for method, grads in found.items():
+            assert grads.keys() == expected.keys(), method
+            for name, g in grads.items():
+                tolerance = torch.finfo(torch.half).eps if method == "fp16" else 1e-12
+                torch.testing.assert_close(g, expected[name], rtol=tolerance, atol=tolerance)
+
+
 def test_a_loss_that_blows_up_ends_all_ranks(tmp_path):
     found = start(2, rank_jobs.blown_up, tmp_path)
     assert "DivergenceError" in found  # the other one may hear of it from the connection

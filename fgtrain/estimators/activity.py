@@ -177,7 +177,7 @@ class ActivityPerturbation(GradientEstimator):
         if directions is not None:
             weight = found.shrink(losses.numel()) / self.num_tangents
             found.grads |= directions.weighted_sum(weight * found.derivatives)
-        return Estimate(losses.mean(), average_grads(found.grads, reduce), found.derivatives)
+        return Estimate(losses.mean(), average_grads(found.grads, params, reduce), found.derivatives)
 
     def without_layers(self) -> GradientEstimator:
         return ForwardGradient(self.tangents, self.num_tangents, shrinkage=self.shrinkage)

@@ -58,7 +58,7 @@ class Backprop(GradientEstimator):
                 "use torch.utils.checkpoint instead, or give the parameters to the Function as arguments"
             )
         grads = {name: g for name, g in zip(params, found, strict=True) if g is not None}
-        return Estimate(loss.detach(), average_grads(grads, reduce))
+        return Estimate(loss.detach(), average_grads(grads, params, reduce))
 
 
 def _stored(params: Mapping[str, Tensor]) -> list[tuple[int, int]]:

@@ -48,7 +48,7 @@ def with_exact_head(
 
     others = {name: p for name, p in params.items() if name not in head}
     found = estimate(others, jvp) if others else Estimate(jvp(model, loss_fn, {})[0].mean(), {})
-    return found._replace(grads=found.grads | average_grads(grads, reduce))
+    return found._replace(grads=found.grads | average_grads(grads, grads, reduce))
 
 
 def gradient_of_last_layer(model: nn.Module, loss_fn: LossFn) -> dict[str, Tensor]:

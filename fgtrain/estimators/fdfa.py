@@ -140,7 +140,7 @@ class FDFA(GradientEstimator):
             grads |= directions.weighted_sum(derivatives / self.num_tangents / (1 + variance))
         if self.feedback_every > 1:
             self.num_calls = self.num_calls + 1
-        return Estimate(losses.mean(), average_grads(grads, reduce), derivatives)
+        return Estimate(losses.mean(), average_grads(grads, params, reduce), derivatives)
 
     def _learn(self, hidden: list[LayerCall], tangent: Tensor, reduce: Reduce | None) -> None:
         """Move every feedback matrix towards the mean product of the output's tangents and the layer's noise."""

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from fgtrain._torch import eager_functions
 from fgtrain.errors import NoTangent
 from fgtrain.estimators.base import Claim, Estimate, GradientEstimator, Reduce, require_positive_int
+from fgtrain.estimators.gradients import unused_by_all_ranks, without_numbers
 from fgtrain.forward_ad import jvp
 from fgtrain.forward_ad.passes import NO_TANGENT, LossFn, require_repetition
 from fgtrain.network.parameters import trainable_params
@@ -89,12 +90,8 @@ class ForwardExact(GradientEstimator):
         if reduce is not None:
             derivatives = reduce(derivatives)
         parts = _parts(derivatives, params)
-        moves = torch.stack([part.any() for part in parts.values()]).tolist()
-        still = [name for name, is_moving in zip(parts, moves, strict=True) if not is_moving]
-        uses = torch.tensor([self._is_used(model, loss_fn, params[name], name, snapshot) for name in still])
-        if reduce is not None and still:  # another rank may use what this one does not
-            uses = reduce(uses.to(derivatives))
-        unused = [name for name, is_used in zip(still, uses.tolist(), strict=True) if not is_used]
+        uses = {name: self._is_used(model, loss_fn, params[name], name, snapshot) for name in without_numbers(parts)}
+        unused = unused_by_all_ranks(uses, derivatives, reduce)
         parts |= {name: torch.full_like(parts[name], torch.nan) for name in unused}
         weights = torch.cat(list(parts.values())) if unused else None
         return Estimate(losses.mean(), _grads(derivatives, params, unused), derivatives, weights)

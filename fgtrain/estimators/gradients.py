@@ -18,16 +18,46 @@ def add_grad(grads: dict[str, Tensor], name: str, grad: Tensor) -> None:
     grads[name] = grads[name] + grad if name in grads else grad
 
 
-def average_grads(grads: dict[str, Tensor], reduce: Reduce | None) -> dict[str, Tensor]:
-    """The mean over ranks of all gradients, sent in one flat bucket; sparse ones, as of an embedding, stay sparse."""
-    if reduce is None or not grads:
+def average_grads(grads: dict[str, Tensor], params: Mapping[str, Tensor], reduce: Reduce | None) -> dict[str, Tensor]:
+    """The mean over ranks of all gradients, sent in one flat bucket; sparse ones, as of an embedding, stay sparse.
+
+    Args:
+        grads: the gradients of this rank.
+        params: the parameters with a gradient on any rank. The gradient is 0 on a rank whose loss does not use them.
+        reduce: mean over ranks.
+    """
+    if reduce is None or not params:
         return grads
-    flat = reduce(torch.cat([g.to_dense().flatten() for g in grads.values()]))
+    every = {name: grads[name] if name in grads else torch.zeros_like(p) for name, p in params.items()}
+    flat = reduce(torch.cat([g.to_dense().flatten() for g in every.values()]))
+    pieces = dict(zip(every, flat.split([g.numel() for g in every.values()]), strict=True))
+    unused = unused_by_all_ranks({name: name in grads for name in without_numbers(pieces)}, flat, reduce)
     means = {}
-    for (name, g), piece in zip(grads.items(), flat.split([g.numel() for g in grads.values()]), strict=True):
-        mean = piece.view(g.shape).to(g.dtype)
-        means[name] = mean.to_sparse(g.sparse_dim()) if g.is_sparse else mean
+    for name, g in every.items():
+        if name not in unused:
+            mean = pieces[name].view(g.shape).to(g.dtype)
+            means[name] = mean.to_sparse(g.sparse_dim()) if g.is_sparse else mean
     return means
+
+
+def without_numbers(tensors: Mapping[str, Tensor]) -> list[str]:
+    """The names of the tensors whose numbers are all 0."""
+    sizes = torch.stack(norms(list(tensors.values()))).tolist()
+    return [name for name, size in zip(tensors, sizes, strict=True) if size == 0]
+
+
+def unused_by_all_ranks(uses: Mapping[str, bool], like: Tensor, reduce: Reduce | None) -> list[str]:
+    """The names of the parameters that the loss of no rank uses.
+
+    Args:
+        uses: {name of a parameter: whether the loss of this rank uses it}, with the same names on all ranks.
+        like: a tensor of the dtype and device in which ranks exchange numbers.
+        reduce: mean over ranks.
+    """
+    shares = list(uses.values())
+    if reduce is not None and uses:
+        shares = reduce(torch.tensor(shares).to(like)).tolist()
+    return [name for name, share in zip(uses, shares, strict=True) if not share]
 
 
 def of_mean_loss(losses: Tensor, derivatives: Tensor, reduce: Reduce | None, *, rowwise: bool = False) -> Tensor:

@@ -163,7 +163,8 @@ class Highway(GradientEstimator):
                 if id(p) not in names:
                     _refuse_other(p, model)
                 add_grad(grads, names[id(p)], g)
-        return Estimate(losses.mean(), average_grads({name: grads[name] for name in params if name in grads}, reduce))
+        grads = {name: grads[name] for name in params if name in grads}
+        return Estimate(losses.mean(), average_grads(grads, params, reduce))
 
     def _recorded(self, model: nn.Module, loss_fn: LossFn, snapshot: Snapshot) -> tuple[ResidualBlocks, Tensor]:
         """The residual blocks of the model, with a recorded pass, and the losses of this pass.

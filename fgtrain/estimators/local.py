@@ -14,7 +14,7 @@ from fgtrain.estimators.local_tail import local_gradients
 from fgtrain.forward_ad.passes import LossFn, check_losses, plain_losses
 from fgtrain.network.blocks import cut_between_blocks, list_of_names
 from fgtrain.network.chains import SideBySide
-from fgtrain.network.parameters import trainable_params
+from fgtrain.network.parameters import slots_of, trainable_params
 from fgtrain.network.snapshot import Snapshot
 
 
@@ -110,7 +110,7 @@ class LocalLosses(LocalHeads):
     ) -> Estimate:
         if self.head == "tail":
             losses, found = local_gradients(self.estimator, model, loss_fn, self.blocks, generator)
-            return Estimate(losses.mean(), average_grads(found, reduce))
+            return Estimate(losses.mean(), average_grads(found, trainable_params(model), reduce))
         names = {id(p): name for name, p in trainable_params(model).items()}
         grads: dict[str, Tensor] = {}
         estimate, hidden = None, None
@@ -120,9 +120,8 @@ class LocalLosses(LocalHeads):
                 net.hidden = hidden
                 estimate = self._estimate_of(net, loss_fn, generator)
                 outputs.append(net.take_output())
-                params = dict(net.named_parameters())
-                of_head = {}
-                for name, g in average_grads(estimate.grads, reduce).items():
+                params, of_head = slots_of(net).trainable(), {}
+                for name, g in average_grads(estimate.grads, params, reduce).items():
                     own = names.get(id(params[name]))
                     if own is None:
                         of_head[name] = g

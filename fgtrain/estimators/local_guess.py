@@ -89,15 +89,16 @@ class LocalGuess(LocalHeads):
             net.hidden = hidden
             loss = check_losses(loss_fn(net)).mean()
             hidden = net.take_output()
-            own = [p for p in net.block.parameters() if p.requires_grad and id(p) not in seen]
-            seen |= {id(p) for p in own}
-            wanted = [*own, *(net.head.parameters() if net.head is not None else ())]
+            wanted = {name: p for name, p in net.named_parameters() if p.requires_grad and id(p) not in seen}
             if not wanted:  # a frozen last block
                 continue
-            slopes = torch.autograd.grad(loss, wanted, materialize_grads=True)
-            slopes = [slope.to_dense() for slope in slopes]  # those of an embedding may be sparse
-            slopes = list(average_grads({str(k): slope for k, slope in enumerate(slopes)}, reduce).values())
-            if own:
-                found.append(list(zip(own, slopes, strict=False)))
-            self.descend(wanted[len(own) :], slopes[len(own) :])
+            slopes = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+            # Those of an embedding may be sparse.
+            grads = {name: g.to_dense() for name, g in zip(wanted, slopes, strict=True) if g is not None}
+            grads = average_grads(grads, wanted, reduce)
+            of_head = [name for name in grads if name.startswith("head.")]
+            self.descend([wanted[name] for name in of_head], [grads.pop(name) for name in of_head])
+            seen |= {id(wanted[name]) for name in grads}
+            if grads:
+                found.append([(wanted[name], g) for name, g in grads.items()])
         return found

@@ -80,7 +80,7 @@ class SecondOrder(GradientEstimator):
         tangents = {name: dense(tangent) for name, tangent in directions.items()}
         loss, slopes, curvature = curvature_in_span(model, loss_fn, tangents)
         grads = directions.weighted_sum(self._newton(directions.gram(), curvature, slopes))
-        return Estimate(loss, average_grads(grads, reduce), slopes)
+        return Estimate(loss, average_grads(grads, params, reduce), slopes)
 
     def _newton(self, gram: Tensor, curvature: Tensor, slopes: Tensor) -> Tensor:
         """The weights of the directions, (K,), found in an orthonormal basis of their span; nan if a slope is."""

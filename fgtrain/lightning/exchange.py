@@ -27,6 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from fgtrain.distributed import Ranks, lost_ranks_named
 from fgtrain.errors import ConfigError, DivergenceError
 from fgtrain.estimators import GradientEstimator
+from fgtrain.estimators.gradients import unused_by_all_ranks, without_numbers
 from fgtrain.network.parameters import trainable_params
 
 Gradients = Literal["mean", "fp16", "power_sgd", "local"]
@@ -91,7 +92,9 @@ class Compressed:
         elif (sent := self._numbers_sent() - before) > 0:  # its first steps send the whole gradient
             size = params[0].element_size() * sent
         self._ranks.count_all_reduce(size)
-        return {name: found[name] for name in grads}
+        of_some_rank = {name: name in grads for name in without_numbers(found)}
+        unused = unused_by_all_ranks(of_some_rank, params[0], self._ranks.mean)
+        return {name: g for name, g in found.items() if name not in unused}
 
     def _numbers_sent(self) -> int:
         return 0 if self._state is None else self._state.compression_stats()[2]

@@ -480,3 +480,30 @@ def test_a_refusal_within_a_block_is_raised():
     model, loss, _ = built("MLP")
     with pytest.raises(LossError, match="no such loss"):
         Highway(Refusing())(model, loss)
+
+
+class OfTwoNames(nn.Module):
+    """Each block is an attribute and a member of a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.first, self.second, self.head = nn.Linear(4, 6), *mlp()[2:4], nn.Linear(6, 3)
+        self.blocks = nn.ModuleList([self.first, self.second])
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("blocks", [None, ["first", "second"], ["blocks.0", "blocks.1"]])
+def test_blocks_of_two_names(blocks):
+    torch.manual_seed(0)
+    model, x = OfTwoNames(), torch.randn(5, 4)
+    loss = lambda net: net(x).square().sum(1)
+    expected = Backprop()(copy.deepcopy(model), loss)
+    assert_same(Highway(iterations=2, blocks=blocks)(model, loss), expected)
+    tail = LocalLosses(Backprop(), head="tail", blocks=blocks)(model, loss)
+    assert torch.equal(tail.grads["second.branch.0.weight"], expected.grads["second.branch.0.weight"])

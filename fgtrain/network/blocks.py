@@ -147,7 +147,9 @@ def find_blocks(
         UnsupportedOperation: one of `names` is not a module of the model, or does not pass the test; or a block runs
             inside a transform of torch.func.
     """
-    candidates = _named(model, names) if names is not None else _candidates(model)
+    members = _named(model, names) if names is not None else _candidates(model)
+    names_of = {module: name for name, module in model.named_modules()}  # a module may have several names
+    candidates = {names_of[module]: module for module in members.values()}
     forwards = {module: module.forward for module in candidates.values()}
     passed: dict[nn.Module, bool] = {}
     testing = False
@@ -173,7 +175,6 @@ def find_blocks(
 
     with forwards_replaced({module: watched(module) for module in forwards}):
         run()
-    names_of = {module: name for name, module in candidates.items()}
     found = {names_of[module]: module for module, verdict in passed.items() if verdict}
     if names is not None and (others := sorted(candidates.keys() - found.keys())):
         raise UnsupportedOperation(f"{', '.join(others)} cannot be a block: {otherwise}")
@@ -181,7 +182,7 @@ def find_blocks(
 
 
 def _named(model: nn.Module, names: Iterable[str]) -> dict[str, nn.Module]:
-    modules = dict(model.named_modules())
+    modules = dict(model.named_modules(remove_duplicate=False))
     names = list(names)
     if unknown := [name for name in names if name not in modules]:
         raise UnsupportedOperation(f"{type(model).__name__} has no module {', '.join(unknown)}")

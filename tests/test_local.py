@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from fgtrain import FDFA, ActivityPerturbation, Backprop, LocalGuess, LocalLosses
+from fgtrain import FDFA, ActivityPerturbation, Backprop, ForwardExact, LocalGuess, LocalLosses
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.models import LocalMixer
 from fgtrain.network.chains import SideBySide
@@ -98,6 +98,58 @@ def test_with_as_many_directions_as_units_it_is_the_local_gradient():
     estimator = taught(LocalLosses(ActivityPerturbation(5, exact_head=True)), model)
     expected = local_gradients(model, estimator.heads)
     properties.assert_is(estimator(model, losses, generator=keyed_generator(0)).grads, expected)
+
+
+USES = {
+    "a penalty": lambda m: sum(p.square().sum() for p in m.parameters() if p.requires_grad),
+    "a penalty on modules": lambda m: sum(layer.weight.norm() for layer in m.modules() if isinstance(layer, nn.Linear)),
+    "parameters by name": lambda m: (
+        dict(m.named_parameters())["0.weight"].sum() + m.get_parameter("4.bias").exp().sum()
+    ),
+    "a member": lambda m: m[2].weight.square().sum() * len(m) * isinstance(m, nn.Sequential),
+    "a vector of all": lambda m: nn.utils.parameters_to_vector(m.parameters()).norm(),
+    "an optimizer": lambda m: torch.optim.SGD(m.parameters()).defaults["lr"] + 0 * m[0].weight.sum(),
+}
+
+
+@pytest.mark.parametrize("name", USES)
+def test_what_the_loss_adds_for_parameters_counts_in_their_blocks(name):
+    model, add = mlp(), USES[name]
+    loss = lambda m: losses(m) + add(m)
+    heads = {key: value.clone() for key, value in taught(LocalLosses(Backprop()), model).state_dict().items()}
+    added = Backprop()(model, add).grads
+    for estimator in (LocalLosses(Backprop()), LocalLosses(ForwardExact())):
+        estimator.load_state_dict(heads)
+        expected = {key: g + added.get(key, 0) for key, g in local_gradients(model, estimator.heads).items()}
+        found = estimator(model, loss)
+        properties.assert_is(found.grads, expected)
+        torch.testing.assert_close(found.loss, loss(model).detach().mean())
+
+
+def test_a_functional_call_of_the_model():
+    model = mlp()
+    estimator = taught(LocalLosses(Backprop()), model)
+    expected = local_gradients(model, estimator.heads)
+    call = lambda m: torch.func.functional_call(m, dict(m.named_parameters()), (), {"input": INPUTS})
+    properties.assert_is(estimator(model, lambda m: F.cross_entropy(call(m), LABELS)).grads, expected)
+
+
+@pytest.mark.parametrize("make", [LocalLosses, LocalGuess])
+def test_a_loss_that_differentiates_in_the_parameters_is_refused(make):
+    def loss(m):
+        slopes = torch.autograd.grad(losses(m).mean(), list(m.parameters()), create_graph=True)
+        return sum(slope.square().sum() for slope in slopes)
+
+    with pytest.raises(UnsupportedOperation, match="the loss function takes derivatives itself"):
+        make()(mlp(), loss)
+
+
+@pytest.mark.parametrize("make", [LocalLosses, LocalGuess])
+def test_a_loss_that_calls_the_model_twice_from_a_later_step_on_is_refused(make):
+    model, estimator = mlp(), make()
+    estimator(model, losses)
+    with pytest.raises(UnsupportedOperation, match="calls the model once"):
+        estimator(model, lambda m: losses(m) + m(-INPUTS).square().sum(1))
 
 
 def test_heads_learn_by_gradient_descent():

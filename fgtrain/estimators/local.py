@@ -6,6 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fgtrain._torch import eager_functions
 from fgtrain.estimators.activity import ActivityPerturbation
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce
 from fgtrain.estimators.gradients import add_grad, average_grads
@@ -28,7 +29,8 @@ class LocalLosses(LocalHeads):
         g_l = estimate of dF_l / d(parameters of block l),
 
     by any estimator, by default activity perturbation. The last block needs no head: its loss is the model's. The heads
-    learn from the same losses by gradient descent. If a block is one `SideBySide`, each of its modules has a head and a
+    learn from the same losses by gradient descent. What the loss adds for weights, such as a penalty, counts in the
+    block that owns them. If a block is one `SideBySide`, each of its modules has a head and a
     loss (the groupwise losses of Ren et al.), so the noise on one group's units affects only its own loss.
 
     With head="tail", the local loss of a block is the loss of the model in which the later blocks are identities. There
@@ -102,7 +104,7 @@ class LocalLosses(LocalHeads):
     def forward(
         self, model: nn.Module, loss_fn: LossFn, *, generator: torch.Generator, reduce: Reduce | None
     ) -> Estimate:
-        with cut_between_blocks():
+        with eager_functions(), cut_between_blocks():  # compiled code would ignore replaced forwards
             return self._estimate(model, loss_fn, generator, reduce)
 
     def _estimate(
@@ -118,7 +120,7 @@ class LocalLosses(LocalHeads):
             outputs = []
             for net in nets:
                 net.hidden = hidden
-                estimate = self._estimate_of(net, loss_fn, generator)
+                estimate = self._estimate_of(net, net.in_place_of(model, loss_fn), generator)
                 outputs.append(net.take_output())
                 params, of_head = slots_of(net).trainable(), {}
                 for name, g in average_grads(estimate.grads, params, reduce).items():

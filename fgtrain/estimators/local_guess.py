@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from fgtrain._torch import eager_functions
 from fgtrain.estimators.base import Claim, Estimate, Reduce
 from fgtrain.estimators.gradients import average_grads, of_mean_loss
 from fgtrain.estimators.local_heads import LocalBlock, LocalHeads
@@ -63,9 +64,9 @@ class LocalGuess(LocalHeads):
         params = trainable_params(model)
         names = {id(p): name for name, p in params.items()}
         snapshot = Snapshot(model)
-        with torch.enable_grad(), cut_between_blocks():
+        with eager_functions(), torch.enable_grad(), cut_between_blocks():
             nets = [net for (net,) in self.nets_of(model, loss_fn)]
-            guesses = self._guesses(nets, loss_fn, reduce)
+            guesses = self._guesses(nets, model, loss_fn, reduce)
         snapshot.restore()
         with torch.no_grad():
             tangents = {
@@ -81,13 +82,13 @@ class LocalGuess(LocalHeads):
         return Estimate(losses.mean(), grads, derivatives)
 
     def _guesses(
-        self, nets: list[LocalBlock], loss_fn: LossFn, reduce: Reduce | None
+        self, nets: list[LocalBlock], model: nn.Module, loss_fn: LossFn, reduce: Reduce | None
     ) -> list[list[tuple[nn.Parameter, Tensor]]]:
         """(parameter, direction) for every trainable parameter, block by block; also does the heads' step."""
         found, hidden, seen = [], None, set()
         for net in nets:
             net.hidden = hidden
-            loss = check_losses(loss_fn(net)).mean()
+            loss = check_losses(net.in_place_of(model, loss_fn)(net)).mean()
             hidden = net.take_output()
             wanted = {name: p for name, p in net.named_parameters() if p.requires_grad and id(p) not in seen}
             if not wanted:  # a frozen last block

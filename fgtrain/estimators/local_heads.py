@@ -1,7 +1,7 @@
 """Blocks of a network and the small heads that give each of them a separate loss."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,7 @@ from fgtrain.errors import UnsupportedOperation
 from fgtrain.estimators.base import GradientEstimator
 from fgtrain.forward_ad.native import value_of
 from fgtrain.forward_ad.passes import LossFn
+from fgtrain.network.blocks import forwards_replaced
 from fgtrain.network.chains import in_turn, is_chain, links
 from fgtrain.network.parameters import slots_of
 from fgtrain.network.snapshot import Snapshot
@@ -67,7 +68,7 @@ class LocalHeads(GradientEstimator):
         if self.heads.keys() != {key for of_block in keys.values() for key in of_block}:
             snapshot = Snapshot(model)
             with torch.no_grad():
-                self._create_heads(parts, keys, last, loss_fn)
+                self._create_heads(parts, keys, last, model, loss_fn)
             snapshot.restore()
         heads = dict(self.heads.items())
         with_heads = [
@@ -99,13 +100,10 @@ class LocalHeads(GradientEstimator):
         parts: Mapping[str, list[list[nn.Module]]],
         keys: Mapping[str, list[str]],
         last: list[nn.Module],
+        model: nn.Module,
         loss_fn: LossFn,
     ) -> None:
-        trial = _RecordedBlocks([*parts.values(), [last]])
-        loss_fn(trial)
-        if not trial.outputs:
-            raise UnsupportedOperation(WHOLE)
-        *outputs, (logits,) = [[output.detach() for output in found] for found in trial.outputs]
+        *outputs, (logits,) = _recorded([*parts.values(), [last]], model, loss_fn)
         if logits.dim() != 2:
             raise UnsupportedOperation(
                 f"local losses need a model with outputs (B, classes), got {tuple(logits.shape)}; "
@@ -173,14 +171,7 @@ def blocks_of(model: nn.Module) -> list[list[nn.Module]]:
     return blocks
 
 
-class StandIn(nn.Module):
-    """Replaces the model in a loss function, which must call it as a whole."""
-
-    def __getitem__(self, key: Any) -> Any:
-        raise UnsupportedOperation(WHOLE)
-
-
-class LocalBlock(StandIn):
+class LocalBlock(nn.Module):
     """A part of a block and its head as a separate model.
 
     Args:
@@ -199,11 +190,25 @@ class LocalBlock(StandIn):
         self.features = features
         self.hidden: Tensor | None = None
         self._output: Tensor | None = None
+        self._is_called = False
 
-    def forward(self, x: Any) -> Any:
-        x = in_turn(self.block, x if self.hidden is None else self.hidden)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self._is_called:
+            raise UnsupportedOperation(ONCE)
+        self._is_called = True
+        x = in_turn(self.block, only_input(args, kwargs) if self.hidden is None else self.hidden)
         self._output = value_of(x).detach()
         return x if self.head is None else read_by(self.head, self.features(x))
+
+    def in_place_of(self, model: nn.Module, loss_fn: LossFn) -> LossFn:
+        """The loss function of the model, whose call runs this part; its parameters are those of the model."""
+
+        def local(_: object) -> Tensor:
+            self._is_called = False
+            with forwards_replaced({model: self.forward}):
+                return loss_fn(model)
+
+        return local
 
     def take_output(self) -> Tensor:
         """Return the block's output, and free all tensors of the pass."""
@@ -213,28 +218,39 @@ class LocalBlock(StandIn):
         return output
 
 
-class _RecordedBlocks(StandIn):
-    """A stand-in that runs the whole model block by block.
+def only_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """What an `nn.Sequential` is called with."""
+    (x,) = (*args, *kwargs.values())
+    return x
 
-    Attributes:
-        outputs: the output of every part of every block.
+
+def _recorded(blocks: Sequence[Sequence[Sequence[nn.Module]]], model: nn.Module, loss_fn: LossFn) -> list[list[Tensor]]:
+    """The outputs of every part of every block in one pass.
+
+    Raises:
+        UnsupportedOperation: the loss function does not call the model once, as a whole.
     """
+    outputs: list[list[Tensor]] = []
+    forwards = {module: module.forward for parts in blocks for modules in parts for module in modules}
 
-    def __init__(self, blocks: Sequence[Sequence[Sequence[nn.Module]]]) -> None:
-        super().__init__()
-        self._blocks = blocks
-        self.outputs: list[list[Tensor]] = []
-
-    def forward(self, x: Any) -> Any:
-        if self.outputs:
-            raise UnsupportedOperation(
-                "local losses need a loss function that calls the model once: a block gets the output of the block "
-                "before it in that call; join the inputs with torch.cat, or train with another method"
-            )
-        for parts in self._blocks:
-            self.outputs.append([in_turn(modules, x) for modules in parts])
-            x = joined(self.outputs[-1])
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if outputs:
+            raise UnsupportedOperation(ONCE)
+        x = only_input(args, kwargs)
+        with forwards_replaced(forwards):
+            for parts in blocks:
+                outputs.append([in_turn(modules, x).detach() for modules in parts])
+                x = joined(outputs[-1])
         return x
+
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise UnsupportedOperation(WHOLE)
+
+    with forwards_replaced({**dict.fromkeys(forwards, refuse), model: run}):
+        loss_fn(model)
+    if not outputs:
+        raise UnsupportedOperation(WHOLE)
+    return outputs
 
 
 def joined(outputs: Sequence[Tensor]) -> Tensor:
@@ -242,4 +258,8 @@ def joined(outputs: Sequence[Tensor]) -> Tensor:
     return outputs[0] if len(outputs) == 1 else torch.cat(list(outputs), dim=1)
 
 
+ONCE = (
+    "local losses need a loss function that calls the model once: a block gets the output of the block before it in "
+    "that call; join the inputs with torch.cat, or train with another method"
+)
 WHOLE = "local losses need a loss function that calls model(inputs), not parts of the model"

@@ -63,16 +63,16 @@ def has_identity_skip(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str
 @contextmanager
 def forwards_replaced(forwards: Mapping[nn.Module, Forward], method: str = "forward") -> Generator[None]:
     """A context in which these modules have other forward methods, or others of the name `method`."""
-    before = {module: module.__dict__.get(method) for module in forwards}
+    before = {module: vars(module).get(method) for module in forwards}
     try:
         for module, forward in forwards.items():
-            setattr(module, method, forward)
+            vars(module)[method] = forward  # nn.Module's own assignment takes longer
         yield
     finally:
         for module, own in before.items():
-            module.__dict__.pop(method, None)
+            vars(module).pop(method, None)
             if own is not None:
-                setattr(module, method, own)
+                vars(module)[method] = own
 
 
 @contextmanager
@@ -95,6 +95,7 @@ def cut_between_blocks() -> Generator[None]:
 
 _OF_A_LOSS = (
     "does not require grad and does not have a grad_fn",
+    "One of the differentiated Tensors does not require grad",
     "appears to not have been used in the graph",
     "escaped from inside a function being vmapped",
 )

@@ -18,6 +18,7 @@ from fgtrain import (
     ForwardGradient,
     GaussNewton,
     Highway,
+    LocalGuess,
     LocalLosses,
     MeZO,
     Normal,
@@ -414,10 +415,48 @@ def test_a_loss_that_freezes_the_parameter_itself():
             estimator(model, loss)
 
 
-def test_local_losses_of_a_loss_that_trains_other_blocks_again():
-    model = nn.Sequential(nn.Linear(4, 4), Residual(nn.Linear(4, 4)), Residual(nn.Linear(4, 4))).double()
-    with pytest.raises(UnsupportedOperation, match=r"sets requires_grad=True of a parameter of shape \(4, 4\)"):
-        LocalLosses(Backprop(), head="tail")(model, lambda m: m.requires_grad_(True)(X).square().sum(1))
+def of_blocks():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(4, 4), Residual(nn.Linear(4, 4)), Residual(nn.Linear(4, 4)), nn.Linear(4, 3)
+    ).double()
+
+
+WITHIN_BLOCKS = {
+    "highway": Highway,
+    "highway without a backward pass": lambda: Highway(ForwardExact()),
+    "local": lambda: LocalLosses(ForwardExact()),
+    "local guess": LocalGuess,
+    "local tail": lambda: LocalLosses(ForwardExact(), head="tail"),
+    "local tail, by backpropagation": lambda: LocalLosses(Backprop(), head="tail"),
+}
+
+
+@pytest.mark.parametrize("through", ["the model", "the parameters themselves"])
+@pytest.mark.parametrize("name", WITHIN_BLOCKS)
+def test_a_loss_that_trains_what_is_trained(name, through):
+    """It changes nothing, also where a method holds a part of the model constant."""
+    model, plain = of_blocks(), lambda m: m(X).square().sum(1)
+    params = list(model.parameters())
+
+    def loss(m):
+        for p in m.parameters() if through == "the model" else params:
+            p.requires_grad_()
+        return plain(m)
+
+    expected = WITHIN_BLOCKS[name]()(model, plain).grads
+    assert_is(WITHIN_BLOCKS[name]()(model, loss).grads, expected)
+
+
+@pytest.mark.parametrize("estimator", [LocalLosses(Backprop()), LocalGuess()], ids=str)
+def test_local_losses_of_a_loss_that_unfreezes_a_layer(estimator):
+    """It gets a gradient, as under backpropagation; it is no part of a head."""
+    model, plain = of_blocks(), lambda m: m(X).square().sum(1)
+    expected = copy.deepcopy(estimator)(model, plain).grads
+    model[0].requires_grad_(False)
+    before = copy.deepcopy(model.state_dict())
+    assert_is(estimator(model, lambda m: plain(m.requires_grad_(True))).grads, expected)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
 # --- parameters that a loss asks whether they are trained ----------------------------------------------------------

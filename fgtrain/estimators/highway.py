@@ -1,7 +1,7 @@
 """The gradient after the last residual block, sent back along the skips to every block."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,6 @@ from fgtrain.estimators.highway_forward import (
     learning_by_estimator,
 )
 from fgtrain.forward_ad.passes import LossFn, plain_losses
-from fgtrain.network.as_parameter import refuse_freezing
 from fgtrain.network.blocks import cut_between_blocks, find_blocks, frozen, has_identity_skip, list_of_names
 from fgtrain.network.parameters import slots_of, trainable_params
 from fgtrain.network.residual_blocks import ResidualBlocks
@@ -137,7 +136,7 @@ class Highway(GradientEstimator):
         # A recorded pass finds the residual blocks that run one after the other, and what their branches add. Passes
         # with these as constants give the gradient after the blocks (delta) and the gradients outside them, by
         # backpropagation or by forward mode. In a last pass, every block gets its own gradients from delta as it runs.
-        params = trainable_params(model)
+        trainable_params(model)  # refuses a model without any
         snapshot = Snapshot(model)
         with eager_functions(), cut_between_blocks():  # compiled code would ignore replaced forwards
             blocks, losses = self._recorded(model, loss_fn, snapshot)
@@ -156,13 +155,14 @@ class Highway(GradientEstimator):
                 grads |= self._grads_of_rest(model, loss_fn, blocks, grads, generator)
                 learning = learning_by_estimator(blocks, deltas, self.estimator, generator)
             snapshot.restore()
-            names = {id(p): name for name, p in params.items()}
+            names = {id(p): name for name, p in slots_of(model).params.items()}
             with learning as found, torch.enable_grad():
                 loss_fn(model)
             for p, g in found:
                 if id(p) not in names:
-                    _refuse_other(p, model)
+                    raise UnsupportedOperation(OTHER_PARAMS)
                 add_grad(grads, names[id(p)], g)
+        params = slots_of(model).trainable()  # the loss may freeze some
         grads = {name: grads[name] for name in params if name in grads}
         return Estimate(losses.mean(), average_grads(grads, params, reduce))
 
@@ -222,11 +222,3 @@ class Highway(GradientEstimator):
 
     def extra_repr(self) -> str:
         return f"blocks={self.blocks}, chunk_size={self.chunk_size}, iterations={self.iterations}"
-
-
-def _refuse_other(p: Tensor, model: nn.Module) -> NoReturn:
-    """Refuse a parameter of a block that is no parameter of the model, or was not trained before the call."""
-    for name, own in slots_of(model).params.items():
-        if own is p:
-            refuse_freezing(name, True)
-    raise UnsupportedOperation(OTHER_PARAMS)

@@ -113,7 +113,8 @@ class LocalLosses(LocalHeads):
         if self.head == "tail":
             losses, found = local_gradients(self.estimator, model, loss_fn, self.blocks, generator)
             return Estimate(losses.mean(), average_grads(found, trainable_params(model), reduce))
-        names = {id(p): name for name, p in trainable_params(model).items()}
+        trainable_params(model)  # refuses a model without any
+        names = {id(p): name for name, p in slots_of(model).params.items()}
         grads: dict[str, Tensor] = {}
         estimate, hidden = None, None
         for nets in self.nets_of(model, loss_fn):

@@ -10,7 +10,7 @@ from fgtrain.estimators.local_heads import LocalBlock, LocalHeads
 from fgtrain.forward_ad import jvp
 from fgtrain.forward_ad.passes import LossFn, check_losses
 from fgtrain.network.blocks import cut_between_blocks
-from fgtrain.network.parameters import trainable_params
+from fgtrain.network.parameters import slots_of, trainable_params
 from fgtrain.network.snapshot import Snapshot
 from fgtrain.tangents.directions import LastTangent
 
@@ -61,8 +61,8 @@ class LocalGuess(LocalHeads):
     def forward(
         self, model: nn.Module, loss_fn: LossFn, *, generator: torch.Generator, reduce: Reduce | None
     ) -> Estimate:
-        params = trainable_params(model)
-        names = {id(p): name for name, p in params.items()}
+        trainable_params(model)  # refuses a model without any
+        names = {id(p): name for name, p in slots_of(model).params.items()}
         snapshot = Snapshot(model)
         with eager_functions(), torch.enable_grad(), cut_between_blocks():
             nets = [net for (net,) in self.nets_of(model, loss_fn)]

@@ -13,7 +13,6 @@ from fgtrain.estimators.base import GradientEstimator
 from fgtrain.estimators.gradients import add_grad
 from fgtrain.forward_ad.native import value_of
 from fgtrain.forward_ad.passes import LossFn, plain_losses
-from fgtrain.network.as_parameter import refuse_freezing
 from fgtrain.network.blocks import Forward, entering, find_blocks, forwards_replaced, frozen, keeps_shape
 from fgtrain.network.parameters import slots_of, trainable_params
 from fgtrain.network.snapshot import Snapshot
@@ -42,7 +41,7 @@ def local_gradients(
     Raises:
         UnsupportedOperation: the model has no such block, or calls one several times.
     """
-    trained = {id(p): name for name, p in trainable_params(model).items()}
+    trainable_params(model)  # refuses a model without any
     grads: dict[str, Tensor] = {}
     snapshot = Snapshot(model)
     with eager_functions():
@@ -60,10 +59,8 @@ def local_gradients(
                     with frozen(p for p in model.parameters() if p not in own):
                         found = estimator(model, loss_fn, generator=generator).grads
                     for at, g in found.items():
-                        own_name = trained.get(id(slots_of(model).params[at]))
-                        if own_name is None:
-                            refuse_freezing(at, True)
-                        add_grad(grads, own_name, g)  # tied: several local losses
+                        if slots_of(model).params[at] in own:  # not one that the loss says is trained
+                            add_grad(grads, at, g)  # tied: several local losses
                 if not run.held or not estimator.loss_at_parameters:
                     run.held.clear()
                     snapshot.restore_random_state()

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from fgtrain.errors import UnsupportedOperation
 
+held_constant: set[Tensor] = set()
+"""The parameters that are trained, but are constants for the part of a model that a method differentiates now."""
+
 
 class KeepsFlag:
     """A tensor in place of a parameter, which has the parameter's `requires_grad`, although no graph is recorded.
@@ -48,7 +51,7 @@ def as_parameter(value: Tensor, name: str, p: Tensor) -> Tensor:
     if type(value) is not Tensor:
         return value
     stand_in: Any = AsParameter(value, requires_grad=False)
-    vars(stand_in).update(vars(p), param_name=name, trained=p.requires_grad)
+    vars(stand_in).update(vars(p), param_name=name, trained=p.requires_grad or p in held_constant)
     return stand_in
 
 

@@ -10,7 +10,7 @@ from torch.func import functional_call
 
 from fgtrain._torch import is_inside_transform
 from fgtrain.errors import UnsupportedOperation
-from fgtrain.network.as_parameter import refuse_freezing
+from fgtrain.network.as_parameter import held_constant
 from fgtrain.network.chains import is_chain
 
 Forward = Callable[..., Any]
@@ -104,20 +104,15 @@ _OF_A_LOSS = (
 
 @contextmanager
 def frozen(params: Iterable[nn.Parameter]) -> Generator[None]:
-    """A context in which these parameters are not trained.
-
-    Raises:
-        UnsupportedOperation: within it, one of them is trained again.
-    """
+    """A context in which these parameters are constants; the loss may still ask and say that they are trained."""
     trained = {p for p in params if p.requires_grad}
     try:
+        held_constant.update(trained)
         for p in trained:
             p.requires_grad_(False)
         yield
-        for p in trained:
-            if p.requires_grad:
-                refuse_freezing(f"a parameter of shape {tuple(p.shape)}", True)
     finally:
+        held_constant.difference_update(trained)
         for p in trained:
             p.requires_grad_(True)
 

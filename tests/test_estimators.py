@@ -370,6 +370,21 @@ def test_a_function_that_hides_parameters_is_refused(estimator):
         estimator(model, lambda _: last(Hidden.apply(hidden, first(INPUTS))).square().sum(1))
 
 
+@pytest.mark.parametrize("estimator", [Backprop(), Highway()], ids=str)
+def test_a_residual_block_that_hides_parameters_is_refused(estimator):
+    class Hiding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.hidden, self.last = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x):
+            return x + self.last(Hidden.apply(self.hidden, x))
+
+    model = nn.Sequential(nn.Linear(3, 3), Hiding(), Residual(nn.Linear(3, 3))).double()
+    with pytest.raises(UnsupportedOperation, match=r"a custom autograd\.Function calls backward inside"):
+        estimator(model, lambda m: m(INPUTS).square().sum(1))
+
+
 def test_a_function_that_hides_none_is_taken():
     class Double(torch.autograd.Function):
         @staticmethod

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fgtrain import ActivityPerturbation, Backprop, Highway
+from fgtrain import ActivityPerturbation, Backprop, ForwardExact, Highway
 from fgtrain.estimators import highway_forward
 from fgtrain.forward_ad import jvp
 from fgtrain.layer_noise.closed_forms import Dependence, closed_forms
@@ -121,6 +121,35 @@ def test_layers_on_several_paths_are_left_to_the_estimator():
     found = Highway(ActivityPerturbation())(model, loss).grads
     same = {name.rpartition(".")[0] for name, g in expected.grads.items() if torch.allclose(found[name], g)}
     assert same == {"beside", "blocks.0.branch.0", "blocks.1.branch.0", "head"}
+
+
+class WithUnused(nn.Module):
+    """A residual block with a layer and a scale that no pass uses."""
+
+    def __init__(self, scales: bool) -> None:
+        super().__init__()
+        self.first, self.last, self.unused = (nn.Linear(6, 6) for _ in range(3))
+        self.scales, self.scale = scales, nn.Parameter(torch.full((6,), 1.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.first(x).tanh()
+        return x + self.last(hidden * self.scale if self.scales else hidden)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("scales", [False, True])
+def test_what_a_block_does_not_use_takes_no_gradient_from_the_rest(scales):
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(nn.Linear(4, 6), *(WithUnused(scales) for _ in range(2)), nn.Linear(6, 3)),
+        torch.randn(5, 4),
+    )
+    loss = lambda m: m(x).square().sum(1)
+    expected = Backprop()(stopped(model, ["1", "2"]), loss)
+    assert_same(Highway(ForwardExact())(model, loss), expected)
+    found = Highway(ActivityPerturbation())(model, loss).grads
+    assert found.keys() >= expected.grads.keys()
+    torch.testing.assert_close(found["1.last.weight"], expected.grads["1.last.weight"])
 
 
 class Switched(nn.Module):

@@ -50,17 +50,22 @@ class Backprop(GradientEstimator):
                 raise NoTangent(
                     "the loss depends on no trainable parameter; check that loss_fn uses the model it is given"
                 )
-            stored = _stored(params)
+            stored = stored_grads(params)
             found = torch.autograd.grad(loss, list(params.values()), allow_unused=True)
-        if _stored(params) != stored:
-            raise UnsupportedOperation(
-                "a custom autograd.Function calls backward inside, so that parameters in it are hidden from the loss; "
-                "use torch.utils.checkpoint instead, or give the parameters to the Function as arguments"
-            )
+        refuse_backward_inside(params, stored)
         grads = {name: g for name, g in zip(params, found, strict=True) if g is not None}
         return Estimate(loss.detach(), average_grads(grads, params, reduce))
 
 
-def _stored(params: Mapping[str, Tensor]) -> list[tuple[int, int]]:
+def stored_grads(params: Mapping[str, Tensor]) -> list[tuple[int, int]]:
     """Which `.grad` every parameter has, and how often it was changed in place."""
     return [(id(p.grad), 0 if p.grad is None else p.grad._version) for p in params.values()]
+
+
+def refuse_backward_inside(params: Mapping[str, Tensor], stored: list[tuple[int, int]]) -> None:
+    """Refuse a model that has changed `.grad` of its parameters since it was `stored`."""
+    if stored_grads(params) != stored:
+        raise UnsupportedOperation(
+            "a custom autograd.Function calls backward inside, so that parameters in it are hidden from the loss; "
+            "use torch.utils.checkpoint instead, or give the parameters to the Function as arguments"
+        )

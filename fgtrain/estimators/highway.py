@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from fgtrain._torch import eager_functions
 from fgtrain.errors import UnsupportedOperation
-from fgtrain.estimators.backprop import Backprop
+from fgtrain.estimators.backprop import Backprop, refuse_backward_inside, stored_grads
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, require_positive_int
 from fgtrain.estimators.exact_head import gradient_of_last_layer
 from fgtrain.estimators.gradients import add_grad, average_grads
@@ -137,6 +137,8 @@ class Highway(GradientEstimator):
         # with these as constants give the gradient after the blocks (delta) and the gradients outside them, by
         # backpropagation or by forward mode. In a last pass, every block gets its own gradients from delta as it runs.
         trainable_params(model)  # refuses a model without any
+        params = slots_of(model).params
+        stored = stored_grads(params)
         snapshot = Snapshot(model)
         with eager_functions(), cut_between_blocks():  # compiled code would ignore replaced forwards
             blocks, losses = self._recorded(model, loss_fn, snapshot)
@@ -155,16 +157,16 @@ class Highway(GradientEstimator):
                 grads |= self._grads_of_rest(model, loss_fn, blocks, grads, generator)
                 learning = learning_by_estimator(blocks, deltas, self.estimator, generator)
             snapshot.restore()
-            names = {id(p): name for name, p in slots_of(model).params.items()}
+            names = {id(p): name for name, p in params.items()}
             with learning as found, torch.enable_grad():
                 loss_fn(model)
             for p, g in found:
                 if id(p) not in names:
                     raise UnsupportedOperation(OTHER_PARAMS)
                 add_grad(grads, names[id(p)], g)
-        params = slots_of(model).trainable()  # the loss may freeze some
+        refuse_backward_inside(params, stored)
         grads = {name: grads[name] for name in params if name in grads}
-        return Estimate(losses.mean(), average_grads(grads, params, reduce))
+        return Estimate(losses.mean(), average_grads(grads, slots_of(model).trainable(), reduce))
 
     def _recorded(self, model: nn.Module, loss_fn: LossFn, snapshot: Snapshot) -> tuple[ResidualBlocks, Tensor]:
         """The residual blocks of the model, with a recorded pass, and the losses of this pass.

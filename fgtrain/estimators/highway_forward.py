@@ -83,9 +83,8 @@ def _gradients_and_output(
         held[:] = [tree_map_only(Tensor, lambda x: value_of(x).detach(), out)]
         return hidden_of(out)
 
-    before, grads = None if estimator.loss_at_parameters else Snapshot(block), dict[str, Tensor]()
-    with suppress(NoTangent):
-        grads = gradients_within(estimator, block, output, delta, generator)
+    before = None if estimator.loss_at_parameters else Snapshot(block)
+    grads = gradients_within(estimator, block, output, delta, generator)
     if before is None:
         return grads, held[0]
     before.restore()  # the output so far is that of perturbed parameters
@@ -116,19 +115,19 @@ def gradients_within(
     snapshot = Snapshot(block)
     grads, dependence = closed_forms(block, lambda module: output(module).flatten(), delta)
 
-    def estimate(names: Collection[str], losses: Callable[[Tensor], Tensor]) -> None:
+    def estimate(names: Collection[str], losses: Callable[[Tensor], Tensor], estimator: GradientEstimator) -> None:
         if names:
             snapshot.restore()
             others = (p for name, p in slots_of(block).params.items() if name not in names)
-            with frozen(others):
+            with frozen(others), suppress(NoTangent):
                 grads.update(estimated(estimator, block, lambda m: losses(delta * output(m)), generator))
 
     for name in dependence.biases:
         if name not in grads:
-            estimate(
-                dependence.params([name]), per_row if name in dependence.by_rows and delta.dim() > 2 else per_example
-            )
-    estimate(slots_of(block).trainable().keys() - grads.keys(), per_example)
+            by_rows = name in dependence.by_rows and delta.dim() > 2
+            estimate(dependence.params([name]), per_row if by_rows else per_example, estimator)
+    rest = estimator.without_layers() if dependence.biases else estimator  # it may hold layers that no pass calls
+    estimate(slots_of(block).trainable().keys() - grads.keys(), per_example, rest)
     return grads
 
 

@@ -151,6 +151,36 @@ def test_parameters_may_be_anywhere(advance, is_compiled, caplog):
     assert bool(warnings(caplog)) == (advance is that_prints)
 
 
+def grown_from(start):
+    return lambda m: repeat(in_a_closure(m), torch.full((2,), start, dtype=torch.float64), 5).sum()
+
+
+@pytest.mark.parametrize("first", [torch.nan, torch.inf])
+def test_states_that_are_not_finite_decide_nothing(first, caplog):
+    """They agree with nothing. The steps are compared once their numbers are finite, and then run compiled."""
+    steps, model = CompiledSteps(run_as_it_is), Growth()
+    for start in (first, 1.0, 2.0):
+        loss = grown_from(start)
+        expected = fgtrain.Backprop()(model, loss).grads
+        with run_by(steps):
+            torch.testing.assert_close(fgtrain.ForwardExact()(model, loss).grads, expected, equal_nan=True)
+    assert not warnings(caplog)
+    assert (steps._jvp.num_compilations, steps._jvp.confirm) == (1, None)
+
+
+def test_a_step_compiled_wrongly_is_found_wrong_after_states_of_nan(caplog):
+    def wrong(graph, inputs):
+        return lambda *values: [None if x is None else 2 * x for x in graph(*values)]
+
+    steps, model = CompiledSteps(wrong), Growth()
+    for start in (torch.nan, 1.0):
+        loss = grown_from(start)
+        expected = fgtrain.Backprop()(model, loss).grads
+        with run_by(steps):
+            torch.testing.assert_close(fgtrain.ForwardExact()(model, loss).grads, expected, equal_nan=True)
+    assert warnings(caplog) == ["steps of the simulation run uncompiled: the compiled derivatives differ"]
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo's own
 def test_compiled_methods_agree():

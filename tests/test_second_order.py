@@ -3,6 +3,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from fgtrain import GaussNewton, Normal, Rademacher, SecondOrder
 from fgtrain.errors import UnsupportedOperation
@@ -77,6 +78,18 @@ def with_first(write):
     return out
 
 
+class Packed(nn.Module):
+    """A recurrence over sequences of different lengths."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.into, self.rnn = nn.Linear(3, 2), kind(2, 3)
+
+    def forward(self, x):
+        packed = pack_padded_sequence(self.into(x), torch.tensor([3, 1]), enforce_sorted=False)
+        return pad_packed_sequence(self.rnn(packed)[0])[0].square().sum((0, 2))
+
+
 SINGULAR = [
     linear("sqrt of relu", lambda h: h.relu().sqrt()),
     linear("sqrt_ of relu", lambda h: (1 * h.relu()).sqrt_()),
@@ -103,6 +116,10 @@ OTHERS = [
     linear("sparse @ h", lambda h: torch.eye(5, dtype=h.dtype).to_sparse() @ h),
     linear("channels last", lambda h: h.view(5, 3, 1, 1).to(memory_format=torch.channels_last)),
     linear("asked whether it requires a gradient", lambda h: h * (1 + h.requires_grad + h.detach().requires_grad)),
+    *(
+        Case(f"a packed {kind.__name__}", lambda kind=kind: Packed(kind), lambda m: m(torch.stack([X[:3], X[2:]], 1)))
+        for kind in (nn.RNN, nn.GRU, nn.LSTM)
+    ),
     Case("copied", lambda: nn.Linear(3, 3), lambda m: (m(X).exp() * copy.deepcopy(m)(X).detach()).sum(1)),
 ]
 

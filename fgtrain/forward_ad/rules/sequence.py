@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fgtrain._torch import pack_padded_sequence, pad_packed_sequence, safe_softmax
+from fgtrain._torch import outside_transforms, pack_padded_sequence, pad_packed_sequence, safe_softmax
 from fgtrain.forward_ad.rules.compositions import COMPOSITIONS, composition_of
 
 
@@ -177,14 +177,16 @@ COMPOSITIONS[torch.rnn_relu] = _recurrent(_simple_cell(torch.relu), 1)
 
 @composition_of("_pack_padded_sequence")
 def _pack_padded_sequence(x: Any, lengths: Tensor, batch_first: bool) -> Any:
-    numbers = torch.arange(x.shape[0] * x.shape[1], device=x.device).view(*x.shape[:2])
-    rows, sizes = pack_padded_sequence(numbers, lengths, batch_first)
+    with outside_transforms():  # these read memory
+        numbers = torch.arange(x.shape[0] * x.shape[1], device=x.device).view(*x.shape[:2])
+        rows, sizes = pack_padded_sequence(numbers, lengths, batch_first)
     return x.flatten(0, 1)[rows], sizes
 
 
 @composition_of("_pad_packed_sequence")
 def _pad_packed_sequence(data: Any, sizes: Tensor, batch_first: bool, value: float, total_length: int) -> Any:
-    numbers = torch.arange(len(data), device=data.device)
-    rows, lengths = pad_packed_sequence(numbers, sizes, batch_first, -1, total_length)
+    with outside_transforms():
+        numbers = torch.arange(len(data), device=data.device)
+        rows, lengths = pad_packed_sequence(numbers, sizes, batch_first, -1, total_length)
     padding = (rows < 0).view(*rows.shape, *[1] * (data.dim() - 1))
     return data[rows.clamp(min=0)].masked_fill(padding, value), lengths

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrizations, parametrize
 from tests.cases import Case, Tied
 from tests.coverage_layers import ROWS, SEQUENCES, chain, named
 
+POSITIVE = torch.linspace(0.5, 3, 6, dtype=torch.float64)
 TOKENS = torch.randint(7, (4, 6), generator=torch.Generator().manual_seed(1))
 LABELS, TARGETS = torch.tensor([3, 1, 0, 4, 1, 2]), torch.softmax(ROWS.cos(), 1)
 
@@ -188,6 +189,11 @@ def _changed_in_no_grad(m: Any) -> Tensor:
     return h
 
 
+def _segments(x: Tensor, reduce: str) -> Tensor:
+    segment_reduce = vars(torch)["segment_reduce"]  # which torch's stubs leave out
+    return segment_reduce(x, reduce, offsets=torch.tensor([0, 2, 3, 6]))
+
+
 _USES: dict[str, Callable[[Any], Tensor]] = {
     "einsum": lambda m: torch.einsum("bi,oi->bo", m.x, m.w),
     "einsum of two parameters": lambda m: torch.einsum("bi,oi,o->bo", m.x, m.w, m.v),
@@ -244,6 +250,13 @@ _USES: dict[str, Callable[[Any], Tensor]] = {
     "index_add": lambda m: torch.zeros_like(m.h).index_add(0, torch.tensor([0, 1, 1, 2, 3, 3]), m.h),
     "fft": lambda m: torch.fft.rfft(m.h).abs(),
     "grid_sample": lambda m: F.grid_sample(m.h[None, None], m.h.tanh().view(1, 6, 3, 2), align_corners=False)[0, 0],
+    "segment_reduce": lambda m: torch.cat([_segments(m.h, name) for name in ("sum", "mean", "max", "min", "prod")]),
+    "fake_quantize": lambda m: torch.fake_quantize_per_tensor_affine(3 * m.h, 0.3, 1, -4, 3),
+    "fake_quantize by channel": lambda m: torch.fake_quantize_per_channel_affine(
+        3 * m.h, 0.1 + 0.1 * torch.arange(6), torch.zeros(6, dtype=torch.int32), 1, -4, 3
+    ),
+    "gamma distribution": lambda m: torch.igamma(POSITIVE, m.h.exp()) * torch.special.gammaincc(POSITIVE, m.v.exp()),
+    "zeta": lambda m: torch.special.zeta(1 + POSITIVE, m.h.exp()) + torch.special.zeta(2.5, m.v.exp()),
     "rotary": lambda m: torch.view_as_real(torch.view_as_complex(m.h.view(6, 3, 2)) * 1j),
 }
 if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 15):  # 2.11 lacks its derivative

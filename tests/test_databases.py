@@ -14,8 +14,8 @@ PARTS = 12
 DIRECTIONS = [(Normal(), 1), (Normal(), 3), (LowRank(1), 1), (LowRank(1), 3)]
 
 REFUSED = {
-    "_segment_reduce.lengths": "PyTorch has no rule; index_add, scatter_reduce or embedding_bag have one",
-    "_segment_reduce.offsets": "PyTorch has no rule; index_add, scatter_reduce or embedding_bag have one",
+    "_segment_reduce.lengths": "with an initial value, or lengths of its own for every row",
+    "_segment_reduce.offsets": "with an initial value, or offsets of its own for every row",
     "sparse.mm.reduce": "the sparse matrix itself moves; a constant one times a dense one is followed",
     "sparse.sampled_addmm": "the result is a sparse tensor that moves",
     "to_sparse": "the result is a sparse tensor that moves",

@@ -115,7 +115,7 @@ def test_change_of_engine_leaves_the_trace_of_one_pass(caplog):
 
 class _Segments(nn.Module):
     def forward(self, x):
-        return vars(torch)["segment_reduce"](x, "max", lengths=torch.tensor([len(x)]), axis=0).sum(1)
+        return vars(torch)["segment_reduce"](x, "max", lengths=torch.tensor([len(x)]), axis=0, initial=0).sum(1)
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,31 @@ def _products_of_others(x: Tensor, dim: int, index: Tensor, src: Tensor, counts:
     return of_others(factors, rest, zeros) * counts, of_others(src, rest.gather(dim, index), zeros.gather(dim, index))
 
 
+@composition_of("segment_reduce")
+def _segment_reduce(
+    x: Tensor,
+    reduce: str,
+    *,
+    lengths: Tensor | None = None,
+    indices: Tensor | None = None,
+    offsets: Tensor | None = None,
+    axis: int = 0,
+    unsafe: bool = False,
+    initial: float | None = None,
+) -> Any:
+    """The sum, mean, maximum, minimum or product of every run of rows."""
+    lengths = offsets.diff() if lengths is None and offsets is not None else lengths
+    if lengths is None or lengths.dim() > 1 or indices is not None or axis or initial is not None:
+        return NotImplemented
+    starts = {"sum": 0.0, "mean": 0.0, "max": -torch.inf, "min": torch.inf, "prod": 1.0}
+    out = x.new_full((len(lengths), *x.shape[1:]), starts[reduce])
+    index = torch.arange(len(lengths), device=x.device).repeat_interleave(lengths)
+    if reduce in ("max", "min", "prod"):
+        return torch.index_reduce(out, 0, index, x, {"max": "amax", "min": "amin", "prod": "prod"}[reduce])
+    out = out.index_add(0, index, x)
+    return out / lengths.view(-1, *[1] * (x.dim() - 1)) if reduce == "mean" else out
+
+
 @composition_of("index_reduce")
 def _index_reduce(x: Tensor, dim: int, index: Tensor, source: Tensor, reduce: str, *, include_self: bool = True) -> Any:
     """As scatter_reduce, with one index per slice."""

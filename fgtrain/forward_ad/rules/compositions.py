@@ -252,3 +252,53 @@ COMPOSITIONS[torch.special.logsumexp] = _logsumexp
 def _logaddexp(x: Tensor, y: Tensor) -> Any:
     """As logsumexp."""
     return torch.logsumexp(torch.stack(torch.broadcast_tensors(x, y)), 0)
+
+
+# --- numbers ------------------------------------------------------------------------------------------------------
+
+
+def _fake_quantized(func: Any) -> Callable[..., Any]:
+    """Numbers rounded to a grid, with the derivative 1, and 0 beyond the ends of the grid, which is constant."""
+
+    def body(x: Tensor, scale: Any, zero: Any, *dim_and_ends: Any, **by_name: Any) -> Any:
+        if by_name:
+            return NotImplemented
+        *dim, low, high = dim_and_ends
+        grid = [part.detach() if isinstance(part, Tensor) else part for part in (scale, zero)]
+        rounded = func(x.detach(), *grid, *dim, low, high)
+        is_inside = rounded == func(x.detach(), *grid, *dim, -(2**30), 2**30)
+        return rounded + torch.where(is_inside, change_of(x), 0)
+
+    return body
+
+
+for _func in (torch.fake_quantize_per_tensor_affine, torch.fake_quantize_per_channel_affine):
+    COMPOSITIONS[_func] = _fake_quantized(_func)
+
+
+def _in_second(func: Any, slope: Callable[[Any, Tensor], Tensor]) -> Callable[..., Any]:
+    """A function of two arguments that backpropagation differentiates in the second alone."""
+
+    def body(first: Any, second: Any) -> Any:
+        if not isinstance(second, Tensor) or getattr(first, "requires_grad", False):
+            return NotImplemented
+        at = second.detach()
+        return func(first, at) + slope(first, at) * change_of(second)
+
+    return body
+
+
+def _density(a: Tensor, x: Tensor) -> Tensor:
+    """Of the gamma distribution with the concentration a, at x."""
+    return torch.exp(torch.xlogy(a - 1, x) - x - torch.lgamma(a))
+
+
+ONLY_IN_SECOND: dict[Any, Callable[..., Any]] = {
+    **{func: _in_second(func, _density) for func in (*functions_named("igamma"), torch.special.gammainc)},
+    **{
+        func: _in_second(func, lambda a, x: -_density(a, x))
+        for func in (*functions_named("igammac"), torch.special.gammaincc)
+    },
+    torch.special.zeta: _in_second(torch.special.zeta, lambda s, q: -s * torch.special.zeta(s + 1, q)),
+}
+COMPOSITIONS |= ONLY_IN_SECOND

@@ -250,6 +250,9 @@ _USES: dict[str, Callable[[Any], Tensor]] = {
     "index_add": lambda m: torch.zeros_like(m.h).index_add(0, torch.tensor([0, 1, 1, 2, 3, 3]), m.h),
     "fft": lambda m: torch.fft.rfft(m.h).abs(),
     "grid_sample": lambda m: F.grid_sample(m.h[None, None], m.h.tanh().view(1, 6, 3, 2), align_corners=False)[0, 0],
+    "filled at random": lambda m: (
+        m.h * m.h.clone().normal_(1, 2) * m.h.clone().bernoulli_(0.4) + m.v.clone().random_(3)
+    ),
     "segment_reduce": lambda m: torch.cat([_segments(m.h, name) for name in ("sum", "mean", "max", "min", "prod")]),
     "fake_quantize": lambda m: torch.fake_quantize_per_tensor_affine(3 * m.h, 0.3, 1, -4, 3),
     "fake_quantize by channel": lambda m: torch.fake_quantize_per_channel_affine(

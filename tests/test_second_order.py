@@ -112,6 +112,7 @@ OTHERS = [
     linear("roll of a number", lambda h: torch.roll(h.sum(), 1) * h),
     linear("glu", lambda h: nn.functional.glu(h[:, :2], 1)),
     linear("soft margin", lambda h: nn.functional.soft_margin_loss(h, X.sign(), reduction="none")),
+    linear("a sample of a normal distribution", lambda h: torch.distributions.Normal(h, h.exp()).rsample()),
     linear("fake quantization", lambda h: torch.fake_quantize_per_tensor_affine(3 * h, 0.3, 0, -4, 3) + h.exp()),
     linear("a gamma distribution of constants", lambda h: h * torch.igamma(X.exp(), X.exp())),
     linear("by name", lambda h: torch.matmul(h, other=h.T)),

@@ -34,6 +34,8 @@ def composed_out_of_place(func: Any) -> Any:
     name = getattr(func, "__name__", "")
     if func in COMPOSITIONS or not name.endswith("_") or name.startswith("_"):
         return None
+    if name == "normal_":  # x.normal_(mean, std) does not read x, unlike torch.normal(x, std)
+        return None
     return next((outside for outside in functions_named(name[:-1]) if outside in COMPOSITIONS), None)
 
 

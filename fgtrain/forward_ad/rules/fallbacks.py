@@ -82,6 +82,12 @@ def _target(x: Any, name: str, *sources: Any) -> tuple[Dual, Tensor, Tensor]:
     return x, primal_of(x), tangent
 
 
+_FILLS = frozenset(
+    ["zero_", "normal_", "uniform_", "bernoulli_", "exponential_", "random_", "log_normal_", "cauchy_", "geometric_"]
+)
+"""Changes in place after which a tensor is a constant."""
+
+
 def _in_place(name: str) -> Rule:
     """A rule for `name`, such as add_: compute the out-of-place result and copy it into the argument's memory."""
     outside = next(iter(functions_named(name[:-1])), None)
@@ -90,9 +96,11 @@ def _in_place(name: str) -> Rule:
         if not is_differentiable(x):
             return getattr(x, name)(*values(args), **values(kwargs))
         x, primal, tangent = _target(x, name, args, kwargs)
-        if name == "zero_":
-            result: Any = 0.0
-        elif name in ("copy_", "fill_"):
+        if name in _FILLS:
+            getattr(primal, name)(*values(args), **values(kwargs))
+            tangent.zero_()
+            return x
+        if name in ("copy_", "fill_"):
             result = args[0] if args else kwargs.get("value", kwargs.get("src"))
         elif outside is None:
             raise UnsupportedByEngine(f"{name} has no out-of-place form")

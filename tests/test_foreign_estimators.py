@@ -278,6 +278,14 @@ def test_perturbed_nested_tensors_are_refused():
         ActivityPerturbation()(chain(), lambda m: torch.stack([x.sum() for x in m(rows).unbind()]))
 
 
+@pytest.mark.parametrize("estimator", [ActivityPerturbation(2), ActivityPerturbation(exact_head=True), FDFA()], ids=str)
+def test_perturbed_layers_inside_vmap_are_refused(estimator):
+    with pytest.raises(
+        UnsupportedOperation, match=r"a layer is called inside torch.vmap or another transform; use Forw"
+    ):
+        estimator(chain(), lambda m: torch.vmap(torch.func.jacfwd(m))(INPUTS).square().sum((1, 2)))
+
+
 @pytest.mark.parametrize("estimator", [LocalLosses(Backprop()), LocalGuess()], ids=lambda e: type(e).__name__)
 def test_local_losses_of_a_model_that_is_called_twice(estimator):
     with pytest.raises(UnsupportedOperation, match=r"calls the model once: .*; join the inputs with torch.cat"):

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fgtrain._torch import is_inside_transform
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.estimators.base import GradientEstimator
 from fgtrain.forward_ad.native import value_of
 from fgtrain.forward_ad.passes import LossFn
-from fgtrain.network.blocks import forwards_replaced
+from fgtrain.network.blocks import INSIDE_TRANSFORM, forwards_replaced
 from fgtrain.network.chains import in_turn, is_chain, links
 from fgtrain.network.parameters import slots_of
 from fgtrain.network.snapshot import Snapshot
@@ -237,6 +238,8 @@ def _recorded(blocks: Sequence[Sequence[Sequence[nn.Module]]], model: nn.Module,
         if outputs:
             raise UnsupportedOperation(ONCE)
         x = only_input(args, kwargs)
+        if isinstance(x, Tensor) and is_inside_transform(x):
+            raise UnsupportedOperation(INSIDE_TRANSFORM)
         with forwards_replaced(forwards):
             for parts in blocks:
                 outputs.append([in_turn(modules, x).detach() for modules in parts])

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fgtrain._torch import is_inside_transform
 from fgtrain.errors import LossError, UnsupportedOperation
 from fgtrain.forward_ad.dual import Dual, call, duals_in, primal_of, tangent_of
 from fgtrain.forward_ad.lost_derivatives import only_reads
@@ -209,6 +210,8 @@ class PerturbedPass:
         noise, pattern, of_head = None, None, None
         if primal.is_nested:
             raise UnsupportedByEngine("a layer's output is a nested tensor")
+        if is_inside_transform(primal):
+            raise UnsupportedByEngine("a layer is called inside torch.vmap or another transform")
         if name == self.head:
             of_head = primal.new_zeros(self.num_tangents, *primal.shape) if tangent is None else tangent
             tangent = self._with_unit_directions(name, primal, of_head, channels)

@@ -124,6 +124,12 @@ def list_of_names(names: Sequence[str] | None) -> list[str] | None:
     return None if names is None else list(names)
 
 
+INSIDE_TRANSFORM = (
+    "the loss function runs a block inside torch.vmap or torch.func.grad, where its output cannot be kept; train with "
+    "another method"
+)
+
+
 def find_blocks(
     model: nn.Module, run: Callable[[], object], test: Test, names: Iterable[str] | None = None, otherwise: str = ""
 ) -> dict[str, nn.Module]:
@@ -155,10 +161,7 @@ def find_blocks(
             nonlocal testing
             out = forwards[module](*args, **kwargs)
             if any(isinstance(x, Tensor) and is_inside_transform(x) for x in (entering(args, kwargs), hidden_of(out))):
-                raise UnsupportedOperation(
-                    "the loss function runs a block inside torch.vmap or torch.func.grad, where its output cannot be "
-                    "kept; train with another method"
-                )
+                raise UnsupportedOperation(INSIDE_TRANSFORM)
             if not testing:
                 testing = True
                 try:

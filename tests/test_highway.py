@@ -482,6 +482,40 @@ def test_a_refusal_within_a_block_is_raised():
         Highway(Refusing())(model, loss)
 
 
+class ScaledInPlace(nn.Module):
+    """What is between its blocks, and after them, works in place."""
+
+    def __init__(self, frozen):
+        super().__init__()
+        self.stem, self.head = nn.Linear(4, 6).requires_grad_(not frozen), nn.Linear(6, 3)
+        self.blocks = nn.ModuleList(mlp()[2:4])
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x).mul_(0.9)
+        return self.head(x)
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("frozen", [False, True])
+def test_what_stands_between_blocks_may_work_in_place(frozen):
+    torch.manual_seed(0)
+    model, x = ScaledInPlace(frozen), torch.randn(5, 4)
+    loss = lambda net: net(x).square().sum(1)
+    expected = Backprop()(copy.deepcopy(model), loss)
+    assert_same(Highway(iterations=2)(copy.deepcopy(model), loss), expected)
+    along_skips = Backprop()(stopped(copy.deepcopy(model), ["blocks.0", "blocks.1"]), loss)
+    assert_same(Highway(WithoutABackwardPass())(model, loss), along_skips)
+
+
+def test_a_copy_of_the_model_within_the_loss():
+    """Its blocks would run those of the model, so their calls are not the model's alone."""
+    model, x = mlp(), torch.randn(5, 4)
+    with pytest.raises(UnsupportedOperation, match="blocks that the model calls once each"):
+        LocalLosses(Backprop(), head="tail")(model, lambda m: (m(x) - copy.deepcopy(m)(x).detach()).square().sum(1))
+
+
 class OfTwoNames(nn.Module):
     """Each block is an attribute and a member of a list."""
 

@@ -169,7 +169,7 @@ def _gradients_of_rest(
         if through is not None:
             through_branches.append((through * x).sum())
         points[segment] = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-        return points[segment]
+        return points[segment].clone()  # what follows may change it in place
 
     with blocks.as_skips(after_segment), torch.enable_grad():
         rest = slots_of(model).trainable()

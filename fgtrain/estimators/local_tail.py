@@ -108,7 +108,8 @@ def _examined(model: nn.Module, loss_fn: LossFn, blocks: Sequence[str] | None) -
             return run
 
         def note(module: nn.Module, _: Any) -> None:
-            around.setdefault(names[module], set()).add(min(len(calls), len(found) - 1))
+            if module in names:  # it may be a copy
+                around.setdefault(names[module], set()).add(min(len(calls), len(found) - 1))
 
         holding = [m for m in names if m not in inner and any(True for _ in m.parameters(recurse=False))]
         hooks = [module.register_forward_pre_hook(note) for module in holding]

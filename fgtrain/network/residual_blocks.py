@@ -27,13 +27,11 @@ class Segment:
     Args:
         start: input of the first block.
         end: output of the last block.
-        version: version of `end`, to detect a change in place before the next block.
         outputs: the output of each block, without its hidden state.
     """
 
     start: Tensor
     end: Tensor
-    version: int
     outputs: list[Any]
 
 
@@ -79,17 +77,22 @@ class ResidualBlocks:
 
     @contextmanager
     def recording(self) -> Generator[None]:
-        """A context in which the model runs as it is, and segments are recorded."""
+        """A context in which the model runs as it is, and segments are recorded.
+
+        They hold copies of hidden states, since a block, or what is between two blocks, may work in place.
+        """
+        last: tuple[Any, int] = (None, 0)  # the last output, and its version
 
         def recorded(forward: Forward) -> Forward:
             def run(*args: Any, **kwargs: Any) -> Any:
-                x, segment = entering(args, kwargs), self.segments[-1] if self.segments else None
-                if self.separate or segment is None or segment.end is not x or segment.version != x._version:
-                    segment = Segment(x.clone(), x, x._version, [])  # a copy, because the block may work in place
-                    self.segments.append(segment)
+                nonlocal last
+                x = entering(args, kwargs)
+                if self.separate or last[0] is not x or last[1] != x._version:
+                    self.segments.append(Segment(x.clone(), _NOTHING, []))
+                segment = self.segments[-1]
                 out = forward(*args, **kwargs)
-                segment.end = hidden_of(out)
-                segment.version = segment.end._version
+                last = hidden_of(out), hidden_of(out)._version
+                segment.end = last[0].clone()
                 segment.outputs.append(with_hidden(out, _NOTHING))
                 return out
 

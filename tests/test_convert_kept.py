@@ -9,6 +9,7 @@ import random
 import re
 import warnings
 from collections import Counter, defaultdict, deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -154,11 +155,26 @@ def test_a_batch_is_whole_whenever_the_step_runs():
     torch.testing.assert_close(converted.net.state_dict(), plain.net.state_dict())
 
 
+class Schedule(Callable):
+    """A user's own class, which is no module."""
+
+    def __init__(self, inner=None):
+        self.count, self.history, self.inner, self.average = 0, [], inner, torch.zeros(1)
+        self.training = self  # the name of a module's attribute, and a cycle
+
+    def __call__(self):
+        self.count += 1
+        self.history.append(self.count)
+        self.average.add_(self.count)
+        return self.count + len(self.history) + self.average.item() + (self.inner() if self.inner else 0)
+
+
 class OwnState(Regression):
-    """Its loss depends on what earlier steps left in containers, and on generators of its own."""
+    """Its loss depends on what earlier steps left in containers and objects, and on generators of its own."""
 
     def __init__(self):
         super().__init__()
+        self.schedules = {"weight": Schedule(Schedule())}
         self.queue, self.lists, self.counter, self.seen = deque(maxlen=2), defaultdict(list), Counter(), set()
         self.torchs, self.numpys, self.pythons = torch.Generator(), np.random.default_rng(0), random.Random(0)
 
@@ -169,10 +185,11 @@ class OwnState(Regression):
         self.counter["steps"] += 1
         self.seen.add(self.global_step)
         noise = torch.rand(1, generator=self.torchs).item() + self.numpys.random() + self.pythons.random()
+        noise += self.schedules["weight"]()
         return loss * (noise + sum(self.queue) + len(self.lists["steps"]) + self.counter["steps"] + len(self.seen))
 
 
-def test_containers_and_generators_of_a_module_change_once_a_step():
+def test_containers_objects_and_generators_of_a_module_change_once_a_step():
     plain, _ = fit(OwnState, dtype=torch.float64)
     converted, _ = fit(OwnState, ForwardExact(chunk_size=8), dtype=torch.float64)
     torch.testing.assert_close(converted.net.state_dict(), plain.net.state_dict())

@@ -43,8 +43,9 @@ def convert(
 
     `training_step` is called as the loss function: once per batch by most estimators, several times by those that
     compare losses. Its logs, torchmetrics, the attributes it sets and the items it appends to lists of the module count
-    once, and are stored as values without derivatives. A metric may be the loss. `training_step` must return a loss (or
-    a dict with "loss", or None to skip the batch) and never call `.backward()`.
+    once, and are stored as values without derivatives. The attributes of objects of your own classes that the module
+    holds count once, too. A metric may be the loss. `training_step` must return a loss (or a dict with "loss", or None
+    to skip the batch) and never call `.backward()`.
 
     A batch whose loss, derivative or gradient is not finite is skipped, as if training_step had returned None. Too many
     in a row end the run, and so does a loss that stays above 1000 times its lowest value, see `Divergence`. Several

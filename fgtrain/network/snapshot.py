@@ -4,6 +4,8 @@ A loss that runs several times starts each time from the same snapshot. So every
 the last one leaves the state that a single forward pass leaves.
 """
 
+import functools
+import sys
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -120,25 +122,36 @@ class TorchRandomState:
 
 
 class Attributes:
-    """A copy of the attributes of a model's modules, with the contents of their containers, tensors and generators."""
+    """A copy of the attributes of a model's modules, with the contents of their containers, tensors and generators.
+
+    An object of a user's own class, such as a schedule or an average, is copied in the same way.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._before = [
             (attributes, {name: attributes[name] for name in attributes.keys() - OF_EVERY_MODULE})
             for attributes in map(vars, model.modules())
         ]
-        values = [value for _, before in self._before for value in before.values()]
         self._containers: dict[int, tuple[Any, Any]] = {}
-        self._note(values)
+        self._objects: set[int] = set()
+        self._note([value for _, before in self._before for value in before.values()])
+        values = [value for _, before in self._before for value in before.values()]
         self._generators = [(restore, state) for x in values for restore, state in states_of(x)]
         self._tensors = [(x, x._version, x.detach().clone()) for x in values if type(x) is Tensor and x.grad_fn is None]
 
-    def _note(self, values: Iterable[Any]) -> None:
-        """Note the contents of the lists, dictionaries, sets and deques among these values, and of those in them."""
-        for x in values:
-            if isinstance(x, (dict, list, set, deque)) and id(x) not in self._containers:
-                self._containers[id(x)] = x, dict(x) if isinstance(x, dict) else list(x)
-                self._note(x.values() if isinstance(x, dict) else x)
+    def _note(self, found: list[Any]) -> None:
+        """Note the contents of the containers and of the user's objects found, and of those in them."""
+        for x in found:  # which grows
+            if type(x) in _ATOMS:
+                continue
+            if isinstance(x, (dict, list, set, deque)):
+                if id(x) not in self._containers:
+                    self._containers[id(x)] = x, dict(x) if isinstance(x, dict) else list(x)
+                    found += x.values() if isinstance(x, dict) else x
+            elif id(x) not in self._objects and _is_of_user(type(x)) and hasattr(x, "__dict__"):
+                self._objects.add(id(x))
+                self._before.append((vars(x), dict(vars(x))))
+                found += vars(x).values()
 
     def restore(self) -> None:
         """Restore the attributes that have changed."""
@@ -157,6 +170,23 @@ class Attributes:
         for x, version, value in self._tensors:
             if x._version != version:
                 x.data.copy_(value)
+
+
+_ATOMS = frozenset({bool, int, float, str, type(None)})
+_LIBRARIES = sys.stdlib_module_names | {"fgtrain", "lightning", "torch"}
+_WITHOUT_STATE = {"abc", "collections.abc", "typing"}  # bases of a user's classes
+
+
+@functools.cache
+def _is_of_user(cls: type) -> bool:
+    """Whether a user wrote a class and its bases: none with a state is of Python or of an installed package."""
+    return not any(map(_is_of_library, cls.__mro__[:-1]))
+
+
+def _is_of_library(cls: type) -> bool:
+    file = getattr(sys.modules.get(cls.__module__), "__file__", None) or ""
+    is_known = cls.__module__.partition(".")[0] in _LIBRARIES and cls.__module__ not in _WITHOUT_STATE
+    return is_known or "-packages" in file
 
 
 def _same(now: Any, before: Any) -> bool:

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+import threading
 from contextlib import nullcontext
 from typing import Any
 
@@ -412,6 +413,44 @@ def test_a_converted_module_is_still_the_users(tmp_path):
     assert_same(twin, module)
 
 
+class Locked(Plain):
+    """Leaves what cannot be copied out of its state."""
+
+    def __init__(self):
+        super().__init__()
+        self.lock = threading.Lock()
+
+    def __getstate__(self):
+        return {name: value for name, value in vars(self).items() if name != "lock"}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.lock = threading.Lock()
+
+
+def test_a_converted_module_is_copied_as_its_class_says(tmp_path):
+    module = made(Locked, ForwardGradient())
+    for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module, 0))):
+        assert type(twin) is type(module)
+        assert twin.lock is not module.lock
+        fit(twin, tmp_path, max_steps=1)
+
+
+class Reduced(Plain):
+    def __reduce__(self):
+        return Plain, ()
+
+
+def test_a_converted_module_is_pickled_as_its_class_says():
+    assert type(pickle.loads(pickle.dumps(made(Reduced, ForwardGradient())))) is Plain
+
+
+def test_what_convert_adds_is_lightnings_or_has_the_name_of_fgtrain():
+    converted, base = type(made(Plain, ForwardGradient())), type(made(Plain, ForwardGradient())).__bases__[0]
+    added = {*vars(converted), *vars(base)} - set(dir(L.LightningModule))
+    assert {name for name in added if "fgtrain" not in name} <= {"__jit_ignored_attributes__"}
+
+
 class NamesOfItsOwn(NoDropout):
     """Calls its training step from elsewhere, and has names that an addition to it might have too."""
 
@@ -516,6 +555,12 @@ def test_fabric_is_refused():
 @pytest.mark.filterwarnings("ignore:.*(torch.jit|TorchScript)")
 def test_a_converted_module_can_be_scripted():
     class Scripted(Plain):
+        __jit_ignored_attributes__ = ("estimator",)
+
+        def __init__(self):
+            super().__init__()
+            self.estimator = ForwardGradient()
+
         def forward(self, x):
             return self.net(x)
 

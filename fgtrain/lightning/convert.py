@@ -133,7 +133,6 @@ class _Converted(L.LightningModule):
     """
 
     _fgtrain: ObservedStep
-    __jit_ignored_attributes__ = ("_fgtrain",)  # by torch.jit.script
 
     def __init_subclass__(cls) -> None:  # without the user's, which may keep a register of classes
         if cls.__bases__[0] is not _Converted:
@@ -145,7 +144,8 @@ class _Converted(L.LightningModule):
         return cls.__bases__[1](*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # pickle cannot find the class by its name
-        return _restore, (_user_class(self), self.__dict__.copy())
+        make, args, *state = super().__reduce_ex__(max(2, protocol))  # the user's own, if there is one
+        return (_made_anew, (_user_class(self),), *state) if type(self) in args else (make, args, *state)
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
@@ -172,7 +172,7 @@ class _Converted(L.LightningModule):
     def configure_optimizers(self) -> Any:
         return step_together(super().configure_optimizers())
 
-    def estimates_at_step(self) -> StepEstimates:
+    def fgtrain_estimates(self) -> StepEstimates:
         """The current step, for callbacks that need estimates."""
 
         def estimate(estimator: GradientEstimator, batch: Any, batch_idx: int) -> Estimate | None:
@@ -255,6 +255,8 @@ def _converted_class(user_class: type[L.LightningModule]) -> type:
         return _run_step(self, args)
 
     names = {"training_step": training_step, "__module__": user_class.__module__, "__doc__": user_class.__doc__}
+    ignored = "__jit_ignored_attributes__"  # by torch.jit.script
+    names[ignored] = [*getattr(user_class, ignored, ()), "_fgtrain"]
     return type(user_class.__name__, (_Converted, user_class), names)
 
 
@@ -263,8 +265,6 @@ def _user_class(module: L.LightningModule) -> Any:
     return user_class
 
 
-def _restore(user_class: type[L.LightningModule], state: dict[str, Any]) -> Any:
+def _made_anew(user_class: type[L.LightningModule]) -> Any:
     converted: Any = _converted_class(user_class)
-    module = object.__new__(converted)
-    module.__dict__.update(state)
-    return module
+    return object.__new__(converted)

@@ -100,9 +100,9 @@ class Divergence(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         module: Any = pl_module
-        if not hasattr(module, "estimates_at_step"):
+        if not hasattr(module, "fgtrain_estimates"):
             return  # the Trainer has kept this callback of a module that it trained before
-        self._estimator = module.estimates_at_step().estimator
+        self._estimator = module.fgtrain_estimates().estimator
         self._buffers = list(pl_module.buffers())
         self._copies = [b.clone() for b in self._buffers]
 

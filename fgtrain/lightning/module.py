@@ -209,7 +209,7 @@ class EstimatorModule(L.LightningModule):
             exchange=exchange,
         )
 
-    def estimates_at_step(self) -> StepEstimates:
+    def fgtrain_estimates(self) -> StepEstimates:
         """The current step, for callbacks that need estimates."""
         return StepEstimates(
             self.estimator,

@@ -15,7 +15,7 @@ from fgtrain.lightning.exchange import Exchange
 
 
 class StepEstimates(NamedTuple):
-    """The current step of a module that trains with an estimator, as its `estimates_at_step()` returns it.
+    """The current step of a module that trains with an estimator, as its `fgtrain_estimates()` returns it.
 
     Args:
         estimator: the run's estimator.

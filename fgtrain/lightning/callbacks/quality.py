@@ -80,9 +80,9 @@ class GradientQuality(L.Callback):
 
 
 def _step_of(module: Any) -> StepEstimates:
-    if not hasattr(module, "estimates_at_step"):
+    if not hasattr(module, "fgtrain_estimates"):
         raise ConfigError(
             f"GradientQuality compares the estimates of a module, but {type(module).__name__} trains without an "
             "estimator; convert it first, with fgtrain.lightning.convert(module, estimator)"
         )
-    return module.estimates_at_step()
+    return module.fgtrain_estimates()

@@ -540,6 +540,27 @@ def test_a_second_run_may_have_a_larger_loss(tmp_path):
         fit(module, tmp_path)
 
 
+class Interrupted(NoDropout):
+    cause: BaseException | None = None
+
+    def training_step(self, batch, batch_idx):
+        if self.cause is not None and batch_idx == 1:
+            raise self.cause
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("cause", [RuntimeError("failed"), KeyboardInterrupt()])
+def test_a_step_that_the_user_calls_after_an_error_is_the_users(cause, tmp_path):
+    module = made(Interrupted, ForwardGradient())
+    module.cause = cause
+    with pytest.raises((RuntimeError, SystemExit)):
+        fit(module, tmp_path)
+    batch = next(iter(data()))
+    assert torch.equal(module.training_step(batch, 0), F.cross_entropy(module.net(batch[0]), batch[1]))
+    module.cause = None
+    assert fit(module, tmp_path).global_step == 18
+
+
 def test_fabric_is_refused():
     module = made(Plain, ForwardGradient())
     fabric = L.Fabric(accelerator="cpu", devices=1)

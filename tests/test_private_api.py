@@ -260,6 +260,10 @@ def test_compiler_of_a_module_that_lightning_has_unwrapped():
     assert _torch.is_compiled_function(compiler(torch.sin))
 
 
+def _stops(*_):
+    raise RuntimeError("stops")
+
+
 def test_the_hook_that_runs_is_known(tmp_path):
     module, seen = make(Backprop()), set()
     look = lambda *_: seen.add(current_hook(module))
@@ -268,6 +272,9 @@ def test_the_hook_that_runs_is_known(tmp_path):
     module.training_step = lambda *args: look() or step(*args)
     trainer(tmp_path, LambdaCallback(on_train_batch_end=look), max_steps=2).fit(module, Small())
     assert seen == {None, "training_step", "on_train_batch_end"}
+    with pytest.raises(RuntimeError, match="stops"):
+        trainer(tmp_path, LambdaCallback(on_train_batch_end=_stops)).fit(module, Small())
+    assert current_hook(module) is None
 
 
 def test_the_default_group_takes_another_deadline():

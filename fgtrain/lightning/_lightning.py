@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from lightning.pytorch.core.optimizer import _configure_optimizers
+from lightning.pytorch.trainer.states import TrainerStatus
 from torchmetrics import Metric
 
 SET_FIRST = ("_computed", "_update_count")
@@ -23,7 +24,9 @@ def compiler_of(module: Any) -> Callable[[Callable[..., Any]], Callable[..., Any
 
 def current_hook(module: Any) -> str | None:
     """The name of the hook or step of `module` that the Trainer is calling, or of a callback; None outside."""
-    return module._current_fx_name
+    trainer = module._trainer
+    is_running = trainer is not None and trainer.state.status == TrainerStatus.RUNNING
+    return module._current_fx_name if is_running else None  # the name of a hook stays after an error
 
 
 def last_result(metric: Metric) -> Any:

@@ -144,8 +144,8 @@ class _Converted(L.LightningModule):
         return cls.__bases__[1](*args, **kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:  # pickle cannot find the class by its name
-        make, args, *state = super().__reduce_ex__(max(2, protocol))  # the user's own, if there is one
-        return (_made_anew, (_user_class(self),), *state) if type(self) in args else (make, args, *state)
+        reduced: Any = super().__reduce_ex__(max(2, protocol))  # the user's own, if there is one
+        return (_made_anew, (_user_class(self),), *reduced[2:]) if type(self) in reduced[1] else reduced
 
     def setup(self, stage: str) -> None:
         super().setup(stage)

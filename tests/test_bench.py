@@ -1,7 +1,9 @@
 """scripts/bench.py as a user runs it, with a clock that advances by 10 ms at every reading."""
 
 import json
+import os
 import sys
+import threading
 from itertools import count
 from types import SimpleNamespace
 
@@ -9,7 +11,9 @@ import pytest
 import torch
 
 from fgtrain import ForwardGradient
+from fgtrain.commands import bench
 from fgtrain.commands.bench import main as run_command
+from fgtrain.studies.benchmarks import chains
 from fgtrain.studies.benchmarks.loop import loop_overhead
 from fgtrain.studies.benchmarks.methods import methods_of
 from fgtrain.studies.benchmarks.peers import peers_of
@@ -41,6 +45,37 @@ def test_rows_and_table(tmp_path, monkeypatch, capsys):
             assert row["peak_to_backprop"] == row["peak_mib"] / backprop["peak_mib"]
             assert row["peak_to_forward"] == row["peak_mib"] / forward["peak_mib"]
     assert "fwdgrad" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mode", [("--chains", "--widths", "2"), ("--scaling", "--models", "digits_mlp")])
+@pytest.mark.parametrize("to_pipe", [False, True])
+def test_what_was_measured_before_ctrl_c_is_written(mode, to_pipe, tmp_path, monkeypatch):
+    """As one JSON document, which has the first of the parts."""
+    path, done, read = tmp_path / "rows.json", [], list[str]()
+    reader = threading.Thread(target=lambda: read.append(path.read_text()))
+    if to_pipe:
+        os.mkfifo(path)
+        reader.start()
+    for owner, name in ((chains, "_cost"), (bench, "measure_compute")):
+        monkeypatch.setattr(owner, name, _once(getattr(owner, name), done))
+    argv = ["bench.py", *mode, "--num-tangents", "1", "2", "--batch-sizes", "8", "--rounds", "1", "--json", str(path)]
+    monkeypatch.setattr(sys, "argv", argv)
+    with pytest.raises((KeyboardInterrupt, SystemExit)):
+        run_command()
+    if to_pipe:
+        reader.join(10)
+    rows = json.loads(read[0] if to_pipe else path.read_text())
+    assert len(rows) == (9 if "--scaling" in mode else 1)  # nine links and sizes
+
+
+def _once(measure, done):
+    def run(*args):
+        if done:
+            raise KeyboardInterrupt
+        done.append(args)
+        return measure(*args)
+
+    return run
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ import pytest
 
 from fgtrain import __main__ as console
 from fgtrain.errors import ConfigError, StorageError
-from fgtrain.lightning.atomic_files import _is_device, make_folder, refuse_unwritable, write_atomically
+from fgtrain.lightning.atomic_files import is_device, make_folder, refuse_unwritable, write_atomically
 from fgtrain.runs.messages import USER_ERRORS
 from fgtrain.runs.owner import owned
 from fgtrain.studies.compare.finished import read
@@ -98,11 +98,21 @@ def test_a_pipe_is_written_to_and_stays(tmp_path):
     assert pipe.is_fifo()
 
 
+@pytest.mark.parametrize(("name", "number"), [("stdout", 1), ("stderr", 2), ("fd/1", 1)])
+def test_a_stream_that_leads_to_a_file_goes_on_where_it_is(name, number, capfd):  # which leads it to a file
+    path = Path("/dev") / name
+    os.write(number, b"first, ")
+    refuse_unwritable(path)
+    write_atomically("second, ", path)
+    os.write(number, b"third")
+    assert "".join(capfd.readouterr()) == "first, second, third"
+
+
 @pytest.mark.parametrize("name", ["null", "stdout", "fd/1"])
 def test_devices_are_known(name):
-    assert _is_device(Path("/dev") / name)
-    assert not _is_device(Path(__file__))
-    assert not _is_device(Path(__file__).parent)
+    assert is_device(Path("/dev") / name)
+    assert not is_device(Path(__file__))
+    assert not is_device(Path(__file__).parent)
 
 
 def test_characters_that_the_terminal_lacks(monkeypatch):

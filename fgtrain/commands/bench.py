@@ -12,8 +12,9 @@ import argparse
 import json
 import math
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # before torch: silences its process groups
 
@@ -22,11 +23,11 @@ from rich.box import SIMPLE_HEAD
 from rich.progress import track
 from rich.table import Table
 
-from fgtrain.lightning.atomic_files import make_folder, refuse_unwritable, write_atomically
+from fgtrain.lightning.atomic_files import is_device, make_folder, refuse_unwritable, write_atomically
 from fgtrain.memory import keep_freed_memory
 from fgtrain.models.vision import refuse_unknown
 from fgtrain.runs.messages import OneLineParser, errors_as_lines, plain_console, silence_libraries
-from fgtrain.studies.benchmarks.chains import chains_table, measure_chains
+from fgtrain.studies.benchmarks.chains import ChainCost, chains_table, measure_chains
 from fgtrain.studies.benchmarks.loop import loop_overhead
 from fgtrain.studies.benchmarks.methods import methods_of
 from fgtrain.studies.benchmarks.peers import peers_of
@@ -34,6 +35,8 @@ from fgtrain.studies.benchmarks.scaling import Link, measure_compute, rows_of, s
 from fgtrain.studies.benchmarks.steps import MODELS, REFERENCES, Row, measure
 from fgtrain.studies.thin_wire import METHODS, PROBLEMS, Measured, measure_pair
 from fgtrain.studies.thin_wire_report import write_report
+
+T = TypeVar("T")
 
 
 def parse() -> argparse.Namespace:
@@ -104,14 +107,30 @@ def bench(args: argparse.Namespace) -> None:
     peers = peers_of(args.num_tangents) if args.peers else []
     if args.compile:
         methods += [method._replace(compiled=True) for method in (*REFERENCES, *methods)]
-    rows = []
+    options = {"precision": args.precision, "rounds": args.rounds}
     with plain_console(stderr=True).status("") as status:
-        for model in args.models:
-            for batch_size in args.batch_sizes:
-                options = {"precision": args.precision, "rounds": args.rounds, "progress": status.update}
-                rows += measure(model, batch_size, [*methods, *peers], device, **options)
-                write_rows([row.as_dict() for row in rows], args.json)  # Ctrl-C loses none
+        parts = (
+            measure(model, batch_size, [*methods, *peers], device, **options, progress=status.update)
+            for model in args.models
+            for batch_size in args.batch_sizes
+        )
+        rows = rows_of_parts(parts, lambda row: row.as_dict(), args.json)
     plain_console(150).print(table(rows))
+
+
+def rows_of_parts(parts: Iterable[list[T]], as_dict: Callable[[T], dict[str, Any]], path: Path | None) -> list[T]:
+    """All rows, written as JSON to a file after every part, so that Ctrl-C loses none, or to a device at the end."""
+    rows: list[T] = []
+    waits = path is not None and is_device(path)
+    try:
+        for part in parts:
+            rows += part
+            if not waits:
+                write_rows(list(map(as_dict, rows)), path)
+    finally:
+        if waits and rows:
+            write_rows(list(map(as_dict, rows)), path)
+    return rows
 
 
 def write_rows(rows: list[dict[str, Any]], path: Path | None) -> None:
@@ -156,34 +175,30 @@ def print_loop_overhead(args: argparse.Namespace) -> None:
     grid = Table(title="microseconds a step, digits MLP, one thread", box=SIMPLE_HEAD)
     for heading in ("method", "bare loop", "plain Lightning", "scripts/train.py", "to plain Lightning"):
         grid.add_column(heading, justify="right")
-    rows = []
-    for method in args.methods:
-        found = loop_overhead(method)
-        rows.append({"method": method} | found)
-        write_rows(rows, args.json)
-        grid.add_row(method, *(f"{found[name]:.0f}" for name in list(found)[:-1]), f"{found['to_plain']:.2f}")
+    parts = ([{"method": method, **loop_overhead(method)}] for method in args.methods)
+    for row in rows_of_parts(parts, dict, args.json):
+        method, *times, to_plain = row.values()
+        grid.add_row(str(method), *(f"{time:.0f}" for time in times), f"{to_plain:.2f}")
     plain_console().print(grid)
 
 
 def print_chains(args: argparse.Namespace) -> None:
     """Print the forward passes that derivatives along chains of small operations take."""
-    rows = measure_chains(args.widths, args.rounds)
+    rows = rows_of_parts(measure_chains(args.widths, args.rounds), ChainCost._asdict, args.json)
     plain_console(150).print(chains_table(rows))
-    write_rows([row._asdict() for row in rows], args.json)
 
 
 def print_scaling(args: argparse.Namespace, device: torch.device) -> None:
     """Print milliseconds per step against the number of ranks, modelled from measured compute and the given link."""
-    computes = [
-        measure_compute(model, batch_size, num_tangents, device, args.rounds)
+    links = [Link(gbit * 1e9 / 8, args.latency_us / 1e6) for gbit in args.gbit]
+    parts = (
+        rows_of([measure_compute(model, batch_size, num_tangents, device, args.rounds)], args.ranks, links)
         for model in args.models
         for batch_size in args.batch_sizes
         for num_tangents in args.num_tangents
-    ]
-    links = [Link(gbit * 1e9 / 8, args.latency_us / 1e6) for gbit in args.gbit]
-    rows = rows_of(computes, args.ranks, links)
+    )
+    rows = rows_of_parts(parts, dict, args.json)
     plain_console(150).print(scaling_table(rows, f"ms a step, compute measured on {device}, link modelled"))
-    write_rows(rows, args.json)
 
 
 def print_thin_wire(args: argparse.Namespace) -> None:

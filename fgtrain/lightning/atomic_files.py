@@ -38,8 +38,8 @@ def atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
     """
     beside = path.parent / f"{path.name}.{os.getpid()}.tmp"
     try:
-        if _is_device(path):
-            with path.open("wb") as file:
+        if is_device(path):
+            with open(_descriptor(path), "wb") as file:
                 write(file)
             return
         with beside.open("wb") as file:
@@ -57,10 +57,17 @@ def atomically(path: Path, write: Callable[[IO[bytes]], Any]) -> None:
             beside.unlink(missing_ok=True)
 
 
-def _is_device(path: Path) -> bool:
+def is_device(path: Path) -> bool:
     """Whether a path leads to a device or a pipe. /dev/stdout is a link, which may lead to a file."""
     is_link_of_the_system = path.is_symlink() and path.absolute().parent in (Path("/dev"), Path("/dev/fd"))
     return is_link_of_the_system or (path.exists() and not path.is_file() and not path.is_dir())
+
+
+def _descriptor(path: Path) -> Path | int:
+    """What `open` takes for a device. A stream of this process is not opened again, which would truncate its file."""
+    streams = {"/dev/stdout": "1", "/dev/stderr": "2"}
+    number = path.name if path.absolute().parent == Path("/dev/fd") else streams.get(str(path.absolute()))
+    return path if number is None else os.dup(int(number))
 
 
 def make_folder(path: Path) -> None:
@@ -87,7 +94,7 @@ def refuse_unwritable(path: Path) -> None:
     """
     if path.is_dir():
         raise StorageError(f"cannot write {path}: {os.strerror(errno.EISDIR)}")
-    if _is_device(path):
+    if is_device(path):
         if not os.access(path, os.W_OK):
             raise StorageError(f"cannot write {path}: {os.strerror(errno.EACCES)}")
     else:

@@ -1,6 +1,6 @@
 """Forward mode over long chains of small operations, in forward passes, beside PyTorch's own `vmap(jvp)`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from statistics import median
 from typing import NamedTuple
 
@@ -82,9 +82,12 @@ class ChainCost(NamedTuple):
     vmap_jvp: float
 
 
-def measure_chains(widths: list[int], rounds: int = 9) -> list[ChainCost]:
-    """The cost of every case with operations of these widths; a round measures all three in turn, in CPU time."""
-    return [_cost(name, width, rounds) for name in CASES for width in widths]
+def measure_chains(widths: list[int], rounds: int = 9) -> Iterator[list[ChainCost]]:
+    """The costs of one case after another with operations of these widths.
+
+    A round measures all three ways in turn, in CPU time.
+    """
+    return ([_cost(name, width, rounds) for width in widths] for name in CASES)
 
 
 def _cost(name: str, width: int, rounds: int) -> ChainCost:

@@ -13,6 +13,7 @@ from rich.console import Console
 
 from fgtrain.commands.compare import main
 from fgtrain.commands.compare import run as run_command
+from fgtrain.data import Digits
 from fgtrain.errors import ConfigError, Interrupted
 from fgtrain.runs.build import build
 from fgtrain.runs.messages import USER_ERRORS
@@ -263,6 +264,30 @@ def test_data_without_other_splits(tmp_path):
     assert (tmp_path / "here" / "curves.png").exists()
     with pytest.raises(ConfigError, match=r"lr=search chooses by the validation loss, but the data has no validation"):
         run_compare(tmp_path, *data[:-1], "out=there", "lr=search")
+
+
+class TwoTests(Digits):
+    def test_dataloader(self):
+        return [self.val_dataloader(), super().test_dataloader()]
+
+
+def test_data_with_several_test_splits(tmp_path):
+    """Each has its columns, in all formats and in the row of a refused method."""
+    data = ["methods=[highway,backprop]", "seeds=2", "budget=4steps", "data._target_=tests.test_compare.TwoTests"]
+    out, _ = run_compare(tmp_path, *data, "out=here")
+    assert "There are 2 test splits, which are numbered from 0." in out
+    refused, row = json.loads((tmp_path / "here" / "table.json").read_text())["rows"]
+    runs = [json.loads(path.read_text())["metrics"] for path in (tmp_path / "here").glob("*/seed=*/results.json")]
+    for name, key in (("accuracy", "acc"), ("loss", "loss")):
+        for i in range(2):
+            expected = sum(metrics[f"test/{key}/dataloader_idx_{i}"] for metrics in runs) / 2
+            assert row[f"{name}_{i}_mean"] == pytest.approx(expected)
+            assert refused[f"{name}_{i}_mean"] is None
+    assert row["accuracy_0_mean"] == sum(metrics["val/acc"] for metrics in runs) / 2
+    head, _, *lines = [line for line in (tmp_path / "here" / "table.md").read_text().splitlines() if line[:1] == "|"]
+    assert "| lr | accuracy 0, % | accuracy 1, % | loss 0 | loss 1 | training loss |" in head
+    assert "| refused |" in lines[0]
+    assert lines[0].count("|") == lines[1].count("|") == head.count("|")
 
 
 def test_a_method_that_cannot_train_the_model_is_a_row(tmp_path):

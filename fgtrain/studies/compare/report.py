@@ -17,7 +17,7 @@ from fgtrain.studies.compare.figures import cosine, curves
 from fgtrain.studies.compare.plan import Comparison
 from fgtrain.studies.compare.runs import Outcome, device_name
 from fgtrain.studies.compare.search import is_at_edge
-from fgtrain.studies.compare.table import is_validated, markdown_of, rows_of
+from fgtrain.studies.compare.table import is_validated, markdown_of, num_tests, rows_of
 from fgtrain.studies.compare.target import metric_of, resolution, target_value
 from fgtrain.studies.compare.trajectories import trajectories
 
@@ -40,10 +40,10 @@ def statement(plan: Comparison, outcome: Outcome, command: str) -> list[str]:
     lines += _of_learning_rates(plan, outcome)
     lines += [_of_target(plan, outcome)]
     done = [r for r in outcome.runs if not r.diverged]
-    if done and not any({"test/loss", "loss"} & r.results["metrics"].keys() for r in done):
-        several = any(name.startswith("test/") for r in done for name in r.results["metrics"])
-        what = "are several test splits" if several else "is no test split"
-        lines += [f"There {what}, so the table has no final accuracy or loss."]
+    if num_tests(done):
+        lines += [f"There are {num_tests(done)} test splits, which are numbered from 0."]
+    elif done and not any({"test/loss", "loss"} & r.results["metrics"].keys() for r in done):
+        lines += ["There is no test split, so the table has no final accuracy or loss."]
     lines += [
         "Step time, memory and floats sent between processes are of one gradient and update.",
         "Times are of training steps, without validation and comparisons with the exact gradient.",

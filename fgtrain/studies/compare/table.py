@@ -1,5 +1,6 @@
 """The table of a comparison."""
 
+import re
 from collections.abc import Sequence
 from statistics import fmean, median, stdev
 from typing import Any
@@ -41,11 +42,16 @@ def _row_of(plan: Comparison, outcome: Outcome, method: str) -> dict[str, Any]:
     row: dict[str, Any] = {"method": method, "lr": outcome.lrs[method]}
     tried = outcome.tried.get(method)
     row |= {"lr_at_edge": is_at_edge(row["lr"], tried) if tried else None, "runs": len(started)}
-    row["with_accuracy"] = any({"val/acc", "test/acc"} & run.results["metrics"].keys() for run in outcome.runs)
+    accuracies = {"val/acc", "test/acc", "test/acc/dataloader_idx_0"}
+    row["with_accuracy"] = any(accuracies & run.results["metrics"].keys() for run in outcome.runs)
     row["with_validation"] = is_validated(outcome.runs)
+    row["with_tests"] = num_tests(outcome.runs)
     row["diverged"] = len(started) - len(runs)
     for name, keys in (("accuracy", ["test/acc"]), ("loss", ["test/loss", "loss"])):
         row |= _mean_and_deviation(name, [run.results["metrics"].get(k) for run in runs for k in keys])
+        for i in range(row["with_tests"]):
+            key = f"{keys[0]}/dataloader_idx_{i}"
+            row |= _mean_and_deviation(f"{name}_{i}", [run.results["metrics"].get(key) for run in runs])
     row |= _mean_and_deviation("train_loss", [run.results["metrics"].get("train/loss") for run in runs])
     row["steps"] = runs[0].results["steps"] if runs else 0
     row["seconds"] = fmean(run.seconds for run in runs) if runs else 0.0
@@ -68,6 +74,12 @@ def is_validated(runs: Sequence[Finished]) -> bool:
     return all(run.diverged for run in runs) or any(tag in run.curves for run in runs for tag in CURVES)
 
 
+def num_tests(runs: Sequence[Finished]) -> int:
+    """The number of test splits, if there are several; 0 for one or none."""
+    found = [re.search(r"/dataloader_idx_(\d+)$", name) for run in runs for name in run.results["metrics"]]
+    return max((int(match[1]) + 1 for match in found if match), default=0)
+
+
 def _mean_and_deviation(name: str, values: Sequence[float | None]) -> dict[str, float | None]:
     found = [value for value in values if value is not None]
     return {
@@ -86,14 +98,19 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
     def optional(name: str, text: str, otherwise: str = "") -> str:
         return otherwise if row[name] is None else text.format(row[name])
 
+    several = range(row["with_tests"])
     if row["refused"] is not None:
-        return {"method": row["method"], "loss": "refused"}
+        return {"method": row["method"], "loss 0" if several else "loss": "refused"}
     shown = {"method": row["method"], "lr": f"{row['lr']:g}" + " (edge)" * bool(row["lr_at_edge"])}
-    if row["with_accuracy"]:
+    if row["with_accuracy"] and several:
+        shown |= {f"accuracy {i}, %": spread(f"accuracy_{i}", 100, ".1f") for i in several}
+    elif row["with_accuracy"]:
         to_backprop = row["accuracy_to_backprop"]
         shown["accuracy, %"] = spread("accuracy", 100, ".1f")
         shown["accuracy to backprop"] = "" if to_backprop is None else f"{100 * to_backprop:+.1f}"
-    shown |= {"loss": spread("loss", 1, ".3g"), "training loss": spread("train_loss", 1, ".3g")}
+    shown |= {f"loss {i}": spread(f"loss_{i}", 1, ".3g") for i in several}
+    shown |= {} if several else {"loss": spread("loss", 1, ".3g")}
+    shown["training loss"] = spread("train_loss", 1, ".3g")
     shown |= {"steps": str(row["steps"]), "time, s": f"{row['seconds']:.1f}"}
     if row["with_validation"]:
         seconds = optional("seconds_to_target", "{:.2f}", "never")

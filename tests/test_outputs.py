@@ -71,6 +71,22 @@ def test_a_place_that_cannot_be_written_is_told_before_the_work(
     assert reason in err
 
 
+@pytest.mark.parametrize(
+    "command", [["train"], ["evaluate", "."], ["replay", ".", "w.pt"], ["compare", "methods=[backprop]", "out=here"]]
+)
+def test_a_path_that_hydra_would_resolve_is_told_before_the_work(command, finished, run, tmp_path, monkeypatch):
+    folder = finished.rename(tmp_path / "a${now:%Y}b")
+    (folder / "last.ckpt").touch()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("fgtrain.runs.evaluate.first_good", lambda found: found[0])
+    monkeypatch.setattr("fgtrain.runs.replay._read_log", lambda _: {})
+    status, err = run(*command)
+    assert (status, err.count("\n")) == (2, 1)
+    assert f"fgtrain: the path {folder}" in err
+    assert "contains ${, which Hydra resolves; use another folder" in err
+    assert [path.name for path in tmp_path.iterdir()] == [folder.name]
+
+
 def test_missing_folders_of_a_file_are_made(tmp_path):
     refuse_unwritable(tmp_path / "new" / "folder" / "x.json")
     assert list((tmp_path / "new" / "folder").iterdir()) == []

@@ -18,7 +18,13 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from fgtrain.errors import Interrupted, JobFailed, disk_error
-from fgtrain.runs.config import CONF, drop_arguments_of_replaced_targets, name_targets, refuse_ignored_tangents
+from fgtrain.runs.config import (
+    CONF,
+    drop_arguments_of_replaced_targets,
+    name_targets,
+    refuse_ignored_tangents,
+    refuse_interpolation,
+)
 from fgtrain.runs.ctrl_c import ctrl_c_named
 from fgtrain.runs.messages import USER_ERRORS, cannot_write, fail, one_line, silence_libraries
 from fgtrain.runs.options import commented, groups
@@ -57,6 +63,7 @@ def run_app(task: Callable[[DictConfig], Any], config_name: str, description: st
             raise
 
     with _errors_raised(), _errors_as_lines(lambda: composed):
+        refuse_interpolation(Path.cwd())
         with ctrl_c_named():
             _hydra_main(job, config_name, description)
         sys.stdout.flush()

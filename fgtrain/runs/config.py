@@ -135,6 +135,16 @@ def to_saved(cfg: DictConfig) -> dict[str, Any]:
     return _where_equal(to_plain(cfg), hidden, raw, stand_ins)
 
 
+def refuse_interpolation(folder: Path) -> None:
+    """Refuse a folder with ${...} in its path: Hydra would resolve it again, to another path.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    if "${" in str(folder.absolute()):
+        raise ConfigError(f"the path {folder.absolute()} contains ${{, which Hydra resolves; use another folder")
+
+
 def _file_name(root: DictConfig) -> str:
     """The varied keys as typed: values from the environment must not appear in a folder's name."""
     job = OmegaConf.to_container(root.hydra.job, resolve=False)

@@ -16,7 +16,7 @@ from yaml import AliasToken, YAMLError, scan
 
 from fgtrain.errors import ConfigError
 from fgtrain.lightning.atomic_files import write_atomically
-from fgtrain.runs.config import to_saved, typed
+from fgtrain.runs.config import refuse_interpolation, to_saved, typed
 
 PACKAGES = ("fgtrain", "torch", "torchvision", "lightning", "hydra-core", "numpy", "scikit-learn", "tensorboard")
 REQUIRED = ("lr", "data", "model", "method", "optimizer", "trainer", "task")
@@ -72,6 +72,7 @@ def load_config(run_dir: Path) -> DictConfig:
     Raises:
         ConfigError: the folder contains none, or it is malformed.
     """
+    refuse_interpolation(run_dir)
     path = run_dir / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"{path} is missing; give the folder of a run")

@@ -17,7 +17,7 @@ from yaml import YAMLError
 from fgtrain.errors import ConfigError
 from fgtrain.lightning.atomic_files import make_folder, write_atomically
 from fgtrain.runs.cli import CONF
-from fgtrain.runs.config import drop_arguments_of_replaced_targets, name_targets
+from fgtrain.runs.config import drop_arguments_of_replaced_targets, name_targets, refuse_interpolation
 from fgtrain.runs.results import RESULTS
 from fgtrain.studies.compare.target import parse_target
 from fgtrain.studies.compare.variants import Variant, variant_of
@@ -156,6 +156,7 @@ class Comparison:
         path = self.folder / "plan.json"
         if path.exists() and path.read_text() != plan and any(self.folder.rglob(RESULTS)):
             raise ConfigError(f"{self.folder} holds another comparison; give another folder with out=...")
+        refuse_interpolation(self.folder)
         make_folder(self.folder)
         write_atomically(plan, path)
 

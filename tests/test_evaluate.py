@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 import sys
 
@@ -73,9 +74,13 @@ def test_mistakes(folder, tmp_path):
     lone = tmp_path / "a" / "b" / "c" / "lone.ckpt"
     lone.parent.mkdir(parents=True)
     shutil.copy(folder / "checkpoints" / "best.ckpt", lone)
-    with pytest.raises(USER_ERRORS, match=r"lone.ckpt is not in a run's folder"):
+    message = (
+        rf"lone.ckpt is not in a run's folder: .*; copy that of its run to {re.escape(str(lone.parent))}/config.yaml"
+    )
+    with pytest.raises(USER_ERRORS, match=message):
         evaluate(lone, "test")
     shutil.copy(folder / "config.yaml", lone.parent)
+    assert evaluate(lone, "test")["metrics"] == evaluate(folder / "checkpoints" / "best.ckpt", "test")["metrics"]
     torch.save({"state_dict": {"other": torch.zeros(1)}, "global_step": 1}, lone)
     with pytest.raises(USER_ERRORS, match=r"lone.ckpt does not fit the run of .*config.yaml"):
         evaluate(lone, "test")

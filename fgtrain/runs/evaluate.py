@@ -82,4 +82,7 @@ def _run_of(checkpoint: Path) -> tuple[Path, DictConfig]:
         raise ConfigError(f"{checkpoint} is not a file; give the path of a checkpoint (.ckpt)")
     if (folder := run_of(checkpoint)) is not None:
         return folder, load_config(folder)
-    raise ConfigError(f"{checkpoint} is not in a run's folder: there is no config.yaml beside it or above it")
+    raise ConfigError(
+        f"{checkpoint} is not in a run's folder: there is no config.yaml beside it or above it; copy that of its run "
+        f"to {checkpoint.with_name('config.yaml')}"
+    )

@@ -393,29 +393,105 @@ class Counting(Small):
         self.count = state_dict["count"]
 
 
-class Unsized(Pass):
+class Drawing(Pass):
+    """Draws a random number for an iterator, which its state after a load makes too, as StatefulDataLoader's."""
+
+    drawn = True
+
+    def __iter__(self):
+        torch.rand(())
+        self.drawn = True
+        return super().__iter__()
+
+    def state_dict(self):
+        if not self.drawn:
+            torch.rand(())
+        self.drawn = True
+        return super().state_dict()
+
+    def load_state_dict(self, state):
+        self.drawn = False
+        super().load_state_dict(state)
+
+
+class Unsized(Drawing):
+    """Of its batches Lightning fetches one ahead, to know which is the last."""
+
     __len__: Any = None
 
+    def __iter__(self):
+        return (self.batch_of(inputs + 0.1 * torch.randn_like(inputs), labels) for inputs, labels in super().__iter__())
 
-def test_a_batch_that_was_fetched_ahead_is_told(tmp_path):
-    """Lightning fetches one more from a loader without a length, to know which is the last."""
+    def batch_of(self, inputs, labels):
+        return inputs, labels
+
+
+class Drawn(Small):
+    def train_dataloader(self):
+        return Drawing(self._loader("train", self.batch_size))
+
+
+class Stream(Counting):
+    def train_dataloader(self):
+        return Unsized(self._loader("train", self.batch_size))
+
+
+class PairOfStreams(Pair):
+    """The second begins again while the first goes on."""
+
+    def loader(self, split):
+        return (Unsized if split == "train" else Pass)(self._loader(split, self.batch_size))
+
+
+class Batch(NamedTuple):
+    inputs: torch.Tensor
+    labels: torch.Tensor
+
+
+def test_a_batch_that_a_checkpoint_cannot_hold_is_told(tmp_path):
+    class Named(Unsized):
+        def batch_of(self, inputs, labels):
+            return Batch(inputs, labels)
 
     class Data(Small):
         def train_dataloader(self):
-            return Unsized(self._loader("train", self.batch_size))
+            return Named(self._loader("train", self.batch_size))
 
     plan = Plan(EPOCHS, save_every=3, validate={"limit_val_batches": 0}, scheduler="constant")
-    saved = cut(plan._replace(length=EPOCHS), tmp_path, data=Data)
-    with pytest.warns(UserWarning, match="one batch is left out.*give the loader a __len__"):
+    saved = cut(plan, tmp_path, data=Data)
+    with pytest.warns(UserWarning, match="one batch is left out; give the loader a __len__, or let its batches be of"):
         attempt(plan, tmp_path, saved, KillLast(0), data=Data)
 
 
-OWN_STATES = pytest.mark.parametrize("data", [Passes, Pair, PairOfOurs, Counting])
+def test_a_checkpoint_holds_no_more_than_the_batch_that_was_fetched_ahead(tmp_path):
+    class Views(Unsized):
+        whole = torch.zeros(1_000_000)
+
+        def batch_of(self, inputs, labels):
+            return self.whole[: inputs.numel()].view_as(inputs), labels
+
+    class Data(Small):
+        def train_dataloader(self):
+            return Views(self._loader("train", self.batch_size))
+
+    saved = cut(Plan(EPOCHS, "constant", save_every=3, validate={"limit_val_batches": 0}), tmp_path, data=Data)
+    assert saved is not None
+    assert saved.stat().st_size < 100_000
+
+
+OWN_STATES = pytest.mark.parametrize("data", [Passes, Pair, PairOfOurs, Counting, Drawn, Stream])
+
+
+@pytest.mark.parametrize("data", [Passes, Pair, PairOfOurs, Counting, Drawn, Stream, PairOfStreams])
+def test_cut_in_the_middle_of_an_epoch_of_data_with_a_state(data):
+    plan = Plan(EPOCHS, "constant", save_every=3, validate={"limit_val_batches": 0}, cuts=((14, True), (12, True)))
+    assert_exact(plan, data)
 
 
 @OWN_STATES
 def test_cut_at_the_end_of_an_epoch_of_data_with_a_state(data):
-    assert_exact(Plan(EPOCHS, save_every=5, validate={"limit_val_batches": 0}, cuts=((12, True), (14, True))), data)
+    plan = Plan(EPOCHS, "constant", save_every=5, validate={"limit_val_batches": 0}, cuts=((12, True), (14, True)))
+    assert_exact(plan, data)
 
 
 @pytest.mark.slow
@@ -424,7 +500,8 @@ def test_cut_at_the_end_of_an_epoch_of_data_with_a_state(data):
 @pytest.mark.parametrize("save_every", [4, 5])
 def test_data_with_a_state(save_every, length, data):
     validate = EVERY_EPOCH if save_every == 5 else {"val_check_interval": 4, "check_val_every_n_epoch": None}
-    assert_exact_wherever_cut(Plan(length, save_every=save_every, validate=validate), range(12, 40), data)
+    plan = Plan(length, "constant", save_every=save_every, validate=validate)
+    assert_exact_wherever_cut(plan, range(12, 40), data)
 
 
 @pytest.mark.slow

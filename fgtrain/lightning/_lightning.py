@@ -3,7 +3,7 @@
 tests/test_private_api.py shows which of them a new release breaks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from lightning.pytorch.core.optimizer import _configure_optimizers
@@ -48,9 +48,33 @@ def raise_limits(trainer: Any, steps: int, epochs: int) -> None:
     trainer.fit_loop.max_epochs += epochs
 
 
-def restart_loaders(trainer: Any) -> None:
-    """Make the iterator of the training loaders again; Lightning makes the first one before any hook of training."""
-    iter(trainer.fit_loop._data_fetcher)
+def restart_loaders(trainer: Any, ahead: Mapping[str, Any] | None = None) -> None:
+    """Make the iterator of the training loaders again; Lightning makes the first one before any hook of training.
+
+    Args:
+        trainer: the trainer.
+        ahead: what `fetched_ahead` returned. Nothing else is fetched ahead then.
+    """
+    fetcher = trainer.fit_loop._data_fetcher
+    if ahead is None:
+        iter(fetcher)
+        return
+    num, fetcher.prefetch_batches = fetcher.prefetch_batches, 0
+    iter(fetcher)
+    fetcher.prefetch_batches, fetcher.batches = num, list(ahead["batches"])
+    if ahead["consumed"] is not None:
+        trainer.fit_loop._combined_loader._iterator._consumed = list(ahead["consumed"])
+
+
+def fetched_ahead(trainer: Any) -> dict[str, Any]:
+    """What Lightning has fetched from loaders without a length, to know which batch is the last of an epoch.
+
+    Returns:
+        {"batches": the batches, "consumed": of several loaders, those whose pass has ended, or None}.
+    """
+    iterator = getattr(trainer.fit_loop._combined_loader, "_iterator", None)
+    batches = getattr(trainer.fit_loop._data_fetcher, "batches", [])
+    return {"batches": list(batches), "consumed": getattr(iterator, "_consumed", None)}
 
 
 def restarts_short_loaders(trainer: Any) -> bool:

@@ -1,7 +1,9 @@
 """The position of a run in its data, saved in checkpoints and restored from them for Lightning's own loops."""
 
 import copy
+import io
 import math
+import pickle
 import warnings
 from typing import Any, NamedTuple
 
@@ -13,9 +15,16 @@ from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from fgtrain._torch import tree_map
 from fgtrain.distributed import of_all_ranks
 from fgtrain.errors import CheckpointError
-from fgtrain.lightning._lightning import Counters, raise_limits, restart_loaders, restarts_short_loaders
+from fgtrain.lightning._lightning import (
+    Counters,
+    fetched_ahead,
+    raise_limits,
+    restart_loaders,
+    restarts_short_loaders,
+)
 from fgtrain.lightning.length import batches_per_epoch, train_loaders
 from fgtrain.random import preserved_random_state, random_state, set_random_state
 
@@ -57,7 +66,8 @@ class Position(L.Callback):
         self._leaves = False  # its last step was the last of an epoch
         self._is_complete = False  # it leaves nothing to do
         self._loses_place = False  # a training loader cannot restore its position
-        self._is_ahead = False  # a training loader has no length, and its position is one batch ahead
+        self._is_inside = False  # its epoch has more batches
+        self._ahead: dict[str, Any] | None = None  # what was fetched ahead of the position; None if it is unknown
         self._data_state: dict[str, Any] = {}  # of the data module
 
     def limits(self, trainer: Any) -> tuple[int, int]:
@@ -69,6 +79,7 @@ class Position(L.Callback):
         metrics = {name: value.detach().cpu() for name, value in trainer.callback_metrics.items()}
         fit["state_dict"] |= {"callback_metrics": metrics, "should_stop": trainer.should_stop or self._stops}
         fit["state_dict"]["generators"] = of_all_ranks([g.get_state() for g in _generators(trainer)])
+        fit["state_dict"]["ahead"] = of_all_ranks(_loadable(fetched_ahead(trainer)))
         if self._was_last is not None:
             fit["epoch_loop.batch_progress"]["is_last_batch"] = self._was_last
 
@@ -80,6 +91,8 @@ class Position(L.Callback):
         fit = checkpoint["loops"]["fit_loop"]
         self._metrics = fit["state_dict"].get("callback_metrics", {})
         self._loaders = fit["state_dict"].get("combined_loader", [])
+        ahead_of_ranks = fit["state_dict"].get("ahead", [])[trainer.global_rank :]
+        self._ahead = ahead_of_ranks[0] if ahead_of_ranks else None
         if not trainer.reload_dataloaders_every_n_epochs:  # else loaders start anew in an undisturbed run too
             of_ranks = fit["state_dict"].get("generators", [])[trainer.global_rank :]
             self._generators = of_ranks[0] if of_ranks else []
@@ -93,7 +106,6 @@ class Position(L.Callback):
                 "run's can restore one, so it would train on other batches; use the data the run began with"
             )
         self._loses_place = loaders is not None and able < len(loaders.flattened)
-        self._is_ahead = loaders is not None and any(sized_len(loader) is None for loader in _stateful(loaders))
         self._enter(trainer, fit, checkpoint["global_step"])
 
     def _enter(self, trainer: Any, fit: dict[str, Any], step: int) -> None:
@@ -119,14 +131,9 @@ class Position(L.Callback):
         state.write(fit, total + here.ends_epoch - adds)
         if self._leaves:  # its loaders have no batch left to fetch: `_end_passes` restores them
             fit["state_dict"]["combined_loader"] = []
-        self._random = random_state() if here.ends_epoch or self._generators or self._leaves else None
-        is_amid = here.is_inside and not (found.is_last or here.is_over)
-        if is_amid and self._is_ahead:
-            rank_zero_warn(
-                "the run continues in the middle of an epoch, but its training loader has no length: Lightning had "
-                "fetched a batch ahead, and this one batch is left out; give the loader a __len__ to continue exactly"
-            )
-        if is_amid and self._loses_place:
+        self._random = random_state()
+        self._is_inside = here.is_inside and not found.is_last
+        if self._is_inside and not here.is_over and self._loses_place:
             rank_zero_warn(
                 "the run continues in the middle of an epoch, but its training loader has no state_dict and "
                 "load_state_dict: it starts over, so that some examples come twice and others not at all"
@@ -155,6 +162,10 @@ class Position(L.Callback):
         if self._validates:  # whatever the step
             self._intervals = trainer.val_check_batch, trainer.check_val_every_n_epoch
             trainer.val_check_batch, trainer.check_val_every_n_epoch = 1, None
+        keeps_place = self._is_inside and len(_loaders(trainer)) == len(_all_loaders(trainer))
+        if keeps_place and not self.ends_epoch:
+            self._continue_pass(trainer)
+        elif self._validates:
             self._restore_random_state(trainer)
         elif (self._generators or self._leaves) and not self.ends_epoch:
             self._restore_random_state(trainer)
@@ -179,13 +190,11 @@ class Position(L.Callback):
     def leave_epoch(self, trainer: Any) -> None:
         """Restore the data after an epoch was entered only to end it."""
         self.ends_epoch = False
+        self._restore_loaders(trainer)
         if self._leaves:
             self._end_passes(trainer)
-        else:
-            for loader, state in zip(_loaders(trainer), self._loaders, strict=False):
-                loader.load_state_dict(state)
-        if self._data_state:  # its hooks saw the batch that was fetched
-            trainer.datamodule.load_state_dict(self._data_state)
+        elif self._ahead is not None:
+            restart_loaders(trainer, self._ahead)
         self._restore_random_state(trainer)
         self._restore_limits(trainer)
 
@@ -200,6 +209,26 @@ class Position(L.Callback):
                 loader.load_state_dict(copy.deepcopy(state))
                 if next(iter(loader), None) is not None and _has_ended(trainer, loader):
                     loader.load_state_dict(state)
+                loader.state_dict()  # torchdata draws a random number in the first call after a load
+
+    def _continue_pass(self, trainer: Any) -> None:
+        """Restore the data in the middle of an epoch, where Lightning has made new iterators and fetched ahead."""
+        if self._ahead is not None and self._ahead["batches"]:
+            self._restore_loaders(trainer)
+            restart_loaders(trainer, self._ahead)
+        elif self._ahead is None and any(sized_len(loader) is None for loader in _loaders(trainer)):
+            rank_zero_warn(
+                "the run continues in the middle of an epoch, but its training loader has no length: Lightning had "
+                "fetched a batch ahead, which the checkpoint does not hold, and this one batch is left out; give the "
+                "loader a __len__, or let its batches be of tensors, to continue exactly"
+            )
+        self._restore_random_state(trainer)
+
+    def _restore_loaders(self, trainer: Any) -> None:
+        for loader, state in zip(_loaders(trainer), self._loaders, strict=False):
+            loader.load_state_dict(copy.deepcopy(state))
+        if self._data_state:  # its hooks saw the batch that was fetched
+            trainer.datamodule.load_state_dict(self._data_state)
 
     def _restore_random_state(self, trainer: Any) -> None:
         if self._random is not None:
@@ -266,10 +295,26 @@ def _loaders(trainer: Any) -> list[Any]:
     return _stateful(CombinedLoader(trainer.train_dataloader))
 
 
+def _all_loaders(trainer: Any) -> list[Any]:
+    return CombinedLoader(trainer.train_dataloader).flattened
+
+
+def _loadable(fetched: dict[str, Any]) -> dict[str, Any] | None:
+    """A copy as `torch.load` reads it with weights_only=True; None if it cannot, as for objects of a user."""
+    own = tree_map(lambda x: x.detach().cpu().clone() if isinstance(x, Tensor) else x, fetched)  # not the whole storage
+    file = io.BytesIO()
+    try:
+        torch.save(own, file)
+        file.seek(0)
+        return torch.load(file, weights_only=True)
+    except (pickle.PickleError, AttributeError, TypeError, RuntimeError):
+        return None
+
+
 def _generators(trainer: Any) -> list[torch.Generator]:
     """The generators of the run's loaders and of their samplers."""
     found: dict[int, torch.Generator] = {}
-    for loader in CombinedLoader(trainer.train_dataloader).flattened:
+    for loader in _all_loaders(trainer):
         batches = getattr(loader, "batch_sampler", None)
         for part in (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)):
             generator = getattr(part, "generator", None)

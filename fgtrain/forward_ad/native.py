@@ -28,11 +28,12 @@ from fgtrain.forward_ad.dual import Dual, on_constants
 from fgtrain.forward_ad.lost_derivatives import refuse_if_lost
 from fgtrain.forward_ad.named_errors import named_errors
 from fgtrain.forward_ad.originals import SETS_REQUIRES_GRAD, Originals
-from fgtrain.forward_ad.passes import NO_TANGENT, LossFn, check_losses, require_repetition
+from fgtrain.forward_ad.passes import NO_TANGENT, LossFn, UnsupportedByEngine, check_losses, require_repetition
 from fgtrain.forward_ad.rules.compositions import COMPOSITIONS, by_place, composed_out_of_place, no_backward
 from fgtrain.forward_ad.rules.opened import opened
 from fgtrain.forward_ad.stale import as_stale, release
 from fgtrain.forward_ad.steep import IN_PLACE, STEEP, call_steep
+from fgtrain.forward_ad.transposed import run_transposed
 from fgtrain.network.parameters import slots_of
 from fgtrain.network.snapshot import Snapshot
 from fgtrain.tangents.directions import Tangent, all_dense, num_of
@@ -125,7 +126,10 @@ class _CheckedCalls(TorchFunctionMode):
             with self:
                 return body(*args, **kwargs)
         is_steep = func in STEEP or func in IN_PLACE
-        result = _steep(func, args, kwargs) if is_steep else func(*args, **kwargs)
+        try:
+            result = _steep(func, args, kwargs) if is_steep else func(*args, **kwargs)
+        except NotImplementedError as refusal:
+            return _transposed(func, args, kwargs, refusal)
         refuse_if_lost(func, args, kwargs, result, has_tangent, value_of)
         return result
 
@@ -146,6 +150,17 @@ def _steep(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if func in IN_PLACE:
             return args[0].copy_(call_steep(IN_PLACE[func], args, kwargs))
         return call_steep(func, args, kwargs)
+
+
+def _transposed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], refusal: NotImplementedError) -> Any:
+    """The result of a call that forward mode has refused."""
+    moving = {id(x): x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and has_tangent(x)}
+    parts = {key: (value_of(x), _unpacked(x).tangent.unsqueeze(0)) for key, x in moving.items()}
+    try:
+        with no_overrides():
+            return run_transposed(func, args, kwargs, parts, lambda x, t: fwAD.make_dual(x, t[0]))
+    except UnsupportedByEngine:
+        raise refusal from None
 
 
 def has_tangent(x: Tensor) -> bool:

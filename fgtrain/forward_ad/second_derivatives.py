@@ -26,7 +26,7 @@ from fgtrain._torch import (
 from fgtrain.forward_ad.dual import on_constants
 from fgtrain.forward_ad.originals import SETS_REQUIRES_GRAD, Originals
 from fgtrain.forward_ad.registry import functions_named
-from fgtrain.forward_ad.rules.compositions import COMPOSITIONS, ONLY_IN_SECOND, by_place, composed_out_of_place
+from fgtrain.forward_ad.rules.compositions import COMPOSITIONS, by_place, composed_out_of_place
 from fgtrain.forward_ad.rules.opened import opened
 from fgtrain.forward_ad.singular import singular
 
@@ -263,17 +263,6 @@ def _solve(a: Tensor, b: Tensor, *, left: bool = True) -> Tensor:
     return torch.linalg.lu_solve(factors, pivots, b, left=left)
 
 
-def _of_constants(name: str) -> Any:
-    """A body that refuses arguments which move."""
-
-    def body(*args: Any) -> Any:
-        if any(isinstance(x, Tensor) and _has_tangent(x) for x in args):
-            _refuse(name)
-        return NotImplemented
-
-    return body
-
-
 _ONLY_FIRST_DERIVATIVES = {
     *(standard_gamma, torch.ctc_loss),
     *functions_named("orgqr"),
@@ -281,7 +270,6 @@ _ONLY_FIRST_DERIVATIVES = {
 }
 
 _FOR_SECOND_DERIVATIVES = {
-    **{func: _of_constants(func.__name__) for func in ONLY_IN_SECOND},
     F.layer_norm: _layer_norm,
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,

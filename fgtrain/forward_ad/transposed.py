@@ -1,10 +1,11 @@
-"""Forward mode by two backward passes, for an operation that only has a derivative in reverse mode.
+"""Forward mode by two backward passes, for operations that have a derivative only in reverse mode.
 
 Autograd's graph of one operation gives the product J^T w of its Jacobian J with any cotangent w. The product is linear
 in w, and its own backward pass, along tangents v of the inputs, gives J v. Source: Townsend 2017, "A new trick for
 calculating Jacobian vector products".
 """
 
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -12,10 +13,49 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
+from fgtrain._torch import tree_map_only
 from fgtrain.agreement import agree
 from fgtrain.forward_ad.passes import UnsupportedByEngine
 
 _NOTHING = nullcontext()
+
+
+def run_transposed(
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    moving: Mapping[int, tuple[Tensor, Tensor]],
+    make_dual: Callable[[Tensor, Tensor], Tensor],
+) -> Any:
+    """The result of a call, whose derivative PyTorch knows in reverse mode.
+
+    Args:
+        func: the function.
+        args: of the call.
+        kwargs: of the call.
+        moving: {id of an argument with tangents: (its value, its tangents (K, ..))}.
+        make_dual: called with the value of a result and its tangents.
+
+    Raises:
+        UnsupportedByEngine: the derivative cannot be differentiated.
+    """
+    inputs = {key: laid_out(value).detach().requires_grad_() for key, (value, _) in moving.items()}
+    tangents = [tangent for _, tangent in moving.values()]
+    args, kwargs = tree_map_only(Tensor, lambda x: inputs.get(id(x), x), (args, kwargs))
+    with torch.enable_grad():
+        found = func(*args, **kwargs)
+
+    def with_tangents(x: Tensor) -> Tensor:
+        if x.grad_fn is None:
+            return x
+        return make_dual(x.detach(), transposed_twice(x, list(inputs.values()), tangents))
+
+    return tree_map_only(Tensor, with_tangents, found)
+
+
+def laid_out(primal: Tensor) -> Tensor:
+    """A copy of an expanded tensor, since autograd requires the tangent in the layout of the value."""
+    return primal.contiguous() if 0 in primal.stride() else primal
 
 
 def transposed_twice(
@@ -35,6 +75,8 @@ def transposed_twice(
     Raises:
         UnsupportedByEngine: the graph cannot be differentiated twice.
     """
+    if x.layout != torch.strided:
+        raise UnsupportedByEngine("a sparse tensor has a tangent")
     w = torch.empty_like(x).normal_(generator=torch.Generator(x.device).manual_seed(0)).requires_grad_()
     try:
         with torch.enable_grad():

@@ -15,8 +15,8 @@ from fgtrain._torch import tree_flatten, tree_map, tree_unflatten
 from fgtrain.forward_ad.dual import Dual, dual, primal_of, tangent_of
 from fgtrain.forward_ad.registry import RULES, Rule, functions_named, register
 from fgtrain.forward_ad.rules.arithmetic import aligned
-from fgtrain.forward_ad.rules.per_direction import laid_out
 from fgtrain.forward_ad.steep import STEEP, where_moved
+from fgtrain.forward_ad.transposed import laid_out
 
 
 def _register_family(names: str, family: Callable[[Any], Rule]) -> None:

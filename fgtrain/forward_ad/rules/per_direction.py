@@ -6,14 +6,14 @@ import torch
 import torch.autograd.forward_ad as fwAD
 from torch import Tensor
 
-from fgtrain._torch import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from fgtrain._torch import tree_flatten, tree_leaves, tree_unflatten
 from fgtrain.forward_ad.dual import Dual, dual, duals_in, primal_of, tangent_of
 from fgtrain.forward_ad.lost_derivatives import is_differentiable
 from fgtrain.forward_ad.passes import UnsupportedByEngine
 from fgtrain.forward_ad.registry import Rule
 from fgtrain.forward_ad.running import is_traced, num_traced_draws
 from fgtrain.forward_ad.steep import STEEP, call_steep
-from fgtrain.forward_ad.transposed import transposed_twice
+from fgtrain.forward_ad.transposed import laid_out, run_transposed
 from fgtrain.network.snapshot import TorchRandomState
 
 
@@ -37,8 +37,10 @@ def per_direction(func: Any) -> Rule:
                 raise
             refusal = error
         before.restore()
+        moving = {id(x): x for x in duals_in((args, kwargs))}
+        parts = {key: (primal_of(x), tangent_of(x)) for key, x in moving.items()}
         try:
-            return _transposed(func, args, kwargs)
+            return run_transposed(func, args, kwargs, parts, lambda x, t: dual(x, t, *moving.values()))
         except UnsupportedByEngine:
             raise refusal from None
 
@@ -84,23 +86,3 @@ def per_direction(func: Any) -> Rule:
 
 def _is_constant(x: Any) -> bool:
     return is_differentiable(x) and not isinstance(x, Dual)
-
-
-def _transposed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    sources = list({id(x): x for x in duals_in((args, kwargs))}.values())
-    inputs = {id(x): laid_out(primal_of(x)).detach().requires_grad_() for x in sources}
-    tangents = [tangent_of(x) for x in sources]
-    args, kwargs = tree_map_only(Dual, lambda x: inputs[id(x)], (args, kwargs))
-    with torch.enable_grad():
-        found = func(*args, **kwargs)
-
-    def with_tangent(x: Tensor) -> Tensor:
-        moved = transposed_twice(x, list(inputs.values()), tangents) if x.grad_fn is not None else None
-        return dual(x.detach(), moved, *sources)
-
-    return tree_map_only(Tensor, with_tangent, found)
-
-
-def laid_out(primal: Tensor) -> Tensor:
-    """A copy of an expanded tensor, since forward mode requires the tangent in the layout of the value."""
-    return primal.contiguous() if 0 in primal.stride() else primal

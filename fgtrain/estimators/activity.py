@@ -12,8 +12,9 @@ from fgtrain.estimators.forward_gradient import ForwardGradient
 from fgtrain.estimators.gradients import add_grad, average_grads
 from fgtrain.forward_ad.passes import LossFn
 from fgtrain.forward_ad.row_losses import Evaluated
+from fgtrain.layer_noise.layer_call import LayerCall
 from fgtrain.layer_noise.layers import perturbed_layers, run_perturbed
-from fgtrain.layer_noise.noise import LayerCall, LayerNoise, LocalGrads, Noise, PerturbedPass
+from fgtrain.layer_noise.noise import LayerNoise, LocalGrads, Noise, PerturbedPass
 from fgtrain.layer_noise.rows import ExaminedPass, Rows, gradient_of_head, per_example
 from fgtrain.layer_noise.second_pass import ReplayedPass
 from fgtrain.network.parameters import trainable_params

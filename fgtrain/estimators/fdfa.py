@@ -10,8 +10,9 @@ from fgtrain.errors import UnsupportedOperation
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, buffers_in, require_positive_int
 from fgtrain.estimators.gradients import average_grads
 from fgtrain.forward_ad.passes import LossFn
+from fgtrain.layer_noise.layer_call import LayerCall, as_input, passing
 from fgtrain.layer_noise.layers import perturbed_layers
-from fgtrain.layer_noise.noise import LayerCall, LayerNoise, LocalGrads, PerturbedPass, as_input, passing
+from fgtrain.layer_noise.noise import LayerNoise, LocalGrads, PerturbedPass
 from fgtrain.layer_noise.rows import ExaminedPass, Rows, gradient_of_head, per_example
 from fgtrain.network.parameters import trainable_params
 from fgtrain.random import draw_seeds

@@ -15,8 +15,9 @@ from fgtrain.errors import LossError, NoTangent, UnsupportedOperation
 from fgtrain.forward_ad.dual import Dual, primal_of, tangent_of
 from fgtrain.forward_ad.passes import NO_TANGENT, LossFn
 from fgtrain.forward_ad.row_losses import Evaluated, WithRows, marks, num_marks, reached
+from fgtrain.layer_noise.layer_call import LayerCall
 from fgtrain.layer_noise.layers import run_perturbed
-from fgtrain.layer_noise.noise import WITHOUT_HEAD, LayerCall, LayerNoise, LocalGrads
+from fgtrain.layer_noise.noise import WITHOUT_HEAD, LayerNoise, LocalGrads
 from fgtrain.network.parameters import slots_of
 from fgtrain.network.snapshot import Snapshot
 

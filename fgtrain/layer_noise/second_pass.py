@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fgtrain.layer_noise.noise import LayerCall, LocalGrads, PerturbedPass, as_input, passing
+from fgtrain.layer_noise.layer_call import LayerCall, as_input, passing
+from fgtrain.layer_noise.noise import LocalGrads, PerturbedPass
 
 
 @dataclass(eq=False)

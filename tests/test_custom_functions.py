@@ -212,15 +212,18 @@ def test_the_loss_may_be_the_result_of_a_function():
     torch.testing.assert_close(ForwardExact()(net, loss).grads, Backprop()(net, loss).grads)
 
 
-@pytest.mark.parametrize("estimator", [ActivityPerturbation(num_tangents=3), FDFA()], ids=["activity", "fdfa"])
-def test_layers_before_a_function_are_perturbed(estimator):
+@pytest.mark.parametrize(
+    "use", [lambda function, z: function(z), lambda function, z: function(z) + z.relu()], ids=["alone", "beside a ReLU"]
+)
+@pytest.mark.parametrize("estimator", [ActivityPerturbation, FDFA], ids=["activity", "fdfa"])
+def test_layers_before_a_function_are_perturbed(estimator, use):
     """The derivatives along noise are those of a model that computes the same without a Function."""
 
     def estimate(function):
         torch.manual_seed(0)
         net = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 3))
-        loss = lambda m: F.cross_entropy(m[1](function(m[0](INPUTS))), LABELS, reduction="none")
-        return type(estimator)(3)(net, loss, generator=torch.Generator().manual_seed(1)).grads
+        loss = lambda m: F.cross_entropy(m[1](use(function, m[0](INPUTS))), LABELS, reduction="none")
+        return estimator(3)(net, loss, generator=torch.Generator().manual_seed(1)).grads
 
     torch.testing.assert_close(estimate(Sine.apply), estimate(torch.sin))
 

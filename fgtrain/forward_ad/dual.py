@@ -70,9 +70,6 @@ class Dual(Tensor):
         self.tangent = tangent
         self.of_pass = current.running
 
-    def used_unseen(self) -> None:
-        """Called after a custom autograd.Function has used it, which `__torch_function__` does not see."""
-
     @property
     def aliased(self) -> bool:
         """Whether the value shares memory with another dual's, but the tangents do not."""

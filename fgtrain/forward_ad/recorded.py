@@ -61,8 +61,6 @@ def _dual_of(x: Tensor, leaves: Mapping[Any, Dual]) -> Tensor:
     sources = list(leaves.values())
     if any(map(torch.is_complex, sources)):
         raise UnsupportedByEngine(f"{type(x.grad_fn).__name__} is of complex numbers")
-    for leaf in sources:
-        leaf.used_unseen()
     num = max(map(num_directions, sources))
     tangents = [padded(tangent_of(leaf), num) for leaf in sources]
     running, current.running = current.running, None  # in the graph, duals are values

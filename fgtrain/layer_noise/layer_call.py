@@ -135,9 +135,6 @@ class PerturbedDual(Dual):
     def __init__(self, primal: Tensor, tangent: Tensor, layer: LayerCall) -> None:
         self.layer = layer  # Dual.__new__ sets the others
 
-    def used_unseen(self) -> None:
-        self.layer.used_otherwise |= not self.layer.settled
-
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = call(func, args, kwargs or {})

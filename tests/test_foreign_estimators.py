@@ -138,10 +138,27 @@ def test_features_made_in_inference_mode(make):
     assert_is(found, expected)
 
 
-def test_inputs_that_require_a_gradient():
-    x = INPUTS.clone().requires_grad_()
-    with pytest.raises(UnsupportedOperation, match="not a parameter of the model requires a gradient"):
-        Highway(ActivityPerturbation(2))(residual(), lambda m: losses(m, x))
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: ForwardGradient(num_tangents=2),
+        lambda: ForwardGradient(exact_head=True),
+        lambda: ActivityPerturbation(2),
+        lambda: ActivityPerturbation(2, memory="replay"),
+        lambda: FDFA(),
+        lambda: LocalLosses(),
+        lambda: Highway(ActivityPerturbation(2)),
+    ],
+)
+@pytest.mark.parametrize("change", [lambda x: x, lambda x: x.exp()], ids=["leaf", "result"])
+def test_inputs_that_require_a_gradient(make, change, caplog):
+    inputs = INPUTS.clone().requires_grad_(), INPUTS
+    found, expected = (
+        make()(residual(), lambda m, x=x: losses(m, change(x)), generator=torch.Generator().manual_seed(0)).grads
+        for x in inputs
+    )
+    assert_is(found, expected)
+    assert "slower reference engine" not in caplog.text
 
 
 # --- losses that take derivatives -------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ from torch import Tensor
 from fgtrain._torch import overrides_of_tensors, plain_tensors, set_grad_enabled, tree_map_only
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.forward_ad.lost_derivatives import is_differentiable, refuse_if_lost
-from fgtrain.forward_ad.passes import UnsupportedByEngine, UsesGraph, WritesIntoPlain, WritesWider
+from fgtrain.forward_ad.passes import UnsupportedByEngine, UsesRecorded, WritesIntoPlain, WritesWider
 from fgtrain.forward_ad.registry import FALLBACKS, Rule
 from fgtrain.forward_ad.rules.compositions import COMPOSITIONS, by_place
 from fgtrain.forward_ad.running import current, running_pass
@@ -225,18 +225,30 @@ def primal_of(x: Any) -> Any:
     """The value of a dual, for rules; other objects are returned unchanged. Outside rules, use `native.value_of`.
 
     Raises:
-        UnsupportedByEngine: the tensor was prepared for a backward pass. It is the result of a custom
-            autograd.Function, whose own rule was not used, or the loss differentiates with respect to it, as by
-            torch.autograd.grad.
+        UsesRecorded: the tensor requires a gradient, and the pass is not prepared for that.
+        UnsupportedByEngine: the tensor depends on parameters, but not as a dual.
     """
     if isinstance(x, Tensor):
         if x.grad_fn is not None:
-            raise UsesGraph(f"{type(x.grad_fn).__name__} was recorded for a backward pass")
+            return _constant(x)
         if isinstance(x, Dual):
             return x.primal
         if x.requires_grad and not isinstance(x, AsParameter):
-            raise UnsupportedByEngine("a tensor that is not a parameter of the model requires a gradient")
+            return _constant(x)
     return x
+
+
+def _constant(x: Tensor) -> Tensor:
+    """A tensor that requires a gradient, if it does not depend on parameters, such as an input of the model."""
+    what = "a parameter" if x.grad_fn is None else f"the result of {type(x.grad_fn).__name__}"
+    if isinstance(x, Dual):
+        raise UnsupportedByEngine("a custom autograd.Function changes its argument in place")
+    recorded = None if current.running is None else current.running.recorded
+    if recorded is None:
+        raise UsesRecorded(f"{what} requires a gradient")
+    if not recorded.is_constant(x):
+        raise UnsupportedByEngine(f"{what} requires a gradient past the model")
+    return x.detach()
 
 
 def tangent_of(x: Any) -> Any:

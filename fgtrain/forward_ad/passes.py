@@ -94,8 +94,8 @@ class Unprepared(UnsupportedByEngine):
     """The pass does something that the engine can handle only if it knows beforehand; the next pass is prepared."""
 
 
-class UsesGraph(Unprepared):
-    """The pass uses the result of a custom autograd.Function, a plain tensor with a graph."""
+class UsesRecorded(Unprepared):
+    """The pass uses a plain tensor that requires a gradient, such as the result of a custom autograd.Function."""
 
 
 class WritesIntoPlain(Unprepared):

@@ -1,8 +1,8 @@
-"""The results of custom autograd.Functions, which are plain tensors with a graph whose leaves are duals.
+"""Plain tensors that require a gradient: results of custom autograd.Functions, and inputs of the model.
 
-A Function without `jvp` has the derivative of its `backward`, as in backpropagation, also if it is a straight-through
-estimator or a surrogate gradient. `transposed` computes it. Only the graph of one Function is stored, until its result
-is used.
+A Function takes duals as leaves of autograd's graph and returns a plain tensor with a graph. Without `jvp` it has the
+derivative of its `backward`, as in backpropagation, also if it is a straight-through estimator or a surrogate gradient.
+`transposed` computes it. Only the graph of one Function is stored, until its result is used.
 """
 
 from collections.abc import Mapping
@@ -18,13 +18,16 @@ from fgtrain._torch import tree_leaves, tree_map_only
 from fgtrain.forward_ad.dual import Dual, dual, num_directions, tangent_of
 from fgtrain.forward_ad.passes import UnsupportedByEngine
 from fgtrain.forward_ad.running import current
-from fgtrain.forward_ad.stale import graph_of
+from fgtrain.forward_ad.stale import graph_of, is_stale
 from fgtrain.forward_ad.transposed import transposed_twice
 from fgtrain.tangents.directions import padded
 
 
-class FunctionResults(TorchFunctionMode):
-    """A mode in which calls see the duals of the results of custom autograd.Functions, instead of plain tensors."""
+class RecordedTensors(TorchFunctionMode):
+    """A mode in which calls see the duals of the results of custom autograd.Functions, instead of plain tensors.
+
+    In this mode no call can differentiate with respect to an input without notice, so inputs may be constants.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -46,6 +49,13 @@ class FunctionResults(TorchFunctionMode):
             leaves = _leaves(x)
             known["as_dual"] = _dual_of(x, leaves) if leaves else None
         return x if known["as_dual"] is None else known["as_dual"]
+
+    def is_constant(self, x: Tensor) -> bool:
+        """Whether a tensor that requires a gradient depends neither on duals nor on parameters."""
+        nodes = list(graph_of(x, set()))
+        leaves = [node.variable for node in nodes if hasattr(node, "variable")] if nodes else [x]
+        may_hide_some = any(isinstance(node, BackwardCFunction) for node in nodes)
+        return not may_hide_some and not any(isinstance(y, (Dual, nn.Parameter)) or is_stale(y) for y in leaves)
 
 
 def _may_have_graph(x: Any) -> bool:

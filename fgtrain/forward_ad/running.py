@@ -16,6 +16,7 @@ class running_pass:  # noqa: N801 - a context manager used like a function
     Args:
         follows: whether to check that results without tangents have not lost them.
         promoted: tracks plain tensors into which duals are written; None if the model does not do this.
+        recorded: tracks tensors that require a gradient; None if the model uses none.
         draws: counts draws of random numbers; None unless the pass is traced.
 
     Attributes:
@@ -28,7 +29,10 @@ class running_pass:  # noqa: N801 - a context manager used like a function
         watched: functions after whose calls `saw` is called: see `watch`.
     """
 
-    def __init__(self, *, follows: bool = True, promoted: Any = None, draws: TracedDraws | None = None) -> None:
+    def __init__(
+        self, *, follows: bool = True, promoted: Any = None, recorded: Any = None, draws: TracedDraws | None = None
+    ) -> None:
+        self.recorded = recorded
         self.follows = follows
         self.promoted = promoted
         self.draws = draws

@@ -31,13 +31,13 @@ from fgtrain.forward_ad.passes import (
     NO_TANGENT,
     LossFn,
     UnsupportedByEngine,
-    UsesGraph,
+    UsesRecorded,
     WritesIntoPlain,
     WritesWider,
     check_losses,
 )
 from fgtrain.forward_ad.promoted import PromotedTensors
-from fgtrain.forward_ad.recorded import FunctionResults, depends_on_duals
+from fgtrain.forward_ad.recorded import RecordedTensors, depends_on_duals
 from fgtrain.forward_ad.running import running_pass
 from fgtrain.forward_ad.stale import as_stale, release
 from fgtrain.network.parameters import ParameterSlots, slots_of
@@ -50,13 +50,13 @@ class _Known:
 
     Args:
         duals: {name: parameter as a dual}.
-        uses_graphs: whether the model uses results of custom autograd.Functions.
+        uses_recorded: whether the model uses plain tensors that require a gradient.
         writes_into_plain: whether the model writes duals into plain tensors.
         writes_wider: whether it writes duals into those of fewer directions.
     """
 
     duals: dict[str, Dual] = field(default_factory=dict)
-    uses_graphs: bool = False
+    uses_recorded: bool = False
     writes_into_plain: bool = False
     writes_wider: bool = False
 
@@ -88,8 +88,8 @@ def evaluate(
     slots = slots_of(model)
     known = slots.cached(_Known, _Known)
     promoted = PromotedTensors() if known.writes_into_plain else None
-    results = FunctionResults() if known.uses_graphs else None
-    with running_pass(follows=follows, promoted=promoted) as running:
+    recorded = RecordedTensors() if known.uses_recorded else None
+    with running_pass(follows=follows, promoted=promoted, recorded=recorded) as running:
         running.width = width_of(tangents)
         if running.width is not None and known.writes_wider:
             tangents = all_dense(tangents)
@@ -102,21 +102,21 @@ def evaluate(
                 slots.params_replaced(duals),
                 torch.enable_grad(),  # so that a custom autograd.Function is detected, see `primal_of`
                 promoted or nullcontext(),
-                results or nullcontext(),
+                recorded or nullcontext(),
             ):
                 found = loss_fn(model)
             found = found if promoted is None else promoted.dual_of(found)
-            if results is not None and isinstance(found, Tensor):
-                found = results.dual_of(found)
+            if recorded is not None and isinstance(found, Tensor):
+                found = recorded.dual_of(found)
             with plain_tensors():
                 losses, derivatives = check_losses(primal_of(found)), tangent_of(found)
             if derivatives is not None and running.width is not None:
                 derivatives = padded(derivatives, running.width)
             del found
-        except UsesGraph as reason:
-            if known.uses_graphs:
+        except UsesRecorded as reason:
+            if known.uses_recorded:
                 raise UnsupportedByEngine(str(reason)) from reason
-            known.uses_graphs = True
+            known.uses_recorded = True
             raise
         except WritesIntoPlain:
             known.writes_into_plain = True
@@ -125,7 +125,7 @@ def evaluate(
             known.writes_wider = True
             raise
         finally:
-            if known.uses_graphs or sys.getrefcount(running) > references:  # duals of this pass are still alive
+            if known.uses_recorded or sys.getrefcount(running) > references:  # duals of this pass are still alive
                 _release(model, slots, duals)
             for dual in duals.values():
                 dual.tangent = None  # duals are cached, directions are freed

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.forward_ad import stacked
-from fgtrain.forward_ad.passes import LossFn, UnsupportedByEngine, UsesGraph, WritesIntoPlain, WritesWider
+from fgtrain.forward_ad.passes import LossFn, UnsupportedByEngine, UsesRecorded, WritesIntoPlain, WritesWider
 from fgtrain.layer_noise.noise import WITHOUT_HEAD, LayerNoise, PerturbedPass, UsedElsewhere
 from fgtrain.network.parameters import slots_of
 from fgtrain.network.snapshot import Snapshot
@@ -65,7 +65,7 @@ def find_layers(model: nn.Module, loss_fn: LossFn, kinds: tuple[type[nn.Module],
                 f" ({use.name} is also used outside its layer; instead of a penalty on weights, use weight_decay)"
             )
             continue
-        except (UsesGraph, WritesIntoPlain):
+        except (UsesRecorded, WritesIntoPlain):
             continue
         finally:
             before.restore()
@@ -90,7 +90,7 @@ def _try_other_parameters(model: nn.Module, loss_fn: LossFn, layers: PerturbedLa
     others = layers.others(slots_of(model).trainable())
     if others:
         with suppress(
-            UsesGraph, WritesIntoPlain, UnsupportedOperation
+            UsesRecorded, WritesIntoPlain, UnsupportedOperation
         ):  # the pass of the estimate names what it cannot follow
             run_perturbed(model, loss_fn, {name: torch.zeros_like(p)[None] for name, p in others.items()})
         before.restore()
@@ -118,12 +118,12 @@ def run_perturbed(
 
     Raises:
         UnsupportedOperation: the engine cannot handle the pass.
-        UsesGraph: the pass uses the result of a custom autograd.Function for the first time.
+        UsesRecorded: the pass uses the result of a custom autograd.Function for the first time.
         WritesIntoPlain: the pass writes into plain tensors for the first time.
     """
     try:
         return stacked.evaluate(model, loss_fn, tangents, follows=follows)
-    except (UsesGraph, WritesIntoPlain):
+    except (UsesRecorded, WritesIntoPlain):
         raise
     except WritesWider as reason:
         raise UnsupportedOperation(

@@ -71,6 +71,9 @@ REQUIRES_GRAD: Any = vars(torch._C.TensorBase)["requires_grad"].__get__
 SET_REQUIRES_GRAD: Any = vars(torch._C.TensorBase)["requires_grad"].__set__
 """The function that `__torch_function__` receives when a model sets `x.requires_grad`."""
 
+SET_DATA: Any = vars(torch._C.TensorBase)["data"].__set__
+"""The function that `__torch_function__` receives when a model sets `x.data`."""
+
 safe_softmax = torch._safe_softmax
 """Softmax with zeros in fully masked rows, as in scaled_dot_product_attention."""
 

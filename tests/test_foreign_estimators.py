@@ -13,6 +13,7 @@ from fgtrain import (
     ActivityPerturbation,
     Backprop,
     CheckpointedBackprop,
+    ForwardExact,
     ForwardGradient,
     GaussNewton,
     Highway,
@@ -159,6 +160,51 @@ def test_inputs_that_require_a_gradient(make, change, caplog):
     )
     assert_is(found, expected)
     assert "slower reference engine" not in caplog.text
+
+
+class FromFirstBatch(nn.Module):
+    """Sets its parameters from the first batch, as activation normalization does."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.ones(4)), nn.Parameter(torch.zeros(4))
+        self.register_buffer("is_set", torch.tensor(False))
+
+    def forward(self, x):
+        if not self.is_set:
+            with torch.no_grad():
+                self.scale.data = 1 / x.std(0)
+            self.shift.data = -x.detach().mean(0)
+            self.is_set = torch.tensor(True)
+        return (x + self.shift) * self.scale
+
+
+def with_initialisation():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), FromFirstBatch(), nn.Linear(4, 3))
+
+
+@pytest.mark.parametrize(
+    "make",
+    [ForwardExact, ForwardGradient, ActivityPerturbation, SPSA, MeZO, SecondOrder],
+    ids=lambda make: make.__name__,
+)
+def test_parameters_set_from_the_first_batch(make):
+    model, expected = with_initialisation(), with_initialisation()
+    exact = Backprop()(expected, lambda m: losses(m, INPUTS)).grads
+    found = make()(model, lambda m: losses(m, INPUTS)).grads
+    torch.testing.assert_close(model.state_dict(), expected.state_dict())
+    if make is ForwardExact:
+        torch.testing.assert_close(found, exact)
+
+
+def test_other_data_of_another_shape_are_refused():
+    def loss(m):
+        m.bias.data = torch.zeros(1, 3)
+        return losses(m, INPUTS)
+
+    with pytest.raises(UnsupportedOperation, match="gives a parameter other data"):
+        ForwardGradient()(nn.Linear(3, 3), loss)
 
 
 # --- losses that take derivatives -------------------------------------------------------------------------------------

@@ -147,6 +147,19 @@ def test_owners_have_the_functions_written_in_cpp():
     assert any(hasattr(owner, "gelu") for owner in _torch.FUNCTION_OWNERS)
 
 
+def test_setting_data_is_what_an_override_is_given():
+    seen = []
+
+    class Noting(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            seen.append(func)
+            return super().__torch_function__(func, types, args, kwargs or {})
+
+    torch.ones(2).as_subclass(Noting).data = torch.zeros(2)
+    assert _torch.SET_DATA in seen
+
+
 def test_requires_grad_is_what_an_override_is_given():
     class Noting(Tensor):
         @classmethod

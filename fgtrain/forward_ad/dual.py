@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fgtrain._torch import overrides_of_tensors, plain_tensors, set_grad_enabled, tree_map_only
+from fgtrain._torch import SET_DATA, overrides_of_tensors, plain_tensors, set_grad_enabled, tree_map_only
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.forward_ad.lost_derivatives import is_differentiable, refuse_if_lost
 from fgtrain.forward_ad.passes import UnsupportedByEngine, UsesRecorded, WritesIntoPlain, WritesWider
@@ -36,7 +36,7 @@ from fgtrain.forward_ad.registry import FALLBACKS, Rule
 from fgtrain.forward_ad.rules.compositions import COMPOSITIONS, by_place
 from fgtrain.forward_ad.running import current, running_pass
 from fgtrain.forward_ad.stale import stale_message
-from fgtrain.network.as_parameter import AsParameter
+from fgtrain.network.as_parameter import AsParameter, set_data
 from fgtrain.tangents.directions import LastTangent, LowRankTangent, Tangent, num_in, padded
 
 
@@ -214,6 +214,8 @@ def promoted(x: Tensor, name: str, num: int) -> Dual:
 def on_constants(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value_of: Callable[[Any], Any]) -> Any:
     """The result of a call under no_grad: a constant, or the first argument itself, as after a change in place."""
     constants = tree_map_only(Tensor, value_of, args)
+    if func == SET_DATA:
+        return set_data(*constants)
     result = func(*constants, **tree_map_only(Tensor, value_of, kwargs))
     return args[0] if args and result is constants[0] else result
 

@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from fgtrain._torch import (
     REQUIRES_GRAD,
+    SET_DATA,
     eager_functions,
     is_inside_transform,
     no_overrides,
@@ -103,7 +104,7 @@ class _CheckedCalls(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in SETS_REQUIRES_GRAD:
             self._originals.refuse_freezing(*args, **kwargs)
-        if not torch.is_grad_enabled():  # the model's no_grad: constants, as for backpropagation
+        if func == SET_DATA or not torch.is_grad_enabled():  # the model's no_grad: constants, as for backpropagation
             return on_constants(func, args, kwargs, value_of)
         if func == REQUIRES_GRAD:
             return func(*args) or has_tangent(args[0])

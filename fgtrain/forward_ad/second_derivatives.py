@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from fgtrain._torch import (
     REQUIRES_GRAD,
+    SET_DATA,
     custom_function_call,
     is_inside_transform,
     no_overrides,
@@ -62,7 +63,7 @@ class CorrectSecondDerivatives(TorchFunctionMode):
         if func is Tensor.__deepcopy__:
             return args[0].detach().clone()
         args, kwargs = tree_map_only(Tensor, self._originals.checked, (args, kwargs))
-        if not torch.is_grad_enabled():  # the model's no_grad: constants, as for backpropagation
+        if func == SET_DATA or not torch.is_grad_enabled():  # the model's no_grad: constants, as for backpropagation
             return on_constants(func, args, kwargs, Tensor.detach)
         if func is custom_function_call and not getattr(args[0], "is_linear", False):
             raise NotImplementedError("forward AD with a custom autograd.Function that is differentiated only once")

@@ -6,6 +6,7 @@ attributes.
 
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 
 from fgtrain.errors import UnsupportedOperation
@@ -16,6 +17,8 @@ held_constant: set[Tensor] = set()
 
 class KeepsFlag:
     """A tensor in place of a parameter, which has the parameter's `requires_grad`, although no graph is recorded.
+
+    If the model sets its `data`, as an initialisation from the first batch does, its memory gets the numbers.
 
     Attributes:
         param_name: the name of the parameter.
@@ -38,6 +41,14 @@ class KeepsFlag:
         self.requires_grad = requires_grad
         return self
 
+    @property
+    def data(self: Any) -> Any:
+        return self.detach()
+
+    @data.setter
+    def data(self: Any, value: Tensor) -> None:
+        set_data(self.detach(), value)
+
 
 class AsParameter(KeepsFlag, nn.Parameter):  # ty: ignore[lost-keyword-for-regular-parameter] - torch's stub errs
     """A plain tensor in place of a parameter; a copy of it is a parameter again."""
@@ -53,6 +64,17 @@ def as_parameter(value: Tensor, name: str, p: Tensor) -> Tensor:
     stand_in: Any = AsParameter(value, requires_grad=False)
     vars(stand_in).update(vars(p), param_name=name, trained=p.requires_grad or p in held_constant)
     return stand_in
+
+
+def set_data(memory: Tensor, value: Tensor) -> None:
+    """Write a value into the memory of a parameter whose `data` the model sets."""
+    if value.shape != memory.shape or value.dtype != memory.dtype:
+        raise UnsupportedOperation(
+            f"the loss function gives a parameter other data, {tuple(value.shape)} of {value.dtype} instead of "
+            f"{tuple(memory.shape)} of {memory.dtype}; do this before the step, or train with Backprop"
+        )
+    with torch.no_grad():
+        memory.copy_(value)
 
 
 def refuse_freezing(name: str, requires_grad: bool) -> NoReturn:

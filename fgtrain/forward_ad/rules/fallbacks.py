@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fgtrain._torch import REQUIRES_GRAD, SET_REQUIRES_GRAD, tree_leaves
+from fgtrain._torch import REQUIRES_GRAD, SET_DATA, SET_REQUIRES_GRAD, tree_leaves
 from fgtrain.forward_ad.dual import Dual, call, num_directions, primal_of, promoted, tangent_of, values
 from fgtrain.forward_ad.lost_derivatives import is_differentiable, only_reads
 from fgtrain.forward_ad.passes import UnsupportedByEngine
@@ -14,7 +14,7 @@ from fgtrain.forward_ad.rules.arithmetic import aligned
 from fgtrain.forward_ad.rules.compositions import no_backward
 from fgtrain.forward_ad.rules.opened import opened
 from fgtrain.forward_ad.rules.per_direction import per_direction
-from fgtrain.network.as_parameter import refuse_freezing
+from fgtrain.network.as_parameter import refuse_freezing, set_data
 
 
 def find_fallback(func: Any) -> Fallback:
@@ -45,6 +45,10 @@ def _requires_grad(x: Any, requires_grad: bool = True) -> Any:
     raise UnsupportedByEngine("requires_grad_(False)")
 
 
+def _set_data(x: Any, value: Any) -> None:
+    set_data(primal_of(x), primal_of(value))
+
+
 def _derivative(*_: Any, **__: Any) -> Any:
     """Refuse to differentiate a dual, which has no graph; the reference engine may be able to."""
     raise NotImplementedError("forward AD with a derivative with respect to an intermediate result that is a dual")
@@ -55,6 +59,7 @@ _OF_A_BACKWARD_PASS: dict[Any, Rule] = {
     REQUIRES_GRAD: lambda _: True,
     Tensor.requires_grad_: _requires_grad,
     SET_REQUIRES_GRAD: _requires_grad,
+    SET_DATA: _set_data,
     Tensor.register_hook: no_backward,
     Tensor.retain_grad: no_backward,
     Tensor.backward: _derivative,

@@ -68,6 +68,9 @@ FUNCTION_OWNERS = (torch, Tensor, torch._C._nn)
 REQUIRES_GRAD: Any = vars(torch._C.TensorBase)["requires_grad"].__get__
 """The function that `__torch_function__` receives when a model reads `x.requires_grad`."""
 
+DATA: Any = vars(torch._C.TensorBase)["data"].__get__
+"""The function that `__torch_function__` receives when a model reads `x.data`."""
+
 SET_REQUIRES_GRAD: Any = vars(torch._C.TensorBase)["requires_grad"].__set__
 """The function that `__torch_function__` receives when a model sets `x.requires_grad`."""
 

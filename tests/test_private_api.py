@@ -160,13 +160,14 @@ def test_setting_data_is_what_an_override_is_given():
     assert _torch.SET_DATA in seen
 
 
-def test_requires_grad_is_what_an_override_is_given():
+def test_requires_grad_and_data_are_what_an_override_is_given():
     class Noting(Tensor):
         @classmethod
         def __torch_function__(cls, func, types, args=(), kwargs=None):
-            return func == _torch.REQUIRES_GRAD
+            return [func == _torch.REQUIRES_GRAD, func == _torch.DATA]
 
-    assert torch.ones(2).as_subclass(Noting).requires_grad is True
+    assert torch.ones(2).as_subclass(Noting).requires_grad == [True, False]
+    assert torch.ones(2).as_subclass(Noting).data == [False, True]
 
 
 def test_safe_softmax_of_masked_rows():

@@ -367,6 +367,21 @@ def masked_row(h):
     )
 
 
+def assigned(h, name, value):
+    setattr(h, name, value)
+    return h
+
+
+PROPERTIES = [
+    linear("h.data = ...", lambda h: assigned(h, "data", 2 * h.data)),
+    linear("h.data = ... after a view", lambda h: h[:, :2] + assigned(h, "data", h.data.exp())[:, 2:]),
+    linear(
+        "z.real = ...",
+        lambda h: torch.view_as_real(
+            (lambda z: assigned(z, "real", 2 * z.real + z.imag))(torch.view_as_complex(h.view(5, 2, 2).clone()))
+        ),
+    ),
+]
 NOTHING = [
     Case(
         "a parameter without elements",
@@ -392,6 +407,7 @@ BETA = pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta",
         *BY_NAME,
         *EXTREMES,
         *SLOPES,
+        *PROPERTIES,
         *NOTHING,
         Case("expanded", Expanded, lambda m: m(ROWS).sum(1)),
     ],

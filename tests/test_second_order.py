@@ -112,6 +112,7 @@ OTHERS = [
     linear("roll of a number", lambda h: torch.roll(h.sum(), 1) * h),
     linear("glu", lambda h: nn.functional.glu(h[:, :2], 1)),
     linear("soft margin", lambda h: nn.functional.soft_margin_loss(h, X.sign(), reduction="none")),
+    linear("data", lambda h: h / h.data.norm() + (h * 1).detach_() * h),
     linear("a sample of a normal distribution", lambda h: torch.distributions.Normal(h, h.exp()).rsample()),
     linear("a gamma distribution of constants", lambda h: h * torch.igamma(X.exp(), X.exp())),
     linear("by name", lambda h: torch.matmul(h, other=h.T)),
@@ -190,12 +191,18 @@ def test_curvature_is_exact(case):
             lambda m: torch.linalg.householder_product(m(ROWS), ROWS[0, :2]).sum(1),
             "linalg_householder_product",
         ),
+        (lambda m: with_data(m(ROWS)).square().sum(1), "an assignment to .data"),
         (lambda m: torch.special.gammainc(torch.ones(2), m(ROWS).exp()).sum(1), "igamma"),
     ],
 )
 def test_what_cannot_be_differentiated_twice_is_one_line(loss, operation):
     with pytest.raises(UnsupportedOperation, match=f"^the loss function uses {operation}, which has no second[^\n]*$"):
         SecondOrder()(nn.Linear(3, 2), loss)
+
+
+def with_data(h):
+    h.data = 2 * h.data
+    return h
 
 
 class Doubled(torch.autograd.Function):

@@ -214,7 +214,9 @@ def promoted(x: Tensor, name: str, num: int) -> Dual:
 def on_constants(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], value_of: Callable[[Any], Any]) -> Any:
     """The result of a call under no_grad: a constant, or the first argument itself, as after a change in place."""
     constants = tree_map_only(Tensor, value_of, args)
-    if func == SET_DATA:
+    if func == SET_DATA and constants[0] is not args[0]:
+        if not getattr(args[0], "param_name", ""):
+            raise NotImplementedError("forward AD with an assignment to .data that")
         return set_data(*constants)
     result = func(*constants, **tree_map_only(Tensor, value_of, kwargs))
     return args[0] if args and result is constants[0] else result

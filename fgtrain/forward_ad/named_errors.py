@@ -60,6 +60,7 @@ _REFUSALS = {
     "would mutate a captured Tensor": "a change in place of a tensor from outside the loss",
     "Nested forward mode AD": "forward-mode AD of its own",
     "\nRuntimeError: \n": "a TorchScript function",  # its interpreter repeats an exception of Python without the text
+    "mutating directly with `.data`": "an assignment to .data",
     "Cannot access data pointer of Tensor": "an operation that reads memory itself",
     "Cannot access storage of": "an operation that reads memory itself",
     "NestedTensorImpl doesn't support": "nested tensors",

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from fgtrain._torch import (
+    DATA,
     REQUIRES_GRAD,
     SET_DATA,
     custom_function_call,
@@ -271,6 +272,8 @@ _ONLY_FIRST_DERIVATIVES = {
 }
 
 _FOR_SECOND_DERIVATIVES = {
+    DATA: lambda x: x.detach(),  # these two leave the derivatives of an outer level
+    Tensor.detach_: lambda x: x.copy_(x.detach()),
     F.layer_norm: _layer_norm,
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,

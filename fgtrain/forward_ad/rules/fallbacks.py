@@ -1,6 +1,6 @@
 """Fallbacks for functions without a rule: reading values, changes in place, functions implemented in Python."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -24,6 +24,8 @@ def find_fallback(func: Any) -> Fallback:
         return Fallback(_OF_A_BACKWARD_PASS[func])
     if only_reads(func):
         return Fallback(_reading(func), reads=True)
+    if name == "__set__" and func.__self__.__name__ != "grad":
+        return Fallback(_refused_property(func.__self__.__name__))
     if name == "__setitem__":
         return Fallback(_set_item, writes=True)
     if name.endswith("_") and not name.startswith("_") and not name.endswith("__"):
@@ -46,7 +48,9 @@ def _requires_grad(x: Any, requires_grad: bool = True) -> Any:
 
 
 def _set_data(x: Any, value: Any) -> None:
-    set_data(primal_of(x), primal_of(value))
+    if not isinstance(x, Dual) or not x.param_name:
+        raise UnsupportedByEngine("an assignment to .data of a tensor")
+    set_data(x.primal, primal_of(value))
 
 
 def _derivative(*_: Any, **__: Any) -> Any:
@@ -65,6 +69,13 @@ _OF_A_BACKWARD_PASS: dict[Any, Rule] = {
     Tensor.backward: _derivative,
     torch.autograd.grad: _derivative,
 }
+
+
+def _refused_property(name: str) -> Rule:
+    def rule(*_: Any) -> NoReturn:
+        raise UnsupportedByEngine(f"an assignment to .{name} of a tensor")
+
+    return rule
 
 
 def _reading(func: Any) -> Rule:

@@ -148,7 +148,7 @@ def _find_rows(examined: ExaminedPass, choices: Mapping[str, tuple[Rows, ...]], 
     own, other = examined.reached(first, num_examples)
     if own.any() and not other.any():
         return first
-    found, is_mixed = {}, bool(other.all())
+    found, is_mixed = {}, bool((own & other).all())  # if rows are in another order, some loss misses its own
 
     def is_right(name: str, rows: Rows, *, alone: bool) -> bool:
         if alone and is_mixed:

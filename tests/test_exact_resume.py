@@ -443,6 +443,22 @@ class PairOfStreams(Pair):
         return (Unsized if split == "train" else Pass)(self._loader(split, self.batch_size))
 
 
+class Going(Pass):
+    """Goes on where it was, also after the end of an epoch, as a stream does."""
+
+    def __iter__(self):
+        batches = list(self.loader)
+        while self.batch < len(batches):
+            self.batch += 1
+            yield batches[self.batch - 1]
+        self.batch = 0
+
+
+class GoingWithAnother(Pair):
+    def loader(self, split):
+        return (Pass if split == "train" else Going)(self._loader("train", 8 if split == "train" else 16))
+
+
 class Batch(NamedTuple):
     inputs: torch.Tensor
     labels: torch.Tensor
@@ -479,7 +495,7 @@ def test_a_checkpoint_holds_no_more_than_the_batch_that_was_fetched_ahead(tmp_pa
     assert saved.stat().st_size < 100_000
 
 
-OWN_STATES = pytest.mark.parametrize("data", [Passes, Pair, PairOfOurs, Counting, Drawn, Stream])
+OWN_STATES = pytest.mark.parametrize("data", [Passes, Pair, PairOfOurs, Counting, Drawn, Stream, GoingWithAnother])
 
 
 @pytest.mark.parametrize("data", [Passes, Pair, PairOfOurs, Counting, Drawn, Stream, PairOfStreams])
@@ -492,6 +508,18 @@ def test_cut_in_the_middle_of_an_epoch_of_data_with_a_state(data):
 def test_cut_at_the_end_of_an_epoch_of_data_with_a_state(data):
     plan = Plan(EPOCHS, "constant", save_every=5, validate={"limit_val_batches": 0}, cuts=((12, True), (14, True)))
     assert_exact(plan, data)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loader", [Pass, Going])
+@pytest.mark.parametrize("save_every", [2, 3])
+def test_epochs_that_end_before_a_loader_with_a_position(save_every, loader):
+    class Data(Small):
+        def train_dataloader(self):
+            return loader(self._loader("train", self.batch_size))
+
+    plan = Plan(EPOCHS, "constant", save_every, {"limit_val_batches": 0, "limit_train_batches": 3})
+    assert_exact_wherever_cut(plan, range(8, 32), Data)
 
 
 @pytest.mark.slow

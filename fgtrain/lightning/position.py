@@ -190,26 +190,30 @@ class Position(L.Callback):
     def leave_epoch(self, trainer: Any) -> None:
         """Restore the data after an epoch was entered only to end it."""
         self.ends_epoch = False
-        self._restore_loaders(trainer)
         if self._leaves:
             self._end_passes(trainer)
-        elif self._ahead is not None:
-            restart_loaders(trainer, self._ahead)
+        else:
+            self._restore_loaders(trainer)
+            if self._ahead is not None:
+                restart_loaders(trainer, self._ahead)
         self._restore_random_state(trainer)
         self._restore_limits(trainer)
 
     def _end_passes(self, trainer: Any) -> None:
-        """Restore the loaders of a finished epoch, so that their next iterators begin another pass.
+        """Restore the loaders of a finished epoch, so that their next iterators begin another pass, or go on.
 
         Of two kinds of loaders with the state of a finished pass, one begins another one, and the other, such as
-        torchdata's StatefulDataLoader, has nothing left to give. An unfinished pass ends when the next one begins.
+        torchdata's StatefulDataLoader, has nothing left to give. An unfinished pass ends when the next one begins, or
+        goes on, as that of a stream does.
         """
         with preserved_random_state():
             for loader, state in zip(_loaders(trainer), self._loaders, strict=False):
+                goes_on = _has_ended(trainer, loader) or _goes_on(loader, state)
                 loader.load_state_dict(copy.deepcopy(state))
-                if next(iter(loader), None) is not None and _has_ended(trainer, loader):
-                    loader.load_state_dict(state)
+                if next(iter(loader), None) is not None and goes_on:
+                    loader.load_state_dict(copy.deepcopy(state))
                 loader.state_dict()  # torchdata draws a random number in the first call after a load
+        self._restore_data_state(trainer)
 
     def _continue_pass(self, trainer: Any) -> None:
         """Restore the data in the middle of an epoch, where Lightning has made new iterators and fetched ahead."""
@@ -227,8 +231,11 @@ class Position(L.Callback):
     def _restore_loaders(self, trainer: Any) -> None:
         for loader, state in zip(_loaders(trainer), self._loaders, strict=False):
             loader.load_state_dict(copy.deepcopy(state))
-        if self._data_state:  # its hooks saw the batch that was fetched
-            trainer.datamodule.load_state_dict(self._data_state)
+        self._restore_data_state(trainer)
+
+    def _restore_data_state(self, trainer: Any) -> None:
+        if self._data_state:  # its hooks and loaders saw the batches that were fetched
+            trainer.datamodule.load_state_dict(copy.deepcopy(self._data_state))
 
     def _restore_random_state(self, trainer: Any) -> None:
         if self._random is not None:
@@ -329,6 +336,33 @@ def _has_ended(trainer: Any, loader: Any) -> bool:
     if length is None:
         return math.isinf(batches)
     return batches % length == 0 if restarts_short_loaders(trainer) else batches >= length
+
+
+def _goes_on(loader: Any, state: Any) -> bool:
+    """Whether a new iterator of a loader goes on in the middle of a pass, as it does after a load.
+
+    At the end of a pass all loaders may do so, hence two places.
+    """
+    loader.load_state_dict(copy.deepcopy(state))
+    for _ in range(2):
+        next(iter(loader), None)
+        place = copy.deepcopy(loader.state_dict())
+        next(iter(loader), None)
+        follows = copy.deepcopy(loader.state_dict())
+        loader.load_state_dict(place)
+        next(iter(loader), None)
+        if not _is_same(loader.state_dict(), follows):
+            return False
+    return True
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    """Whether two states, of nested containers and tensors, are equal."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_is_same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
+        return len(a) == len(b) and all(map(_is_same, a, b))
+    return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)
 
 
 def _stateful(loaders: CombinedLoader) -> list[Any]:

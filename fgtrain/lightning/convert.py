@@ -39,7 +39,8 @@ def convert(
     The module keeps its class (as a base), parameters, state_dict and hooks, and Lightning keeps optimizing it
     automatically. Only the call in which Lightning computes gradients is replaced. So schedulers,
     `Trainer(accumulate_grad_batches=..., gradient_clip_val=...)`, `configure_gradient_clipping` and callbacks work as
-    usual, and with `Backprop()` the weights are those of plain Lightning, bit for bit.
+    usual, and with `Backprop()` the weights are those of plain Lightning, bit for bit; to rounding if several processes
+    accumulate batches, as gradients are averaged after each batch.
 
     `training_step` is called as the loss function: once per batch by most estimators, several times by those that
     compare losses. Its logs, torchmetrics, the attributes it sets and the items it appends to lists of the module count

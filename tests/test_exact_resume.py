@@ -523,6 +523,16 @@ def test_epochs_that_end_before_a_loader_with_a_position(save_every, loader):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("data", [Passes, Stream])
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("save_every", [3, 5])
+def test_loaders_that_are_made_anew_every_few_epochs(save_every, every, data):
+    reload = {"reload_dataloaders_every_n_epochs": every}
+    plan = Plan({"max_epochs": 4}, "constant", save_every, EVERY_EPOCH | reload)
+    assert_exact_wherever_cut(plan, range(12, 50), data)
+
+
+@pytest.mark.slow
 @OWN_STATES
 @pytest.mark.parametrize("length", [EPOCHS, STEPS], ids=str)
 @pytest.mark.parametrize("save_every", [4, 5])

@@ -66,6 +66,12 @@ def restart_loaders(trainer: Any, ahead: Mapping[str, Any] | None = None) -> Non
         trainer.fit_loop._combined_loader._iterator._consumed = list(ahead["consumed"])
 
 
+def keep_reloads(trainer: Any) -> None:
+    """Make the loaders anew at the epochs of an undisturbed run; Lightning counts from the epoch of its start."""
+    if every := trainer.reload_dataloaders_every_n_epochs:
+        trainer.fit_loop._last_train_dl_reload_epoch = trainer.current_epoch - trainer.current_epoch % every
+
+
 def fetched_ahead(trainer: Any) -> dict[str, Any]:
     """What Lightning has fetched from loaders without a length, to know which batch is the last of an epoch.
 

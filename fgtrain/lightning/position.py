@@ -21,6 +21,7 @@ from fgtrain.errors import CheckpointError
 from fgtrain.lightning._lightning import (
     Counters,
     fetched_ahead,
+    keep_reloads,
     raise_limits,
     restart_loaders,
     restarts_short_loaders,
@@ -156,8 +157,10 @@ class Position(L.Callback):
             return
         self._reads = False
         trainer.callback_metrics.update(self._metrics)
+        keep_reloads(trainer)
         every = trainer.reload_dataloaders_every_n_epochs
-        if self._leaves and not self.ends_epoch and not (every and trainer.current_epoch % every == 0):
+        following = trainer.current_epoch + self._validates  # the epoch whose loaders may be new
+        if self._leaves and not self.ends_epoch and not (every and following % every == 0):
             self._end_passes(trainer)
         if self._validates:  # whatever the step
             self._intervals = trainer.val_check_batch, trainer.check_val_every_n_epoch

@@ -35,6 +35,7 @@ from fgtrain.forward_ad.rules.opened import opened
 from fgtrain.forward_ad.stale import as_stale, release
 from fgtrain.forward_ad.steep import IN_PLACE, STEEP, call_steep
 from fgtrain.forward_ad.transposed import run_transposed
+from fgtrain.network.as_parameter import set_data
 from fgtrain.network.parameters import slots_of
 from fgtrain.network.snapshot import Snapshot
 from fgtrain.tangents.directions import Tangent, all_dense, num_of
@@ -104,7 +105,10 @@ class _CheckedCalls(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in SETS_REQUIRES_GRAD:
             self._originals.refuse_freezing(*args, **kwargs)
-        if func == SET_DATA or not torch.is_grad_enabled():  # the model's no_grad: constants, as for backpropagation
+        if func == SET_DATA:
+            x, value = args[0], value_of(args[1])
+            return set_data(value_of(x), value) if hasattr(x, "param_name") else func(x, value)
+        if not torch.is_grad_enabled():  # the model's no_grad: constants, as for backpropagation
             return on_constants(func, args, kwargs, value_of)
         if func == REQUIRES_GRAD:
             return func(*args) or has_tangent(args[0])

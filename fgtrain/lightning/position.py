@@ -1,21 +1,15 @@
 """The position of a run in its data, saved in checkpoints and restored from them for Lightning's own loops."""
 
 import copy
-import io
-import math
-import pickle
 import warnings
-from typing import Any, NamedTuple
+from typing import Any
 
 import lightning as L
-import torch
 from lightning.fabric.utilities.data import sized_len
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
-from fgtrain._torch import tree_map
 from fgtrain.distributed import of_all_ranks
 from fgtrain.errors import CheckpointError
 from fgtrain.lightning._lightning import (
@@ -24,9 +18,19 @@ from fgtrain.lightning._lightning import (
     keep_reloads,
     raise_limits,
     restart_loaders,
-    restarts_short_loaders,
 )
-from fgtrain.lightning.length import batches_per_epoch, train_loaders
+from fgtrain.lightning.length import train_loaders
+from fgtrain.lightning.loaders import (
+    all_loaders,
+    generators,
+    goes_on,
+    has_ended,
+    has_random_workers,
+    loadable,
+    loaders_with_position,
+    with_position,
+)
+from fgtrain.lightning.place import Place, validation_is_due
 from fgtrain.random import preserved_random_state, random_state, set_random_state
 
 
@@ -79,8 +83,8 @@ class Position(L.Callback):
         fit = checkpoint["loops"]["fit_loop"]
         metrics = {name: value.detach().cpu() for name, value in trainer.callback_metrics.items()}
         fit["state_dict"] |= {"callback_metrics": metrics, "should_stop": trainer.should_stop or self._stops}
-        fit["state_dict"]["generators"] = of_all_ranks([g.get_state() for g in _generators(trainer)])
-        fit["state_dict"]["ahead"] = of_all_ranks(_loadable(fetched_ahead(trainer)))
+        fit["state_dict"]["generators"] = of_all_ranks([g.get_state() for g in generators(trainer)])
+        fit["state_dict"]["ahead"] = of_all_ranks(loadable(fetched_ahead(trainer)))
         if self._was_last is not None:
             fit["epoch_loop.batch_progress"]["is_last_batch"] = self._was_last
 
@@ -100,7 +104,7 @@ class Position(L.Callback):
         if trainer.datamodule is not None:
             self._data_state = copy.deepcopy(checkpoint.get(type(trainer.datamodule).__qualname__, {}))
         loaders = train_loaders(trainer)
-        able = len(self._loaders) if loaders is None else len(_stateful(loaders))  # Lightning checks those of `fit`
+        able = len(self._loaders) if loaders is None else len(with_position(loaders))  # Lightning checks those of `fit`
         if self._loaders and len(self._loaders) != able:
             raise CheckpointError(
                 f"the checkpoint holds the positions of {len(self._loaders)} training loaders, but {able} of this "
@@ -112,7 +116,7 @@ class Position(L.Callback):
     def _enter(self, trainer: Any, fit: dict[str, Any], step: int) -> None:
         """Raise the limits and set the counters, so that Lightning's loops do next what the run would have done."""
         found, stopped = Counters.of(fit), self.keeps_stop and fit["state_dict"].get("should_stop", False)
-        here = _Place.of(found, trainer, step, stopped=stopped)
+        here = Place.of(found, trainer, step, stopped=stopped)
         self.ends_epoch, self._validates, self._is_complete = here.ends_epoch, here.validates, here.is_complete
         self._was_last = found.is_last if here.ends_epoch else None
         self._leaves = found.total > 0 and found.is_last
@@ -125,7 +129,7 @@ class Position(L.Callback):
         batch, total = found.batch - here.ends_epoch if here.is_inside else 0, found.total - here.ends_epoch
         # Lightning adds a step to the x axis of its logs if a validation is due here, even if it was done before.
         adds = here.validates or (
-            not here.is_complete and _validation_is_due(trainer, here.epoch, total, batch, is_last=False)
+            not here.is_complete and validation_is_due(trainer, here.epoch, total, batch, is_last=False)
         )
         is_last = here.validates and found.is_last
         state = Counters(here.epoch, here.is_inside, batch, total, is_last, not here.validates)
@@ -165,7 +169,7 @@ class Position(L.Callback):
         if self._validates:  # whatever the step
             self._intervals = trainer.val_check_batch, trainer.check_val_every_n_epoch
             trainer.val_check_batch, trainer.check_val_every_n_epoch = 1, None
-        keeps_place = self._is_inside and len(_loaders(trainer)) == len(_all_loaders(trainer))
+        keeps_place = self._is_inside and len(loaders_with_position(trainer)) == len(all_loaders(trainer))
         if keeps_place and not self.ends_epoch:
             self._continue_pass(trainer)
         elif self._validates:
@@ -175,7 +179,7 @@ class Position(L.Callback):
             restart_loaders(trainer)
         if self._is_complete:
             self._restore_limits(trainer)
-        elif trainer.global_step > 0 and _has_random_workers(trainer):
+        elif trainer.global_step > 0 and has_random_workers(trainer):
             rank_zero_warn(
                 "the training loader has persistent_workers=True: its new workers do not continue the random numbers "
                 "of the old ones, so a dataset that draws some gives other examples; persistent_workers=False avoids it"
@@ -210,10 +214,10 @@ class Position(L.Callback):
         goes on, as that of a stream does.
         """
         with preserved_random_state():
-            for loader, state in zip(_loaders(trainer), self._loaders, strict=False):
-                goes_on = _has_ended(trainer, loader) or _goes_on(loader, state)
+            for loader, state in zip(loaders_with_position(trainer), self._loaders, strict=False):
+                continues = has_ended(trainer, loader) or goes_on(loader, state)
                 loader.load_state_dict(copy.deepcopy(state))
-                if next(iter(loader), None) is not None and goes_on:
+                if next(iter(loader), None) is not None and continues:
                     loader.load_state_dict(copy.deepcopy(state))
                 loader.state_dict()  # torchdata draws a random number in the first call after a load
         self._restore_data_state(trainer)
@@ -223,7 +227,7 @@ class Position(L.Callback):
         if self._ahead is not None and self._ahead["batches"]:
             self._restore_loaders(trainer)
             restart_loaders(trainer, self._ahead)
-        elif self._ahead is None and any(sized_len(loader) is None for loader in _loaders(trainer)):
+        elif self._ahead is None and any(sized_len(loader) is None for loader in loaders_with_position(trainer)):
             rank_zero_warn(
                 "the run continues in the middle of an epoch, but its training loader has no length: Lightning had "
                 "fetched a batch ahead, which the checkpoint does not hold, and this one batch is left out; give the "
@@ -232,7 +236,7 @@ class Position(L.Callback):
         self._restore_random_state(trainer)
 
     def _restore_loaders(self, trainer: Any) -> None:
-        for loader, state in zip(_loaders(trainer), self._loaders, strict=False):
+        for loader, state in zip(loaders_with_position(trainer), self._loaders, strict=False):
             loader.load_state_dict(copy.deepcopy(state))
         self._restore_data_state(trainer)
 
@@ -243,7 +247,7 @@ class Position(L.Callback):
     def _restore_random_state(self, trainer: Any) -> None:
         if self._random is not None:
             set_random_state(self._random)
-            for generator, state in zip(_generators(trainer), self._generators, strict=False):
+            for generator, state in zip(generators(trainer), self._generators, strict=False):
                 generator.set_state(state)
             self._random = None
 
@@ -256,145 +260,3 @@ class Position(L.Callback):
         if self._intervals is not None:
             trainer.val_check_batch, trainer.check_val_every_n_epoch = self._intervals
             self._intervals = None
-
-
-class _Place(NamedTuple):
-    """The place of a run in its epochs, and what is pending there.
-
-    Attributes:
-        epoch: the number of epochs before this place.
-        is_inside: whether a step of the epoch has been done, and its end has not been left behind.
-        is_over: whether a limit or a stop ends the run here.
-        validates: whether the validation after the last step is pending.
-        ends_epoch: whether the end of the epoch is pending, and no validation before it.
-    """
-
-    epoch: int
-    is_inside: bool
-    is_over: bool
-    validates: bool
-    ends_epoch: bool
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether nothing is left to do."""
-        return self.is_over and not (self.validates or self.ends_epoch)
-
-    @classmethod
-    def of(cls, found: Counters, trainer: Any, step: int, *, stopped: bool) -> "_Place":
-        """Find it from the counters of a checkpoint.
-
-        Args:
-            found: the counters.
-            trainer: the trainer of the run.
-            step: the number of optimizer steps.
-            stopped: whether the run was stopped early.
-        """
-        is_inside = found.batch > 0 and (found.in_epoch or not found.is_last)  # also if the run ended within it
-        epoch = found.epochs - (is_inside and not found.in_epoch)
-        stops = stopped and found.epochs >= (trainer.min_epochs or 0) and step >= (trainer.min_steps or 0)
-        is_over = stops or 0 <= trainer.max_steps <= step or 0 <= trainer.max_epochs <= epoch
-        owes_end = is_inside and found.in_epoch
-        due = _validation_is_due(trainer, epoch, found.total, found.batch, is_last=found.is_last)
-        validates = owes_end and not found.step_is_over and (due or (stops and trainer.enable_validation))
-        return cls(epoch, is_inside, is_over, validates, owes_end and not validates and (found.is_last or is_over))
-
-
-def _loaders(trainer: Any) -> list[Any]:
-    """The loaders of the run that have a position."""
-    return _stateful(CombinedLoader(trainer.train_dataloader))
-
-
-def _all_loaders(trainer: Any) -> list[Any]:
-    return CombinedLoader(trainer.train_dataloader).flattened
-
-
-def _loadable(fetched: dict[str, Any]) -> dict[str, Any] | None:
-    """A copy as `torch.load` reads it with weights_only=True; None if it cannot, as for objects of a user."""
-    own = tree_map(lambda x: x.detach().cpu().clone() if isinstance(x, Tensor) else x, fetched)  # not the whole storage
-    file = io.BytesIO()
-    try:
-        torch.save(own, file)
-        file.seek(0)
-        return torch.load(file, weights_only=True)
-    except (pickle.PickleError, AttributeError, TypeError, RuntimeError):
-        return None
-
-
-def _generators(trainer: Any) -> list[torch.Generator]:
-    """The generators of the run's loaders and of their samplers."""
-    found: dict[int, torch.Generator] = {}
-    for loader in _all_loaders(trainer):
-        batches = getattr(loader, "batch_sampler", None)
-        for part in (loader, getattr(loader, "sampler", None), batches, getattr(batches, "sampler", None)):
-            generator = getattr(part, "generator", None)
-            if isinstance(generator, torch.Generator):
-                found[id(generator)] = generator
-    return list(found.values())
-
-
-def _has_ended(trainer: Any, loader: Any) -> bool:
-    """Whether the pass of a loader ends with the epoch."""
-    length, batches = sized_len(loader), trainer.num_training_batches
-    if length is None:
-        return math.isinf(batches)
-    return batches % length == 0 if restarts_short_loaders(trainer) else batches >= length
-
-
-def _goes_on(loader: Any, state: Any) -> bool:
-    """Whether a new iterator of a loader goes on in the middle of a pass, as it does after a load.
-
-    At the end of a pass all loaders may do so, hence two places.
-    """
-    loader.load_state_dict(copy.deepcopy(state))
-    for _ in range(2):
-        next(iter(loader), None)
-        place = copy.deepcopy(loader.state_dict())
-        next(iter(loader), None)
-        follows = copy.deepcopy(loader.state_dict())
-        loader.load_state_dict(place)
-        next(iter(loader), None)
-        if not _is_same(loader.state_dict(), follows):
-            return False
-    return True
-
-
-def _is_same(a: Any, b: Any) -> bool:
-    """Whether two states, of nested containers and tensors, are equal."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_is_same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
-        return len(a) == len(b) and all(map(_is_same, a, b))
-    return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)
-
-
-def _stateful(loaders: CombinedLoader) -> list[Any]:
-    return [x for x in loaders.flattened if hasattr(x, "state_dict") and hasattr(x, "load_state_dict")]
-
-
-def _has_random_workers(trainer: Any) -> bool:
-    """Whether a loader keeps workers, with their generators, from one epoch to the next and cannot restore them."""
-    loaders = CombinedLoader(trainer.train_dataloader)
-    kept = [x for x in loaders.flattened if getattr(x, "persistent_workers", False)]
-    return any(x not in _stateful(loaders) for x in kept)
-
-
-def _validation_is_due(trainer: Any, epoch: int, total: int, batch: int, *, is_last: bool) -> bool:
-    """Whether a validation is due after the last step so far.
-
-    Args:
-        trainer: the trainer of the run.
-        epoch: the epoch of that step.
-        total: batches of the run so far.
-        batch: batches of the epoch so far.
-        is_last: whether the epoch has no more batches.
-    """
-    interval, every = trainer.val_check_interval, trainer.check_val_every_n_epoch
-    if not trainer.enable_validation or (every is not None and (epoch + 1) % every):
-        return False
-    if isinstance(interval, float):
-        batches = batches_per_epoch(trainer)
-        if math.isinf(batches):
-            return is_last
-        interval = max(1, int(batches * interval))
-    return isinstance(interval, int) and (total if every is None else batch) % interval == 0

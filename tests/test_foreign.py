@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 
 from fgtrain import (
     FDFA,
@@ -152,13 +153,15 @@ def own_jvp(m, h):
 
 
 @ENGINES
-@pytest.mark.parametrize(
-    ("between", "cause"),
-    [(squared, "a derivative with respect to an intermediate result"), (own_jvp, "forward-mode AD of its own")],
-)
-def test_derivatives_inside_the_model_are_named(between, cause, derivatives_of):
+def test_derivatives_inside_the_model(derivatives_of):
+    exact(net(squared), derivatives_of)
+
+
+@ENGINES
+def test_forward_mode_inside_the_model_is_named(derivatives_of):
+    cause = "forward-mode AD of its own"
     with pytest.raises(UnsupportedOperation, match=rf"^the model \(Net\) uses {cause}, which has no forward-mode"):
-        exact(net(between), derivatives_of)
+        exact(net(own_jvp), derivatives_of)
 
 
 def own_vjp(m, h):
@@ -490,18 +493,53 @@ def test_a_penalty_on_the_parameters_that_are_trained(estimator):
         torch.testing.assert_close(found.directional_derivatives[0], flat(exact.grads) @ directions, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("allow_unused", [False, True], ids=["all used", "some may be unused"])
-@pytest.mark.parametrize(
-    "estimator", [*WITHOUT_BACKWARD, ActivityPerturbation(), FDFA()], ids=lambda e: type(e).__name__
-)
-def test_a_loss_that_differentiates_in_the_parameters_is_refused(estimator, allow_unused):
-    def loss(m):
-        losses, params = m(X).square().sum(1), list(m.parameters())
-        slopes = torch.autograd.grad(losses.mean(), params, create_graph=True, allow_unused=allow_unused)
-        return losses + sum(g.square().sum() for g in slopes if g is not None)
+def descended(m, **options):
+    """The losses after a step of gradient descent, and the size of its gradient."""
+    losses, params = m(X).square().sum(1), dict(m.named_parameters())
+    slopes = torch.autograd.grad(losses.mean(), list(params.values()), create_graph=True, **options)
+    moved = {name: p - 0.1 * g for (name, p), g in zip(params.items(), slopes, strict=True) if g is not None}
+    return functional_call(m, moved, (X,)).exp().sum(1) + sum(g.square().sum() for g in slopes if g is not None)
 
+
+def first_order(m):
+    """As `descended`, with a gradient that is a constant."""
+    losses, params = m(X).square().sum(1), dict(m.named_parameters())
+    slopes = torch.autograd.grad(losses.mean(), list(params.values()))
+    moved = {name: p - 0.1 * g for (name, p), g in zip(params.items(), slopes, strict=True)}
+    return functional_call(m, moved, (X,)).exp().sum(1)
+
+
+def of_features(m):
+    """A penalty on the slope of the outputs in what a layer computes."""
+    features = m[0](X).tanh()
+    outputs = m[2](features)
+    (slopes,) = torch.autograd.grad(outputs.square().sum(), features, create_graph=True)
+    return (slopes * features).sum(1).square() + outputs.sum(1)
+
+
+LEARNT = [descended, lambda m: descended(m, allow_unused=True), first_order, of_features]
+
+
+@pytest.mark.parametrize("loss", LEARNT, ids=["step", "with some unused", "first order", "features"])
+@pytest.mark.parametrize("estimator", [ForwardExact(), ForwardExact(chunk_size=3)], ids=str)
+def test_a_loss_that_differentiates_in_the_parameters(loss, estimator):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double()
+    expected = Backprop()(model, loss).grads
+    for _ in range(2):  # the second call knows the loss
+        torch.testing.assert_close(estimator(model, loss).grads, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("loss", LEARNT[:3], ids=["step", "with some unused", "first order"])
+@pytest.mark.parametrize(
+    "estimator",
+    [SPSA(), MeZO(), GaussNewton(num_tangents=2), SecondOrder(), ActivityPerturbation(), FDFA()],
+    ids=lambda e: type(e).__name__,
+)
+def test_a_loss_that_differentiates_in_the_parameters_is_refused(estimator, loss):
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).double()
     with pytest.raises(UnsupportedOperation, match=r"a derivative with respect to a.*, or train with"):
-        estimator(nn.Linear(4, 3).double(), loss)
+        estimator(model, loss)
 
 
 class Marked(nn.Module):

@@ -233,9 +233,13 @@ def _stacked(
 
 
 def _native(
-    model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent], _: AnySnapshot
+    model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent], before: AnySnapshot
 ) -> tuple[Tensor, Tensor]:
-    return native.jvp(model, loss_fn, tangents)
+    try:
+        return native.jvp(model, loss_fn, tangents)
+    except Unprepared:
+        before.restore()
+        return native.jvp(model, loss_fn, tangents)
 
 
 def _sharded(

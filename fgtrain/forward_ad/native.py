@@ -6,6 +6,7 @@ and the loss is (f, grad f . v). Nothing is stored for a backward pass, so the m
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
@@ -24,12 +25,19 @@ from fgtrain._torch import (
     tree_map_only,
     without_tangents,
 )
-from fgtrain.errors import NoTangent
+from fgtrain.errors import NoTangent, UnsupportedOperation
 from fgtrain.forward_ad.dual import Dual, on_constants
 from fgtrain.forward_ad.lost_derivatives import refuse_if_lost
 from fgtrain.forward_ad.named_errors import named_errors
 from fgtrain.forward_ad.originals import SETS_REQUIRES_GRAD, Originals
-from fgtrain.forward_ad.passes import NO_TANGENT, LossFn, UnsupportedByEngine, check_losses, require_repetition
+from fgtrain.forward_ad.passes import (
+    NO_TANGENT,
+    Differentiates,
+    LossFn,
+    UnsupportedByEngine,
+    check_losses,
+    require_repetition,
+)
 from fgtrain.forward_ad.rules.compositions import COMPOSITIONS, by_place, composed_out_of_place, no_backward
 from fgtrain.forward_ad.rules.opened import opened
 from fgtrain.forward_ad.stale import as_stale, release
@@ -41,28 +49,58 @@ from fgtrain.network.snapshot import Snapshot
 from fgtrain.tangents.directions import Tangent, all_dense, num_of
 
 
+@dataclass
+class _Known:
+    """Facts about a model from its earlier passes.
+
+    Args:
+        differentiates: whether the loss differentiates with respect to what depends on parameters.
+    """
+
+    differentiates: bool = False
+
+
 def jvp(model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent]) -> tuple[Tensor, Tensor]:
     """Losses (B,) or () and their derivatives (K, B) or (K,), as `fgtrain.forward_ad.jvp`.
 
+    If the loss itself differentiates in the parameters, a graph is recorded for that.
+
     Raises:
+        Differentiates: it does so for the first time.
         UnsupportedOperation: an operation has no forward-mode derivative, a tensor made from parameters comes from
             outside the pass, or the loss changes when its pass is repeated.
         LossError: the loss carries no tangent.
     """
+    known = slots_of(model).cached(_Known, _Known)
+    try:
+        return _derivatives(model, loss_fn, tangents, with_graph=known.differentiates)
+    except UnsupportedOperation as refusal:
+        if known.differentiates or "a derivative with respect to" not in str(refusal):
+            raise
+        known.differentiates = True
+        raise Differentiates(str(refusal)) from refusal
+
+
+def _derivatives(
+    model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent], *, with_graph: bool
+) -> tuple[Tensor, Tensor]:
     slots = slots_of(model)
     num_tangents, directions = num_of(tangents), all_dense(tangents)
     snapshot = Snapshot(model) if num_tangents > 1 else None
     losses, derivatives = None, []
     with torch.enable_grad(), no_fast_paths(), named_errors(model):
-        # Gradients are enabled so that the model's no_grad can be recognised; no graph is recorded for detached
-        # parameters.
+        # Gradients are enabled, so that the model's no_grad can be recognised.
         for k in range(num_tangents):
             if snapshot and k:
                 snapshot.restore()
             with fwAD.dual_level():
-                duals = {n: fwAD.make_dual(slots.params[n].detach(), v[k]) for n, v in directions.items()}
+                trained = slots.trainable() if with_graph else {}
+                values = {n: p.detach().requires_grad_() for n, p in trained.items()}
+                duals = {
+                    n: fwAD.make_dual(values.get(n, slots.params[n].detach()), v[k]) for n, v in directions.items()
+                }
                 originals = Originals(slots.params, duals)
-                with slots.params_replaced(duals), _CheckedCalls(originals):
+                with slots.params_replaced(values | duals), _CheckedCalls(originals):
                     found = loss_fn(model)
                 pair = fwAD.unpack_dual(originals.checked(check_losses(found)))
                 release(model, lambda x: as_stale(value_of(x)) if has_tangent(x) else None)

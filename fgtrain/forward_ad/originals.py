@@ -11,7 +11,7 @@ from fgtrain._torch import SET_REQUIRES_GRAD, is_inside_transform
 from fgtrain.errors import UnsupportedOperation
 from fgtrain.forward_ad.dual import Dual
 from fgtrain.forward_ad.stale import graph_of, is_stale, stale_message
-from fgtrain.network.as_parameter import held_constant, refuse_freezing
+from fgtrain.network.as_parameter import is_held_constant, refuse_freezing
 
 SETS_REQUIRES_GRAD = frozenset({torch.Tensor.requires_grad_, SET_REQUIRES_GRAD})
 """The functions that a mode receives when a model freezes or unfreezes a tensor."""
@@ -57,5 +57,5 @@ class Originals:
     def refuse_freezing(self, x: Tensor, requires_grad: bool = True) -> None:
         """Refuse that `requires_grad` of a parameter or of its dual changes."""
         name = next((name for name, p in self._duals.items() if p is x), self._names.get(id(x)))
-        if name is not None and requires_grad != (name in self._duals or self._params[name] in held_constant):
+        if name is not None and requires_grad != (name in self._duals or is_held_constant(self._params[name])):
             refuse_freezing(name, requires_grad)

@@ -98,6 +98,10 @@ class UsesRecorded(Unprepared):
     """The pass uses a plain tensor that requires a gradient, such as the result of a custom autograd.Function."""
 
 
+class Differentiates(Unprepared):
+    """The loss differentiates with respect to parameters, or to what depends on them."""
+
+
 class WritesIntoPlain(Unprepared):
     """The pass writes a dual into a tensor without a tangent."""
 

@@ -11,9 +11,6 @@ from torch import Tensor, nn
 
 from fgtrain.errors import UnsupportedOperation
 
-held_constant: set[Tensor] = set()
-"""The parameters that are trained, but are constants for the part of a model that a method differentiates now."""
-
 
 class KeepsFlag:
     """A tensor in place of a parameter, which has the parameter's `requires_grad`, although no graph is recorded.
@@ -62,8 +59,13 @@ def as_parameter(value: Tensor, name: str, p: Tensor) -> Tensor:
     if type(value) is not Tensor:
         return value
     stand_in: Any = AsParameter(value, requires_grad=False)
-    vars(stand_in).update(vars(p), param_name=name, trained=p.requires_grad or p in held_constant)
+    vars(stand_in).update(vars(p), param_name=name, trained=p.requires_grad or is_held_constant(p))
     return stand_in
+
+
+def is_held_constant(p: Tensor) -> bool:
+    """Whether `network.blocks.frozen` makes a trained parameter a constant now."""
+    return hasattr(p, "_is_held_constant")
 
 
 def set_data(memory: Tensor, value: Tensor) -> None:

@@ -10,7 +10,6 @@ from torch.func import functional_call
 
 from fgtrain._torch import is_inside_transform
 from fgtrain.errors import UnsupportedOperation
-from fgtrain.network.as_parameter import held_constant
 from fgtrain.network.chains import is_chain
 
 Forward = Callable[..., Any]
@@ -107,14 +106,12 @@ def frozen(params: Iterable[nn.Parameter]) -> Generator[None]:
     """A context in which these parameters are constants; the loss may still ask and say that they are trained."""
     trained = {p for p in params if p.requires_grad}
     try:
-        held_constant.update(trained)
         for p in trained:
-            p.requires_grad_(False)
+            vars(p.requires_grad_(False))["_is_held_constant"] = True
         yield
     finally:
-        held_constant.difference_update(trained)
         for p in trained:
-            p.requires_grad_(True)
+            vars(p.requires_grad_(True)).pop("_is_held_constant", None)
 
 
 def list_of_names(names: Sequence[str] | None) -> list[str] | None:

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 
 from fgtrain._torch import GLOBAL_BACKWARD_HOOKS, backward_hooks, gradient_hooks
 from fgtrain.errors import ModelError
-from fgtrain.network.as_parameter import as_parameter, held_constant, refuse_freezing
+from fgtrain.network.as_parameter import as_parameter, is_held_constant, refuse_freezing
 
 T = TypeVar("T")
 
@@ -137,7 +137,7 @@ class _ParamsReplaced:
             for (name, p), trained in zip(self._params.items(), self._trained, strict=True):
                 if p.requires_grad != trained:
                     p.requires_grad = trained
-                    if p not in held_constant:
+                    if not is_held_constant(p):
                         refuse_freezing(name, not trained)
 
 

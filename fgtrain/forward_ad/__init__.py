@@ -144,7 +144,8 @@ class _Engines:
                 if i + 1 == len(engines) or is_out_of_memory(reason):
                     raise
                 before.restore()
-                failures.append((failure, str(reason).split("\n")[0]))
+                cause = str(reason).split("\n")[0].partition(", which has no")[0]  # without the advice
+                failures.append((failure, cause))
             else:
                 for message, cause in failures:
                     self._warn_once(message, type(model).__name__, cause)

@@ -2,9 +2,11 @@
 
 import gc
 import os
+import random
 import signal
 
 import matplotlib
+import numpy as np
 import pytest
 import torch
 
@@ -36,6 +38,14 @@ def compilations(tmp_path_factory, worker_id):
     """A folder for what torch.compile makes, of all workers and processes: the first use of one takes 25 seconds."""
     own = tmp_path_factory.getbasetemp()
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str((own if worker_id == "master" else own.parent) / "inductor")
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """The same random numbers for a test whatever ran before it."""
+    torch.manual_seed(0)
+    np.random.seed(0)
+    random.seed(0)
 
 
 @pytest.fixture

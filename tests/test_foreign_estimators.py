@@ -1,5 +1,6 @@
 """Estimators on models and losses as public repositories have them: right, or refused in one line."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -196,6 +197,47 @@ def test_parameters_set_from_the_first_batch(make):
     torch.testing.assert_close(model.state_dict(), expected.state_dict())
     if make is ForwardExact:
         torch.testing.assert_close(found, exact)
+
+
+class SetOnce(nn.Module):
+    """As `FromFirstBatch`, in other words, and without a buffer."""
+
+    def __init__(self, write):
+        super().__init__()
+        self.scale, self.is_set, self.write = nn.Parameter(torch.ones(4)), False, write
+
+    def forward(self, x):
+        if not self.is_set:
+            self.write(self.scale, 1 / x.detach().std(0))
+            self.is_set = True
+        return x * self.scale
+
+
+def written_in_place(p, value):
+    with torch.no_grad():
+        p.copy_(value)
+
+
+WRITES = {
+    "in place": lambda: nn.Sequential(nn.Linear(3, 4), SetOnce(written_in_place)),
+    "its data": lambda: nn.Sequential(nn.Linear(3, 4), SetOnce(lambda p, value: setattr(p, "data", value))),
+    "into its data": lambda: nn.Sequential(nn.Linear(3, 4), SetOnce(lambda p, value: p.data.copy_(value))),
+    "largest norm": lambda: nn.Sequential(nn.Embedding(5, 4, max_norm=0.5), nn.Flatten()),
+}
+
+
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES)
+@pytest.mark.parametrize(
+    "make", [SPSA, lambda: SPSA(num_tangents=2), MeZO, ForwardGradient], ids=["spsa", "two", "mezo", "forward"]
+)
+def test_what_a_pass_writes_into_parameters_stays(make, write):
+    torch.manual_seed(0)
+    model = write()
+    expected, x = copy.deepcopy(model), torch.arange(4)[:, None] if isinstance(model[0], nn.Embedding) else INPUTS
+    with torch.no_grad():
+        expected(x)
+    make()(model, lambda m: m(x).square().sum(1))
+    torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=1e-12, atol=0)
 
 
 def test_other_data_of_another_shape_are_refused():

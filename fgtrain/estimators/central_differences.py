@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fgtrain.estimators.base import Estimate, GradientEstimator, Reduce, require_positive_int
 from fgtrain.estimators.gradients import of_mean_loss
 from fgtrain.forward_ad.passes import LossFn, plain_losses
+from fgtrain.network.displaced import is_changed
 from fgtrain.network.parameters import trainable_params
 from fgtrain.network.snapshot import Snapshot
 from fgtrain.random import draw_seeds
@@ -95,12 +96,15 @@ class CentralDifferences(GradientEstimator):
     def _differences(self, model: nn.Module, loss_fn: LossFn, lines: Lines) -> tuple[Tensor, Tensor]:
         """Losses (B,) or (), averaged over all passes, and derivatives (K, B) or (K,); leaves the state of one pass."""
         snapshot, found = Snapshot(model), list[Tensor]()
+        writes = any(True for _ in model.buffers())
         for k in range(self.num_tangents):
             for distance in (self.epsilon, -self.epsilon):
                 if found:
                     snapshot.restore()
-                found.append(plain_losses(model, loss_fn, lines.at(k, distance)))
-        if any(True for _ in model.buffers()):
+                moved = lines.at(k, distance)
+                found.append(plain_losses(model, loss_fn, moved))
+                writes = writes or any(map(is_changed, moved.values()))
+        if writes:
             snapshot.restore()
             plain_losses(model, loss_fn)
         plus, minus = torch.stack(found[::2]), torch.stack(found[1::2])

@@ -21,9 +21,9 @@ class MeZO(CentralDifferences):
     Here a perturbed weight exists only while an operation uses it. So the parameters stay the same bit for bit, even if
     the loss raises an error.
 
-    Cost: 2 K forward passes, and an unperturbed one if the model has buffers. Memory: that of inference, and one
-    perturbed parameter at a time. Ranks exchange K floats. A direction is redrawn at every use of a parameter, so a
-    recurrent layer in a loop draws it at every time step.
+    Cost: 2 K forward passes, and an unperturbed one if the model has buffers or writes into its parameters. Memory:
+    that of inference, and one perturbed parameter at a time. Ranks exchange K floats. A direction is redrawn at every
+    use of a parameter, so a recurrent layer in a loop draws it at every time step.
 
     A step can be repeated without the loss or the data, from its K directional derivatives and the generator's state:
     see `replay`.

@@ -22,8 +22,8 @@ class SPSA(CentralDifferences):
     Relative variance: that of `ForwardGradient`, s = (n - 1 + excess) / K, for small epsilon. `shrinkage` multiplies
     the mean by 1 / (1 + s), so that one learning rate serves every K and n.
 
-    Cost: 2 K forward passes, and an unperturbed one if the model has buffers, to update them. Memory: that of
-    inference, K directions and a second copy of the parameters. Ranks exchange K floats. No operation needs a
+    Cost: 2 K forward passes, and an unperturbed one if the model has buffers or writes into its parameters. Memory:
+    that of inference, K directions and a second copy of the parameters. Ranks exchange K floats. No operation needs a
     derivative. The reported loss is the mean of the 2 K losses, f + O(epsilon^2).
 
     Args:

@@ -20,10 +20,12 @@ class KeepsFlag:
     Attributes:
         param_name: the name of the parameter.
         trained: its `requires_grad`.
+        was_changed: whether its `data` was set or read, and so may have been changed in place.
     """
 
     param_name: str
     trained: bool
+    was_changed: bool
 
     @property
     def requires_grad(self) -> bool:
@@ -40,11 +42,12 @@ class KeepsFlag:
 
     @property
     def data(self: Any) -> Any:
+        self.was_changed = True
         return self.detach()
 
     @data.setter
     def data(self: Any, value: Tensor) -> None:
-        set_data(self.detach(), value)
+        set_data(self.data, value)
 
 
 class AsParameter(KeepsFlag, nn.Parameter):  # ty: ignore[lost-keyword-for-regular-parameter] - torch's stub errs

@@ -18,9 +18,13 @@ class Displaced(KeepsFlag, Tensor):  # ty: ignore[lost-keyword-for-regular-param
         moved: maps (index, p) to the value that operations use.
         index: the index of this tensor.
         name: the name of the parameter p.
+
+    Attributes:
+        was_changed: whether a value may have been changed in place, which has no effect on p.
     """
 
     trained = True
+    was_changed = False
 
     _value: Callable[[], Tensor]
 
@@ -42,19 +46,35 @@ class Displaced(KeepsFlag, Tensor):  # ty: ignore[lost-keyword-for-regular-param
         with plain_tensors():
             if func in _OF_THE_OUTSIDE:
                 return func(*args, **(kwargs or {}))
-            args, kwargs = tree_map(_value, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        return _call(func, args, kwargs or {})
 
     @classmethod  # torch's stub and its callers differ in the order of parameters
     def __torch_dispatch__(  # ty: ignore[incompatible-method-override]
         cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
     ) -> Any:
-        args, kwargs = tree_map(_value, (args, kwargs or {}))
-        return func(*args, **kwargs)
+        return _call(func, args, kwargs or {})
 
 
-def _value(x: Any) -> Any:
-    return x._value() if isinstance(x, Displaced) else x
+def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    used: list[tuple[Displaced, Tensor]] = []
+
+    def value(x: Any) -> Any:
+        if not isinstance(x, Displaced):
+            return x
+        used.append((x, x._value()))
+        return used[-1][1]
+
+    with plain_tensors():
+        args, kwargs = tree_map(value, (args, kwargs))
+    result = func(*args, **kwargs)
+    for x, now in used:
+        x.was_changed |= now._version > 0
+    return result
+
+
+def is_changed(x: Tensor) -> bool:
+    """Whether a pass has changed a tensor in place that was made for it."""
+    return x.was_changed if isinstance(x, Displaced) else x._version > 0
 
 
 # These do not depend on the moved value; drawing a direction just to read a shape would be expensive.

@@ -64,7 +64,7 @@ class CheckpointedBackprop(Backprop):
                     "(torch.func.functional_call); train with Backprop"
                 ) from error
             except RuntimeError as error:
-                if not any(part in str(error) for part in ("support saved tensor hooks", "function being vmapped")):
+                if not any(part in str(error) for part in _OF_TRANSFORMS):
                     raise
                 raise UnsupportedOperation(
                     "the model or its loss takes derivatives by torch.func or runs inside torch.vmap, which activation "
@@ -78,6 +78,10 @@ class CheckpointedBackprop(Backprop):
                 type(model).__name__,
             )
         return estimate
+
+
+_OF_TRANSFORMS = ("support saved tensor hooks", "function being vmapped", "does not have vmap support")
+"""Parts of PyTorch's messages about checkpoints inside torch.vmap and the other transforms of torch.func."""
 
 
 @contextmanager

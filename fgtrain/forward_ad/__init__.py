@@ -225,22 +225,29 @@ def _nudged(params: Iterable[Tensor]) -> Generator[None]:
 def _stacked(
     model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent], before: AnySnapshot
 ) -> tuple[Tensor, Tensor]:
-    for _ in range(3):  # there are three things to be prepared for
-        try:
-            return stacked.jvp(model, loss_fn, tangents)
-        except Unprepared:
-            before.restore()
-    return stacked.jvp(model, loss_fn, tangents)
+    return _prepared(stacked.jvp, model, loss_fn, tangents, before)
 
 
 def _native(
     model: nn.Module, loss_fn: LossFn, tangents: Mapping[str, Tangent], before: AnySnapshot
 ) -> tuple[Tensor, Tensor]:
-    try:
-        return native.jvp(model, loss_fn, tangents)
-    except Unprepared:
-        before.restore()
-        return native.jvp(model, loss_fn, tangents)
+    return _prepared(native.jvp, model, loss_fn, tangents, before)
+
+
+def _prepared(
+    run: Callable[[nn.Module, LossFn, Mapping[str, Tangent]], tuple[Tensor, Tensor]],
+    model: nn.Module,
+    loss_fn: LossFn,
+    tangents: Mapping[str, Tangent],
+    before: AnySnapshot,
+) -> tuple[Tensor, Tensor]:
+    """Run a pass, again if it has found out what it must be prepared for."""
+    for _ in range(3):  # there are at most three such things
+        try:
+            return run(model, loss_fn, tangents)
+        except Unprepared:
+            before.restore()
+    return run(model, loss_fn, tangents)
 
 
 def _sharded(

@@ -89,9 +89,8 @@ def _try_other_parameters(model: nn.Module, loss_fn: LossFn, layers: PerturbedLa
     """
     others = layers.others(slots_of(model).trainable())
     if others:
-        with suppress(
-            UsesRecorded, WritesIntoPlain, UnsupportedOperation
-        ):  # the pass of the estimate names what it cannot follow
+        # The pass of the estimate names what it cannot follow.
+        with suppress(UsesRecorded, WritesIntoPlain, UnsupportedOperation):
             run_perturbed(model, loss_fn, {name: torch.zeros_like(p)[None] for name, p in others.items()})
         before.restore()
 

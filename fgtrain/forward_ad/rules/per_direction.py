@@ -26,7 +26,7 @@ def per_direction(func: Any) -> Rule:
     def rule(*args: Any, **kwargs: Any) -> Any:
         before = TorchRandomState({x.device for x in duals_in((args, kwargs))})
         try:
-            found = forward(*args, **kwargs)
+            found = forward(args, kwargs, before)
             if is_traced() or not any(map(_is_constant, tree_leaves(found))):
                 return found
             refusal = NotImplementedError(
@@ -44,23 +44,21 @@ def per_direction(func: Any) -> Rule:
         except UnsupportedByEngine:
             raise refusal from None
 
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def forward(args: tuple[Any, ...], kwargs: dict[str, Any], before: TorchRandomState) -> Any:
         leaves, spec = tree_flatten((args, kwargs))
         sources = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, Dual)}
         pairs = [(i, laid_out(primal_of(source)), tangent_of(source)) for i, source in sources.items()]
         num_tangents = pairs[0][2].shape[0]
-        random_state = TorchRandomState({primal.device for _, primal, _ in pairs}) if num_tangents > 1 else None
         plain = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and not isinstance(leaf, Dual)]
         # The missing tangent of a layer's input is a tensor of zeros without memory, which cannot be traced.
         still = [i for i in plain if is_traced() and 0 not in sources and is_differentiable(leaves[i])]
         untouched = [leaves[i].clone() for i in plain] if num_tangents > 1 else []
         columns, out_spec, drawn = [], None, num_traced_draws()
         for k in range(num_tangents):
-            if random_state is not None:
+            if k:  # earlier directions have drawn random numbers and may have changed running statistics
                 if num_traced_draws() != drawn:
                     raise UnsupportedByEngine("random numbers that must be the same for every direction")
-                random_state.restore()
-            if k:  # earlier directions may have changed running statistics
+                before.restore()
                 for i, leaf in zip(plain, untouched, strict=True):
                     leaves[i] = leaf.clone()
             with fwAD.dual_level():
